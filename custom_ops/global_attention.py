@@ -1,0 +1,37 @@
+"""Causal attention of a chunk of tokens to a cache that already holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch.library import triton_op
+
+from custom_ops.flash import attend, check_heads
+from custom_ops.launch import use_triton
+
+
+def causal_mask(slots: int, pos: torch.Tensor, kv_len: torch.Tensor | None) -> torch.Tensor:
+    """[T, slots]: slot j is attended to iff j <= pos of the query, and j < kv_len when that is given."""
+    slot = torch.arange(slots, device=pos.device)
+    mask = slot[None, :] <= pos[:, None]
+    return mask if kv_len is None else mask & (slot < kv_len)[None, :]
+
+
+def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos: torch.Tensor,
+              kv_len: torch.Tensor | None) -> torch.Tensor:
+    """The op in plain torch; arguments as `global_attention`."""
+    return attend(q, k_cache, v_cache, causal_mask(k_cache.shape[0], pos, kv_len))
+
+
+@triton_op("kiln::global_attention", mutates_args=())
+def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos: torch.Tensor,
+                     kv_len: torch.Tensor | None) -> torch.Tensor:
+    """Causal attention with scale 1: slot j of the cache is attended to iff j <= pos of the query.
+
+    q [T, H, D]; k_cache, v_cache [S, KV, D], holding the chunk already; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the
+    device, or None: it bounds the sweep and changes no result. Slots past pos[-1] may hold anything. Returns [T, H, D] in q's dtype.
+    Raises ValueError when the head counts or dimensions do not fit.
+    """
+    check_heads("global_attention", q, k_cache.shape[1], k_cache.shape[2])
+    if not use_triton(q):
+        return reference(q, k_cache, v_cache, pos, kv_len)
+    raise NotImplementedError("global_attention has no kernel for this device yet")
