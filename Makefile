@@ -1,0 +1,45 @@
+# make demo and make test set up everything they need. To use a Python that has the dependencies already: make test-gpu PY=python3
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+ifdef PY
+SETUP :=
+else
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+endif
+BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+
+.PHONY: build demo test lint test-gpu clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'
+	touch $@
+
+# kiln-run beside Python, the extension module in its site-packages
+build: $(SETUP)
+	@mkdir -p $(BUILD)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(BUILD)/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
+	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$(abspath $(BIN))" -DKILN_PYTHON_DIR="$(SITE)" \
+	  >$(BUILD)/cmake.log 2>&1 || { cat $(BUILD)/cmake.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
+
+demo: build
+	$(PY) -m exporter export --gguf tests/fixtures/gemma4-tiny-dense-wide-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --turboquant --force
+	$(PY) -m exporter run $(BUILD)/demo --raw --prompt "The kiln is hot" --max-new-tokens 64 --no-eog
+
+test: build lint
+	$(PY) -m pytest -m "not gpu"
+
+lint: $(SETUP)
+	$(PY) -m ruff check .
+
+# everything that needs a GPU, on any machine that has one
+test-gpu: build
+	$(PY) -m pytest -m gpu
+
+clean:
+	rm -rf $(BUILD) $(VENV)

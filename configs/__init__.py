@@ -1,0 +1,1 @@
+"""TOML tables shipped with the package: GPUs and model families."""

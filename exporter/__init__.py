@@ -1,0 +1,1 @@
+"""The exporter: from a GGUF file to a compiled artifact."""

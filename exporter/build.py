@@ -1,0 +1,151 @@
+"""`kiln export`: check, plan, pack, compile, write."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.artifact import staged, write_manifest
+from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
+from exporter.config import ModelConfig, check_tensors
+from exporter.errors import KilnError
+from exporter.export import GraphSpec
+from exporter.gguf import GGUFFile, open_gguf
+from exporter.plan import kv_plan, memory_plan
+from exporter.progress import bar, say
+from exporter.tokenizer import chat_template, render_chat_affixes, write_tokenizer
+from exporter.torch_private import check_versions
+from exporter.weights import plan_weights, write_weights
+from passes.records import PassOptions
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `kiln export`, by their names there."""
+
+    gguf_path: Path
+    out: Path
+    max_seq_len: int = 8192
+    prefill_chunk: int = 2048
+    turboquant: bool = False
+    targets: tuple[str, ...] = ()
+    activation_dtype: str = "auto"
+    kv_len: bool = True
+    head_budget_mib: int = 256
+    chat_template: Path | None = None
+    dump_passes: Path | None = None
+    dry_run: bool = False
+    force: bool = False
+
+
+def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of targets, checked; without one: the GPU here, else the CPU."""
+    if not names:
+        import torch
+
+        if torch.cuda.is_available():
+            return (native_target(),)
+        say("no GPU here and no --target: compiling for the CPU (name a GPU with --target sm_90)")
+        return ("cpu",)
+    chosen = tuple(dict.fromkeys(native_target() if name == "native" else name for name in names))
+    unknown = [name for name in chosen if name not in available_targets()]
+    if unknown:
+        raise KilnError(f"--target {unknown[0]} is unknown; choose from {', '.join([*available_targets(), 'native'])}")
+    if "cpu" in chosen and len(chosen) > 1:
+        raise KilnError("--target cpu goes alone: its activations and caches are float32, a GPU's bfloat16; export twice")
+    return chosen
+
+
+def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...]) -> GraphSpec:
+    """Check the file against its architecture, then plan its weights; nothing is read but shapes."""
+    config = ModelConfig.from_gguf(gguf)
+    unknown = check_tensors(config, gguf)
+    if unknown:
+        say(f"skipping {len(unknown)} tensors this model does not use: {', '.join(unknown[:6])}{' …' if len(unknown) > 6 else ''}")
+    if options.max_seq_len > config.context_length:
+        raise KilnError(f"--max-seq-len {options.max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
+    cpu = targets == ("cpu",)
+    dtype = options.activation_dtype
+    return GraphSpec(
+        config=config,
+        plan=tuple(plan_weights(config, gguf)),
+        max_seq_len=options.max_seq_len,
+        prefill_chunk=min(options.prefill_chunk, options.max_seq_len),
+        activation_dtype=dtype if dtype != "auto" else "float32" if cpu else "bfloat16",
+        options=PassOptions(
+            turboquant=options.turboquant,
+            kv_len=options.kv_len,
+            materialized_head_budget=options.head_budget_mib << 20,
+            materializes_head=cpu,
+        ),
+    )
+
+
+def export_artifact(options: ExportOptions) -> None:
+    """Raises KilnError; on any failure nothing is left at `options.out`."""
+    start = time.monotonic()
+    check_versions()
+    targets = choose_targets(options.targets)
+    gguf = open_gguf(options.gguf_path)
+    spec = graph_spec(options, gguf, targets)
+    template = chat_template(gguf, options.chat_template)
+    print_plan(spec, options, targets)
+    if options.dry_run:
+        return
+    with staged(options.out, options.force) as stage:
+        tokenizer = write_tokenizer(gguf, stage / "tokenizer.json")
+        tokenizer = tokenizer and {"file": "tokenizer.json", **tokenizer}
+        chat = None
+        if template is not None:
+            (stage / "chat_template.jinja").write_text(template)
+            prefix, suffix = render_chat_affixes(template, _bos_text(gguf))
+            chat = {"prefix": prefix, "suffix": suffix}
+        with bar("packing weights") as progress:
+            records = write_weights(stage / "weights.safetensors", gguf, spec.config, list(spec.plan), progress=progress)
+        work = stage / ".work"
+        compiled = []
+        for target in targets:
+            say(f"compiling for {target}")
+            name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
+            compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
+        clean(work)
+        planned = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options.turboquant)
+        if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
+            raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
+    size = sum(f.stat().st_size for f in options.out.iterdir())
+    say(f"{options.out}: {size / GIB:.2f} GiB in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
+
+
+def _bos_text(gguf: GGUFFile) -> str:
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    return tokens[gguf.metadata.get("tokenizer.ggml.bos_token_id", 2)] if tokens else ""
+
+
+def _report(entry: CompiledEntry) -> None:
+    say(f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
+        f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB")  # fmt: skip
+
+
+def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:
+    """The plan on stdout: with --dry-run a line for every matrix, always the sums."""
+    config, memory = spec.config, memory_plan(spec)
+    if options.dry_run:
+        print(f"{'matrix':34} {'type':5} {'N':>7} {'K':>6}  from")
+        for p in spec.plan:
+            if p.K:
+                print(f"{p.name:34} {p.kind:5} {p.N:7d} {p.K:6d}  {' + '.join(s.rsplit('.', 2)[-2] for s in p.sources)}")
+    print(f"model       {config.name} ({config.architecture}), {len(config.layers)} layers")
+    print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
+    print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
+    print(f"weights     {memory.weights / GIB:8.2f} GiB")
+    print(f"KV ring     {memory.kv_ring / GIB:8.2f} GiB  (sliding layers, {spec.activation_dtype})")
+    print(f"KV global   {memory.kv_global / GIB:8.2f} GiB  ({'TQ4' if spec.options.turboquant else spec.activation_dtype})")
+    print(f"activations {memory.activations / GIB:8.2f} GiB  (estimate, prefill scratch included)")
+    print(f"total       {memory.total / GIB:8.2f} GiB", flush=True)

@@ -1,0 +1,97 @@
+"""The `kiln` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from exporter.errors import KilnError
+
+PATH = click.Path(path_type=Path)
+
+
+class Group(click.Group):
+    """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
+
+    def invoke(self, ctx: click.Context):
+        from passes.edit import PassError
+
+        try:
+            return super().invoke(ctx)
+        except (KilnError, PassError) as e:
+            click.echo(f"kiln: error: {e}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kiln-export")
+def main() -> None:
+    """Fire a GGUF file into a compiled artifact, and run it."""
+
+
+@main.command()
+@click.option("--gguf", "gguf_path", type=PATH, required=True, help="The model file (any part of a split one).")
+@click.option("--out", type=PATH, required=True, help="Directory of the artifact.")
+@click.option("--max-seq-len", type=click.IntRange(16), default=8192, show_default=True, help="Longest prompt + answer, in tokens.")
+@click.option("--prefill-chunk", type=click.IntRange(16), default=2048, show_default=True, help="Longest piece of a prompt in one call, in tokens.")
+@click.option("--turboquant/--no-turboquant", default=False, show_default=True, help="4-bit KV cache on the global layers.")
+@click.option("--target", "targets", multiple=True, help="cpu, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or native; repeatable.  "
+              "[default: native where there is a GPU, else cpu]")  # fmt: skip
+@click.option("--activation-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="auto: float32 on the CPU, bfloat16 on a GPU.")  # fmt: skip
+@click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
+@click.option("--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory.")
+@click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
+@click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Replace an existing --out.")
+def export(**options) -> None:
+    """Compile a GGUF file into an artifact."""
+    from exporter.build import ExportOptions, export_artifact
+
+    export_artifact(ExportOptions(**options))
+
+
+@main.command()
+@click.argument("path", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
+@click.option("--verify", is_flag=True, help="Recompute every checksum of an artifact.")
+def inspect(path: Path, as_json: bool, verify: bool) -> None:
+    """Show what a GGUF file or an artifact holds."""
+    from exporter import inspect as show
+
+    record = show.artifact(path, verify) if path.is_dir() else show.gguf(path)
+    click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(arguments: tuple[str, ...]) -> None:
+    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
+    beside = Path(sys.executable).parent / "kiln-run"
+    binary = str(beside) if beside.is_file() else shutil.which("kiln-run")
+    if not binary:
+        raise KilnError(f"kiln-run is not built: neither {beside.name} beside Python nor on PATH; run `make build`")
+    os.execv(binary, [binary, *arguments])
+
+
+@main.command()
+@click.option("--preset", type=click.Choice(["gemma4-31b", "gemma4-12b", "tiny", "tiny-cuda"]), required=True)
+@click.option("--mix", type=click.Choice(["q4_k_m", "q6_k", "q4_0", "q8_0", "f32"]), default="q4_k_m", show_default=True)
+@click.option("--out", type=PATH, required=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--layers", type=click.IntRange(1), help="Keep only the first layers.")
+@click.option("--vocab-from", type=PATH, help="Take the tokenizer of this GGUF file.")
+def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab_from: Path | None) -> None:
+    """Write a GGUF file of random, well-scaled weights in a real geometry."""
+    from exporter.progress import bar
+    from exporter.synth import write_synthetic
+
+    with bar("writing", "B") as progress:
+        write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress)
+    click.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")

@@ -1,0 +1,145 @@
+"""AOTInductor, one process for each graph and target: `prefill` and `decode` into one `model*.pt2`, no GPU and no weights needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from custom_ops.target import compiling_for, gpu_targets
+from exporter.errors import KilnError
+from exporter.export import ENTRIES, GraphSpec, lower
+from passes.records import KVBuffer, PassReport
+
+PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package
+
+
+@dataclass
+class CompiledEntry:
+    """One compiled graph, still as loose files."""
+
+    entry: str
+    files: list[str]
+    reports: list[PassReport]
+    kv: list[KVBuffer]
+    constants: list[str]  # fully qualified names, weights and caches
+    kernels: list[dict] = field(default_factory=list)
+    export_s: float = 0.0
+    compile_s: float = 0.0
+    peak_rss: int = 0  # bytes, of the compiling process
+
+
+@dataclass
+class CompiledTarget:
+    """`model*.pt2` for one target."""
+
+    target: str
+    path: Path
+    entries: list[CompiledEntry]
+
+
+def compile_target(spec: GraphSpec, target: str, out: Path, work: Path, dump: Path | None = None,
+                   done: Callable[[CompiledEntry], None] = lambda entry: None) -> CompiledTarget:  # fmt: skip
+    """Compile both graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
+
+    Raises KilnError when a compilation fails or constants were merged.
+    """
+    workers = min(len(ENTRIES), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump) for entry in ENTRIES]
+        entries = []
+        for future in futures:
+            entries.append(future.result())
+            done(entries[-1])
+    _check(spec, entries)
+    from torch._inductor.package import package_aoti
+
+    package_aoti(str(out), {e.entry: e.files for e in entries})
+    return CompiledTarget(target, out, entries)
+
+
+def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
+    from exporter.weights import constants
+
+    weights = {c.name for c in constants(spec.config, list(spec.plan))}
+    kv = {b.name for b in entries[0].kv}
+    for entry in entries:
+        if {b.name for b in entry.kv} != kv:
+            raise KilnError(f"compiling {entry.entry}: the graphs disagree about their caches")
+        found = set(entry.constants)
+        if len(entry.constants) != len(found) or found != weights | kv:
+            wrong = sorted(found ^ (weights | kv))
+            raise KilnError(
+                f"compiling {entry.entry}: {len(entry.constants)} constants, {len(weights | kv)} expected; merged, lost or unknown: {', '.join(wrong[:8])}"
+            )
+
+
+def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
+    """Runs in a process of its own."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a present GPU must not change what is compiled
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")
+    import torch._inductor
+
+    from exporter import torch_private
+
+    gpu = None if target == "cpu" else gpu_targets()[target]
+    device = "cpu" if gpu is None else "cuda"
+    with torch_private.quiet():
+        torch_private.install(gpu)
+        start = time.monotonic()
+        with compiling_for(gpu) if gpu else nullcontext():
+            lowered = lower(spec, entry, device, dump)
+            traced = time.monotonic()
+            program = lowered.program
+            args, kwargs = program.example_inputs
+            files = torch._inductor.aot_compile(
+                program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
+            )
+    return CompiledEntry(
+        entry=entry,
+        files=[f for f in files if f.endswith(PACKED_SUFFIXES)],
+        reports=lowered.reports,
+        kv=lowered.kv,
+        constants=_constant_names(files),
+        kernels=torch_private.KERNELS,
+        export_s=traced - start,
+        compile_s=time.monotonic() - traced,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _constant_names(files: list[str]) -> list[str]:
+    """The original names of a compiled model's constants, from its generated source."""
+    source = next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp"))
+    return re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source)
+
+
+def available_targets() -> list[str]:
+    return ["cpu", *gpu_targets()]
+
+
+def native_target() -> str:
+    """The target of this machine's GPU; raises KilnError where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise KilnError("--target native: this machine has no usable NVIDIA GPU; name one of " + ", ".join(available_targets()))
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}{minor}"
+    if name not in gpu_targets():
+        raise KilnError(f"--target native: this GPU is {name}, which is not in configs/gpus.toml ({', '.join(gpu_targets())})")
+    return name
+
+
+def clean(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""Every private symbol of torch and triton that Kiln touches, and the versions they were checked on.
+
+AOTInductor asks "the current GPU" questions while compiling, de-duplicates constants by address, and compiles host code for the build
+machine's CPU. Here those questions are answered from a GpuTarget record, so that a machine without a GPU compiles the same code as one with
+it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. The seams:
+
+  1. `torch._dynamo.device_interface.register_interface_for_device`: device properties
+  2. `triton.runtime.driver.set_active`, `CudaDriver.is_active`: target architecture, shared memory, no launches
+  3. `torch.cuda.get_device_properties` and three more: asked directly by Inductor
+  4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them
+  5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
+  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
+  7. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+
+A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import sysconfig
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from custom_ops.target import KIB, GpuTarget
+from exporter.errors import KilnError
+
+CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
+HOST_MARCH = "x86-64-v3"
+
+
+def check_versions() -> None:
+    """Raises KilnError on a torch or triton that these seams were not checked on."""
+    for name, version in (("torch", torch.__version__), ("triton", triton.__version__)):
+        if version.split("+")[0] not in CHECKED[name]:
+            raise KilnError(f"{name} {version} is not supported: the compiler seams were checked on {name} {', '.join(CHECKED[name])}; install that one")
+
+
+def fake_export(build: Callable[[], torch.nn.Module], inputs: Callable[[], tuple], dynamic_shapes, device: str) -> torch.export.ExportedProgram:
+    """torch.export of `build()` with parameters, buffers and inputs that have shapes and no memory."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True, export=True)
+    with mode, torch.device(device):
+        model = build().eval().requires_grad_(False)
+    with FakeTensorMode(), torch.device(device):
+        args = inputs()
+    with torch.no_grad(), tracing(TracingContext(mode)):  # export must trace in the mode that owns the parameters
+        return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def load_package(path: str | Path, entry: str):
+    """An AOTInductor model of a package: `.run(list of tensors)`, `.load_constants(map, use_inactive, check_full_update, user_managed)`."""
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), entry, True, 1, -1)
+
+
+def install(target: GpuTarget | None) -> None:
+    """Turn this process into a compiler for `target` (None: the CPU)."""
+    check_versions()
+    _keep_fake_constants_apart()
+    _portable_host_code()
+    if target is not None:
+        _cuda_toolchain()
+        _device_interface(target)
+        _triton_driver(target)
+        _wrapper()
+
+
+def _keep_fake_constants_apart() -> None:
+    import torch._inductor.graph as graph
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    original = graph.is_same_tensor
+
+    def is_same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+        fakes = isinstance(a, FakeTensor), isinstance(b, FakeTensor)
+        if not any(fakes):
+            return original(a, b)
+        return all(fakes) and a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+
+    graph.is_same_tensor = is_same_tensor
+
+
+def _portable_host_code() -> None:
+    """Code for any x86-64-v3 CPU, without the build machine's paths in it."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    paths = {cache_dir(): "kiln", str(Path(torch.__file__).parent): "torch"}
+    original = cpp_builder._get_optimization_cflags
+
+    @functools.wraps(original)
+    def portable(*args, **kwargs):
+        cflags, ldflags = original(*args, **kwargs)
+        cflags = [f"march={HOST_MARCH}" if flag == "march=native" else flag for flag in cflags]
+        return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
+
+    cpp_builder._get_optimization_cflags = portable
+
+
+def _cuda_toolchain() -> None:
+    """CUDA headers from the wheels where there is no toolkit, and a libcuda to link against."""
+    os.environ.setdefault("CUDA_HOME", os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"))
+    header = Path(os.environ["CUDA_HOME"], "include", "cuda.h")
+    if not header.is_file():
+        raise KilnError(f"no CUDA headers at {header}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit")
+    directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
+    # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
+    names = sorted(set(re.findall(r"CUresult CUDAAPI (cu\w+)\(", header.read_text())))
+    source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(directory / "libcuda.so")]
+    subprocess.run(command, input=source.encode(), check=True)
+    os.environ["LIBRARY_PATH"] = ":".join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+
+
+def _properties(target: GpuTarget) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        name=target.name, major=target.capability[0], minor=target.capability[1], multi_processor_count=target.sm_count,
+        regs_per_multiprocessor=65536, max_threads_per_multi_processor=target.max_threads_per_sm, max_threads_per_block=1024, warp_size=32,
+        shared_memory_per_block=48 * KIB, shared_memory_per_block_optin=target.smem_optin,
+        shared_memory_per_multiprocessor=target.smem_per_sm, L2_cache_size=target.l2, total_memory=target.memory,
+        is_integrated=0, is_multi_gpu_board=0, gcnArchName="",
+    )  # fmt: skip
+
+
+def _device_interface(target: GpuTarget) -> None:
+    from torch._dynamo import device_interface
+    from torch._dynamo.device_interface import CudaInterface
+
+    class Interface(CudaInterface):
+        class Worker(CudaInterface.Worker):
+            current_device = staticmethod(lambda: 0)
+            get_device_properties = staticmethod(lambda device=None: _properties(target))
+
+        current_device = staticmethod(lambda: 0)
+        set_device = staticmethod(lambda device: None)
+        device_count = staticmethod(lambda: 1)
+        exchange_device = staticmethod(lambda device: 0)
+        maybe_exchange_device = staticmethod(lambda device: 0)
+        synchronize = staticmethod(lambda device=None: None)
+        get_raw_stream = staticmethod(lambda device: 0)
+        get_device_properties = staticmethod(lambda device=None: _properties(target))
+        get_compute_capability = staticmethod(lambda device=None: target.sm)
+        is_available = staticmethod(lambda: True)
+        is_bf16_supported = staticmethod(lambda including_emulation=True: target.sm >= 80)
+        is_triton_capable = staticmethod(lambda device=None: True)
+        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
+
+    device_interface.init_device_reg()
+    for device in ("cuda", "cuda:0"):
+        device_interface.register_interface_for_device(device, Interface)
+    torch.cuda.get_device_properties = lambda device=None: _properties(target)
+    torch.cuda.get_device_capability = lambda device=None: target.capability
+    torch.cuda.get_device_name = lambda device=None: target.name
+    torch.cuda.current_device = lambda: 0
+
+
+def cubin_resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, spilled 4-byte words, static shared bytes) of the one kernel in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
+    if not match:
+        raise KilnError(f"cuobjdump gave no resource usage: {out[:200]}")
+    return int(match[1]), int(match[4]) // 4, int(match[3])
+
+
+def _triton_driver(target: GpuTarget) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class Utils:
+        @staticmethod
+        def get_device_properties(device):
+            return {
+                "max_shared_mem": target.smem_optin, "max_num_regs": 65536, "multiprocessor_count": target.sm_count, "warpSize": 32,
+                "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
+            }  # fmt: skip
+
+        @staticmethod
+        def load_binary(name, kernel, shared, device):
+            registers, spills, _ = cubin_resources(kernel)
+            return object(), 0, registers, spills, 1024
+
+    def no_launch(*args, **kwargs):
+        raise RuntimeError("a kernel launch was attempted while compiling")
+
+    class Driver(CudaDriver):
+        def __init__(self):
+            self.utils = Utils()
+            self.launcher_cls = lambda src, metadata: no_launch
+            self.get_device_capability = lambda device=0: target.capability
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+            self.get_current_stream = lambda device=0: 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", target.sm, 32)
+
+    CudaDriver.is_active = staticmethod(lambda: True)
+    triton.runtime.driver.set_active(Driver())
+
+
+KERNELS: list[dict] = []  # what was compiled in this process: name, configuration, registers, spills, shared bytes
+
+
+def _wrapper() -> None:
+    from torch._inductor.codegen import common
+    from torch._inductor.codegen.cpp_wrapper_gpu import CppWrapperGpu
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    class Wrapper(CppWrapperGpu):
+        @staticmethod
+        def create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures=None):
+            return Wrapper()
+
+        def generate_and_run_autotune_block(self):
+            # the original runs kernels on example tensors; here their definitions are executed, compiled and recorded
+            self.kernel_autotune_defs.splice("async_compile.wait(globals())\ndel async_compile\n")
+            scope: dict = {}
+            exec(self.kernel_autotune_defs.getvalue(), scope)
+            for name, kernel in scope.items():
+                if not isinstance(kernel, CachingAutotuner):
+                    continue
+                if not kernel.launchers:
+                    kernel.precompile()
+                launcher = kernel.launchers[0]
+                if len(kernel.launchers) > 1:
+                    configs = [str(choice.config) for choice in kernel.launchers]
+                    raise KilnError(f"kernel {name} has {len(configs)} configurations and nothing to choose by: {configs}")
+                kernel.save_gpu_kernel(stream="stream", launcher=launcher)
+                KERNELS.append(
+                    {"name": name, "config": str(launcher.config), "registers": launcher.n_regs, "spills": launcher.n_spills,
+                     "shared": launcher.shared}  # fmt: skip
+                )
+
+    common.init_backend_registration()
+    old = common.device_codegens["cuda"]
+    common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)
+
+
+def inductor_options(target: GpuTarget | None, entry: str) -> dict:
+    """Options of one compilation: nothing is measured, no constant is read, no weight and no build path is packed."""
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.model_name_for_generated_files": entry,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": None,
+        "always_keep_tensor_constants": True,
+        "joint_graph_constant_folding": False,
+        "compile_threads": 1,
+        "cpp.vec_isa_ok": True,
+        "cpp.simdlen": 256,
+    }
+    if target is not None:
+        options |= {
+            "cuda.arch": str(target.sm),
+            "aot_inductor.embed_kernel_binary": True,
+            "deterministic": True,
+            "triton.autotune_pointwise": False,
+            "triton.autotune_at_compile_time": True,
+            "triton.multi_kernel": 0,
+            "max_autotune": False, "max_autotune_gemm": False, "max_autotune_pointwise": False,
+            "coordinate_descent_tuning": False,
+            "benchmark_fusion": False, "benchmark_epilogue_fusion": False, "benchmark_combo_kernel": False,
+            "shape_padding": False,
+        }  # fmt: skip
+    return options
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inductor's chatter about fake tensors and missing GPUs says nothing to a user."""
+    import logging
+    import warnings
+
+    level = logging.getLogger("torch").level
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch").setLevel(level)

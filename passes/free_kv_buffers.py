@@ -1,0 +1,25 @@
+"""No KV byte exists while compiling: the caches become shapes, and a plan by which the runner makes them at load."""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import FakeTensor
+
+import passes.edit as edit
+from passes.edit import PassError
+from passes.records import KVBuffer, Lowered, PassOptions, PassReport
+
+
+def run(lowered: Lowered, options: PassOptions) -> PassReport:
+    ep = lowered.program
+    freed = 0
+    for node, fqn in edit.buffers(ep).items():
+        value = ep.state_dict[fqn]
+        if not isinstance(value, FakeTensor):
+            freed += value.untyped_storage().nbytes()
+            ep.state_dict[fqn] = node.meta["val"]
+        layer = int(fqn.split(".")[1])
+        kind = "ring" if fqn.endswith("_ring") else "global"
+        lowered.kv.append(KVBuffer(fqn, layer, kind, value.dtype, tuple(value.shape)))
+    if not lowered.kv:
+        raise PassError("pass free_kv_buffers: the graph has no cache")
+    return PassReport("free_kv_buffers", "applied", len(lowered.kv), f"{freed} bytes freed")

@@ -1,0 +1,77 @@
+"""Cache writes `cache[pos] = x` and `cache[a:b] = x` become `index_copy_` along the position dimension.
+
+index_copy_ needs no broadcasting and no accumulate path, and is the one form of write that later passes look for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+import passes.edit as edit
+from passes.records import Lowered, PassOptions, PassReport
+
+aten = torch.ops.aten
+INDEX_PUT = (aten.index_put_.default, aten.index_put.default)
+
+
+def run(lowered: Lowered, options: PassOptions) -> PassReport:
+    ep = lowered.program
+    buffers = edit.buffers(ep)
+    matches = 0
+    for node in list(ep.graph.nodes):
+        write = _index_put(node, buffers) or _slice_copy(ep, node, buffers)
+        if write is None:
+            continue
+        cache, dim, index, value = write
+        new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
+        edit.replace(ep, node, new)
+        matches += 1
+    ep.graph.eliminate_dead_code(is_impure_node=_impure)
+    if not matches:
+        raise edit.PassError("pass index_copy: no cache write found; the model must write its caches with cache[pos] = x")
+    return PassReport("index_copy", "applied", matches)
+
+
+def _impure(node: Node) -> bool:
+    return node.op in ("placeholder", "output") or bool(edit.written_args(node))
+
+
+def _index_put(node: Node, buffers) -> tuple | None:
+    if not edit.is_call(node, aten.index_put_.default):
+        return None
+    cache, indices, value = edit.resolve(node.args[0]), node.args[1], node.args[2]
+    accumulate = len(node.args) > 3 and node.args[3] or node.kwargs.get("accumulate", False)
+    used = [i for i, index in enumerate(indices) if index is not None]
+    if cache not in buffers or accumulate or len(used) != 1:
+        return None
+    dim = used[0]
+    index = indices[dim]
+    if index.meta["val"].dtype != torch.int64 or index.meta["val"].dim() != 1 or not _fills(cache, dim, index.meta["val"].shape[0], value):
+        return None
+    return cache, dim, index, value
+
+
+def _slice_copy(ep, node: Node, buffers) -> tuple | None:
+    if not edit.is_call(node, aten.copy_.default) or not edit.is_call(node.args[0], aten.slice.Tensor):
+        return None
+    window, value = node.args[0], node.args[1]
+    source, dim, start, end, step = (*window.args, *(0, None, None, 1)[len(window.args) - 1 :])
+    cache = edit.resolve(source)
+    if cache not in buffers or step != 1 or not _fills(cache, dim, window.meta["val"].shape[dim], value):
+        return None
+    device = cache.meta["val"].device
+    with ep.graph.inserting_before(node):
+        index = ep.graph.call_function(aten.arange.start, (start or 0, end), {"dtype": torch.int64, "device": device})
+    length = torch.fx.node.map_arg((start or 0, end), lambda n: n.meta["val"])
+    with edit.fake_mode(ep):
+        index.meta["val"] = torch.arange(*length, dtype=torch.int64, device=device)
+    return cache, dim, index, value
+
+
+def _fills(cache: Node, dim: int, length, value: Node) -> bool:
+    """`value` has exactly the shape of the written region: nothing is broadcast."""
+    shape = list(cache.meta["val"].shape)
+    shape[dim] = length
+    v = value.meta["val"]
+    return [str(d) for d in v.shape] == [str(d) for d in shape] and v.dtype == cache.meta["val"].dtype

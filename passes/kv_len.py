@@ -1,0 +1,27 @@
+"""Every global attention gets the filled length `pos[-1] + 1` as an int32 device scalar: it reads no more of the cache than is filled."""
+
+from __future__ import annotations
+
+import torch
+
+import passes.edit as edit
+from passes.edit import KILN, PassError
+from passes.records import Lowered, PassOptions, PassReport
+
+aten = torch.ops.aten
+ATTENTION = (KILN.global_attention.default, KILN.tq4_attention.default)
+
+
+def run(lowered: Lowered, options: PassOptions) -> PassReport:
+    if not options.kv_len:
+        return PassReport("kv_len", "off", note="attention sweeps the whole cache")
+    ep = lowered.program
+    calls = [n for n in ep.graph.nodes if edit.is_call(n, *ATTENTION) and n.args[-1] is None]
+    if not calls:
+        raise PassError("pass kv_len: no global attention without a length found")
+    first = calls[0]
+    last = edit.emit(ep, first, aten.slice.Tensor, edit.user_input(ep, "pos"), 0, -1, 2**63 - 1)
+    length = edit.emit(ep, first, aten.to.dtype, edit.emit(ep, first, aten.add.Tensor, last, 1), torch.int32)
+    for call in calls:
+        call.args = (*call.args[:-1], length)
+    return PassReport("kv_len", "applied", len(calls))

@@ -1,0 +1,50 @@
+"""The ordered list of passes, and the loop that runs and verifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, turboquant
+from passes.edit import PassError, finish
+from passes.records import Lowered, PassOptions, PassReport
+from passes.verifier import verify
+
+Pass = Callable[[Lowered, PassOptions], PassReport]
+
+PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("index_copy", index_copy.run),
+    ("turboquant", turboquant.run),
+    ("kv_len", kv_len.run),
+    ("chunked_lm_head", chunked_lm_head.run),
+    ("free_kv_buffers", free_kv_buffers.run),
+)
+
+
+def run_pipeline(
+    program: ExportedProgram, options: PassOptions, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
+) -> Lowered:
+    """Run every pass in order, in place. `dump`: a directory for the text of the graph after each; `after`: called after each (tests)."""
+    lowered = Lowered(program)
+    verify(program, "export")
+    _dump(program, dump, 0, "export")
+    for i, (name, run) in enumerate(PIPELINE, 1):
+        report = run(lowered, options)
+        finish(program)
+        try:
+            verify(program, name)
+        except PassError as e:
+            raise PassError(f"after pass {name}: {e}") from e
+        lowered.reports.append(report)
+        _dump(program, dump, i, name)
+        if after:
+            after(name, program)
+    return lowered
+
+
+def _dump(program: ExportedProgram, directory: Path | None, index: int, name: str) -> None:
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{index}_{name}.txt").write_text(program.graph_module.print_readable(print_output=False))
