@@ -1,9 +1,9 @@
 """Choosing the next token on the device: greedy, or temperature, top-k, top-p and Gumbel noise from a counter-based hash.
 
 - Order: temperature, then top-k, then top-p over what top-k left.
-- Tokens as probable as the last one kept are kept too, by top-k and by top-p: the kept set is {logit >= cut}, whatever the order of the ids.
-- Probability mass is counted in integers, floor(2^40 exp((logit - max) / temperature)), so that a sum does not depend on its order. A token more
-  than 27.7 nats below the best has mass 0; the noise, within -2.8 .. 16.7, could not make it win either.
+- Tokens as probable as the last one kept are kept too, by top-k and by top-p: the kept set is {logit >= cut}.
+- Probability mass is counted in integers, floor(2^40 exp((logit - max) / temperature)), so that a sum does not depend on its order.
+  A token more than 27.8 nats below the best has mass 0; the noise, within -2.9 .. 16.7, could not make it win either.
 - The noise depends on (seed, position, token id) alone: the same seed gives the same tokens on every target.
 """
 
@@ -30,7 +30,8 @@ def noise_bits(seed: torch.Tensor, pos: torch.Tensor, tokens: int) -> torch.Tens
     key = hash32((seed & _LOW) ^ 0x1E3779B9)
     key = hash32(key ^ (seed >> 32 & _LOW))
     key = hash32(key ^ (pos & _LOW))
-    return hash32(hash32(torch.arange(tokens, device=seed.device) ^ key) ^ key)  # the key twice: no two streams are permutations of each other
+    # The key goes in twice, or else two streams would be permutations of each other.
+    return hash32(hash32(torch.arange(tokens, device=seed.device) ^ key) ^ key)
 
 
 def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
@@ -61,13 +62,17 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
            pos: torch.Tensor) -> torch.Tensor:
     """One token id, int64 [1], from logits [1, V] float32; -inf forbids a token.
 
-    temperature [1] float32: 0 or less takes the most probable token, of equals the lowest id. top_k [1] int32: 0 or less, or V or more, is off.
-    top_p [1] float32: 1 or more is off; else the fewest most probable tokens whose mass reaches it, at least one.
-    seed [1] int64; pos [1] int64, the position the logits belong to. None of them is read on the host.
-    Raises ValueError when logits is not one row.
+    temperature [1] float32: 0 or less takes the most probable token, of equals the lowest id.
+    top_k [1] int32: 0 or less, or V or more, is off. top_p [1] float32: 1 or more is off; else the fewest most probable tokens
+    whose mass reaches it, at least one. seed [1] int64; pos [1] int64, the position the logits belong to.
+    None of them is read on the host. Raises ValueError when a shape or dtype is another.
     """
-    if logits.shape[0] != 1 or logits.dtype != torch.float32:
+    if logits.dim() != 2 or logits.shape[0] != 1 or logits.dtype != torch.float32:
         raise ValueError(f"sample: logits is {logits.dtype} {tuple(logits.shape)}; expected float32 [1, V]")
+    for name, value, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
+                               ("seed", seed, torch.int64), ("pos", pos, torch.int64)):
+        if value.dtype != dtype or value.shape != (1,):
+            raise ValueError(f"sample: {name} is {value.dtype} {tuple(value.shape)}; expected {dtype} (1,)")
     if not use_triton(logits):
         return reference(logits, temperature, top_k, top_p, seed, pos)
     raise NotImplementedError("sample has no kernel for this device yet")
