@@ -219,7 +219,7 @@ class _Part:
 
     def _tensor(self, name: str, shape: tuple[int, ...], number: int, data: int, offset: int, align: int) -> TensorInfo:
         if offset % align:
-            raise KilnError(f"{self.path}: tensor {name} starts at data offset {offset}, which is no multiple of {align}; the file is damaged")
+            raise KilnError(f"{self.path}: tensor {name} is misaligned: offset {offset} is no multiple of {align}; the file is damaged")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
