@@ -1,8 +1,21 @@
-"""What the attention ops share: the plain attention their references end in, and (below) the pieces of their kernels."""
+"""What the attention ops share: the plain attention their references end in, and the flash-attention kernels over 16- and 32-bit keys.
+
+Both kernels walk positions in order; a ring (RING > 0) turns a position into a slot modulo RING, a cache (RING = 0) uses it as it is.
+Masked or absent keys and values are loaded as zeros, so garbage in the cache, NaN included, reaches no result.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import triton
+import triton.language as tl
+
+from custom_ops.launch import kernel
+from custom_ops.target import KIB, GpuTarget
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def check_heads(op: str, q: torch.Tensor, kv_heads: int, head_dim: int) -> None:
@@ -28,3 +41,172 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
     out = torch.matmul(weights, v.permute(1, 0, 2).unsqueeze(1))  # [KV, G, T, D]
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(q.dtype)
+
+
+@triton.jit
+def softmax_step(scores, m, axis: tl.constexpr):
+    """One step of the online softmax over `axis`, base 2: weights, the new maximum, and the factor of what was summed before."""
+    new = tl.maximum(m, tl.max(scores, axis))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is NaN: rows that have seen no key yet
+    return tl.exp2(scores - tl.expand_dims(safe, axis)), new, tl.exp2(m - safe)
+
+
+@triton.jit
+def decode_range(pos_ptr, len_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr):
+    """Positions [start, end) of the stored keys that one query attends to."""
+    if WINDOW > 0:
+        end = tl.load(pos_ptr).to(tl.int32)
+        start = tl.maximum(end - WINDOW + 1, 0)
+    else:
+        start = 0
+        if HAS_LEN:
+            end = tl.load(len_ptr).to(tl.int32)
+        else:
+            end = tl.load(pos_ptr).to(tl.int32) + 1
+    return start, end
+
+
+@triton.jit
+def split_size(start, end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of one split: whole blocks, so that few keys make few splits."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end - start, SPLITS), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
+                        RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
+                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2].
+
+    Products are transposed, S^T = K Q^T and O^T = V^T P^T, because a group of 8 heads fills the N of a tensor-core tile, but half its M.
+    """
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
+    size = split_size(start, end, SPLITS, BLOCK_N)
+    low = start + split * size
+    if low >= end:
+        return  # the merge computes the same split size and does not read this one
+    high = tl.minimum(low + size, end)
+    group = tl.arange(0, PAD)
+    dim = tl.arange(0, D)
+    heads = head * GROUP + group
+    q = tl.load(q_ptr + heads[None, :] * D + dim[:, None], mask=group[None, :] < GROUP, other=0.0)
+    m = tl.full([PAD], float("-inf"), tl.float32)
+    total = tl.zeros([PAD], tl.float32)
+    acc = tl.zeros([D, PAD], tl.float32)
+    for n in tl.range(low, high, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        row = p % RING if RING > 0 else p
+        offset = row[:, None] * (KV * D) + head * D + dim[None, :]
+        k = tl.load(k_ptr + offset, mask=(p < high)[:, None], other=0.0)
+        v = tl.load(v_ptr + offset, mask=(p < high)[:, None], other=0.0)
+        scores = tl.dot(k, q, input_precision="ieee") * LOG2E
+        scores = tl.where((p < high)[:, None], scores, float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 0)
+        total = total * scale + tl.sum(weights, 0)
+        acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
+    part = split * (KV * GROUP) + heads
+    tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
+    tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
+    tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
+
+
+@triton.jit
+def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constexpr, SPLITS_PAD: tl.constexpr):
+    """Sum the `active` splits of a head: maximum, total weight, unnormalized output [D]."""
+    CHUNK: tl.constexpr = 8
+    dim = tl.arange(0, D)
+    split = tl.arange(0, SPLITS_PAD)
+    m = tl.max(tl.load(ml_ptr + (split * HEADS + head) * 2, mask=split < active, other=float("-inf")), 0)
+    safe = tl.where(m == float("-inf"), 0.0, m)
+    total = 0.0
+    acc = tl.zeros([CHUNK, D], tl.float32)
+    for s in tl.range(0, active, CHUNK):
+        split = s + tl.arange(0, CHUNK)
+        part = split * HEADS + head
+        scale = tl.exp2(tl.load(ml_ptr + part * 2, mask=split < active, other=float("-inf")) - safe)
+        total += tl.sum(tl.load(ml_ptr + part * 2 + 1, mask=split < active, other=0.0) * scale, 0)
+        acc += tl.load(o_ptr + part[:, None] * D + dim[None, :], mask=(split < active)[:, None], other=0.0) * scale[:, None]
+    return m, total, tl.sum(acc, 0)
+
+
+@triton.jit
+def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
+                       HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+                       BLOCK_N: tl.constexpr):
+    """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value, which the ring does not hold yet."""
+    head = tl.program_id(0)
+    dim = tl.arange(0, D)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
+    active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
+    m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
+    if WINDOW > 0:
+        own = (head // GROUP) * D + dim
+        q = tl.load(q_ptr + head * D + dim).to(tl.float32)
+        score = tl.sum(q * tl.load(k_ptr + own).to(tl.float32), 0) * LOG2E
+        new = tl.maximum(m, score)
+        scale = tl.exp2(m - new)
+        weight = tl.exp2(score - new)
+        total = total * scale + weight
+        acc = acc * scale + tl.load(v_ptr + own).to(tl.float32) * weight
+    tl.store(out_ptr + head * D + dim, acc / total)
+
+
+@triton.jit
+def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, out_ptr, tokens, WINDOW: tl.constexpr, RING: tl.constexpr,
+                         KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M rows of one KV head against its keys, a row being a (token, head of the group) pair, tokens major.
+
+    RING = 0: k_ptr, v_ptr are a cache that holds the chunk. RING > 0: they are the chunk's own, and the past is in the ring.
+    """
+    head = tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest sweeps start first
+    dim = tl.arange(0, D)
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = r // GROUP
+    first = (block * BLOCK_M) // GROUP
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    pos = tl.load(pos_ptr).to(tl.int32)
+    in_out = token[:, None] * (KV * GROUP * D) + (head * GROUP + r % GROUP)[:, None] * D + dim[None, :]
+    q = tl.load(q_ptr + in_out, mask=(token < tokens)[:, None], other=0.0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+
+    # blocks of the past, then blocks of the chunk, in one loop: two loops would keep q in registers across both
+    if RING > 0:
+        past_low = tl.maximum(pos + first - WINDOW + 1, 0)
+        past_blocks = tl.cdiv(tl.maximum(pos - past_low, 0), BLOCK_N)
+        low = pos + tl.maximum(first - WINDOW + 1, 0)
+    else:
+        past_low = 0
+        past_blocks = 0
+        low = 0
+    end = pos + last + 1
+    for b in tl.range(0, past_blocks + tl.cdiv(end - low, BLOCK_N)):
+        if RING > 0:
+            past = b < past_blocks
+            p = tl.where(past, past_low + b * BLOCK_N, low + (b - past_blocks) * BLOCK_N) + tl.arange(0, BLOCK_N)
+            row = tl.where(past, p % RING, p - pos)
+            held = p < tl.where(past, pos, end)
+            k_base = tl.where(past, k_ring_ptr, k_ptr)
+            v_base = tl.where(past, v_ring_ptr, v_ptr)
+        else:
+            p = b * BLOCK_N + tl.arange(0, BLOCK_N)
+            row = p
+            held = p < end
+            k_base = k_ptr
+            v_base = v_ptr
+        offset = row[:, None] * (KV * D) + head * D + dim[None, :]
+        k = tl.load(k_base + offset, mask=held[:, None], other=0.0)
+        v = tl.load(v_base + offset, mask=held[:, None], other=0.0)
+        distance = pos + token[:, None] - p[None, :]
+        mask = (distance >= 0) & held[None, :]
+        if WINDOW > 0:
+            mask &= distance < WINDOW
+        scores = tl.where(mask, tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2E, float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 1)
+        total = total * scale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * scale[:, None], input_precision="ieee")
+    tl.store(out_ptr + in_out, acc / total[:, None], mask=(token < tokens)[:, None])

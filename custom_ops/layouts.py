@@ -243,7 +243,7 @@ def _items(words: torch.Tensor, bits: int) -> torch.Tensor:
     """
     i = torch.arange(32 // bits, dtype=torch.int32, device=words.device)
     shift = ((i & 3) << 3) + (i >> 2) * bits
-    items = (words.unsqueeze(-2) >> shift.unsqueeze(-1)) & ((1 << bits) - 1)
+    items = torch.bitwise_right_shift(words.unsqueeze(-2), shift.unsqueeze(-1)) & ((1 << bits) - 1)  # >> has no meta for dynamic shapes
     return items.flatten(-3, -2)
 
 

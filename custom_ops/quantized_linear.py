@@ -1,12 +1,50 @@
-"""Linear layer whose weight stays in its GGUF block format: `x @ dequantize(words, halves)`."""
+"""Linear layer whose weight stays in its GGUF block format: `x @ dequantize(words, halves)`.
+
+A few tokens: GEMV straight from the packed weight, K split over enough programs to fill the card, the partial sums added in a fixed order.
+More tokens, or a number only known at run time: dequantize a chunk of rows into scratch, then a dense matmul.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import triton
 from torch.library import triton_op
 
-from custom_ops.launch import use_triton
+from custom_ops.launch import kernel, use_triton
 from custom_ops.layouts import LAYOUTS, dequantize
+from custom_ops.quantized_kernels import dequantize_rows, gemv, sum_partials
+from custom_ops.registry import KernelCase
+from custom_ops.target import MIB, GpuTarget, current_target
+
+MAX_GEMV_TOKENS = 8  # beyond, reading the weight once for all tokens pays for the scratch
+MAX_SCRATCH_BYTES = 256 * MIB  # of dequantized weight; a larger matrix is done in chunks along N
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """How the GEMV is spread over one architecture."""
+
+    rows: int = 128  # of a program of one warp, four to a lane: one 16-byte load for each word
+    wide_rows: int = 256  # of a program where N is at least wide_n: each value of x serves eight rows
+    wide_n: int = 32768
+    programs_per_sm: int = 12
+    stages: int = 1  # above 1: loads run ahead through shared memory
+
+
+GEMV_CONFIGS: dict[int, GemvConfig] = {}  # by architecture; the others take the default
+DEQUANTIZE_ROWS = 256  # of a program of one warp: eight to a lane, 16-byte stores in bfloat16
+SUM_ROWS = 64
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+
+
+def format_constants(kind: str) -> dict[str, int | bool]:
+    """The constants of a block format that every kernel over packed weights takes."""
+    layout = LAYOUTS[kind]
+    return {"BITS": BITS[kind], "BLOCK": layout.block, "MINIMUM": kind in MINIMUM, "WORDS": layout.words, "HALVES": layout.halves}
 
 
 def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
@@ -15,7 +53,7 @@ def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: 
 
 
 def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, kind: str) -> None:
-    """ValueError unless words and halves have the shapes of a packed matrix of this block type."""
+    """ValueError unless words and halves are a packed matrix of this block type, or a slice of one along N."""
     if kind not in LAYOUTS:
         raise ValueError(f"{op}: no packed layout for block type {kind}; known: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
@@ -23,6 +61,65 @@ def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, kind: str) 
     if words.shape[1] != layout.words or halves.shape != (blocks, layout.halves, rows):
         expected = f"[G, {layout.words}, N] and [G, {layout.halves}, N]"
         raise ValueError(f"{op}: {kind} words {tuple(words.shape)} and halves {tuple(halves.shape)}; expected {expected}")
+    for name, tensor in (("words", words), ("halves", halves)):
+        if tensor.stride(2) != 1 or tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous tensor or a slice of one along N")
+
+
+def gemv_launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget) -> tuple[dict[str, int], int]:
+    """(constants of `gemv` beside the format's, number of splits of K)."""
+    config = GEMV_CONFIGS.get(target.sm, GemvConfig())
+    rows = config.wide_rows if n >= config.wide_n else config.rows
+    groups = {"Q4_K": 8, "Q5_K": 4, "Q6_K": 2}.get(kind, 1)  # the most whose loads still fit the registers
+    steps = k // (32 * groups)
+    wanted = config.programs_per_sm * target.sm_count / (triton.cdiv(n, rows) * tokens)
+    divisors = [d for d in range(1, min(steps, MAX_SPLITS) + 1) if steps % d == 0]  # equal shares: no program waits for another's last step
+    splits = min(divisors, key=lambda d: max(d / wanted, wanted / d))
+    return {"GROUPS": groups, "STAGES": config.stages, "ROWS": rows, "EVEN": n % rows == 0}, splits
+
+
+def gemv_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
+    """float32 [splits, T, N] whose sum over splits is the product; x [T, K] contiguous, T small."""
+    (tokens, k), n = x.shape, words.shape[2]
+    constants, splits = gemv_launch(kind, tokens, n, k, current_target())
+    partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
+    kernel(gemv)[grid](x, words, halves, partials, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
+                       num_warps=1)
+    return partials
+
+
+def sum_splits(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 [splits, T, N] -> [T, N] in dtype, summed in a fixed order."""
+    splits, tokens, n = partials.shape
+    out = torch.empty((tokens, n), dtype=dtype, device=partials.device)
+    grid = (triton.cdiv(tokens * n, SUM_ROWS),)
+    kernel(sum_partials)[grid](partials, out, tokens * n, splits, SPLITS=triton.next_power_of_2(splits), ROWS=SUM_ROWS, num_warps=4)
+    return out
+
+
+def chunk_rows(n: int, k: int, itemsize: int) -> int:
+    """Rows of the equal chunks, a multiple of DEQUANTIZE_ROWS, in which a matrix [n, k] goes through MAX_SCRATCH_BYTES of scratch."""
+    most = max(MAX_SCRATCH_BYTES // (k * itemsize) // DEQUANTIZE_ROWS, 1) * DEQUANTIZE_ROWS
+    chunks = triton.cdiv(n, most)
+    return triton.cdiv(triton.cdiv(n, chunks), DEQUANTIZE_ROWS) * DEQUANTIZE_ROWS
+
+
+def dequantize_launch(kind: str, n: int) -> dict[str, int | bool]:
+    """Constants of `dequantize_rows` beside the format's, for a whole matrix of n rows."""
+    groups = LAYOUTS[kind].block // 32
+    return {"GATHER": False, "GROUPS": groups, "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
+
+
+def dequantized(words: torch.Tensor, halves: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix transposed, [K, N] in dtype, as `layouts.dequantize` rounded to dtype."""
+    blocks, n = words.shape[0], words.shape[2]
+    k = blocks * LAYOUTS[kind].block
+    out = torch.empty((k, n), dtype=dtype, device=words.device)
+    grid = (triton.cdiv(n, DEQUANTIZE_ROWS), blocks)
+    kernel(dequantize_rows)[grid](words, halves, words, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind),
+                                  **dequantize_launch(kind, n), num_warps=1)
+    return out
 
 
 @triton_op("kiln::quantized_linear", mutates_args=())
@@ -30,14 +127,22 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
     """x [T, K] float32 or bfloat16, words int32 [G, W, N], halves float16 [G, H, N] -> [T, N] in x's dtype, accumulated in float32.
 
     The weight is the packed matrix [N, K] of block type `kind` (see `layouts`), or a slice of it along N.
-    Raises ValueError when the shapes do not fit.
+    Raises ValueError when a shape or dtype does not fit.
     """
     check_weight("quantized_linear", words, halves, kind)
-    if x.shape[1] != words.shape[0] * LAYOUTS[kind].block:
-        raise ValueError(f"quantized_linear: x is {tuple(x.shape)}, the {kind} weight has K = {words.shape[0] * LAYOUTS[kind].block}")
+    if x.shape[1] != words.shape[0] * LAYOUTS[kind].block or x.dtype not in (torch.float32, torch.bfloat16):
+        k = words.shape[0] * LAYOUTS[kind].block
+        raise ValueError(f"quantized_linear: x is {x.dtype} {tuple(x.shape)}; expected float32 or bfloat16 [T, {k}]")
     if not use_triton(x):
         return reference(x, words, halves, kind)
-    raise NotImplementedError("quantized_linear has no kernel for this device yet")
+    x = x.contiguous()
+    if isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS:
+        return sum_splits(gemv_partials(x, words, halves, kind), x.dtype)
+    n = words.shape[2]
+    step = chunk_rows(n, x.shape[1], x.element_size())
+    # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
+    parts = [torch.mm(x, dequantized(words[:, :, i : i + step], halves[:, :, i : i + step], kind, x.dtype)) for i in range(0, n, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def bytes_moved(kind: str, tokens: int, n: int, k: int, itemsize: int = 2) -> int:
@@ -47,5 +152,5 @@ def bytes_moved(kind: str, tokens: int, n: int, k: int, itemsize: int = 2) -> in
 
 
 def flops(tokens: int, n: int, k: int) -> int:
-    """Floating-point operations of the product, an addition and a multiplication for each weight and token."""
+    """Floating-point operations of the product: an addition and a multiplication for each weight and token."""
     return 2 * tokens * n * k

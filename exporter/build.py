@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exporter.artifact import staged, write_manifest
 from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
-from exporter.config import ModelConfig, check_tensors
+from exporter.config import check_tensors, from_gguf
 from exporter.errors import KilnError
 from exporter.export import GraphSpec
 from exporter.gguf import GGUFFile, open_gguf
@@ -62,10 +62,8 @@ def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...]) -> GraphSpec:
     """Check the file against its architecture, then plan its weights; nothing is read but shapes."""
-    config = ModelConfig.from_gguf(gguf)
-    unknown = check_tensors(config, gguf)
-    if unknown:
-        say(f"skipping {len(unknown)} tensors this model does not use: {', '.join(unknown[:6])}{' …' if len(unknown) > 6 else ''}")
+    config = from_gguf(gguf)
+    check_tensors(config, gguf)
     if options.max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {options.max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)

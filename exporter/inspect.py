@@ -7,14 +7,14 @@ from pathlib import Path
 
 from exporter.artifact import read_manifest
 from exporter.artifact import verify as verify_artifact
-from exporter.config import ModelConfig, check_tensors
+from exporter.config import check_tensors, from_gguf
 from exporter.gguf import open_gguf
 
 
 def gguf(path: Path) -> dict:
     """Configuration, tensor types and sizes of a GGUF file, after the checks that export makes."""
     file = open_gguf(path)
-    config = ModelConfig.from_gguf(file)
+    config = from_gguf(file)
     skipped = check_tensors(config, file)
     return {
         "file": str(path),

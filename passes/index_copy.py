@@ -12,7 +12,6 @@ import passes.edit as edit
 from passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
-INDEX_PUT = (aten.index_put_.default, aten.index_put.default)
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
@@ -24,6 +23,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         if write is None:
             continue
         cache, dim, index, value = write
+        if value.meta["val"].dim() < cache.meta["val"].dim():
+            value = edit.emit(ep, node, aten.view.default, value, _region(cache, dim, 1))
         new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
         edit.replace(ep, node, new)
         matches += 1
@@ -69,9 +70,15 @@ def _slice_copy(ep, node: Node, buffers) -> tuple | None:
     return cache, dim, index, value
 
 
-def _fills(cache: Node, dim: int, length, value: Node) -> bool:
-    """`value` has exactly the shape of the written region: nothing is broadcast."""
+def _region(cache: Node, dim: int, length) -> list:
     shape = list(cache.meta["val"].shape)
     shape[dim] = length
-    v = value.meta["val"]
-    return [str(d) for d in v.shape] == [str(d) for d in shape] and v.dtype == cache.meta["val"].dtype
+    return shape
+
+
+def _fills(cache: Node, dim: int, length, value: Node) -> bool:
+    """`value` has exactly the shape of the written region, but for leading ones, which Python's indexing strips: nothing is broadcast."""
+    region, v = [str(d) for d in _region(cache, dim, length)], value.meta["val"]
+    shape = [str(d) for d in v.shape]
+    missing = len(region) - len(shape)
+    return v.dtype == cache.meta["val"].dtype and region == ["1"] * missing + shape

@@ -45,7 +45,7 @@ class Json {
   uint32_t size_ = 0;  // string: bytes; array: elements; object: members
   union {
     bool bool_;
-    int64_t int_;
+    int64_t int_ = 0;
     double float_;
     const char* text_;
     const Json* items_;  // array: size_ values; object: size_ pairs (key, value)

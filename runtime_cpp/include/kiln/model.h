@@ -1,0 +1,52 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kiln/artifact.h"
+#include "kiln/tokenizer.h"
+
+namespace kiln {
+
+struct LoadOptions {
+  // "cpu", "cuda", "cuda:1"; "auto" is the first GPU when there is one and the artifact has a GPU target, else the CPU.
+  std::string device = "auto";
+  bool verify = false;  // recompute every SHA-256 before anything is used
+  int threads = 1;      // of verify
+  std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far
+};
+
+// A loaded artifact on one device: its weights, its tokenizer. Shared by any number of sessions; immutable.
+class Model {
+ public:
+  // Throws Error when the artifact is damaged, has no target for the device, or does not fit into its memory.
+  static std::shared_ptr<const Model> load(const std::string& directory, const LoadOptions& options = {});
+  ~Model();
+
+  const Artifact& artifact() const;
+  const Tokenizer& tokenizer() const;  // Error when the artifact has none
+  bool has_tokenizer() const;
+  const TargetSpec& target() const;
+  std::string device() const;  // "cpu", "cuda:0"
+  int64_t vocab_size() const;  // of the logits
+  bool is_eog(int64_t token) const;
+
+  // `raw`: BOS and the text. Else one user turn in the chat template, when the artifact has one.
+  std::vector<int64_t> encode_prompt(std::string_view text, bool raw = false) const;
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  explicit Model(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Threads of the CPU kernels, for the whole process.
+void set_threads(int threads);
+std::string version();  // "0.1.0 (artifact format 1, torch 2.11.0)"
+
+}  // namespace kiln

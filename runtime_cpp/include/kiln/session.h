@@ -1,0 +1,70 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kiln/model.h"
+
+namespace kiln {
+
+struct Sampling {
+  float temperature = 0;  // 0: greedy
+  int32_t top_k = 0;      // 0: off
+  float top_p = 1;        // 1: off
+  int64_t seed = 0;
+};
+
+struct SessionOptions {
+  int64_t prefill_chunk = 0;  // tokens of one prefill call, 1 .. the artifact's; 0: the artifact's
+  bool graph = true;          // on a GPU: replay the decode step as a CUDA graph
+};
+
+enum class Stop { Eog, Length, MaxSeqLen, Callback };
+const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
+
+struct MemoryReport {  // bytes
+  uint64_t weights = 0, kv_ring = 0, kv_global = 0;
+  uint64_t other = 0;  // GPU: the rest of the allocator's memory. CPU: the process's anonymous memory less the KV cache
+  uint64_t total() const { return weights + kv_ring + kv_global + other; }
+};
+
+// One timeline over a model: its own KV caches and position. Not for two threads at once; several sessions never share state.
+class Session {
+ public:
+  // Throws Error when the compiled models and the manifest disagree or the KV caches do not fit into the device's memory.
+  explicit Session(std::shared_ptr<const Model> model, const SessionOptions& options = {});
+  ~Session();
+
+  // Appends `tokens` at position() and returns the token sampled after them. Throws Error, before any work, when they are
+  // not token ids or do not fit into max_seq_len.
+  int64_t prefill(const std::vector<int64_t>& tokens);
+
+  // Feeds the token sampled last (or `token`) at position() and returns the next one.
+  int64_t decode();
+  int64_t decode(int64_t token);
+
+  // Hands the sampled token and up to max_new_tokens - 1 further ones to `on_token`, until it returns false, an end-of-generation
+  // token (which is not handed out) when stop_at_eog, or max_seq_len. The token handed out last is not in the caches yet.
+  Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog = true);
+
+  int64_t position() const;  // tokens in the caches
+  void reset();              // empties the caches: position 0
+
+  void set_sampling(const Sampling& sampling);  // Error on values out of range
+
+  // Logits [vocab_size] of the last position. Error before the first prefill, and after a generate() on a GPU that stopped
+  // with a step in flight, unless a sink is set.
+  const std::vector<float>& logits();
+  // Called with every logits row as it is computed: one per prefill chunk and decode step. Steps then run one by one.
+  void set_logits_sink(std::function<void(const std::vector<float>&)> sink);
+
+  MemoryReport memory() const;
+  const Model& model() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kiln

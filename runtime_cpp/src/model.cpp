@@ -1,0 +1,174 @@
+#include "kiln/model.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <set>
+
+#include "file.h"
+#include "model_impl.h"
+
+namespace kiln {
+
+namespace {
+
+struct Place {
+  bool cuda = false;
+  int index = 0;
+  const TargetSpec* target = nullptr;
+};
+
+std::string sm_name(std::pair<int, int> cc) { return "sm_" + std::to_string(cc.first) + std::to_string(cc.second); }
+
+Place cuda_place(const Artifact& artifact, int index) {
+  auto cc = cuda_compute_capability(index);
+  const TargetSpec* target = artifact.find_target(true, cc.first, cc.second);
+  if (!target)
+    fail(artifact.directory(), ": no target for cuda:", index, ", which is ", sm_name(cc), "; the artifact has: ", artifact.target_names(),
+         ". Export with --target ", sm_name(cc), artifact.find_target(false) ? ", or run with --device cpu" : "");
+  return {true, index, target};
+}
+
+Place cpu_place(const Artifact& artifact) {
+  const TargetSpec* target = artifact.find_target(false);
+  if (!target) fail(artifact.directory(), ": no CPU target; the artifact has: ", artifact.target_names(), ". Export with --target cpu");
+  return {false, 0, target};
+}
+
+Place choose_place(const Artifact& artifact, const std::string& device) {
+  if (device == "cpu") return cpu_place(artifact);
+  std::string why;
+  if (device == "auto") {
+    bool has_gpu_target = std::any_of(artifact.targets.begin(), artifact.targets.end(), [](const TargetSpec& t) { return t.cuda; });
+    if (has_gpu_target && cuda_device_count(&why) > 0) return cuda_place(artifact, 0);
+    if (!artifact.find_target(false)) fail(artifact.directory(), ": has targets ", artifact.target_names(), ", but no usable GPU: ", why);
+    return cpu_place(artifact);
+  }
+  size_t used = 0;
+  int index = 0;
+  if (device.rfind("cuda:", 0) == 0 && device.size() > 5 && device.find_first_not_of("0123456789", 5) == std::string::npos && device.size() < 9)
+    index = std::stoi(device.substr(5), &used);
+  else if (device != "cuda")
+    fail("unknown device '", device, "'; use cpu, cuda or cuda:N");
+  int count = cuda_device_count(&why);
+  if (count == 0) fail("no usable GPU for --device ", device, ": ", why);
+  if (index >= count) fail("--device ", device, ": this machine has ", count, count == 1 ? " GPU" : " GPUs");
+  return cuda_place(artifact, index);
+}
+
+// A package runs on the torch it was compiled with and on newer ones, not on older ones.
+void check_torch(const std::string& producer) {
+  int major = 0, minor = 0;
+  if (std::sscanf(producer.c_str(), "%d.%d", &major, &minor) != 2) fail("manifest.json: producer.torch '", producer, "' is not a version");
+  if (std::pair(major, minor) > std::pair(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR))
+    fail("the artifact was compiled with torch ", producer, ", this runner has ", TORCH_VERSION, "; rebuild the runner with that torch");
+}
+
+void check_inputs(const char* entry, const EntryPoint& point) {
+  static const std::set<std::string> known = {"tokens", "pos", "temperature", "top_k", "top_p", "seed"};
+  for (const ValueSpec& v : point.inputs)
+    if (!known.count(v.name)) fail("manifest.json: ", entry, " has the input '", v.name, "', which this runner does not know");
+  for (const char* name : {"tokens", "pos"}) {
+    auto it = std::find_if(point.inputs.begin(), point.inputs.end(), [&](const ValueSpec& v) { return v.name == name; });
+    if (it == point.inputs.end() || it->dtype != DType::I64) fail("manifest.json: ", entry, " has no int64 input '", name, "'");
+  }
+  for (const auto& [name, dtype] : {std::pair("token", DType::I64), std::pair("logits", DType::F32)}) {
+    auto it = std::find_if(point.outputs.begin(), point.outputs.end(), [&, n = name](const ValueSpec& v) { return v.name == n; });
+    if (it == point.outputs.end() || it->dtype != dtype) fail("manifest.json: ", entry, " has no ", dtype_name(dtype), " output '", name, "'");
+  }
+}
+
+}  // namespace
+
+at::ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::U8: return at::kByte;
+    case DType::I32: return at::kInt;
+    case DType::I64: return at::kLong;
+    case DType::F16: return at::kHalf;
+    case DType::BF16: return at::kBFloat16;
+    case DType::F32: return at::kFloat;
+  }
+  fail("internal error: dtype");
+}
+
+std::string gigabytes(uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f GB", static_cast<double>(bytes) / 1e9);
+  return text;
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::~Model() = default;
+
+std::shared_ptr<const Model> Model::load(const std::string& directory, const LoadOptions& options) {
+  c10::InferenceMode inference;
+  auto impl = std::make_unique<Impl>(directory);
+  const Artifact& artifact = impl->artifact;
+  check_torch(artifact.producer_torch);
+  check_inputs("prefill", artifact.prefill);
+  check_inputs("decode", artifact.decode);
+  Place place = choose_place(artifact, options.device);
+  impl->target = place.target;
+  std::string package = artifact.path(place.target->file);
+  if (uint64_t size = file_size(package); size != place.target->bytes)
+    fail(package, ": ", size, " bytes, the manifest says ", place.target->bytes, "; copy the artifact again");
+  if (options.verify) artifact.verify(*place.target, options.threads);
+
+  for (const ValueSpec& v : artifact.decode.outputs)
+    if (v.name == "logits") impl->vocab_size = v.shape.empty() ? 0 : v.shape.back();
+  if (impl->vocab_size <= 0) fail(directory, "/manifest.json: decode's logits have no vocabulary size");
+  if (artifact.tokenizer) {
+    impl->tokenizer = Tokenizer::load(artifact.path(artifact.tokenizer->file));
+    if (artifact.tokenizer->bos.value_or(-1) != impl->tokenizer->bos())
+      fail(directory, ": BOS is ", artifact.tokenizer->bos.value_or(-1), " in manifest.json, ", impl->tokenizer->bos(), " in ", artifact.tokenizer->file);
+    if (impl->tokenizer->size() > impl->vocab_size)
+      fail(directory, ": the tokenizer has ", impl->tokenizer->size(), " tokens, the model ", impl->vocab_size);
+  }
+
+  impl->backend = place.cuda ? make_cuda_backend(place.index) : make_cpu_backend();
+  if (!artifact.constants.empty()) {
+    uint64_t begin = UINT64_MAX, end = 0;
+    for (const ConstantSpec& c : artifact.constants) begin = std::min(begin, c.offset), end = std::max(end, c.offset + c.bytes);
+    if (place.cuda) {
+      uint64_t free = impl->backend->free_bytes();
+      if (end - begin > free)
+        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), ", "cuda:", place.index, " has ", gigabytes(free), " (", free, " bytes) free");
+    }
+    impl->blob = impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
+    auto* base = static_cast<char*>(impl->blob.data_ptr());
+    for (const ConstantSpec& c : artifact.constants)
+      impl->constants[c.name] = at::from_blob(base + (c.offset - begin), c.shape, at::TensorOptions(scalar_type(c.dtype)).device(impl->blob.device()));
+  }
+  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+}
+
+const Artifact& Model::artifact() const { return impl_->artifact; }
+bool Model::has_tokenizer() const { return impl_->tokenizer.has_value(); }
+const Tokenizer& Model::tokenizer() const {
+  if (!impl_->tokenizer) fail(impl_->artifact.directory(), ": has no tokenizer; give token ids");
+  return *impl_->tokenizer;
+}
+const TargetSpec& Model::target() const { return *impl_->target; }
+std::string Model::device() const { return impl_->backend->device().str(); }
+int64_t Model::vocab_size() const { return impl_->vocab_size; }
+bool Model::is_eog(int64_t token) const {
+  const auto& spec = impl_->artifact.tokenizer;
+  return spec && std::find(spec->eog.begin(), spec->eog.end(), token) != spec->eog.end();
+}
+
+std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {
+  const auto& chat = impl_->artifact.chat;
+  if (raw || !chat) return tokenizer().encode(text);
+  return tokenizer().encode_chat(chat->prefix, text, chat->suffix);
+}
+
+void set_threads(int threads) { at::set_num_threads(threads); }
+
+std::string version() { return std::string("0.1.0 (artifact format ") + std::to_string(kFormatVersion) + ", torch " + TORCH_VERSION + ")"; }
+
+}  // namespace kiln

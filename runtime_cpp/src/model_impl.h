@@ -1,0 +1,29 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+
+#include "backend.h"
+#include "kiln/model.h"
+
+namespace kiln {
+
+struct Model::Impl {
+  explicit Impl(const std::string& directory) : artifact(directory) {}
+
+  Artifact artifact;  // owns the mapping that the CPU's constants view
+  const TargetSpec* target = nullptr;
+  std::unique_ptr<Backend> backend;
+  std::optional<Tokenizer> tokenizer;
+  int64_t vocab_size = 0;
+  at::Tensor blob;                                        // uint8, all weights
+  std::unordered_map<std::string, at::Tensor> constants;  // views of blob, by fully qualified name
+};
+
+at::ScalarType scalar_type(DType dtype);
+std::string gigabytes(uint64_t bytes);  // "18.67 GB"
+
+}  // namespace kiln

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.timeline import FIXTURES
+
+torch.set_num_threads(2)
+
+
+def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """The command as a user runs it."""
+    result = subprocess.run([sys.executable, "-m", "exporter", *map(str, arguments)], capture_output=True, text=True)
+    if check and result.returncode:
+        raise AssertionError(f"kiln {' '.join(map(str, arguments))} gave {result.returncode}:\n{result.stderr}")
+    return result
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory) -> dict[str, Path]:
+    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant)."""
+    root = tmp_path_factory.mktemp("artifacts")
+    common = ("--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
+    kiln("export", "--gguf", FIXTURES / "gemma4-tiny-dense.gguf", "--out", root / "plain", *common)
+    kiln("export", "--gguf", FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf", "--out", root / "tq4", "--turboquant", *common)
+    return {"plain": root / "plain", "tq4": root / "tq4"}

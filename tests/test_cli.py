@@ -1,0 +1,119 @@
+"""Bad input to `kiln export`: one clear line, exit code 1 or 2, nothing half-written. And the dry run of the 31B."""
+
+from __future__ import annotations
+
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import kiln
+from tests.timeline import FIXTURES
+
+TINY = FIXTURES / "gemma4-tiny-dense.gguf"
+
+
+def fails(tmp_path: Path, *arguments, match: str, code: int = 1) -> None:
+    out = tmp_path / "out" / "artifact"
+    result = kiln("export", "--out", out, *arguments, check=False)
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if "rror" in line]
+    assert len(lines) == 1 and match in lines[0], result.stderr
+    assert not out.parent.exists() or not list(out.parent.iterdir()), "something was left behind"
+
+
+def edited(tmp_path: Path, old: bytes, new: bytes, source: Path = TINY) -> Path:
+    """A copy of the fixture with one byte string replaced by another of the same length."""
+    assert len(old) == len(new)
+    data = source.read_bytes()
+    assert old in data
+    path = tmp_path / "edited.gguf"
+    path.write_bytes(data.replace(old, new, 1))
+    return path
+
+
+def key(name: str) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode()
+
+
+@pytest.mark.parametrize("target", ["cpu"])
+class TestBadModelFiles:
+    def test_missing_file(self, tmp_path, target):
+        fails(tmp_path, "--gguf", tmp_path / "none.gguf", "--target", target, match="none.gguf")
+
+    def test_truncated(self, tmp_path, target):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(TINY.read_bytes()[:-1000])
+        fails(tmp_path, "--gguf", path, "--target", target, match="cut.gguf")
+
+    def test_wrong_magic(self, tmp_path, target):
+        fails(tmp_path, "--gguf", edited(tmp_path, b"GGUF", b"GGML"), "--target", target, match="GGUF")
+
+    def test_unknown_architecture(self, tmp_path, target):
+        path = edited(tmp_path, key("general.architecture") + struct.pack("<I", 8) + key("gemma4"),
+                      key("general.architecture") + struct.pack("<I", 8) + key("gemmaX"))  # fmt: skip
+        fails(tmp_path, "--gguf", path, "--target", target, match="gemmaX")
+
+    def test_missing_tensor(self, tmp_path, target):
+        path = edited(tmp_path, key("blk.3.attn_q.weight"), key("blk.3.attn_Q.weight"))
+        fails(tmp_path, "--gguf", path, "--target", target, match="blk.3.attn_q.weight")
+
+    def test_unsupported_type(self, tmp_path, target):
+        wide = FIXTURES / "gemma4-tiny-dense-wide-Q4_0.gguf"
+        head = key("blk.1.ffn_up.weight") + struct.pack("<IQQ", 2, 256, 512)
+        path = edited(tmp_path, head + struct.pack("<I", 2), head + struct.pack("<I", 20), wide)  # Q4_0 -> IQ4_NL, of the same size
+        fails(tmp_path, "--gguf", path, "--target", target, match="IQ4_NL")
+
+    def test_wrong_shape(self, tmp_path, target):
+        head = key("blk.1.ffn_up.weight")
+        path = edited(tmp_path, head + struct.pack("<IQQ", 2, 128, 320), head + struct.pack("<IQQ", 2, 320, 128))
+        fails(tmp_path, "--gguf", path, "--target", target, match="blk.1.ffn_up.weight")
+
+
+def test_bad_options(tmp_path):
+    fails(tmp_path, "--gguf", TINY, "--target", "sm_75", match="sm_75")
+    fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 1 << 20, match="context")
+    fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 3, match="max-seq-len", code=2)
+    fails(tmp_path, "--target", "cpu", match="--gguf", code=2)
+
+
+def test_an_existing_artifact_is_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep").write_text("mine")
+    result = kiln("export", "--gguf", TINY, "--out", tmp_path / "out", "--target", "cpu", check=False)
+    assert result.returncode == 1 and "--force" in result.stderr
+    assert (tmp_path / "out" / "keep").read_text() == "mine"
+
+
+def test_turboquant_needs_a_power_of_two(tmp_path):
+    """A pass that is asked for and cannot apply is an error of the export, not a warning."""
+    fails(tmp_path, "--gguf", TINY, "--target", "sm_90", "--target", "cpu", "--turboquant", match="cpu")
+
+
+def test_dry_run_of_the_31b(tmp_path):
+    path = tmp_path / "31b.gguf"
+    sparse_31b(path)
+    command = [sys.executable, "-m", "exporter", "export", "--gguf", str(path), "--out", str(tmp_path / "out"), "--max-seq-len", "131072",
+               "--turboquant", "--target", "sm_90", "--dry-run"]  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(result.stdout, peak)
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
+    assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
+    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.78, abs=0.01)
+    assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
+    assert not (tmp_path / "out").exists()
+    if peak > before:  # the largest child so far was this one
+        assert peak < 1 << 20, "KiB"
+
+
+def sparse_31b(path: Path) -> None:
+    """A 31B Q4_K_M file whose tensor data is a hole: the plan reads shapes alone."""
+    from exporter.synth import write_synthetic
+
+    write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)

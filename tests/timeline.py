@@ -1,0 +1,66 @@
+"""Feeding tokens to a decoder in one batch, in chunks, or one by one; shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exporter.config import from_gguf
+from exporter.export import GraphSpec
+from exporter.gguf import open_gguf
+from exporter.weights import load_weights, plan_weights, write_weights
+from passes.records import PassOptions
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WINDOW = 16
+CHUNK = 24  # longer than the window
+GREEDY = (torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+TOLERANCE = 3e-4  # of fixture logits, which reach 30
+
+
+def fixture_tokens(name: str = "gemma4-tiny-dense") -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(FIXTURES / f"{name}.tokens.i32", np.int32)).long()
+
+
+def fixture_logits(name: str = "gemma4-tiny-dense") -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(FIXTURES / f"{name}.logits.f32", np.float32)).view(80, -1)
+
+
+def graph_spec(path: Path, max_seq_len: int = 96, chunk: int = 96, dtype: str = "float32", **options) -> GraphSpec:
+    gguf = open_gguf(path)
+    config = from_gguf(gguf)
+    return GraphSpec(config, tuple(plan_weights(config, gguf)), max_seq_len, chunk, dtype, PassOptions(**options))
+
+
+def weights(path: Path, directory: Path) -> dict[str, torch.Tensor]:
+    gguf = open_gguf(path)
+    config = from_gguf(gguf)
+    file = directory / f"{path.stem}.safetensors"
+    write_weights(file, gguf, config, plan_weights(config, gguf))
+    return {k: v for k, v in load_weights(file).items() if not k.startswith("__pad")}
+
+
+def feed(prefill: Callable, decode: Callable, tokens: torch.Tensor, chunk: int) -> dict[int, torch.Tensor]:
+    """Position -> logits [V] of the last token of every chunk."""
+    rows = {}
+    for start in range(0, len(tokens), chunk):
+        piece = tokens[start : start + chunk]
+        run = decode if len(piece) == 1 else prefill
+        _, logits = run(piece, torch.arange(start, start + len(piece)), *GREEDY)
+        rows[start + len(piece) - 1] = logits[0].float().clone()
+    return rows
+
+
+def all_ways(start: Callable[[], tuple[Callable, Callable]], tokens: torch.Tensor) -> dict[str, dict[int, torch.Tensor]]:
+    """One batch (of several lengths), chunks longer than the window, token by token; `start` gives fresh caches each time."""
+    batch = {}
+    for length in (2, WINDOW, WINDOW + 1, 3 * WINDOW + 5, len(tokens)):
+        batch |= feed(*start(), tokens[:length], length)
+    return {"one batch": batch, "chunks": feed(*start(), tokens, CHUNK), "token by token": feed(*start(), tokens, 1)}
+
+
+def worst(rows: dict[int, torch.Tensor], reference: torch.Tensor) -> float:
+    return max((logits - reference[position]).abs().max().item() for position, logits in rows.items())
