@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from exporter.errors import KilnError
 from exporter.gguf import GGUFFile
 
 ALIGN = 256  # of every tensor's data in the file
-SLAB_BYTES = 128 << 20  # packed or copied at once
+SLAB_BYTES = 384 << 20  # packed or copied at once; a larger tensor is read once for each slab
 CHUNK_ROWS, CHUNK_BYTES = 512, 256 << 10  # of one pack call: what stays in the L2 cache
 MAX_WORKERS = 8
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
@@ -46,6 +46,7 @@ _FUSIONS = (
 _DERIVED_FROM = ("rope_freqs.weight",)  # not constants themselves
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -220,40 +221,43 @@ def _copied_slabs(gguf: GGUFFile, plan: WeightPlan) -> Iterator[np.ndarray]:
             yield piece
 
 
-def _streams(
+def _pieces(
     gguf: GGUFFile, config: ModelConfig, plan: Sequence[WeightPlan], pool: ThreadPoolExecutor
-) -> Iterator[tuple[ConstantSpec, Iterator[np.ndarray]]]:
-    """Every constant with its data in pieces, in the order of `constants`."""
+) -> Iterator[tuple[ConstantSpec, np.ndarray]]:
+    """Every constant's data in pieces, in the order of `constants`."""
     for p in plan:
-        specs = _plan_constants(p)
+        first, *second = _plan_constants(p)
         if p.kind in LAYOUTS:
-            halves = np.empty(specs[1].shape, np.float16)
-            yield specs[0], _packed_slabs(gguf, p, halves, pool)
-            yield specs[1], iter([halves])
+            halves = np.empty(second[0].shape, np.float16)
+            for words in _packed_slabs(gguf, p, halves, pool):
+                yield first, words
+            yield second[0], halves
         elif p.K:
-            yield specs[0], _copied_slabs(gguf, p)
+            for piece in _copied_slabs(gguf, p):
+                yield first, piece
         else:
-            yield specs[0], iter([_vector(gguf, name) for name in p.sources])
+            for name in p.sources:
+                yield first, _vector(gguf, name)
     derived = derived_constants(config, gguf)
     for spec in _derived_specs(config):
-        yield spec, iter([derived[spec.name]])
+        yield spec, derived[spec.name]
 
 
-def _ahead(pieces: Iterator[np.ndarray], background: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-    """The same pieces, the next one being made while the caller hashes and writes this one."""
-    future = background.submit(next, pieces, None)
-    while (piece := future.result()) is not None:
-        future = background.submit(next, pieces, None)
-        yield piece
+def _ahead(items: Iterator[T], background: ThreadPoolExecutor) -> Iterator[T]:
+    """The same items, the next one being made while the caller hashes and writes this one."""
+    future = background.submit(next, items, None)
+    while (item := future.result()) is not None:
+        future = background.submit(next, items, None)
+        yield item
 
 
-def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, list[int], int]:
-    """The safetensors header (length field included), each tensor's offset from the file's start, and the file's size."""
+def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, dict[str, int], int]:
+    """The safetensors header (length field included), each tensor's offset from the file's start by name, and the file's size."""
     header: dict[str, Any] = {}
-    offsets, at = [], 0
+    offsets, at = {}, 0
     for i, spec in enumerate(specs):
         header[spec.name] = {"dtype": _DTYPES[spec.dtype][0], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
-        offsets.append(at)
+        offsets[spec.name] = at
         at += spec.nbytes
         if filler := -at % ALIGN:
             header[f"__pad.{i}"] = {"dtype": "U8", "shape": [filler], "data_offsets": [at, at + filler]}
@@ -261,7 +265,7 @@ def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, list[int], int]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     start = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, [start + offset for offset in offsets], start + at
+    return struct.pack("<Q", len(text)) + text, {name: start + offset for name, offset in offsets.items()}, start + at
 
 
 def write_weights(
@@ -270,7 +274,7 @@ def write_weights(
     """Writes the weights file of `docs/ARTIFACT.md` and returns its records {name, dtype, shape, offset, bytes, sha256}.
 
     The file appears under its name only when it is complete. `progress(constant name, bytes done, bytes in all)` is called after each
-    piece. Memory stays within a few slabs of 128 MiB, whatever the size of a tensor. Raises KilnError when the disk is too small.
+    piece. At most two slabs of 384 MiB are in memory, whatever the size of a tensor. Raises KilnError when the disk is too small.
     """
     path = Path(path)
     specs = constants(config, plan)
@@ -279,30 +283,24 @@ def write_weights(
     if free < size:
         raise KilnError(f"{path}: {size / 2**30:.1f} GiB are needed for the weights, {free / 2**30:.1f} GiB are free; make room")
     total, done = sum(spec.nbytes for spec in specs), 0
-    records = []
+    digests: dict[str, Any] = {}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
     try:
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as background, open(temporary, "wb") as f:
             f.write(header)
-            for (spec, pieces), planned, offset in zip(_streams(gguf, config, plan, pool), specs, offsets, strict=True):
-                if spec != planned:
-                    raise AssertionError(f"writing {spec}, planned {planned}")
-                f.write(bytes(offset - f.tell()))
-                digest = hashlib.sha256()
-                for piece in _ahead(pieces, background):
-                    data = memoryview(piece).cast("B")
-                    digest.update(data)
-                    f.write(data)
-                    done += len(data)
-                    if progress:
-                        progress(spec.name, done, total)
-                if f.tell() != offset + spec.nbytes:
-                    raise AssertionError(f"{spec.name}: {f.tell() - offset} bytes written, {spec.nbytes} planned")
-                records.append(
-                    {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": offset, "bytes": spec.nbytes,
-                     "sha256": digest.hexdigest()}
-                )
+            for spec, piece in _ahead(_pieces(gguf, config, plan, pool), background):
+                if spec.name not in digests:
+                    digests[spec.name] = hashlib.sha256()
+                    f.write(bytes(offsets[spec.name] - f.tell()))
+                data = memoryview(piece).cast("B")
+                digests[spec.name].update(data)
+                f.write(data)
+                done += len(data)
+                if progress:
+                    progress(spec.name, done, total)
+            if done != total or list(digests) != list(offsets):
+                raise AssertionError(f"{done} bytes of {len(digests)} constants written, {total} of {len(specs)} planned")
             f.write(bytes(size - f.tell()))
         os.replace(temporary, path)
     except OSError as e:
@@ -310,7 +308,11 @@ def write_weights(
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    return records
+    return [
+        {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": offsets[spec.name], "bytes": spec.nbytes,
+         "sha256": digests[spec.name].hexdigest()}
+        for spec in specs
+    ]  # fmt: skip
 
 
 def load_weights(path: str | Path, records: Sequence[dict[str, Any]] | None = None) -> dict[str, torch.Tensor]:
