@@ -1,0 +1,143 @@
+// The Python module `kiln`: the same classes, exceptions as kiln.Error, the GIL released while the model runs.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kiln/session.h"
+
+namespace py = pybind11;
+using kiln::Model;
+using kiln::Session;
+using kiln::Tokenizer;
+
+namespace {
+
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+kiln::ParseSpecial parse_mode(bool parse_special) { return parse_special ? kiln::ParseSpecial::All : kiln::ParseSpecial::None; }
+
+py::array_t<float> to_numpy(const std::vector<float>& row) { return py::array_t<float>(static_cast<py::ssize_t>(row.size()), row.data()); }
+
+std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress) {
+  kiln::LoadOptions options;
+  options.device = device;
+  options.verify = verify;
+  options.threads = threads;
+  if (!progress.is_none())
+    options.progress = [progress](uint64_t done, uint64_t total) {
+      py::gil_scoped_acquire gil;
+      progress(done, total);
+    };
+  py::gil_scoped_release release;
+  return Model::load(path, options);
+}
+
+py::tuple generate(Session& session, int64_t max_new_tokens, py::object on_token, bool stop_at_eog) {
+  std::vector<int64_t> tokens;
+  kiln::Stop stop;
+  {
+    py::gil_scoped_release release;
+    stop = session.generate(
+        max_new_tokens,
+        [&](int64_t token) {
+          tokens.push_back(token);
+          if (on_token.is_none()) return true;
+          py::gil_scoped_acquire gil;
+          py::object more = on_token(token);
+          return more.is_none() || more.cast<bool>();
+        },
+        stop_at_eog);
+  }
+  return py::make_tuple(tokens, kiln::stop_name(stop));
+}
+
+void set_logits_sink(Session& session, py::object sink) {
+  if (sink.is_none()) return session.set_logits_sink(nullptr);
+  session.set_logits_sink([sink](const std::vector<float>& row) {
+    py::gil_scoped_acquire gil;
+    sink(to_numpy(row));
+  });
+}
+
+py::dict memory(const Session& session) {
+  kiln::MemoryReport m = session.memory();
+  py::dict out;
+  out["weights"] = m.weights;
+  out["kv_ring"] = m.kv_ring;
+  out["kv_global"] = m.kv_global;
+  out["other"] = m.other;
+  out["total"] = m.total();
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(kiln, m) {
+  m.doc() = "Plays kiln artifacts: Model (an artifact on a device), Session (one timeline over it), Tokenizer.";
+  m.attr("__version__") = kiln::version();
+  py::register_exception<kiln::Error>(m, "Error");
+  m.def("set_threads", &kiln::set_threads, py::arg("threads"), "Threads of the CPU kernels, for the whole process.");
+
+  py::class_<Tokenizer>(m, "Tokenizer")
+      .def(py::init(&Tokenizer::load), py::arg("path"), ReleaseGil(), "Reads a tokenizer.json.")
+      .def(
+          "encode",
+          [](const Tokenizer& t, const std::string& text, bool parse_special, bool add_bos) { return t.encode(text, parse_mode(parse_special), add_bos); },
+          py::arg("text"), py::arg("parse_special") = false, py::arg("add_bos") = true, ReleaseGil(), "Token ids of a str or of bytes.")
+      .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix) {
+            return t.encode_chat(prefix, user, suffix);
+          }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")
+      .def("decode", &Tokenizer::decode, py::arg("ids"), py::arg("skip_special") = true)
+      .def("piece", [](const Tokenizer& t, int64_t id, bool skip_special) { return py::bytes(std::string(t.piece(id, skip_special))); }, py::arg("id"),
+           py::arg("skip_special") = true, "The raw bytes of one token.")
+      .def("__len__", &Tokenizer::size)
+      .def_property_readonly("bos", [](const Tokenizer& t) -> py::object { return t.bos() < 0 ? py::object(py::none()) : py::object(py::int_(t.bos())); });
+
+  py::class_<kiln::StreamDecoder>(m, "StreamDecoder")
+      .def(py::init<const Tokenizer&, bool>(), py::arg("tokenizer"), py::arg("skip_special") = true, py::keep_alive<1, 2>())
+      .def("push", &kiln::StreamDecoder::push, py::arg("id"), "The text that is complete now.")
+      .def("finish", &kiln::StreamDecoder::finish, "What was held back.");
+
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model")
+      .def(py::init([](const std::string& path, const std::string& device, bool verify, int threads, py::object progress) {
+             return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress)));
+           }),
+           py::arg("path"), py::arg("device") = "auto", py::arg("verify") = false, py::arg("threads") = 1, py::arg("progress") = py::none(),
+           "Loads an artifact; progress(done_bytes, total_bytes) is called while weights go to a GPU.")
+      .def_property_readonly("tokenizer", &Model::tokenizer, py::return_value_policy::reference_internal)
+      .def_property_readonly("manifest", [](const Model& model) { return py::module_::import("json").attr("loads")(model.artifact().manifest); })
+      .def_property_readonly("device", &Model::device)
+      .def_property_readonly("target", [](const Model& model) { return model.target().target; })
+      .def_property_readonly("vocab_size", &Model::vocab_size)
+      .def_property_readonly("max_seq_len", [](const Model& model) { return model.artifact().max_seq_len; })
+      .def_property_readonly("prefill_chunk", [](const Model& model) { return model.artifact().prefill_chunk; })
+      .def("is_eog", &Model::is_eog, py::arg("token"))
+      .def("encode_prompt", [](const Model& model, const std::string& text, bool raw) { return model.encode_prompt(text, raw); }, py::arg("text"),
+           py::arg("raw") = false, "Token ids of one user turn in the chat template, or of BOS and the text.");
+
+  py::class_<Session>(m, "Session")
+      .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph) {
+             return std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph});
+           }),
+           py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, ReleaseGil())
+      .def("prefill", &Session::prefill, py::arg("tokens"), ReleaseGil(), "Appends tokens; returns the token sampled after them.")
+      .def("decode", [](Session& s) { return s.decode(); }, ReleaseGil(), "Feeds the token sampled last; returns the next one.")
+      .def("decode", [](Session& s, int64_t token) { return s.decode(token); }, py::arg("token"), ReleaseGil(), "Feeds `token`; returns the next one.")
+      .def("generate", &generate, py::arg("max_new_tokens"), py::arg("on_token") = py::none(), py::arg("stop_at_eog") = true,
+           "(tokens, stop reason); on_token(id) may return False to stop.")
+      .def("logits", [](Session& s) {
+            const std::vector<float>* row;
+            {
+              py::gil_scoped_release release;
+              row = &s.logits();
+            }
+            return to_numpy(*row);
+          }, "float32 [vocab_size] of the last position.")
+      .def("set_logits_sink", &set_logits_sink, py::arg("sink"), "sink(row) gets every logits row as it is computed; None: off.")
+      .def("set_sampling", [](Session& s, float temperature, int32_t top_k, float top_p, int64_t seed) { s.set_sampling({temperature, top_k, top_p, seed}); },
+           py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0, ReleaseGil())
+      .def("reset", &Session::reset, ReleaseGil())
+      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, other, total.")
+      .def_property_readonly("position", &Session::position);
+}
