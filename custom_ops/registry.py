@@ -33,7 +33,7 @@ class KernelCase:
 
 
 def all_cases(target: GpuTarget) -> list[KernelCase]:
-    """The cases of every op for this target. A module's `kernel_cases(target)` lists its own, at the shapes of the 31B model in bfloat16."""
+    """The cases of every op for this target; a module's `kernel_cases(target)` lists its own, at the shapes of the 31B in bfloat16."""
     cases: list[KernelCase] = []
     for name in MODULES:
         module = importlib.import_module(f"custom_ops.{name}")

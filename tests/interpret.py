@@ -1,0 +1,38 @@
+"""Kernels under Triton's interpreter, on CPU tensors: in a process of its own, for the mode is chosen when Triton is imported.
+
+A test module names its kernel tests `interpreted_*` and runs them all by `test_kernels_interpreted = interpreted(__file__)`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import triton.runtime.interpreter as interpreter
+
+
+def interpreted(file: str) -> Callable[[], None]:
+    """A test that runs the functions `interpreted_*` of a test module under the interpreter."""
+
+    def test() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=interpreted_*", file]
+        result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+    return test
+
+
+def _accept_one_element_arrays_as_integers() -> None:
+    """Triton 3.6 calls int() on arrays of one element, for the bounds of a range; NumPy 2.4 refuses that."""
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+_accept_one_element_arrays_as_integers()
