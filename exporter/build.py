@@ -14,7 +14,7 @@ from exporter.errors import KilnError
 from exporter.export import GraphSpec
 from exporter.gguf import GGUFFile, open_gguf
 from exporter.plan import kv_plan, memory_plan
-from exporter.progress import bar, say
+from exporter.progress import bar, say, size_text
 from exporter.tokenizer import chat_template, render_chat_affixes, write_tokenizer
 from exporter.torch_private import check_versions
 from exporter.weights import plan_weights, write_weights
@@ -118,7 +118,7 @@ def export_artifact(options: ExportOptions) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())
-    say(f"{options.out}: {size / GIB:.2f} GiB in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
+    say(f"{options.out}: {size_text(size)} in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
 
 
 def _bos_text(gguf: GGUFFile) -> str:
@@ -142,8 +142,8 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"model       {config.name} ({config.architecture}), {len(config.layers)} layers")
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
-    print(f"weights     {memory.weights / GIB:8.2f} GiB")
-    print(f"KV ring     {memory.kv_ring / GIB:8.2f} GiB  (sliding layers, {spec.activation_dtype})")
-    print(f"KV global   {memory.kv_global / GIB:8.2f} GiB  ({'TQ4' if spec.options.turboquant else spec.activation_dtype})")
-    print(f"activations {memory.activations / GIB:8.2f} GiB  (estimate, prefill scratch included)")
-    print(f"total       {memory.total / GIB:8.2f} GiB", flush=True)
+    print(f"weights     {size_text(memory.weights):>11}")
+    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers, {spec.activation_dtype})")
+    print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else spec.activation_dtype})")
+    print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
+    print(f"total       {size_text(memory.total):>11}", flush=True)

@@ -92,6 +92,6 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
     from exporter.progress import bar
     from exporter.synth import write_synthetic
 
-    with bar("writing", "B") as progress:
+    with bar("writing") as progress:
         write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress)
     click.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from pathlib import Path
 from custom_ops.target import compiling_for, gpu_targets
 from exporter.errors import KilnError
 from exporter.export import ENTRIES, GraphSpec, lower
+from passes.edit import PassError
 from passes.records import KVBuffer, PassReport
 
 PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package
@@ -52,6 +54,7 @@ def compile_target(spec: GraphSpec, target: str, out: Path, work: Path, dump: Pa
 
     Raises KilnError when a compilation fails or constants were merged.
     """
+    work = work.resolve()  # the compiler changes directory
     workers = min(len(ENTRIES), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
@@ -84,7 +87,19 @@ def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
 
 
 def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
-    """Runs in a process of its own."""
+    """Runs in a process of its own; what a compiler raises there is told as text, since it may not be picklable."""
+    try:
+        return _compile(spec, entry, target, work, dump)
+    except (KilnError, PassError):
+        raise
+    except Exception as e:
+        if os.environ.get("KILN_DEBUG"):
+            traceback.print_exc()
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise KilnError(f"compiling {entry} for {target}: {type(e).__name__}: {reason} (KILN_DEBUG=1 shows where)") from None
+
+
+def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a present GPU must not change what is compiled
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(work / "triton")

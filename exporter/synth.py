@@ -370,5 +370,5 @@ def write_synthetic(
     except OSError as e:
         raise KilnError(f"{path}: cannot write {size / 2**30:.1f} GiB: {e.strerror}") from e
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()

@@ -279,14 +279,14 @@ def write_weights(
     path = Path(path)
     specs = constants(config, plan)
     header, offsets, size = _layout(specs)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise KilnError(f"{path}: {size / 2**30:.1f} GiB are needed for the weights, {free / 2**30:.1f} GiB are free; make room")
     total, done = sum(spec.nbytes for spec in specs), 0
     digests: dict[str, Any] = {}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
     try:
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise KilnError(f"{path}: {size / 2**30:.1f} GiB are needed for the weights, {free / 2**30:.1f} GiB are free; make room")
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as background, open(temporary, "wb") as f:
             f.write(header)
             for spec, piece in _ahead(_pieces(gguf, config, plan, pool), background):
@@ -306,7 +306,7 @@ def write_weights(
     except OSError as e:
         raise KilnError(f"{path}: cannot write the weights: {e.strerror}") from e
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
     return [
         {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": offsets[spec.name], "bytes": spec.nbytes,

@@ -1,0 +1,50 @@
+"""Test helper: GGUF files made from another one by dropping, changing or adding things."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType
+
+from exporter.gguf import GGUFFile, TensorInfo, open_gguf
+from exporter.synth import KeyValue, gguf_header, key_value
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WIDE = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"
+Changed = tuple[tuple[int, ...], str, np.ndarray]  # shape, type, bytes
+
+
+def entries(source: GGUFFile) -> list[KeyValue]:
+    """All metadata of a file, still encoded."""
+    return [(key, *source.metadata.raw(key)) for key in source.metadata]
+
+
+def write(path: Path, metadata: Sequence[KeyValue], tensors: Sequence[tuple[str, tuple[int, ...], str, np.ndarray]]) -> Path:
+    """A GGUF file of tensors (name, shape, type, bytes)."""
+    header, offsets, size = gguf_header(metadata, [tensor[:3] for tensor in tensors])
+    data = bytearray(size)
+    data[: len(header)] = header
+    for offset, (*_, raw) in zip(offsets, tensors, strict=True):
+        data[offset : offset + raw.nbytes] = raw.tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def rewrite(
+    path: Path,
+    source: Path = WIDE,
+    drop: Sequence[str] = (),
+    set_tensors: Mapping[str, Changed] | None = None,
+    set_keys: Mapping[str, tuple[GGUFValueType, object]] | None = None,
+) -> Path:
+    """`source` without the tensors and keys named in `drop`, with others replaced or added."""
+    file = open_gguf(source)
+    set_tensors, set_keys = set_tensors or {}, set_keys or {}
+    metadata = [entry for entry in entries(file) if entry[0] not in drop and entry[0] not in set_keys]
+    metadata += [key_value(key, *value) for key, value in set_keys.items()]
+    kept: list[TensorInfo] = [t for t in file.tensors.values() if t.name not in drop and t.name not in set_tensors]
+    tensors = [(t.name, t.shape, t.type, file.data(t.name)) for t in kept]
+    tensors += [(name, *changed) for name, changed in set_tensors.items()]
+    return write(path, metadata, tensors)
