@@ -59,8 +59,10 @@ def entry_points(spec: GraphSpec) -> dict:
     def points(length: int | str) -> dict:
         tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in ("tokens", "pos")]
         sampling = [{"name": n, "dtype": dtype_name(d), "shape": [1]} for n, d in SAMPLING_INPUTS]
-        outputs = [{"name": "token", "dtype": "int64", "shape": [1]},
-                   {"name": "logits", "dtype": "float32", "shape": [1, spec.config.vocab_size]}]  # fmt: skip
+        outputs = [
+            {"name": "token", "dtype": "int64", "shape": [1]},
+            {"name": "logits", "dtype": "float32", "shape": [1, spec.config.vocab_size]},
+        ]
         return {"inputs": tokens + sampling, "outputs": outputs}
 
     return {"prefill": points("T"), "decode": points(1)}
@@ -80,8 +82,13 @@ def quantization(spec: GraphSpec) -> list[dict]:
 
 def kv_record(kv: KVBuffer) -> dict:
     return {
-        "name": kv.name, "layer": kv.layer, "kind": kv.kind, "dtype": dtype_name(kv.dtype), "shape": list(kv.shape), "bytes": kv.nbytes,
-    }  # fmt: skip
+        "name": kv.name,
+        "layer": kv.layer,
+        "kind": kv.kind,
+        "dtype": dtype_name(kv.dtype),
+        "shape": list(kv.shape),
+        "bytes": kv.nbytes,
+    }
 
 
 def target_record(compiled: CompiledTarget) -> dict:
@@ -97,8 +104,15 @@ def target_record(compiled: CompiledTarget) -> dict:
     }
 
 
-def write_manifest(directory: Path, spec: GraphSpec, source: Path, targets: list[CompiledTarget], records: list[dict], tokenizer: dict | None,
-                   chat: dict | None) -> dict:  # fmt: skip
+def write_manifest(
+    directory: Path,
+    spec: GraphSpec,
+    source: Path,
+    targets: list[CompiledTarget],
+    records: list[dict],
+    tokenizer: dict | None,
+    chat: dict | None,
+) -> dict:
     """`manifest.json`, the last file written."""
     kv = targets[0].entries[0].kv
     manifest = {
@@ -135,7 +149,9 @@ def read_manifest(directory: Path) -> dict:
     except ValueError as e:
         raise KilnError(f"{path} is not valid JSON: {e}") from e
     if manifest.get("format") != "kiln" or manifest.get("format_version") != FORMAT_VERSION:
-        raise KilnError(f"{directory} has format version {manifest.get('format_version')}, this Kiln reads {FORMAT_VERSION}; export it again")
+        raise KilnError(
+            f"{directory} has format version {manifest.get('format_version')}, this Kiln reads {FORMAT_VERSION}; export it again"
+        )
     return manifest
 
 

@@ -21,6 +21,7 @@ from exporter.weights import plan_weights, write_weights
 from passes.records import PassOptions
 
 GIB = 2**30
+DEFAULT_SEQ_LEN = 8192
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ExportOptions:
 
     gguf_path: Path
     out: Path
-    max_seq_len: int = 8192
+    max_seq_len: int | None = None
     prefill_chunk: int = 2048
     turboquant: bool = False
     targets: tuple[str, ...] = ()
@@ -64,15 +65,16 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
     """Check the file against its architecture, then plan its weights; nothing is read but shapes."""
     config = from_gguf(gguf)
     check_tensors(config, gguf)
-    if options.max_seq_len > config.context_length:
-        raise KilnError(f"--max-seq-len {options.max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
+    max_seq_len = options.max_seq_len or min(DEFAULT_SEQ_LEN, config.context_length)
+    if max_seq_len > config.context_length:
+        raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
     dtype = options.activation_dtype
     return GraphSpec(
         config=config,
         plan=tuple(plan_weights(config, gguf)),
-        max_seq_len=options.max_seq_len,
-        prefill_chunk=min(options.prefill_chunk, options.max_seq_len),
+        max_seq_len=max_seq_len,
+        prefill_chunk=min(options.prefill_chunk, max_seq_len),
         activation_dtype=dtype if dtype != "auto" else "float32" if cpu else "bfloat16",
         options=PassOptions(
             turboquant=options.turboquant,
@@ -127,8 +129,10 @@ def _bos_text(gguf: GGUFFile) -> str:
 
 
 def _report(entry: CompiledEntry) -> None:
-    say(f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
-        f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB")  # fmt: skip
+    say(
+        f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
+        f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB"
+    )
 
 
 def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:

@@ -37,15 +37,32 @@ def main() -> None:
 @main.command()
 @click.option("--gguf", "gguf_path", type=PATH, required=True, help="The model file (any part of a split one).")
 @click.option("--out", type=PATH, required=True, help="Directory of the artifact.")
-@click.option("--max-seq-len", type=click.IntRange(16), default=8192, show_default=True, help="Longest prompt + answer, in tokens.")
-@click.option("--prefill-chunk", type=click.IntRange(16), default=2048, show_default=True, help="Longest piece of a prompt in one call, in tokens.")
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(16),
+    help="Longest prompt + answer, in tokens.  [default: 8192, or the model's context if that is shorter]",
+)
+@click.option(
+    "--prefill-chunk", type=click.IntRange(16), default=2048, show_default=True, help="Longest piece of a prompt in one call, in tokens."
+)
 @click.option("--turboquant/--no-turboquant", default=False, show_default=True, help="4-bit KV cache on the global layers.")
-@click.option("--target", "targets", multiple=True, help="cpu, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or native; repeatable.  "
-              "[default: native where there is a GPU, else cpu]")  # fmt: skip
-@click.option("--activation-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="auto: float32 on the CPU, bfloat16 on a GPU.")  # fmt: skip
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="cpu, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or native; repeatable.  [default: native where there is a GPU, else cpu]",
+)
+@click.option(
+    "--activation-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on the CPU, bfloat16 on a GPU.",
+)
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
-@click.option("--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory.")
+@click.option(
+    "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
+)
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -87,11 +104,12 @@ def run(arguments: tuple[str, ...]) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Keep only the first layers.")
 @click.option("--vocab-from", type=PATH, help="Take the tokenizer of this GGUF file.")
-def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab_from: Path | None) -> None:
+@click.option("--sparse", is_flag=True, help="Leave the weights a hole in the file: enough for export --dry-run.")
+def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab_from: Path | None, sparse: bool) -> None:
     """Write a GGUF file of random, well-scaled weights in a real geometry."""
-    from exporter.progress import bar
+    from exporter.progress import bar, size_text
     from exporter.synth import write_synthetic
 
     with bar("writing") as progress:
-        write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress)
-    click.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")
+        write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress, sparse=sparse)
+    click.echo(f"{out}: {size_text(out.stat().st_size)}")

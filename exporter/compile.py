@@ -21,7 +21,7 @@ from exporter.export import ENTRIES, GraphSpec, lower
 from passes.edit import PassError
 from passes.records import KVBuffer, PassReport
 
-PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package
+PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
 
 
 @dataclass
@@ -48,8 +48,14 @@ class CompiledTarget:
     entries: list[CompiledEntry]
 
 
-def compile_target(spec: GraphSpec, target: str, out: Path, work: Path, dump: Path | None = None,
-                   done: Callable[[CompiledEntry], None] = lambda entry: None) -> CompiledTarget:  # fmt: skip
+def compile_target(
+    spec: GraphSpec,
+    target: str,
+    out: Path,
+    work: Path,
+    dump: Path | None = None,
+    done: Callable[[CompiledEntry], None] = lambda entry: None,
+) -> CompiledTarget:
     """Compile both graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
 
     Raises KilnError when a compilation fails or constants were merged.
@@ -81,9 +87,8 @@ def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
         found = set(entry.constants)
         if len(entry.constants) != len(found) or found != weights | kv:
             wrong = sorted(found ^ (weights | kv))
-            raise KilnError(
-                f"compiling {entry.entry}: {len(entry.constants)} constants, {len(weights | kv)} expected; merged, lost or unknown: {', '.join(wrong[:8])}"
-            )
+            count = f"{len(entry.constants)} constants where {len(weights | kv)} were expected"
+            raise KilnError(f"compiling {entry.entry}: {count}; merged, lost or unknown: {', '.join(wrong[:8])}")
 
 
 def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
@@ -120,17 +125,28 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             files = torch._inductor.aot_compile(
                 program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
             )
+    constants = _constant_names(files)
     return CompiledEntry(
         entry=entry,
-        files=[f for f in files if f.endswith(PACKED_SUFFIXES)],
+        files=_packed(files),
         reports=lowered.reports,
         kv=lowered.kv,
-        constants=_constant_names(files),
+        constants=constants,
         kernels=torch_private.KERNELS,
         export_s=traced - start,
         compile_s=time.monotonic() - traced,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _packed(files: list[str]) -> list[str]:
+    """What goes into the package: no generated source, but for the name of one, by which torch's loader finds the metadata."""
+    kept = [f for f in files if f.endswith(PACKED_SUFFIXES)]
+    for f in files:
+        if f.endswith("wrapper.cpp"):
+            Path(f).write_text("// generated source, not kept\n")
+            kept.append(f)
+    return kept
 
 
 def _constant_names(files: list[str]) -> list[str]:

@@ -52,9 +52,14 @@ def text(record: dict) -> str:
     else:
         config = record["config"]
         sliding = sum(layer["sliding"] for layer in config["layers"])
-        lines.append(f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers ({sliding} sliding), "
-                     f"context {config['context_length']}, vocabulary {config['vocab_size']}")  # fmt: skip
-        lines.append(f"{len(record['tensors'])} tensors, {record['bytes'] / 2**30:.2f} GiB: " + ", ".join(f"{n} {t}" for t, n in record["types"].items()))
+        lines.append(
+            f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers ({sliding} sliding), "
+            f"context {config['context_length']}, vocabulary {config['vocab_size']}"
+        )
+        lines.append(
+            f"{len(record['tensors'])} tensors, {record['bytes'] / 2**30:.2f} GiB: "
+            + ", ".join(f"{n} {t}" for t, n in record["types"].items())
+        )
         if record["skipped"]:
             lines.append(f"skipped {', '.join(record['skipped'])}")
     return "\n".join(lines)

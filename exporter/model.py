@@ -10,13 +10,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
 from custom_ops.layouts import LAYOUTS
 from exporter.config import LayerConfig, ModelConfig
 from exporter.errors import KilnError
 from exporter.weights import WeightPlan
-from torch import Tensor, nn
-
-import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
 

@@ -49,7 +49,9 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     weights = sum(torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(spec.config, list(spec.plan)))
     widest = max(p.N for p in spec.plan if p.K)
     scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)
-    per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * max(layer.intermediate_size for layer in spec.config.layers))) * dtype.itemsize
+    per_token = (
+        4 * spec.config.hidden_size + 3 * min(widest, 2 * max(layer.intermediate_size for layer in spec.config.layers))
+    ) * dtype.itemsize
     return MemoryPlan(
         weights=weights,
         kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),

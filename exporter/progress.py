@@ -18,7 +18,13 @@ def bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yields `update(name, done_bytes, total_bytes)`."""
     start = time.monotonic()
     state = (0, 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(label, total=None)
 

@@ -60,7 +60,7 @@ PRESETS = {
     "tiny": Preset(256, 512, 4, (2, 1), (64, 128), 16, 4096, 512, 6),
     "tiny-cuda": Preset(1024, 2048, 32, (16, 4), (256, 512), 1024, 32768, 2048, 6),
 }
-# mix -> (type of most matrices, general.file_type)
+# mix -> (type of most matrices, general.file_type). Every preset's rows are multiples of 256, so K-quants always fit.
 MIXES = {
     "q4_k_m": ("Q4_K", LlamaFileType.MOSTLY_Q4_K_M),
     "q6_k": ("Q6_K", LlamaFileType.MOSTLY_Q6_K),
@@ -68,12 +68,10 @@ MIXES = {
     "q8_0": ("Q8_0", LlamaFileType.MOSTLY_Q8_0),
     "f32": ("F32", LlamaFileType.ALL_F32),
 }
-_FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # when a row is no multiple of 256 elements
 
 # Root mean square of a random block's integers, by type: what 1 / d has to be for unit weights.
 _RMS = {
     "Q4_0": sqrt(21.5),  # -8 .. 7
-    "Q5_0": sqrt(85.5),  # -16 .. 15
     "Q8_0": sqrt(5461.5),  # -128 .. 127
     "Q4_K": sqrt(21.25 * 2341.5),  # (q - 7.5) * scale, scale 32 .. 63
     "Q6_K": sqrt(341.5 * 5461.5),  # (-32 .. 31) * (-128 .. 127)
@@ -133,8 +131,6 @@ def synth_plan(preset: str, mix: str, layers: int | None = None) -> list[Tensor]
             for names in like.values():
                 if name in names and _more_bits(names.index(name), len(names)):
                     kind = "Q6_K"
-        if kind in _FALLBACK and shape[-1] % 256:
-            kind = _FALLBACK[kind]
         plan.append((name, shape, kind))
     return plan
 
@@ -274,7 +270,7 @@ def _fill_blocks(kind: str, blocks: np.ndarray, std: float) -> None:
     field = blocks[:, at : at + 2].view("<u2")[:, 0]
     jitter = 1 - _JITTER + field * np.float32(2 * _JITTER / 65536)
     d = jitter * np.float32(std / (_RMS[kind] * sqrt(1 + _JITTER**2 / 3)))
-    if kind in ("Q4_0", "Q5_0", "Q8_0"):
+    if kind in ("Q4_0", "Q8_0"):
         d[field & 1 == 1] *= -1  # the integers have mean -1/2
     field[:] = d.astype(np.float16).view("<u2")
     if kind == "Q4_K":
@@ -315,7 +311,7 @@ def _pieces(name: str, shape: tuple[int, ...], kind: str, seed: int, slab_bytes:
             _fill_blocks(kind, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]), 1 / sqrt(shape[1]))
             yield raw
             continue
-        uniform = raw.view("<i4") * np.float32(2.0**-31)  # -1 .. 1
+        uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
         if len(shape) == 1:
             mean, spread = _vector_mean(name, shape[0])
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
@@ -333,12 +329,14 @@ def write_synthetic(
     vocab_from: str | Path | None = None,
     progress: Progress | None = None,
     slab_bytes: int = SLAB_BYTES,
+    sparse: bool = False,
 ) -> None:
     """Writes a synthetic GGUF file; it appears under its name only when complete. The same arguments give the same bytes.
 
     preset: one of `PRESETS`. mix: one of `MIXES`, types per tensor as llama-quantize chooses them. layers: only the first ones.
     vocab_from: a GGUF whose tokenizer is copied; without it a small tokenizer is made and padded with unused tokens.
-    progress: called as (tensor name, bytes done, bytes in all), one call at a time. Raises KilnError.
+    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the tensor data a hole in the file, to
+    plan with and nothing else. Raises KilnError.
     """
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
@@ -364,7 +362,7 @@ def write_synthetic(
                         if progress:
                             progress(tensor[0], done, total)
 
-            for _ in pool.map(write, tensors, offsets):
+            for _ in pool.map(write, tensors, offsets) if not sparse else ():
                 pass
         os.replace(temporary, path)
     except OSError as e:

@@ -42,10 +42,14 @@ def check_versions() -> None:
     """Raises KilnError on a torch or triton that these seams were not checked on."""
     for name, version in (("torch", torch.__version__), ("triton", triton.__version__)):
         if version.split("+")[0] not in CHECKED[name]:
-            raise KilnError(f"{name} {version} is not supported: the compiler seams were checked on {name} {', '.join(CHECKED[name])}; install that one")
+            raise KilnError(
+                f"{name} {version} is not supported: the compiler seams were checked on {name} {', '.join(CHECKED[name])}; install that one"
+            )
 
 
-def fake_export(build: Callable[[], torch.nn.Module], inputs: Callable[[], tuple], dynamic_shapes, device: str) -> torch.export.ExportedProgram:
+def fake_export(
+    build: Callable[[], torch.nn.Module], inputs: Callable[[], tuple], dynamic_shapes, device: str
+) -> torch.export.ExportedProgram:
     """torch.export of `build()` with parameters, buffers and inputs that have shapes and no memory."""
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -244,8 +248,13 @@ def _wrapper() -> None:
                     raise KilnError(f"kernel {name} has {len(configs)} configurations and nothing to choose by: {configs}")
                 kernel.save_gpu_kernel(stream="stream", launcher=launcher)
                 KERNELS.append(
-                    {"name": name, "config": str(launcher.config), "registers": launcher.n_regs, "spills": launcher.n_spills,
-                     "shared": launcher.shared}  # fmt: skip
+                    {
+                        "name": name,
+                        "config": str(launcher.config),
+                        "registers": launcher.n_regs,
+                        "spills": launcher.n_spills,
+                        "shared": launcher.shared,
+                    }  # fmt: skip
                 )
 
     common.init_backend_registration()

@@ -65,8 +65,19 @@ def test_kiln_run_logits(artifacts, way, tmp_path):
     chunk = {"one batch": 96, "chunks": CHUNK, "token by token": 1}[way]
     for length in (2, WINDOW, WINDOW + 1, 3 * WINDOW + 5, 80) if way == "one batch" else (80,):
         out = tmp_path / "logits.f32"
-        result = run(artifacts["plain"], "--tokens", ids(tokens[:length]), "--raw", "--max-new-tokens", 1, "--prefill-chunk", chunk, "--json",
-                     "--logits", out)  # fmt: skip
+        result = run(
+            artifacts["plain"],
+            "--tokens",
+            ids(tokens[:length]),
+            "--raw",
+            "--max-new-tokens",
+            1,
+            "--prefill-chunk",
+            chunk,
+            "--json",
+            "--logits",
+            out,
+        )
         record = json.loads(result.stdout)
         rows = torch.from_numpy(np.fromfile(out, np.float32)).view(-1, reference.shape[1])
         ends = [min(start + chunk, length) - 1 for start in range(0, length, chunk)]
@@ -85,7 +96,21 @@ def test_turboquant_artifact_generates_the_same_in_every_chunking(artifacts):
 
 
 def test_sampling_is_reproducible_and_seeded(artifacts):
-    common = (artifacts["tq4"], "--tokens", "2,9,20", "--max-new-tokens", 20, "--no-eog", "--json", "--temperature", 1.5, "--top-k", 50, "--top-p", 0.95)
+    common = (
+        artifacts["tq4"],
+        "--tokens",
+        "2,9,20",
+        "--max-new-tokens",
+        20,
+        "--no-eog",
+        "--json",
+        "--temperature",
+        1.5,
+        "--top-k",
+        50,
+        "--top-p",
+        0.95,
+    )
     a, b, c = (json.loads(run(*common, "--seed", seed).stdout)["tokens"] for seed in (1, 1, 2))
     assert a == b != c
 
@@ -116,7 +141,8 @@ def test_manifest(artifacts):
     assert record["format_version"] == 1 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
     assert "pass    turboquant" in kiln("inspect", artifacts["tq4"]).stdout
     fused = {q["name"]: q for q in record["quantization"]}
-    assert fused["blk.0.attn_qkv"]["sources"] == [f"blk.0.attn_{x}.weight" for x in "qkv"] and fused["blk.0.attn_qkv"]["bits_per_weight"] == 4.5
+    qkv = fused["blk.0.attn_qkv"]
+    assert qkv["sources"] == [f"blk.0.attn_{x}.weight" for x in "qkv"] and qkv["bits_per_weight"] == 4.5
     assert "blk.3.attn_qk" in fused and "blk.3.attn_v" in fused  # V is Q6_K there
 
 

@@ -53,8 +53,11 @@ class TestBadModelFiles:
         fails(tmp_path, "--gguf", edited(tmp_path, b"GGUF", b"GGML"), "--target", target, match="GGUF")
 
     def test_unknown_architecture(self, tmp_path, target):
-        path = edited(tmp_path, key("general.architecture") + struct.pack("<I", 8) + key("gemma4"),
-                      key("general.architecture") + struct.pack("<I", 8) + key("gemmaX"))  # fmt: skip
+        path = edited(
+            tmp_path,
+            key("general.architecture") + struct.pack("<I", 8) + key("gemma4"),
+            key("general.architecture") + struct.pack("<I", 8) + key("gemmaX"),
+        )
         fails(tmp_path, "--gguf", path, "--target", target, match="gemmaX")
 
     def test_missing_tensor(self, tmp_path, target):
@@ -88,16 +91,29 @@ def test_an_existing_artifact_is_kept(tmp_path):
     assert (tmp_path / "out" / "keep").read_text() == "mine"
 
 
-def test_turboquant_needs_a_power_of_two(tmp_path):
-    """A pass that is asked for and cannot apply is an error of the export, not a warning."""
+def test_the_cpu_target_goes_alone(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--target", "sm_90", "--target", "cpu", "--turboquant", match="cpu")
 
 
 def test_dry_run_of_the_31b(tmp_path):
     path = tmp_path / "31b.gguf"
     sparse_31b(path)
-    command = [sys.executable, "-m", "exporter", "export", "--gguf", str(path), "--out", str(tmp_path / "out"), "--max-seq-len", "131072",
-               "--turboquant", "--target", "sm_90", "--dry-run"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "exporter",
+        "export",
+        "--gguf",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--max-seq-len",
+        "131072",
+        "--turboquant",
+        "--target",
+        "sm_90",
+        "--dry-run",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

@@ -208,8 +208,10 @@ class Head(nn.Module):
 def test_chunked_lm_head(dtype):
     program = export(lambda: Head("token_embd", dtype), ((1, 256), torch.float32))
     torch.manual_seed(0)
-    state = {n: torch.randint(0, 1 << 30, t.shape, dtype=t.dtype) if t.dtype == torch.int32 else torch.randn(t.shape).to(t.dtype)
-             for n, t in program.state_dict.items()}  # fmt: skip
+    state = {
+        n: torch.randint(0, 1 << 30, t.shape, dtype=t.dtype) if t.dtype == torch.int32 else torch.randn(t.shape).to(t.dtype)
+        for n, t in program.state_dict.items()
+    }
     x = torch.randn(1, 256)
     before = runnable(program, state)(x)
     op = kiln.quantized_linear.default if dtype == "Q6_K" else aten.linear.default
