@@ -27,7 +27,8 @@ class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(5)
-        self.register_buffer("embed", torch.randn(VOCAB, WIDTH, generator=g))
+        # Exact in bfloat16: the compiler skips the rounding of a ring value it has just written.
+        self.register_buffer("embed", torch.randn(VOCAB, WIDTH, generator=g).to(torch.bfloat16).float())
         self.register_buffer("head", torch.randn(WIDTH, VOCAB, generator=g).to(torch.bfloat16))
         self.register_buffer("decay", torch.randint(1, 9, (MAX_SEQ,), generator=g, dtype=torch.int32))
         self.register_buffer("ring", torch.zeros(WINDOW, WIDTH, dtype=torch.bfloat16))
@@ -43,7 +44,7 @@ class Toy(torch.nn.Module):
         self.ring.copy_(torch.where(fresh, x[(held - first).clamp(min=0)].to(torch.bfloat16), self.ring))
         past = (torch.arange(MAX_SEQ) <= last).float() / self.decay
         h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * self.ring.float().sum(0)
-        logits = torch.tanh(h @ self.head.float() / 8).unsqueeze(0)  # [1, VOCAB]
+        logits = torch.tanh(h @ self.head.float() / 64).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
         return (logits.argmax(-1) + shift) % VOCAB, logits
 
@@ -52,7 +53,7 @@ def compile_toy(path: Path) -> None:
     from torch._inductor.package import package_aoti
 
     options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True,
-               "compile_threads": 1, "emulate_precision_casts": True}  # the bfloat16 ring rounds as in eager, fused or not
+               "compile_threads": 1}
     files = {}
     for name, t in (("prefill", 3), ("decode", 1)):
         inputs = (torch.arange(t), torch.arange(t), torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1),
