@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,15 @@ def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory) -> dict[str, Path]:
-    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant)."""
-    root = tmp_path_factory.mktemp("artifacts")
+    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant).
+
+    KILN_TEST_ARTIFACTS names a directory that keeps them from run to run.
+    """
+    kept = os.environ.get("KILN_TEST_ARTIFACTS")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("artifacts")
     common = ("--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
-    kiln("export", "--gguf", FIXTURES / "gemma4-tiny-dense.gguf", "--out", root / "plain", *common)
-    kiln("export", "--gguf", FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf", "--out", root / "tq4", "--turboquant", *common)
-    return {"plain": root / "plain", "tq4": root / "tq4"}
+    models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", "--turboquant")}
+    for name, (gguf, *options) in models.items():
+        if not (root / name).exists():
+            kiln("export", "--gguf", FIXTURES / gguf, "--out", root / name, *options, *common)
+    return {name: root / name for name in models}
