@@ -13,7 +13,42 @@ import triton
 import triton.language as tl
 
 from custom_ops.launch import kernel
-from custom_ops.target import KIB, GpuTarget
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget, current_target
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work: keys and rows of queries (prefill) of a block; for decode, how many splits a multiprocessor gets."""
+
+    keys: int
+    warps: int
+    stages: int
+    rows: int = 16
+    splits_per_sm: int = 2
+
+
+# By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit keys and values.
+DECODE_TILES = {
+    (0, 256): Tile(keys=32, warps=4, stages=2),
+    (0, 512): Tile(keys=16, warps=4, stages=2),
+    (80, 512): Tile(keys=32, warps=4, stages=2),
+    (90, 512): Tile(keys=32, warps=4, stages=2),
+    (100, 512): Tile(keys=32, warps=4, stages=2),
+}
+PREFILL_TILES = {
+    (0, 256): Tile(rows=64, keys=64, warps=8, stages=1),
+    (0, 512): Tile(rows=16, keys=32, warps=4, stages=1),
+    (80, 256): Tile(rows=64, keys=64, warps=8, stages=2),
+    (80, 512): Tile(rows=32, keys=64, warps=8, stages=1),
+    (90, 256): Tile(rows=128, keys=64, warps=8, stages=2),
+    (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),
+    (100, 256): Tile(rows=128, keys=64, warps=8, stages=2),
+    (100, 512): Tile(rows=32, keys=64, warps=8, stages=1),
+}
+DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)  # float32 products run on the CUDA cores, out of registers
+PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=4, stages=1)
+MERGE_WARPS = 4
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -117,16 +152,17 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
     """Sum the `active` splits of a head: maximum, total weight, unnormalized output [D]."""
     CHUNK: tl.constexpr = 8
     dim = tl.arange(0, D)
-    split = tl.arange(0, SPLITS_PAD)
-    m = tl.max(tl.load(ml_ptr + (split * HEADS + head) * 2, mask=split < active, other=float("-inf")), 0)
+    every = tl.arange(0, SPLITS_PAD)
+    maxima = tl.load(ml_ptr + (every * HEADS + head) * 2, mask=every < active, other=float("-inf"))
+    totals = tl.load(ml_ptr + (every * HEADS + head) * 2 + 1, mask=every < active, other=0.0)
+    m = tl.max(maxima, 0)
     safe = tl.where(m == float("-inf"), 0.0, m)
-    total = 0.0
+    total = tl.sum(totals * tl.exp2(maxima - safe), 0)
     acc = tl.zeros([CHUNK, D], tl.float32)
     for s in tl.range(0, active, CHUNK):
         split = s + tl.arange(0, CHUNK)
         part = split * HEADS + head
         scale = tl.exp2(tl.load(ml_ptr + part * 2, mask=split < active, other=float("-inf")) - safe)
-        total += tl.sum(tl.load(ml_ptr + part * 2 + 1, mask=split < active, other=0.0) * scale, 0)
         acc += tl.load(o_ptr + part[:, None] * D + dim[None, :], mask=(split < active)[:, None], other=0.0) * scale[:, None]
     return m, total, tl.sum(acc, 0)
 
@@ -202,11 +238,109 @@ def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o
         k = tl.load(k_base + offset, mask=held[:, None], other=0.0)
         v = tl.load(v_base + offset, mask=held[:, None], other=0.0)
         distance = pos + token[:, None] - p[None, :]
-        mask = (distance >= 0) & held[None, :]
-        if WINDOW > 0:
-            mask &= distance < WINDOW
+        mask = distance >= 0  # bounds the cache and the chunk as well; the ring's blocks end before the chunk
+        if RING > 0:
+            mask &= (distance < WINDOW) & held[None, :]
         scores = tl.where(mask, tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2E, float("-inf"))
         weights, m, scale = softmax_step(scores, m, 1)
         total = total * scale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * scale[:, None], input_precision="ieee")
     tl.store(out_ptr + in_out, acc / total[:, None], mask=(token < tokens)[:, None])
+
+
+def pick(tiles: dict[tuple[int, int], Tile], target: GpuTarget, dim: int) -> Tile:
+    """The table's tile for this architecture, else for any, and the smallest head dimension that holds `dim`."""
+    size = min(d for _, d in tiles if d >= dim)
+    return tiles.get((target.sm, size), tiles[0, size])
+
+
+def split_count(target: GpuTarget, tile: Tile, kv_heads: int, keys: int) -> int:
+    """Splits of a decode step over at most `keys` keys: enough programs to fill the target, no more than there are blocks."""
+    return max(1, min(target.sm_count * tile.splits_per_sm // kv_heads, triton.cdiv(keys, tile.keys)))
+
+
+def padded_group(heads: int, kv_heads: int) -> int:
+    """Query heads of one KV head, rounded up to what a tensor-core tile takes."""
+    return max(8, triton.next_power_of_2(heads // kv_heads))
+
+
+def decode_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
+    return DECODE_FLOAT32 if dtype == torch.float32 else pick(DECODE_TILES, target, dim)
+
+
+def prefill_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
+    return PREFILL_FLOAT32 if dtype == torch.float32 else pick(PREFILL_TILES, target, dim)
+
+
+def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
+                     has_len: bool) -> tuple[dict, dict]:
+    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`."""
+    group = heads // kv_heads
+    splits = split_count(target, tile, kv_heads, slots)
+    shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys}
+    return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads)},
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)})
+
+
+def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> dict:
+    """The constants of `flash_prefill_kernel`."""
+    return {"WINDOW": window, "RING": slots if window else 0, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.keys}
+
+
+def check_kernel_shapes(op: str, dim: int, *caches: torch.Tensor) -> None:
+    """ValueError for what the kernels cannot index."""
+    if dim < 16 or dim > 512 or dim & (dim - 1):
+        raise ValueError(f"{op}: head dimension {dim}; the GPU kernels take powers of two from 16 to 512")
+    for cache in caches:
+        if cache.numel() >= 1 << 31:
+            raise ValueError(f"{op}: a cache of shape {tuple(cache.shape)} has 2^31 elements or more; export with a smaller maximum length")
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored: torch.Tensor, v_stored: torch.Tensor, pos: torch.Tensor,
+                    kv_len: torch.Tensor | None, window: int) -> torch.Tensor:
+    """Launch the kernels. window > 0: k, v [T, KV, D] are the chunk's own and k_stored, v_stored a ring; 0: both are the same cache."""
+    tokens, heads, dim = q.shape
+    slots, kv_heads, _ = k_stored.shape
+    check_kernel_shapes("attention", dim, k_stored)
+    target = current_target()
+    q, k, v, k_stored, v_stored = (x.contiguous() for x in (q, k, v, k_stored, v_stored))
+    out = torch.empty_like(q)
+    if tokens == 1:
+        tile = decode_tile(q.dtype, target, dim)
+        split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, kv_len is not None)
+        length = pos if kv_len is None else kv_len
+        part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
+        sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
+        kernel(flash_decode_kernel)[(kv_heads, split["SPLITS"])](q, k_stored, v_stored, pos, length, part, sums, **split,
+                                                                 num_warps=tile.warps, num_stages=tile.stages)
+        kernel(flash_merge_kernel)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=MERGE_WARPS)
+    else:
+        tile = prefill_tile(q.dtype, target, dim)
+        constants = prefill_constants(tile, heads, kv_heads, dim, slots, window)
+        blocks = (tokens * constants["GROUP"] + tile.rows - 1) // tile.rows
+        kernel(flash_prefill_kernel)[(blocks, kv_heads)](q, k, v, k_stored, v_stored, pos, out, tokens, **constants, num_warps=tile.warps,
+                                                         num_stages=tile.stages)
+    return out
+
+
+def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> list[KernelCase]:
+    """The compilations behind `flash_attention`, in bfloat16 and float32."""
+    cases = []
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        label = f"{name} {kind[1:]} {heads}:{kv_heads}x{dim}"
+        inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
+        position = {"pos_ptr": "*i64", "len_ptr": "*i64" if window else "*i32"}
+        parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
+        tile = decode_tile(dtype, target, dim)
+        split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, not window)
+        cases.append(KernelCase(f"{label} decode", flash_decode_kernel, inputs | position | parts, split,
+                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+        cases.append(KernelCase(f"{label} merge", flash_merge_kernel, parts | position | inputs | {"out_ptr": kind}, merge,
+                                {"num_warps": MERGE_WARPS}))
+        tile = prefill_tile(dtype, target, dim)
+        signature = inputs | {"k_ring_ptr": kind, "v_ring_ptr": kind, "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
+        cases.append(KernelCase(f"{label} prefill", flash_prefill_kernel, signature,
+                                prefill_constants(tile, heads, kv_heads, dim, slots, window),
+                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+    return cases

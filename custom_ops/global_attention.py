@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch.library import triton_op
 
-from custom_ops.flash import attend, check_heads
+from custom_ops.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.launch import use_triton
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget
 
 
 def causal_mask(slots: int, pos: torch.Tensor, kv_len: torch.Tensor | None) -> torch.Tensor:
@@ -34,4 +36,9 @@ def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     check_heads("global_attention", q, k_cache.shape[1], k_cache.shape[2])
     if not use_triton(q):
         return reference(q, k_cache, v_cache, pos, kv_len)
-    raise NotImplementedError("global_attention has no kernel for this device yet")
+    return flash_attention(q, k_cache, v_cache, k_cache, v_cache, pos, kv_len, 0)
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B."""
+    return flash_cases("global_attention", target, heads=32, kv_heads=4, dim=512, slots=131072, window=0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch.library import triton_op
 
-from custom_ops.flash import attend, check_heads
+from custom_ops.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.launch import use_triton
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor,
@@ -34,4 +36,9 @@ def sliding_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring:
     check_heads("sliding_attention", q, k_ring.shape[1], k_ring.shape[2])
     if not use_triton(q):
         return reference(q, k, v, k_ring, v_ring, pos, window)
-    raise NotImplementedError("sliding_attention has no kernel for this device yet")
+    return flash_attention(q, k, v, k_ring, v_ring, pos, None, window)
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B."""
+    return flash_cases("sliding_attention", target, heads=32, kv_heads=16, dim=256, slots=1024, window=1024)

@@ -11,14 +11,21 @@ to 65504, shorter ones lose precision and end at 0. A zero vector has scale 0.
 
 from __future__ import annotations
 
+import struct
+
 import torch
+import triton
+import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.launch import use_triton
+from custom_ops.launch import kernel, use_triton
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget
 
 LEVELS = (0.1283950, 0.3880483, 0.6567589, 0.9423402, 1.2562309, 1.6180460, 2.0690172, 2.7326357)
 BOUNDARIES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
 MAX_SCALE = 65504.0
+WRITE_ROWS, WRITE_WARPS = 1, 4  # of a program of the write kernel
 
 
 def check_dim(dim: int) -> None:
@@ -113,6 +120,107 @@ def reference_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torc
         scales.index_copy_(1, pos, new_scales)
 
 
+LEVEL_TABLE = tl.constexpr(LEVELS)
+BOUNDARY_TABLE = tl.constexpr(BOUNDARIES)
+MAX_SCALE_F16 = tl.constexpr(MAX_SCALE)
+
+
+def _planes_asm(pair: int) -> str:
+    """PTX for two words in one register, $2, to the float16 levels of their nibbles 2 pair, $0, and 2 pair + 1, $1.
+
+    Eleven instructions for 4 levels: prmt looks four magnitudes up at once, as nibbles with their sign bits cleared are its selectors,
+    and 8 table bytes its two sources.
+    """
+    half = [struct.pack("<e", level) for level in LEVELS]
+    low = [hex(int.from_bytes(bytes(h[0] for h in half[i : i + 4]), "little")) for i in (0, 4)]
+    high = [hex(int.from_bytes(bytes(h[1] for h in half[i : i + 4]), "little")) for i in (0, 4)]
+    lines = [".reg .b32 s, l, h;", "and.b32 s, $2, 0x77777777;", f"prmt.b32 s, s, s, {('0x20', '0x31')[pair]};"]
+    lines += [f"prmt.b32 l, {low[0]}, {low[1]}, s;", f"prmt.b32 h, {high[0]}, {high[1]}, s;"]
+    for odd, merge in enumerate(("0x6240", "0x7351")):
+        lines += [f"prmt.b32 ${odd}, l, h, {merge};", f"shl.b32 s, $2, {12 - 8 * pair - 4 * odd};"]
+        lines += [f"lop3.b32 ${odd}, s, 0x80008000, ${odd}, 0xEA;"]  # (s & sign bits) | magnitudes
+    return "{" + " ".join(lines) + "}"
+
+
+PLANES_ASM = tl.constexpr((_planes_asm(0), _planes_asm(1)))
+
+
+@triton.jit
+def level_of(nibble):
+    """float32 levels of nibbles (int32)."""
+    size = nibble & 7
+    level = tl.full(nibble.shape, LEVEL_TABLE[0], tl.float32)
+    for i in tl.static_range(1, 8):
+        level = tl.where(size == i, LEVEL_TABLE[i], level)
+    return tl.where(nibble > 7, -level, level)
+
+
+@triton.jit
+def plane_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The levels of nibbles 2 PAIR and 2 PAIR + 1 of int16 `words`, in DTYPE, each of words' shape. ASM needs float16 and real hardware."""
+    if ASM:
+        a, b = tl.inline_asm_elementwise(PLANES_ASM[PAIR], "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        w = words.to(tl.int32) >> (8 * PAIR)
+        a = level_of(w & 15).to(DTYPE)
+        b = level_of((w >> 4) & 15).to(DTYPE)
+    return a, b
+
+
+@triton.jit
+def sign_of(dim):
+    """`signs` for indices `dim` (int32), float32."""
+    x = (dim + 1).to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return 1.0 - 2.0 * ((x ^ (x >> 15)) & 1).to(tl.float32)
+
+
+@triton.jit
+def hadamard_rows(x, ROWS: tl.constexpr, D: tl.constexpr):
+    """H_D x for each row of x, float32 [ROWS, D], unscaled: log2 D steps of butterflies, additions only."""
+    LOG: tl.constexpr = 6 + (D > 64) + (D > 128) + (D > 256)
+    for s in tl.static_range(LOG):
+        pair = tl.permute(tl.reshape(x, (ROWS * D // (2 << s), 2, 1 << s)), (0, 2, 1))
+        a, b = tl.split(pair)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, D))
+    return x
+
+
+@triton.jit
+def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.constexpr):
+    """Encode rows of x, float32 [ROWS, D], into the vectors `slot` of a cache, where `keep`."""
+    dim = tl.arange(0, D)
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    z = hadamard_rows(x * sign_of(dim)[None, :], ROWS, D) * tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
+    size = tl.abs(z)
+    nibble = (z < 0).to(tl.int32) * 8
+    for i in tl.static_range(7):
+        nibble += (size > BOUNDARY_TABLE[i]).to(tl.int32)
+    level = level_of(nibble)
+    scale = tl.minimum(norm / tl.sqrt(tl.sum(level * level, 1)), MAX_SCALE_F16)
+    quarter = tl.reshape(nibble, (ROWS, 4, D // 4)) << (4 * tl.arange(0, 4))[None, :, None]
+    word = tl.sum(quarter, 1)  # disjoint bits: the sum is the union
+    tl.store(codes_ptr + slot[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :], word.to(tl.int16), mask=keep[:, None])
+    tl.store(scales_ptr + slot, scale.to(tl.float16), mask=keep)
+
+
+@triton.jit
+def tq4_write_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, rows, SLOTS: tl.constexpr,
+                     KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Encode ROWS of the `rows` = T * KV vectors of k (program axis 1: 0) or of v (1)."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    keep = r < rows
+    slot = (r % KV) * SLOTS + tl.load(pos_ptr + r // KV, mask=keep, other=0).to(tl.int32)
+    offset = r[:, None] * D + tl.arange(0, D)[None, :]
+    if tl.program_id(1) == 0:
+        x = tl.load(k_ptr + offset, mask=keep[:, None], other=0.0).to(tl.float32)
+        encode_rows(x, k_codes_ptr, k_scales_ptr, slot, keep, ROWS, D)
+    else:
+        x = tl.load(v_ptr + offset, mask=keep[:, None], other=0.0).to(tl.float32)
+        encode_rows(x, v_codes_ptr, v_scales_ptr, slot, keep, ROWS, D)
+
+
 @triton_op("kiln::tq4_write", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales"})
 def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k: torch.Tensor,
               v: torch.Tensor, pos: torch.Tensor) -> None:
@@ -126,4 +234,18 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
         raise ValueError(f"tq4_write: k is {tuple(k.shape)}, k_codes {tuple(k_codes.shape)}; expected [T, KV, D] and [KV, S, D/4]")
     if not use_triton(k):
         return reference_write(k_codes, k_scales, v_codes, v_scales, k, v, pos)
-    raise NotImplementedError("tq4_write has no kernel for this device yet")
+    tokens, kv_heads, dim = k.shape
+    grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
+    kernel(tq4_write_kernel)[grid](k_codes, k_scales, v_codes, v_scales, k.contiguous(), v.contiguous(), pos, tokens * kv_heads,
+                                   SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS, num_warps=WRITE_WARPS)
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B."""
+    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
+    return [
+        KernelCase(f"tq4_write {kind[1:]} 4x512", tq4_write_kernel,
+                   caches | {"k_ptr": kind, "v_ptr": kind, "pos_ptr": "*i64", "rows": "i32"},
+                   {"SLOTS": 131072, "KV": 4, "D": 512, "ROWS": WRITE_ROWS}, {"num_warps": WRITE_WARPS})
+        for kind in ("*bf16", "*fp32")
+    ]

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops import tq4
-from custom_ops.flash import attend, check_heads
+from custom_ops.flash import (
+    LOG2E,
+    Tile,
+    attend,
+    check_heads,
+    check_kernel_shapes,
+    decode_range,
+    merge_splits,
+    padded_group,
+    pick,
+    softmax_step,
+    split_count,
+    split_size,
+)
 from custom_ops.global_attention import causal_mask
-from custom_ops.launch import use_triton
+from custom_ops.launch import kernel, use_triton
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget, current_target
+from custom_ops.tq4 import hadamard_rows, plane_pair, sign_of
+
+# By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit activations.
+DECODE_TILES = {(0, 512): Tile(keys=64, warps=4, stages=2)}
+PREFILL_TILES = {
+    (0, 512): Tile(rows=32, keys=64, warps=8, stages=2),
+    (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
+}
+DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)
+PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
+ROTATE_WARPS = 4
+MERGE_WARPS = 4
 
 
 def reference(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
@@ -20,6 +49,186 @@ def reference(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_
     return tq4.unrotate(out).to(q.dtype)
 
 
+@triton.jit
+def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr):
+    """One query: out = sqrt(D) R x / |x|, whose coordinates fit float16 whatever |x|; scale = log2(e) |x| / sqrt(D)."""
+    r = tl.program_id(0)
+    dim = tl.arange(0, D)
+    x = tl.load(x_ptr + r * D + dim).to(tl.float32)
+    norm = tl.sqrt(tl.sum(x * x, 0))
+    y = hadamard_rows((x * sign_of(dim))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
+    tl.store(out_ptr + r * D + dim[None, :], y)
+    tl.store(scale_ptr + r, norm * (LOG2E * D**-0.5))
+
+
+@triton.jit
+def unrotate_kernel(x_ptr, out_ptr, D: tl.constexpr):
+    """One vector: out = R^T x."""
+    r = tl.program_id(0)
+    dim = tl.arange(0, D)
+    x = tl.load(x_ptr + r * D + dim).to(tl.float32)
+    y = hadamard_rows(x[None, :], 1, D) * (sign_of(dim) * D**-0.5)[None, :]
+    tl.store(out_ptr + r * D + dim[None, :], y)
+
+
+@triton.jit
+def tq4_decode_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr,
+                      HAS_LEN: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
+                      D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """One rotated query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] rotated and unnormalized, ml_ptr
+    float32 [SPLITS, H, 2]. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
+    """
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    Q: tl.constexpr = D // 4
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, 0)
+    size = split_size(start, end, SPLITS, BLOCK_N)
+    low = start + split * size
+    if low >= end:
+        return  # the merge computes the same split size and does not read this one
+    high = tl.minimum(low + size, end)
+    word = tl.arange(0, Q)
+    group = tl.arange(0, PAD)
+    heads = head * GROUP + group
+    keep = group < GROUP
+    q = q_ptr + heads[None, :] * D + word[:, None]
+    q0 = tl.load(q, mask=keep[None, :], other=0.0)
+    q1 = tl.load(q + Q, mask=keep[None, :], other=0.0)
+    q2 = tl.load(q + 2 * Q, mask=keep[None, :], other=0.0)
+    q3 = tl.load(q + 3 * Q, mask=keep[None, :], other=0.0)
+    q_scale = tl.load(q_scale_ptr + heads, mask=keep, other=0.0)
+    m = tl.full([PAD], float("-inf"), tl.float32)
+    total = tl.zeros([PAD], tl.float32)
+    o0 = tl.zeros([Q, PAD], tl.float32)
+    o1 = tl.zeros([Q, PAD], tl.float32)
+    o2 = tl.zeros([Q, PAD], tl.float32)
+    o3 = tl.zeros([Q, PAD], tl.float32)
+    for n in tl.range(low, high, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        held = p < high
+        row = head * SLOTS + p
+        kw = tl.load(k_codes_ptr + row[:, None] * Q + word[None, :], mask=held[:, None], other=0)
+        k_scale = tl.load(k_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=held[None, :], other=0)
+        v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
+        scores = tl.dot(k0, q0, input_precision="ieee")
+        scores = tl.dot(k1, q1, scores, input_precision="ieee")
+        k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
+        scores = tl.dot(k2, q2, scores, input_precision="ieee")
+        scores = tl.dot(k3, q3, scores, input_precision="ieee")
+        scores = tl.where(held[:, None], scores * k_scale[:, None] * q_scale[None, :], float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 0)
+        total = total * scale + tl.sum(weights, 0)
+        weights = (weights * v_scale[:, None]).to(DTYPE)
+        v0, v1 = plane_pair(vw, 0, DTYPE, ASM)
+        o0 = tl.dot(v0, weights, o0 * scale[None, :], input_precision="ieee")
+        o1 = tl.dot(v1, weights, o1 * scale[None, :], input_precision="ieee")
+        v2, v3 = plane_pair(vw, 1, DTYPE, ASM)
+        o2 = tl.dot(v2, weights, o2 * scale[None, :], input_precision="ieee")
+        o3 = tl.dot(v3, weights, o3 * scale[None, :], input_precision="ieee")
+    part = split * (KV * GROUP) + heads
+    o = o_ptr + part[None, :] * D + word[:, None]
+    tl.store(o, o0, mask=keep[None, :])
+    tl.store(o + Q, o1, mask=keep[None, :])
+    tl.store(o + 2 * Q, o2, mask=keep[None, :])
+    tl.store(o + 3 * Q, o3, mask=keep[None, :])
+    tl.store(ml_ptr + part * 2, m, mask=keep)
+    tl.store(ml_ptr + part * 2 + 1, total, mask=keep)
+
+
+@triton.jit
+def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, out_ptr, HAS_LEN: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Merge one head's splits and rotate the sum back."""
+    head = tl.program_id(0)
+    dim = tl.arange(0, D)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, 0)
+    active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
+    m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
+    y = hadamard_rows((acc / total)[None, :], 1, D) * (sign_of(dim) * D**-0.5)[None, :]
+    tl.store(out_ptr + head * D + dim[None, :], y)
+
+
+@triton.jit
+def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, out_ptr, tokens,
+                       SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """BLOCK_M rows of one KV head, a row being a (token, head of the group) pair, tokens major; the output stays rotated."""
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    Q: tl.constexpr = D // 4
+    head = tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest sweeps start first
+    word = tl.arange(0, Q)
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = r // GROUP
+    query = token * (KV * GROUP) + head * GROUP + r % GROUP
+    keep = token < tokens
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    pos = tl.load(pos_ptr).to(tl.int32)
+    end = pos + last + 1
+    in_out = query[:, None] * D + word[None, :]
+    q0 = tl.load(q_ptr + in_out, mask=keep[:, None], other=0.0)
+    q1 = tl.load(q_ptr + in_out + Q, mask=keep[:, None], other=0.0)
+    q2 = tl.load(q_ptr + in_out + 2 * Q, mask=keep[:, None], other=0.0)
+    q3 = tl.load(q_ptr + in_out + 3 * Q, mask=keep[:, None], other=0.0)
+    q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o1 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o2 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o3 = tl.zeros([BLOCK_M, Q], tl.float32)
+    for n in tl.range(0, end, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        held = p < end
+        row = head * SLOTS + p
+        kw = tl.load(k_codes_ptr + row[None, :] * Q + word[:, None], mask=held[None, :], other=0)
+        k_scale = tl.load(k_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        vw = tl.load(v_codes_ptr + row[:, None] * Q + word[None, :], mask=held[:, None], other=0)
+        v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
+        scores = tl.dot(q0, k0, input_precision="ieee")
+        scores = tl.dot(q1, k1, scores, input_precision="ieee")
+        k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
+        scores = tl.dot(q2, k2, scores, input_precision="ieee")
+        scores = tl.dot(q3, k3, scores, input_precision="ieee")
+        scores = scores * q_scale[:, None] * k_scale[None, :]
+        scores = tl.where(p[None, :] <= (pos + token)[:, None], scores, float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 1)
+        total = total * scale + tl.sum(weights, 1)
+        weights = (weights * v_scale[None, :]).to(DTYPE)
+        v0, v1 = plane_pair(vw, 0, DTYPE, ASM)
+        o0 = tl.dot(weights, v0, o0 * scale[:, None], input_precision="ieee")
+        o1 = tl.dot(weights, v1, o1 * scale[:, None], input_precision="ieee")
+        v2, v3 = plane_pair(vw, 1, DTYPE, ASM)
+        o2 = tl.dot(weights, v2, o2 * scale[:, None], input_precision="ieee")
+        o3 = tl.dot(weights, v3, o3 * scale[:, None], input_precision="ieee")
+    inverse = (1.0 / total)[:, None]
+    tl.store(out_ptr + in_out, o0 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + Q, o1 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + 2 * Q, o2 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + 3 * Q, o3 * inverse, mask=keep[:, None])
+
+
+def decode_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
+                  has_len: bool) -> tuple[Tile, dict, dict]:
+    """The tile and the constants of `tq4_decode_kernel` and of `tq4_merge_kernel`."""
+    tile = DECODE_FLOAT32 if float32 else pick(DECODE_TILES, target, dim)
+    splits = split_count(target, tile, kv_heads, slots)
+    shared = {"HAS_LEN": has_len, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": padded_group(heads, kv_heads), "ASM": asm}
+    return tile, split, shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)}
+
+
+def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int) -> tuple[Tile, dict]:
+    """The tile and the constants of `tq4_prefill_kernel`."""
+    tile = PREFILL_FLOAT32 if float32 else pick(PREFILL_TILES, target, dim)
+    return tile, {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
+                  "ASM": asm}
+
+
 @triton_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
                   pos: torch.Tensor, kv_len: torch.Tensor | None) -> torch.Tensor:
@@ -29,8 +238,58 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
     consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None: it bounds the sweep and changes no result.
     Slots past pos[-1] may hold anything. Returns [T, H, D] in q's dtype. Raises ValueError when the head counts or dimensions do not fit.
     """
-    check_heads("tq4_attention", q, k_codes.shape[0], 4 * k_codes.shape[2])
+    kv_heads, slots, _ = k_codes.shape
+    check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
     tq4.check_dim(q.shape[2])
     if not use_triton(q):
         return reference(q, k_codes, k_scales, v_codes, v_scales, pos, kv_len)
-    raise NotImplementedError("tq4_attention has no kernel for this device yet")
+    tokens, heads, dim = q.shape
+    check_kernel_shapes("tq4_attention", dim, k_codes)
+    target, float32, asm = current_target(), q.dtype == torch.float32, q.is_cuda and q.dtype != torch.float32
+    rotated = torch.empty(tokens, heads, dim, dtype=torch.float32 if float32 else torch.float16, device=q.device)
+    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    kernel(rotate_kernel)[(tokens * heads,)](q.contiguous(), rotated, scale, D=dim, num_warps=ROTATE_WARPS)
+    caches = (k_codes, k_scales, v_codes, v_scales)
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    if tokens == 1:
+        tile, split, merge = decode_launch(float32, asm, target, heads, kv_heads, dim, slots, kv_len is not None)
+        length = pos if kv_len is None else kv_len
+        part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
+        sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
+        kernel(tq4_decode_kernel)[(kv_heads, split["SPLITS"])](rotated, scale, *caches, pos, length, part, sums, **split,
+                                                               num_warps=tile.warps, num_stages=tile.stages)
+        kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=MERGE_WARPS)
+    else:
+        tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots)
+        blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
+        still_rotated = torch.empty_like(out)
+        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](rotated, scale, *caches, pos, still_rotated, tokens, **constants,
+                                                       num_warps=tile.warps, num_stages=tile.stages)
+        kernel(unrotate_kernel)[(tokens * heads,)](still_rotated, out, D=dim, num_warps=ROTATE_WARPS)
+    return out
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B."""
+    heads, kv_heads, dim, slots = 32, 4, 512, 131072
+    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
+    position = {"pos_ptr": "*i64", "len_ptr": "*i32"}
+    parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
+    cases = []
+    for kind, inner in (("*bf16", "*fp16"), ("*fp32", "*fp32")):
+        label, float32 = f"tq4_attention {kind[1:]} {heads}:{kv_heads}x{dim}", kind == "*fp32"
+        query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
+        rows = {"num_warps": ROTATE_WARPS}
+        cases.append(KernelCase(f"{label} rotate", rotate_kernel, {"x_ptr": kind, "out_ptr": inner, "scale_ptr": "*fp32"}, {"D": dim},
+                                rows))
+        cases.append(KernelCase(f"{label} unrotate", unrotate_kernel, {"x_ptr": kind, "out_ptr": kind}, {"D": dim}, rows))
+        tile, split, merge = decode_launch(float32, not float32, target, heads, kv_heads, dim, slots, True)
+        cases.append(KernelCase(f"{label} decode", tq4_decode_kernel, query | caches | position | parts, split,
+                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+        cases.append(KernelCase(f"{label} merge", tq4_merge_kernel, parts | position | {"out_ptr": kind}, merge,
+                                {"num_warps": MERGE_WARPS}))
+        tile, constants = prefill_launch(float32, not float32, target, heads, kv_heads, dim, slots)
+        cases.append(KernelCase(f"{label} prefill", tq4_prefill_kernel,
+                                query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}, constants,
+                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+    return cases
