@@ -21,7 +21,7 @@ struct DTypeRow {
   const char* safetensors;  // weights.safetensors
   uint64_t bytes;
 };
-constexpr DTypeRow kDTypes[] = {{DType::U8, "uint8", "U8", 1},     {DType::I32, "int32", "I32", 4},     {DType::I64, "int64", "I64", 8},
+constexpr DTypeRow kDTypes[] = {{DType::U8, "uint8", "U8", 1},     {DType::I16, "int16", "I16", 2},     {DType::I32, "int32", "I32", 4},  {DType::I64, "int64", "I64", 8},
                                 {DType::F16, "float16", "F16", 2}, {DType::BF16, "bfloat16", "BF16", 2}, {DType::F32, "float32", "F32", 4}};
 constexpr uint64_t kAlignment = 256;
 

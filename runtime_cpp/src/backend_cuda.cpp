@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -115,6 +116,7 @@ class Reader {
 
  private:
   void run() {
+    posix_fadvise(file_.fd(), static_cast<off_t>(offset_), static_cast<off_t>(bytes_), POSIX_FADV_SEQUENTIAL);
     for (uint64_t i = 0; i * kStagingBytes < bytes_; ++i) {
       {
         std::unique_lock<std::mutex> lock(mutex_);

@@ -2,6 +2,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 
 #include <functional>
+#include <mutex>
 
 #include "kiln/error.h"
 
@@ -23,6 +24,8 @@ class DecodeGraph {
   // On the current stream. Runs nothing: the step's effects happen at replay().
   void capture(const std::function<void()>& step) {
     if (state_ != State::Cold) fail("internal error: the decode graph is captured already");
+    static std::mutex one_capture;  // torch's default generator takes part in every capture
+    std::lock_guard<std::mutex> lock(one_capture);
     // Thread-local: another session may allocate while this one captures.
     graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
     try {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -21,6 +22,7 @@ constexpr int kFailure = 1, kUsage = 2;
 
 struct Arguments {
   std::string artifact, prompt, prompt_file, tokens, device = "auto", logits_file;
+  std::vector<int64_t> ids;  // of --tokens
   bool has_prompt = false, raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false;
   bool tokenize = false, parse_special = false, help = false, version = false;
   int64_t max_new_tokens = 128, top_k = 0, seed = 0, prefill_chunk = 0, threads = 0;
@@ -55,20 +57,6 @@ std::vector<Option> option_table(Arguments& a) {
   };
 }
 
-Arguments parse(int argc, char** argv, std::string* help) {
-  Arguments a;
-  auto options = option_table(a);
-  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3) [options]\n\n" + options_help(options);
-  auto positional = parse_options(argc, argv, options);
-  if (a.help || a.version) return a;
-  if (positional.size() != 1) throw UsageError(positional.empty() ? "no artifact given; see --help" : "more than one artifact: " + positional[1]);
-  a.artifact = positional[0];
-  int sources = a.has_prompt + !a.prompt_file.empty() + !a.tokens.empty();
-  if (a.tokenize ? sources != 0 : sources != 1) throw UsageError("give one of --prompt, --prompt-file, --tokens, --tokenize-stdin");
-  if (a.parse_special && !a.tokenize) throw UsageError("--parse-special needs --tokenize-stdin: a prompt is never parsed for special tokens");
-  return a;
-}
-
 std::vector<int64_t> parse_ids(const std::string& list) {
   std::vector<int64_t> ids;
   const char* p = list.data();
@@ -81,6 +69,21 @@ std::vector<int64_t> parse_ids(const std::string& list) {
     if (r.ptr == end) return ids;
     p = r.ptr + 1;
   }
+}
+
+Arguments parse(int argc, char** argv, std::string* help) {
+  Arguments a;
+  auto options = option_table(a);
+  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3) [options]\n\n" + options_help(options);
+  auto positional = parse_options(argc, argv, options);
+  if (a.help || a.version) return a;
+  if (positional.size() != 1) throw UsageError(positional.empty() ? "no artifact given; see --help" : "more than one artifact: " + positional[1]);
+  a.artifact = positional[0];
+  int sources = a.has_prompt + !a.prompt_file.empty() + !a.tokens.empty();
+  if (a.tokenize ? sources != 0 : sources != 1) throw UsageError("give one of --prompt, --prompt-file, --tokens, --tokenize-stdin");
+  if (!a.tokens.empty()) a.ids = parse_ids(a.tokens);
+  if (a.parse_special && !a.tokenize) throw UsageError("--parse-special needs --tokenize-stdin: a prompt is never parsed for special tokens");
+  return a;
 }
 
 int tokenize_stdin(const Arguments& a) {
@@ -113,6 +116,7 @@ std::string json_ids(const std::vector<int64_t>& ids) {
 }
 
 std::string json_number(double x, const char* format = "%.6g") {
+  if (!std::isfinite(x)) return "null";  // JSON has no other word for it
   char text[40];
   std::snprintf(text, sizeof text, format, x);
   return text;
@@ -182,7 +186,7 @@ int play(const Arguments& a) {
 
   Run run;
   if (!a.tokens.empty())
-    run.prompt = parse_ids(a.tokens);
+    run.prompt = a.ids;
   else
     run.prompt = model->encode_prompt(a.prompt_file.empty() ? a.prompt : read_file(a.prompt_file), a.raw);
   Session session(model, options);

@@ -87,6 +87,7 @@ void check_inputs(const char* entry, const EntryPoint& point) {
 at::ScalarType scalar_type(DType dtype) {
   switch (dtype) {
     case DType::U8: return at::kByte;
+    case DType::I16: return at::kShort;
     case DType::I32: return at::kInt;
     case DType::I64: return at::kLong;
     case DType::F16: return at::kHalf;

@@ -12,7 +12,7 @@ namespace kiln {
 
 constexpr int64_t kFormatVersion = 1;
 
-enum class DType { U8, I32, I64, F16, BF16, F32 };
+enum class DType { U8, I16, I32, I64, F16, BF16, F32 };
 const char* dtype_name(DType dtype);  // as in manifest.json: "bfloat16"
 uint64_t dtype_bytes(DType dtype);
 
