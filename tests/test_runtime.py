@@ -1,4 +1,7 @@
-"""The runner on a toy artifact: two compiled models over shared weights and caches, without the exporter."""
+"""The runner on a toy artifact: two compiled models over shared weights and caches, without the exporter.
+
+Every test runs on the CPU and, marked gpu, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import torch
 KILN_RUN = Path(sys.executable).parent / "kiln-run"
 VOCAB, WIDTH, WINDOW, MAX_SEQ, CHUNK = 61, 8, 4, 24, 12
 ALIGN = 256
+TOLERANCE = 1e-5  # of logits below 1
 PROMPT = [3, 17, 42, 8, 60, 0, 25, 33, 9]
 
 
@@ -38,28 +42,27 @@ class Toy(torch.nn.Module):
         x = self.embed[tokens]  # [T, WIDTH]
         first, last = pos[0], pos[-1]
         self.cache.index_copy_(0, pos, x)
-        slot = torch.arange(WINDOW)
+        slot = torch.arange(WINDOW, device=pos.device)
         held = last - (last - slot) % WINDOW  # the newest position of each slot
         fresh = (held >= first).unsqueeze(1)
         self.ring.copy_(torch.where(fresh, x[(held - first).clamp(min=0)].to(torch.bfloat16), self.ring))
-        past = (torch.arange(MAX_SEQ) <= last).float() / self.decay
+        past = (torch.arange(MAX_SEQ, device=pos.device) <= last).float() / self.decay
         h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * self.ring.float().sum(0)
         logits = torch.tanh(h @ self.head.float() / 64).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
         return (logits.argmax(-1) + shift) % VOCAB, logits
 
 
-def compile_toy(path: Path) -> None:
+def compile_toy(path: Path, device: str) -> None:
     from torch._inductor.package import package_aoti
 
     options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True,
                "compile_threads": 1}
     files = {}
     for name, t in (("prefill", 3), ("decode", 1)):
-        inputs = (torch.arange(t), torch.arange(t), torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1),
-                  torch.zeros(1, dtype=torch.int64))
+        inputs = tuple(x.to(device) for x in (torch.arange(t), torch.arange(t), *sampling_tensors()))
         length = {0: torch.export.Dim("T", min=2, max=CHUNK)} if t > 1 else None
-        exported = torch.export.export(Toy(), inputs, dynamic_shapes=(length, length, None, None, None, None))
+        exported = torch.export.export(Toy().to(device), inputs, dynamic_shapes=(length, length, None, None, None, None))
         files[name] = torch._inductor.aot_compile(exported.module(), inputs, options=options)
     package_aoti(str(path), files)
 
@@ -84,11 +87,17 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict]:
     return constants
 
 
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Path:
+def toy(device, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("toy") / "artifact"
     root.mkdir()
-    compile_toy(root / "model.pt2")
+    compile_toy(root / "model.pt2", device)
+    capability = list(torch.cuda.get_device_capability()) if device == "cuda" else None
     buffers = dict(Toy().named_buffers())
     caches = {name: buffers.pop(name) for name in ("ring", "cache")}
     package = (root / "model.pt2").read_bytes()
@@ -104,8 +113,8 @@ def toy(tmp_path_factory) -> Path:
         "format": "kiln", "format_version": 1, "producer": {"kiln": "0.1.0", "torch": torch.__version__.split("+")[0], "triton": "0"},
         "source": {"file": "toy.gguf", "architecture": "toy", "name": "toy"}, "config": {}, "max_seq_len": MAX_SEQ, "prefill_chunk": CHUNK,
         "activation_dtype": "float32", "kv_cache": "float32", "passes": [], "quantization": [],
-        "targets": [{"target": "cpu", "file": "model.pt2", "device": "cpu", "compute_capability": None, "bytes": len(package),
-                     "sha256": hashlib.sha256(package).hexdigest()}],
+        "targets": [{"target": "sm_{}{}".format(*capability) if capability else "cpu", "file": "model.pt2", "device": device,
+                     "compute_capability": capability, "bytes": len(package), "sha256": hashlib.sha256(package).hexdigest()}],
         "entry_points": {"prefill": entry("T"), "decode": entry(1)}, "constants": constants,
         "kv": [{"name": n, "layer": i, "kind": "ring" if n == "ring" else "global", "dtype": str(t.dtype)[6:], "shape": list(t.shape),
                 "bytes": t.nbytes} for i, (n, t) in enumerate(caches.items())],
@@ -172,7 +181,7 @@ def test_tokens_and_logits_equal_eager_at_every_chunk(toy, chunk):
     assert session.position == len(PROMPT) and len(seen) == -(-len(PROMPT) // chunk)
     tokens, stop = session.generate(8)
     assert (tokens, stop) == (want, "length")
-    np.testing.assert_allclose(np.stack(seen[-8:]), rows, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.stack(seen[-8:]), rows, rtol=0, atol=TOLERANCE)
     assert len({tuple(r.argsort()[-3:]) for r in rows}) > 3  # the toy's logits do move
 
 
@@ -181,13 +190,13 @@ def test_decode_step_by_step_and_forced(toy):
     session = kiln.Session(kiln.Model(str(toy)))
     got = [session.prefill(PROMPT)] + [session.decode() for _ in range(5)]
     assert got == want
-    np.testing.assert_allclose(session.logits(), rows[-1], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(session.logits(), rows[-1], rtol=0, atol=TOLERANCE)
     forced = kiln.Session(kiln.Model(str(toy)))
     forced.prefill(PROMPT[:4])
     for token in PROMPT[4:]:
         last = forced.decode(token)
     assert last == want[0]
-    np.testing.assert_allclose(forced.logits(), rows[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(forced.logits(), rows[0], rtol=0, atol=TOLERANCE)
 
 
 def test_generate_goes_on_where_it_stopped(toy):
@@ -200,6 +209,35 @@ def test_generate_goes_on_where_it_stopped(toy):
     second, stop = session.generate(9, lambda token: next(left))
     assert stop == "callback" and first + second == want[:7]
     assert first + second + session.generate(2)[0] == want
+
+
+def test_steps_in_flight_are_discarded(toy, device):
+    """On a GPU a step runs ahead of the token that ends a generation; what follows must not notice."""
+    want, rows = eager(PROMPT, 4)
+    after, _ = eager(PROMPT + want[:1] + [50, 51, 52, 53, 54], 5)
+    for graph in (True, False):
+        session = kiln.Session(kiln.Model(str(toy)), graph=graph)
+        session.prefill(PROMPT)
+        assert session.generate(10, lambda token: False) == (want[:1], "callback")
+        session.generate(2)
+        assert session.position == len(PROMPT) + 2
+        session.reset()
+        session.prefill(PROMPT)
+        left = iter([True, False])
+        assert session.generate(10, lambda token, left=left: next(left)) == (want[:2], "callback")
+        assert session.position == len(PROMPT) + 1
+        if device == "cuda":
+            with pytest.raises(kiln.Error, match="discarded"):
+                session.logits()
+        else:
+            np.testing.assert_allclose(session.logits(), rows[1], rtol=0, atol=TOLERANCE)
+        session.prefill([50, 51, 52, 53, 54])
+        assert session.generate(5)[0] == after
+        with pytest.raises(ZeroDivisionError):
+            session.generate(9, lambda token: 1 // 0)
+        assert session.position == len(PROMPT) + 1 + 5 + 4 + 1
+    with pytest.raises(kiln.Error, match="max_new_tokens"):
+        session.generate(0)
 
 
 def test_reset_and_sessions_do_not_bleed(toy):
@@ -270,13 +308,14 @@ def test_limit_of_max_seq_len(toy):
             session.prefill(bad)
 
 
-def test_memory_and_properties(toy):
+def test_memory_and_properties(toy, device):
     model = kiln.Model(str(toy), verify=True)
     memory = kiln.Session(model).memory()
     assert memory["weights"] == 4 * VOCAB * WIDTH + 2 * WIDTH * VOCAB + 4 * MAX_SEQ
     assert (memory["kv_ring"], memory["kv_global"]) == (2 * WINDOW * WIDTH, 4 * MAX_SEQ * WIDTH)
     assert memory["total"] == sum(memory[k] for k in ("weights", "kv_ring", "kv_global", "other"))
-    assert (model.device, model.target, model.vocab_size, model.max_seq_len, model.prefill_chunk) == ("cpu", "cpu", VOCAB, MAX_SEQ, CHUNK)
+    assert model.device == {"cpu": "cpu", "cuda": "cuda:0"}[device] and model.target == model.manifest["targets"][0]["target"]
+    assert (model.vocab_size, model.max_seq_len, model.prefill_chunk) == (VOCAB, MAX_SEQ, CHUNK)
     assert model.manifest["source"]["architecture"] == "toy"
     with pytest.raises(kiln.Error, match="no tokenizer"):
         model.encode_prompt("x")
@@ -310,18 +349,18 @@ def test_end_of_generation_tokens_stop(copy):
 # kiln-run
 
 
-def test_run_json_and_logits_file(toy, tmp_path):
+def test_run_json_and_logits_file(toy, device, tmp_path):
     want, rows = eager(PROMPT, 5)
     result = run(toy, "--tokens", ids(PROMPT), "--max-new-tokens", 5, "--prefill-chunk", 5, "--json", "--memory",
                  "--logits", tmp_path / "l.f32")
     assert result.returncode == 0, result.stderr
     out = json.loads(result.stdout)
-    assert (out["prompt_tokens"], out["tokens"], out["stop"], out["device"]) == (PROMPT, want, "length", "cpu")
+    assert (out["prompt_tokens"], out["tokens"], out["stop"], out["device"][:4]) == (PROMPT, want, "length", device[:4])
     assert out["prefill_tok_s"] > 0 and out["decode_tok_s"] > 0 and out["ttft_s"] > 0 and out["load_s"] > 0
     assert out["memory"]["kv_global"] == 4 * MAX_SEQ * WIDTH
     written = np.fromfile(tmp_path / "l.f32", np.float32).reshape(-1, VOCAB)
     assert written.shape[0] == 2 + 4  # two prefill chunks, four decode steps
-    np.testing.assert_allclose(written[1:], rows, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(written[1:], rows, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(np.array(out["logits"], np.float32), written)
 
 
@@ -427,13 +466,17 @@ def test_constants_that_are_not_the_models(copy):
     fails("bytes) free; export with a smaller --max-seq-len", copy, "--tokens", "1")
 
 
-def test_targets(copy):
+def test_targets(copy, device):
+    if device == "cuda":
+        change(copy, lambda m: m["targets"][0].update(target="sm_10", compute_capability=[1, 0]))
+        fails("the artifact has: sm_10. Export with --target sm_", copy, "--tokens", "1")
+        fails("this machine has", copy, "--tokens", "1", "--device", "cuda:99")
+        return
     fails("unknown device 'tpu'", copy, "--tokens", "1", "--device", "tpu")
     change(copy, lambda m: m["targets"][0].update(target="sm_90", device="cuda", compute_capability=[9, 0]))
     fails("no CPU target; the artifact has: sm_90. Export with --target cpu", copy, "--tokens", "1", "--device", "cpu")
-    if not torch.cuda.is_available():
-        fails("has targets sm_90, but no usable GPU", copy, "--tokens", "1")
-        fails("no usable GPU for --device cuda:1", copy, "--tokens", "1", "--device", "cuda:1")
+    change(copy, lambda m: m["targets"][0].update(target="sm_10", compute_capability=[1, 0]))
+    fails("the artifact has: sm_10" if torch.cuda.is_available() else "has targets sm_10, but no usable GPU", copy, "--tokens", "1")
 
 
 def test_package_cut_short(copy):
