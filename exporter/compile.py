@@ -18,7 +18,7 @@ from pathlib import Path
 from custom_ops.target import compiling_for, gpu_targets
 from exporter.errors import KilnError
 from exporter.export import ENTRIES, GraphSpec, lower
-from passes.edit import PassError
+from passes.edit import PassError, symbolic, user_input
 from passes.records import KVBuffer, PassReport
 
 PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
@@ -125,6 +125,9 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             files = torch._inductor.aot_compile(
                 program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
             )
+    length = user_input(program, "tokens").meta["val"].shape[0]
+    if entry == "prefill" and not symbolic(length):
+        raise KilnError(f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size")
     constants = _constant_names(files)
     return CompiledEntry(
         entry=entry,

@@ -18,7 +18,7 @@ from passes.records import KVBuffer, Lowered, PassOptions
 
 ENTRIES = ("prefill", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MIN_SEQ_LEN = 16
+TRACE_LENGTH = 13  # a prime below every chunk: a length that equals some other size would be taken for it and specialized
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GraphSpec:
 
 def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
     """The graph of `entry` on `device` ("cpu" or "cuda"; none need be present), before any pass."""
-    length = 1 if entry == "decode" else min(8, spec.prefill_chunk)
+    length = 1 if entry == "decode" else TRACE_LENGTH
 
     def inputs() -> tuple[torch.Tensor, ...]:
         tokens = torch.empty(length, dtype=torch.int64)

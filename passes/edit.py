@@ -47,6 +47,11 @@ def user_input(ep: ExportedProgram, name: str) -> Node:
     raise PassError(f"the graph has no input named {name}; it has {sorted(names)}")
 
 
+def symbolic(size: int | torch.SymInt) -> bool:
+    """The size is still free: nothing has fixed it at a number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def written_args(node: Node) -> list[Node]:
     """The arguments an op writes in place, by its schema."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
