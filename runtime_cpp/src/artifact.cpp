@@ -177,7 +177,8 @@ void Artifact::open_weights() {
   const std::string where = path(weights_file_);
   uint64_t size = file_size(where);
   if (size != weights_bytes_)
-    fail(where, ": ", size, " bytes, the manifest says ", weights_bytes_, size < weights_bytes_ ? ": the file was cut short" : "", "; copy the artifact again");
+    fail(where, ": ", size, " bytes, the manifest says ", weights_bytes_, size < weights_bytes_ ? ": the file was cut short" : "",
+         "; copy the artifact again");
   auto file = std::make_shared<const MappedFile>(where);
   uint64_t header_size = 0;
   if (size < 8) fail(where, ": too short for a safetensors file");

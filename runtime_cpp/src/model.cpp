@@ -107,6 +107,10 @@ Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
 
 std::shared_ptr<const Model> Model::load(const std::string& directory, const LoadOptions& options) {
+  return guarded([&] { return std::shared_ptr<const Model>(new Model(load_impl(directory, options))); });
+}
+
+std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, const LoadOptions& options) {
   c10::InferenceMode inference;
   auto impl = std::make_unique<Impl>(directory);
   const Artifact& artifact = impl->artifact;
@@ -138,14 +142,15 @@ std::shared_ptr<const Model> Model::load(const std::string& directory, const Loa
     if (place.cuda) {
       uint64_t free = impl->backend->free_bytes();
       if (end - begin > free)
-        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), ", "cuda:", place.index, " has ", gigabytes(free), " (", free, " bytes) free");
+        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), cuda:", place.index, " has ", gigabytes(free), " (", free,
+             " bytes) free");
     }
     impl->blob = impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
     auto* base = static_cast<char*>(impl->blob.data_ptr());
     for (const ConstantSpec& c : artifact.constants)
       impl->constants[c.name] = at::from_blob(base + (c.offset - begin), c.shape, at::TensorOptions(scalar_type(c.dtype)).device(impl->blob.device()));
   }
-  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+  return impl;
 }
 
 const Artifact& Model::artifact() const { return impl_->artifact; }

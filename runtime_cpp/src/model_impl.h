@@ -1,5 +1,6 @@
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <memory>
 #include <optional>
@@ -22,6 +23,16 @@ struct Model::Impl {
   at::Tensor blob;                                        // uint8, all weights
   std::unordered_map<std::string, at::Tensor> constants;  // views of blob, by fully qualified name
 };
+
+// Runs `f`; an error of torch (out of memory, a failed device) becomes an Error without its backtrace.
+template <typename F>
+auto guarded(F&& f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const c10::Error& e) {
+    fail(e.what_without_backtrace());
+  }
+}
 
 at::ScalarType scalar_type(DType dtype);
 std::string gigabytes(uint64_t bytes);  // "18.67 GB"

@@ -98,6 +98,12 @@ class CompiledModel {
 struct Session::Impl {
   Impl(std::shared_ptr<const Model> m, const SessionOptions& options);
 
+  int64_t append(const std::vector<int64_t>& tokens);
+  int64_t step();
+  Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog);
+  void reset();
+  void set_sampling(const Sampling& sampling);
+
   void make_caches();
   void bind_constants();
   void warm_up(bool graph);
@@ -285,78 +291,65 @@ const char* stop_name(Stop stop) {
   return "";
 }
 
-Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options) : impl_(std::make_unique<Impl>(std::move(model), options)) {}
-Session::~Session() = default;
-
-int64_t Session::prefill(const std::vector<int64_t>& tokens) {
-  Impl& s = *impl_;
-  Scope scope(*s.timeline);
-  s.check_tokens(tokens);
+int64_t Session::Impl::append(const std::vector<int64_t>& tokens) {
+  Scope scope(*timeline);
+  check_tokens(tokens);
   auto total = static_cast<int64_t>(tokens.size());
   for (int64_t at = 0; at < total;) {
-    int64_t n = std::min(s.chunk, total - at);
+    int64_t n = std::min(chunk, total - at);
     if (n > 1) {
-      s.prefill_chunk(&tokens[static_cast<size_t>(at)], n);
+      prefill_chunk(&tokens[static_cast<size_t>(at)], n);
     } else {  // a prefill call takes two tokens or more
-      s.next = tokens[static_cast<size_t>(at)];
-      s.in_step = false;
-      s.launch();
+      next = tokens[static_cast<size_t>(at)];
+      in_step = false;
+      launch();
     }
     at += n;
   }
-  s.timeline->send(s.values.at("tokens"));
-  s.next = s.timeline->receive();
-  s.handed_out = false;
-  return s.next;
+  timeline->send(values.at("tokens"));
+  next = timeline->receive();
+  handed_out = false;
+  return next;
 }
 
-int64_t Session::decode() {
-  Impl& s = *impl_;
-  if (s.next < 0) fail("decode() before prefill(): there is no token to feed");
-  if (s.position >= s.shared.artifact.max_seq_len) fail("the cache is full: the artifact holds ", s.shared.artifact.max_seq_len, " tokens");
-  Scope scope(*s.timeline);
-  s.next_step();
-  return s.next;
+int64_t Session::Impl::step() {
+  if (next < 0) fail("decode() before prefill(): there is no token to feed");
+  if (position >= shared.artifact.max_seq_len) fail("the cache is full: the artifact holds ", shared.artifact.max_seq_len, " tokens");
+  Scope scope(*timeline);
+  next_step();
+  return next;
 }
 
-int64_t Session::decode(int64_t token) {
-  impl_->check_tokens({token});
-  impl_->next = token;
-  impl_->in_step = false;
-  return decode();
-}
-
-Stop Session::generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog) {
-  Impl& s = *impl_;
+Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog) {
   if (max_new_tokens < 1) fail("max_new_tokens is ", max_new_tokens, ", must be 1 or more");
-  if (s.next < 0) fail("generate() before prefill(): there is no token to start from");
-  Scope scope(*s.timeline);
-  const int64_t most = s.shared.artifact.max_seq_len;
-  if (s.handed_out) {
-    if (s.position >= most) return Stop::MaxSeqLen;
-    s.next_step();
+  if (next < 0) fail("generate() before prefill(): there is no token to start from");
+  Scope scope(*timeline);
+  const int64_t most = shared.artifact.max_seq_len;
+  if (handed_out) {
+    if (position >= most) return Stop::MaxSeqLen;
+    next_step();
   }
   // On a GPU one step stays queued behind the one whose token is awaited, so that the device never waits for the host.
-  const int64_t depth = s.timeline->asynchronous() && !s.sink ? 2 : 1;
+  const int64_t depth = timeline->asynchronous() && !sink ? 2 : 1;
   int64_t unread = 0;  // steps launched whose token was not received
   auto discard = [&] {
     if (!unread) return;
-    for (; unread; --unread, --s.position) s.timeline->receive();
+    for (; unread; --unread, --position) timeline->receive();
     // The steps' cache entries lie at positions >= position, which the next tokens overwrite.
-    s.in_step = false;
-    s.logits.reset();
-    s.copied = false;
+    in_step = false;
+    logits.reset();
+    copied = false;
   };
   Stop stop;
   try {
     for (int64_t produced = 0;;) {
-      if (stop_at_eog && s.shared.artifact.tokenizer && s.model->is_eog(s.next)) {
+      if (stop_at_eog && model->is_eog(next)) {
         stop = Stop::Eog;
         break;
       }
-      s.handed_out = true;
+      handed_out = true;
       ++produced;
-      if (!on_token(s.next)) {
+      if (!on_token(next)) {
         stop = Stop::Callback;
         break;
       }
@@ -364,16 +357,16 @@ Stop Session::generate(int64_t max_new_tokens, const std::function<bool(int64_t)
         stop = Stop::Length;
         break;
       }
-      if (!unread && s.position >= most) {
+      if (!unread && position >= most) {
         stop = Stop::MaxSeqLen;
         break;
       }
-      for (; unread < depth && s.position < most && produced + unread < max_new_tokens; ++unread) {
-        s.launch();
-        s.timeline->send(s.values.at("tokens"));
+      for (; unread < depth && position < most && produced + unread < max_new_tokens; ++unread) {
+        launch();
+        timeline->send(values.at("tokens"));
       }
-      s.next = s.timeline->receive();
-      s.handed_out = false;
+      next = timeline->receive();
+      handed_out = false;
       --unread;
     }
   } catch (...) {
@@ -384,39 +377,62 @@ Stop Session::generate(int64_t max_new_tokens, const std::function<bool(int64_t)
   return stop;
 }
 
-int64_t Session::position() const { return impl_->position; }
-
-void Session::reset() {
-  Impl& s = *impl_;
-  Scope scope(*s.timeline);
-  s.zero_caches();
-  s.position = 0;
-  s.next = -1;
-  s.in_step = s.handed_out = s.copied = false;
-  s.logits.reset();
+void Session::Impl::reset() {
+  Scope scope(*timeline);
+  zero_caches();
+  position = 0;
+  next = -1;
+  in_step = handed_out = copied = false;
+  logits.reset();
 }
 
-void Session::set_sampling(const Sampling& sampling) {
-  Impl& s = *impl_;
+void Session::Impl::set_sampling(const Sampling& sampling) {
   if (!(sampling.temperature >= 0) || !std::isfinite(sampling.temperature)) fail("temperature is ", sampling.temperature, ", must be 0 or more");
   if (sampling.top_k < 0) fail("top_k is ", sampling.top_k, ", must be 0 (off) or more");
   if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("top_p is ", sampling.top_p, ", must be above 0 and at most 1");
   if (sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
-      if (index_of(s.shared.artifact.decode.inputs, name) == s.shared.artifact.decode.inputs.size())
+      if (index_of(shared.artifact.decode.inputs, name) == shared.artifact.decode.inputs.size())
         fail("the artifact is greedy only: its decode model has no input '", name, "'");
-  Scope scope(*s.timeline);
-  s.values.at("temperature").fill_(sampling.temperature);
-  s.values.at("top_k").fill_(sampling.top_k);
-  s.values.at("top_p").fill_(sampling.top_p);
-  s.values.at("seed").fill_(sampling.seed);
+  Scope scope(*timeline);
+  values.at("temperature").fill_(sampling.temperature);
+  values.at("top_k").fill_(sampling.top_k);
+  values.at("top_p").fill_(sampling.top_p);
+  values.at("seed").fill_(sampling.seed);
 }
 
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
+    : impl_(guarded([&] { return std::make_unique<Impl>(std::move(model), options); })) {}
+Session::~Session() = default;
+
+int64_t Session::prefill(const std::vector<int64_t>& tokens) {
+  return guarded([&] { return impl_->append(tokens); });
+}
+int64_t Session::decode() {
+  return guarded([&] { return impl_->step(); });
+}
+int64_t Session::decode(int64_t token) {
+  impl_->check_tokens({token});
+  impl_->next = token;
+  impl_->in_step = false;
+  return decode();
+}
+Stop Session::generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog) {
+  return guarded([&] { return impl_->generate(max_new_tokens, on_token, stop_at_eog); });
+}
+void Session::reset() {
+  guarded([&] { impl_->reset(); });
+}
+void Session::set_sampling(const Sampling& sampling) {
+  guarded([&] { impl_->set_sampling(sampling); });
+}
 const std::vector<float>& Session::logits() {
-  Scope scope(*impl_->timeline);
-  return impl_->host_logits();
+  return *guarded([&] {
+    Scope scope(*impl_->timeline);
+    return &impl_->host_logits();
+  });
 }
-
+int64_t Session::position() const { return impl_->position; }
 void Session::set_logits_sink(std::function<void(const std::vector<float>&)> sink) { impl_->sink = std::move(sink); }
 
 MemoryReport Session::memory() const {

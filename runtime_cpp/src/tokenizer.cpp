@@ -73,7 +73,10 @@ Tokenizer Tokenizer::load(const std::string& path) {
     const Json& vocab = root.at("model").at("vocab");
     const Json& added = root.at("added_tokens");
     size_t n = vocab.size();
-    for (const Json& token : added) n = std::max(n, static_cast<size_t>(token.at("id").as_int()) + 1);
+    for (const Json& token : added) {
+      if (token.at("id").as_int() < 0) fail("an added token has id ", token.at("id").as_int());
+      n = std::max(n, static_cast<size_t>(token.at("id").as_int()) + 1);
+    }
     if (n > vocab.size() + added.size()) fail("the token ids have gaps: ", vocab.size(), " tokens, the largest id is ", n - 1);
 
     std::vector<std::string_view> texts(n);

@@ -42,6 +42,7 @@ class Model {
 
  private:
   explicit Model(std::unique_ptr<Impl> impl);
+  static std::unique_ptr<Impl> load_impl(const std::string& directory, const LoadOptions& options);
   std::unique_ptr<Impl> impl_;
 };
 
