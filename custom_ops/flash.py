@@ -71,11 +71,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     used = mask.any(0)[:, None, None]
     k = torch.where(used, k, 0).to(compute)
     v = torch.where(used, v, 0).to(compute)  # 0 * NaN is NaN: a masked value must be zeroed, not only weighted by 0
-    grouped = q.to(compute).view(tokens, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [KV, G, T, D]
-    scores = torch.matmul(grouped, k.permute(1, 2, 0).unsqueeze(1))  # [KV, G, T, N]
+    group = heads // kv_heads
+    grouped = q.to(compute).unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
+    scores = torch.bmm(grouped, k.permute(1, 2, 0)).unflatten(1, (group, tokens))  # [KV, G, T, N]
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
-    out = torch.matmul(weights, v.permute(1, 0, 2).unsqueeze(1))  # [KV, G, T, D]
-    return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(q.dtype)
+    out = torch.bmm(weights.flatten(1, 2), v.transpose(0, 1)).unflatten(1, (group, tokens))  # [KV, G, T, D]
+    return out.to(q.dtype).permute(2, 0, 1, 3).reshape(tokens, heads, dim).contiguous()
 
 
 @triton.jit

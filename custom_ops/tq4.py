@@ -22,7 +22,7 @@ from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
 
-LEVELS = (0.1283950, 0.3880483, 0.6567589, 0.9423402, 1.2562309, 1.6180460, 2.0690172, 2.7326357)
+LEVELS = (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896)
 BOUNDARIES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
 MAX_SCALE = 65504.0
 WRITE_ROWS, WRITE_WARPS = 1, 4  # of a program of the write kernel

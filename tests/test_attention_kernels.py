@@ -1,0 +1,274 @@
+"""The attention and TQ4 kernels under Triton's interpreter, against float64 loops that share nothing with them.
+
+Every configuration of the tables runs here at least once. The inline PTX of the TQ4 planes cannot run there: a small PTX interpreter
+checks it on every word.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from custom_ops import flash, tq4, tq4_attention
+from custom_ops.global_attention import global_attention
+from custom_ops.sliding_attention import sliding_attention
+from custom_ops.target import compiling_for, gpu_targets
+from tests.interpret import interpreted
+
+test_kernels_interpreted = interpreted(__file__)
+
+TARGETS = gpu_targets()
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # the interpreter truncates to bfloat16 instead of rounding
+
+
+def multiply_bfloat16_values() -> None:
+    """The interpreter keeps bfloat16 as 16-bit integers, and its dot of Triton 3.6 multiplies those."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widen(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest)
+
+
+multiply_bfloat16_values()
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: list[int], visible) -> torch.Tensor:
+    """Attention in float64, one query head at a time: k, v [positions, KV, D], `visible(pos_q, pos_k)`."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    for t, p in enumerate(pos):
+        keys = [j for j in range(k.shape[0]) if visible(p, j)]
+        for h in range(q.shape[1]):
+            weights = torch.softmax(k[keys, h // group].double() @ q[t, h].double(), 0)
+            out[t, h] = weights @ v[keys, h // group].double()
+    return out
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.isfinite(out).all()
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Values whose scores spread over a few units, so that no single key takes all the weight."""
+    return (torch.randn(shape, generator=generator) * shape[-1] ** -0.25).to(dtype)
+
+
+def poison(cache: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    """`cache` with values that must not be read at `slots`."""
+    cache = cache.clone()
+    cache[slots] = torch.tensor([float("nan"), float("inf"), -1e30, 1000.0]).to(cache.dtype).repeat(cache.shape[-1] // 4)
+    return cache
+
+
+def check_global(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int,
+                 with_len: bool) -> None:
+    generator = torch.Generator().manual_seed(first + tokens)
+    end = first + tokens
+    q, k, v = (random(generator, dtype, n, h, dim) for n, h in ((tokens, heads), (slots, kv_heads), (slots, kv_heads)))
+    garbage = list(range(end, slots))
+    kv_len = torch.tensor([end], dtype=torch.int32) if with_len else None
+    with compiling_for(TARGETS[target]):
+        out = global_attention(q, poison(k, garbage), poison(v, garbage), torch.arange(first, end), kv_len)
+    assert error(out, exact(q, k, v, list(range(first, end)), lambda pq, pk: pk <= pq)) < TOLERANCE[dtype]
+
+
+def check_sliding(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int, window: int, slots: int, first: int,
+                  tokens: int) -> None:
+    generator = torch.Generator().manual_seed(first + tokens)
+    end = first + tokens
+    q, k, v = (random(generator, dtype, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
+    rings = []
+    for x in (k, v):
+        ring = poison(torch.zeros(slots, kv_heads, dim, dtype=dtype), list(range(slots)))
+        for p in range(max(first - window + 1, 0), first):  # what is older than any query's window stays garbage
+            ring[p % slots] = x[p]
+        rings.append(ring)
+    with compiling_for(TARGETS[target]):
+        out = sliding_attention(q, k[first:].clone(), v[first:].clone(), *rings, torch.arange(first, end), window)
+    assert error(out, exact(q, k, v, list(range(first, end)), lambda pq, pk: 0 <= pq - pk < window)) < TOLERANCE[dtype]
+
+
+def distinct_targets(*tables: dict) -> list[str]:
+    """One target for the default and one for each architecture that has an entry of its own."""
+    named = {sm for table in tables for sm, _ in table if sm}
+    default = next(name for name, target in TARGETS.items() if target.sm not in named)
+    return [default, *(name for name, target in TARGETS.items() if target.sm in named)]
+
+
+LENGTHS = (1, 15, 16, 17, 31, 32, 33, 64, 65, 100)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def interpreted_global_decode_lengths(length: int) -> None:
+    check_global("sm_86", torch.float32, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 0)
+    check_global("sm_86", torch.bfloat16, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 1)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 15), (0, 16), (0, 17), (0, 40), (5, 2), (16, 16), (31, 33), (63, 2), (50, 17)])
+def interpreted_global_prefill_chunks(first: int, tokens: int) -> None:
+    check_global("sm_86", torch.float32, 64, 4, 2, 96, first, tokens, with_len=True)
+    check_global("sm_86", torch.bfloat16, 64, 3, 1, 96, first, tokens, with_len=False)
+
+
+@pytest.mark.parametrize("target", distinct_targets(flash.DECODE_TILES, flash.PREFILL_TILES))
+@pytest.mark.parametrize("dim", [256, 512])
+def interpreted_global_every_configuration(target: str, dim: int) -> None:
+    check_global(target, torch.bfloat16, dim, 8, 1, 150, 139, 1, with_len=True)
+    check_global(target, torch.bfloat16, dim, 16, 1, 150, 101, 1, with_len=False)
+    check_global(target, torch.bfloat16, dim, 8, 1, 150, 120, 19, with_len=True)
+
+
+def interpreted_global_float32_at_the_largest_head() -> None:
+    check_global("sm_90", torch.float32, 512, 8, 1, 80, 69, 1, with_len=True)
+    check_global("sm_90", torch.float32, 512, 8, 1, 80, 50, 19, with_len=True)
+
+
+@pytest.mark.parametrize("first", [0, 1, 14, 15, 16, 17, 31, 32, 47, 100])
+def interpreted_sliding_decode_lengths(first: int) -> None:
+    check_sliding("sm_86", torch.float32, 64, 4, 2, 32, 32, first, 1)
+    check_sliding("sm_86", torch.bfloat16, 128, 2, 2, 17, 17, first, 1)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (0, 70), (3, 15), (16, 16), (31, 2), (40, 33), (33, 70), (100, 31), (7, 16)])
+def interpreted_sliding_prefill_chunks(first: int, tokens: int) -> None:
+    check_sliding("sm_86", torch.float32, 64, 4, 2, 32, 32, first, tokens)
+    check_sliding("sm_86", torch.bfloat16, 64, 2, 1, 17, 17, first, tokens)
+
+
+def interpreted_sliding_window_longer_than_the_ring() -> None:
+    """A model exported with max_seq_len below its window: the ring has max_seq_len slots and never wraps."""
+    for first, tokens in ((0, 1), (20, 1), (0, 24), (9, 15)):
+        check_sliding("sm_90", torch.float32, 64, 2, 1, 64, 24, first, tokens)
+
+
+@pytest.mark.parametrize("target", distinct_targets(flash.DECODE_TILES, flash.PREFILL_TILES))
+def interpreted_sliding_every_configuration(target: str) -> None:
+    check_sliding(target, torch.bfloat16, 256, 4, 2, 90, 90, 200, 1)
+    check_sliding(target, torch.bfloat16, 256, 4, 2, 90, 90, 200, 37)
+    check_sliding(target, torch.bfloat16, 256, 2, 1, 90, 90, 40, 100)
+
+
+def cache_of(x: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [N, KV, D] as a TQ4 cache of `slots`, the rest garbage: codes, scales, and the decoded vectors [N, KV, D] in float64."""
+    codes, scales = tq4.encode(x.transpose(0, 1))
+    all_codes = torch.full((x.shape[1], slots, x.shape[2] // 4), 0x7BDE, dtype=torch.int16)
+    all_scales = torch.full((x.shape[1], slots), float("nan"), dtype=torch.float16)
+    all_codes[:, : x.shape[0]], all_scales[:, : x.shape[0]] = codes, scales
+    return all_codes, all_scales, tq4.unrotate(tq4.decode_rotated(codes, scales).double()).transpose(0, 1)
+
+
+def check_tq4(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int,
+              with_len: bool) -> None:
+    generator = torch.Generator().manual_seed(first + tokens)
+    end = first + tokens
+    q, k, v = (random(generator, dtype, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
+    k = k * torch.linspace(0.1, 2, end)[:, None, None].to(dtype)  # scales that differ from key to key
+    v = v * torch.linspace(3, 0.2, end)[:, None, None].to(dtype)
+    k_codes, k_scales, k_exact = cache_of(k, slots)
+    v_codes, v_scales, v_exact = cache_of(v, slots)
+    kv_len = torch.tensor([end], dtype=torch.int32) if with_len else None
+    with compiling_for(TARGETS[target]):
+        out = tq4_attention.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, torch.arange(first, end), kv_len)
+    assert error(out, exact(q, k_exact, v_exact, list(range(first, end)), lambda pq, pk: pk <= pq)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def interpreted_tq4_decode_lengths(length: int) -> None:
+    check_tq4("sm_86", torch.float32, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 0)
+    check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 100, length - 1, 1, with_len=length % 2 == 1)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (5, 2), (31, 33), (50, 17)])
+def interpreted_tq4_prefill_chunks(first: int, tokens: int) -> None:
+    check_tq4("sm_86", torch.float32, 64, 4, 2, 96, first, tokens, with_len=True)
+    check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 96, first, tokens, with_len=False)
+
+
+@pytest.mark.parametrize("target", distinct_targets(tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES))
+def interpreted_tq4_every_configuration(target: str) -> None:
+    check_tq4(target, torch.bfloat16, 512, 4, 1, 150, 139, 1, with_len=True)
+    check_tq4(target, torch.bfloat16, 512, 4, 1, 150, 120, 19, with_len=True)
+
+
+def interpreted_tq4_float32_at_the_largest_head() -> None:
+    check_tq4("sm_90", torch.float32, 512, 4, 1, 50, 45, 1, with_len=True)
+    check_tq4("sm_90", torch.float32, 512, 4, 1, 50, 40, 7, with_len=True)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def interpreted_tq4_write(dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    tokens, kv_heads, slots = 5, 2, 9
+    k, v = (torch.randn(tokens, kv_heads, dim, generator=generator) * torch.logspace(-3, 3, tokens)[:, None, None] for _ in range(2))
+    k[1, 0] = 0
+    pos = torch.arange(3, 3 + tokens)
+    caches = [torch.full((kv_heads, slots, dim // 4), 21, dtype=torch.int16), torch.full((kv_heads, slots), 7.0, dtype=torch.float16)] * 2
+    caches = [c.clone() for c in caches]
+    tq4.tq4_write(*caches, k.to(dtype), v.to(dtype), pos)
+    for x, codes, scales in ((k, *caches[:2]), (v, *caches[2:])):
+        x = x.to(dtype).transpose(0, 1)
+        expected_codes, expected_scales = tq4.encode(x)
+        others = [s for s in range(slots) if s not in pos]
+        assert (codes[:, others] == 21).all() and (scales[:, others] == 7).all()
+        torch.testing.assert_close(scales[:, pos], expected_scales, rtol=2e-3, atol=0)
+        # a coordinate within float32 rounding of a boundary may go either way
+        assert (codes[:, pos] != expected_codes).sum() <= 1
+        decoded = tq4.decode(codes[:, pos], scales[:, pos])
+        assert ((decoded - x.float()).norm() / x.float().norm()) < 0.11
+
+
+PTX = re.compile(r"(\w+)\.b32 ([^;]+);")
+
+
+def run_ptx(text: str, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The few PTX instructions of the planes, on int64 tensors that hold 32-bit registers; $2 is the input."""
+    registers = {"$2": word}
+
+    def value(name: str) -> torch.Tensor:
+        return registers[name] if name in registers else torch.full_like(word, int(name, 0))
+
+    def permute(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
+        table = torch.stack([(x >> shift) & 255 for x in (a, b) for shift in (0, 8, 16, 24)])
+        out = torch.zeros_like(word)
+        for byte in range(4):
+            select = (selector >> (4 * byte)) & 15
+            picked = table.gather(0, (select & 7)[None])[0]
+            picked = torch.where(select >= 8, torch.where(picked >= 128, 255, 0), picked)  # bit 3: the byte's sign bit, eight times
+            out |= picked << (8 * byte)
+        return out
+
+    for name, operands in PTX.findall(text.split("h;", 1)[1]):
+        target, *sources = (x.strip() for x in operands.split(","))
+        a, b = value(sources[0]), value(sources[1])
+        if name == "and":
+            registers[target] = a & b
+        elif name == "shl":
+            registers[target] = a << b & 0xFFFFFFFF
+        elif name == "prmt":
+            registers[target] = permute(a, b, value(sources[2]))
+        else:
+            assert (name, sources[3]) == ("lop3", "0xEA")
+            registers[target] = a & b | value(sources[2])
+    return registers["$0"], registers["$1"]
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_planes_ptx_decodes_every_word(pair: int) -> None:
+    first = torch.arange(1 << 16)
+    second = first.flip(0) * 40503 % (1 << 16)
+    out = run_ptx(tq4.PLANES_ASM.value[pair], first | second << 16)
+    for plane, register in zip((2 * pair, 2 * pair + 1), out, strict=True):
+        for half, word in ((register & 0xFFFF, first), (register >> 16, second)):
+            expected = tq4.levels((word >> 4 * plane & 15).to(torch.int32)).to(torch.float16)
+            assert torch.equal(half, expected.view(torch.int16).to(torch.int64) & 0xFFFF)

@@ -1,0 +1,208 @@
+"""The TQ4 codec, the write op and attention over its cache, in plain torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from custom_ops import tq4
+from custom_ops.tq4 import tq4_write
+from custom_ops.tq4_attention import tq4_attention
+
+DIMS = (64, 128, 256, 512)
+MSE = 0.009501  # of the optimal 16-level quantizer of a standard normal
+
+
+def test_levels_are_lloyd_max() -> None:
+    """Lloyd's iteration for a standard normal: boundaries halfway between levels, levels the means between boundaries."""
+    levels = np.arange(1, 16, 2) / 5
+    for _ in range(2000):
+        edges = np.concatenate([[0], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+        levels = (norm.pdf(edges[:-1]) - norm.pdf(edges[1:])) / (norm.cdf(edges[1:]) - norm.cdf(edges[:-1]))
+    np.testing.assert_allclose(tq4.LEVELS, levels, atol=1e-7)
+    np.testing.assert_allclose(tq4.BOUNDARIES, edges[1:-1], atol=1e-7)
+    assert abs(1 - 2 * ((norm.cdf(edges[1:]) - norm.cdf(edges[:-1])) * levels**2).sum() - MSE) < 1e-6
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_rotation_is_orthogonal_and_fixed(dim: int) -> None:
+    r = tq4.rotate(torch.eye(dim, dtype=torch.float64))
+    torch.testing.assert_close(r @ r.T, torch.eye(dim, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(tq4.unrotate(r), torch.eye(dim, dtype=torch.float64), atol=1e-12, rtol=0)
+    signs = tq4.signs(dim)
+    assert abs(signs.sum()) < 3 * dim**0.5 and set(signs.tolist()) == {-1, 1}
+    parity = torch.tensor([[1 - 2 * (bin(i & j).count("1") % 2) for j in range(dim)] for i in range(dim)], dtype=torch.float64)
+    torch.testing.assert_close(r, (parity * signs[None, :]).T * dim**-0.5, atol=1e-12, rtol=0)
+    assert tq4.signs(16).tolist() == SIGNS
+
+
+SIGNS = [-1, -1, 1, -1, 1, -1, -1, 1, -1, 1, -1, 1, 1, 1, 1, -1]  # a cache written by one version must be readable by the next
+
+
+def vectors(dim: int, count: int = 2000, outliers: bool = False) -> torch.Tensor:
+    """Vectors of length sqrt(dim); with outliers: three channels far larger than the others and off centre, as keys have."""
+    x = torch.randn(count, dim, generator=torch.Generator().manual_seed(dim))
+    if outliers:
+        x[:, :3] = x[:, :3] * 8 + 5
+    return x / x.norm(dim=1, keepdim=True) * dim**0.5
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("corrected", [True, False])
+def test_error_is_that_of_the_optimal_quantizer(dim: int, corrected: bool) -> None:
+    """Within 3 %, and less by some 4.5/dim: coordinates of a vector of fixed length have lighter tails than a normal."""
+    x = vectors(dim)
+    codes, scale = tq4.encode(x)
+    decoded = tq4.decode(codes, scale if corrected else torch.ones(len(x)))
+    assert -0.01 - 4.5 / dim < (decoded - x).square().mean() / MSE - 1 < 0.03
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_outlier_channels_cost_nothing(dim: int) -> None:
+    x = vectors(dim, outliers=True)
+    assert (tq4.decode(*tq4.encode(x)) - x).square().mean() < MSE
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_length_is_kept(dim: int) -> None:
+    x = vectors(dim, 200) * torch.logspace(-3, 3, 200)[:, None]
+    ratio = tq4.decode(*tq4.encode(x)).norm(dim=1) / x.norm(dim=1)
+    assert (ratio - 1).abs().max() < 2**-11 + 1e-6  # float16 rounding of the scale
+
+
+def test_extreme_vectors() -> None:
+    x = vectors(128, 4) * torch.tensor([0.0, 1e-30, 1e30, 2e4])[:, None]
+    codes, scale = tq4.encode(x)
+    assert scale[0] == 0 and scale[1] == 0 and scale[2] == tq4.MAX_SCALE and abs(scale[3] / 2e4 - 1) < 0.05
+    assert (tq4.decode(codes, scale)[:2] == 0).all()
+
+
+def test_nibble_places() -> None:
+    """Nibble j of word w is rotated coordinate j * D/4 + w: bit 3 the sign, bits 0..2 the magnitude."""
+    word = torch.zeros(16, dtype=torch.int16)
+    word[5] = 0xF203 - 0x10000  # from the lowest: 3, 0, 2, 15
+    expected = torch.full((64,), 2 * tq4.LEVELS[0])
+    expected[5::16] = 2 * torch.tensor([tq4.LEVELS[3], tq4.LEVELS[0], tq4.LEVELS[2], -tq4.LEVELS[7]])
+    torch.testing.assert_close(tq4.decode_rotated(word, torch.tensor(2.0)), expected, rtol=1e-6, atol=0)
+
+
+def test_encode_takes_the_nearest_level() -> None:
+    x = vectors(64, 50).double()
+    table = torch.tensor([*tq4.LEVELS, *(-level for level in tq4.LEVELS)], dtype=torch.float64)
+    nearest = (tq4.rotate(x)[..., None] - table).abs().argmin(-1).view(50, 4, 16)
+    words = sum(nearest[:, j] << 4 * j for j in range(4))
+    codes, scale = tq4.encode(x)
+    assert torch.equal(codes.to(torch.int64) & 0xFFFF, words)
+    torch.testing.assert_close(scale.double(), 8 / table[nearest].flatten(1).norm(dim=1), rtol=2**-11, atol=0)
+
+
+def empty_cache(kv_heads: int, slots: int, dim: int) -> list[torch.Tensor]:
+    codes, scales = torch.zeros(kv_heads, slots, dim // 4, dtype=torch.int16), torch.zeros(kv_heads, slots, dtype=torch.float16)
+    return [codes, scales, codes.clone(), scales.clone()]
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.25
+
+
+def test_write_touches_its_slots_only() -> None:
+    cache = empty_cache(2, 10, 64)
+    before = [c.clone() for c in cache]
+    k, v = random(1, 3, 2, 64), random(2, 3, 2, 64)
+    tq4_write(*cache, k, v, torch.tensor([4, 5, 6]))
+    for x, codes, scales in ((k, *cache[:2]), (v, *cache[2:])):
+        expected = tq4.encode(x.transpose(0, 1))
+        assert torch.equal(codes[:, 4:7], expected[0]) and torch.equal(scales[:, 4:7], expected[1])
+    for c, b in zip(cache, before, strict=True):
+        assert torch.equal(c[:, :4], b[:, :4]) and torch.equal(c[:, 7:], b[:, 7:])
+
+
+def filled(kv_heads: int = 2, slots: int = 24, dim: int = 64, used: int = 20) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A cache holding `used` positions, and the keys and values it decodes to, [used, KV, D] in float64."""
+    cache = empty_cache(kv_heads, slots, dim)
+    tq4_write(*cache, random(3, used, kv_heads, dim), random(4, used, kv_heads, dim), torch.arange(used))
+    k, v = (tq4.decode(c[:, :used], s[:, :used]).transpose(0, 1).double() for c, s in (cache[:2], cache[2:]))
+    return cache, k, v
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (6, 1)])
+def test_attention_over_the_decoded_vectors(heads: int, kv_heads: int) -> None:
+    cache, k, v = filled(kv_heads)
+    q = random(5, 3, heads, 64)
+    out = tq4_attention(q, *cache, torch.arange(17, 20), None)
+    for t in range(3):
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            weights = torch.softmax(k[: 18 + t, kv] @ q[t, h].double(), 0)
+            torch.testing.assert_close(out[t, h].double(), weights @ v[: 18 + t, kv], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_close_to_that_over_the_original_vectors() -> None:
+    """4 bits cost about 10 % of each value's length, which averaging over keys reduces."""
+    k, v, q = random(3, 20, 2, 64), random(4, 20, 2, 64), random(5, 1, 2, 64)
+    cache, *_ = filled()
+    out = tq4_attention(q, *cache, torch.tensor([19]), None)
+    expected = torch.stack([torch.softmax(k[:, h] @ q[0, h], 0) @ v[:, h] for h in range(2)])
+    assert 0.001 < (out[0] - expected).norm() / expected.norm() < 0.15
+
+
+def test_garbage_past_the_end_and_kv_len_change_nothing() -> None:
+    cache, *_ = filled()
+    q, pos = random(6, 3, 4, 64), torch.arange(17, 20)
+    expected = tq4_attention(q, *cache, pos, None)
+    assert torch.equal(tq4_attention(q, *cache, pos, torch.tensor([20], dtype=torch.int32)), expected)
+    for value in (1000.0, float("nan"), float("inf")):
+        for c in cache:
+            c[:, 20:] = 0x5A5A if c.dtype == torch.int16 else value
+        assert torch.equal(tq4_attention(q, *cache, pos, torch.tensor([20], dtype=torch.int32)), expected)
+        assert torch.equal(tq4_attention(q, *cache, pos, None), expected)
+
+
+def test_a_chunk_equals_its_tokens_one_by_one() -> None:
+    k, v, q = random(3, 12, 2, 64), random(4, 12, 2, 64), random(5, 12, 4, 64)
+    whole, single = empty_cache(2, 16, 64), empty_cache(2, 16, 64)
+    tq4_write(*whole, k, v, torch.arange(12))
+    out = tq4_attention(q, *whole, torch.arange(12), None)
+    for t in range(12):
+        pos = torch.tensor([t])
+        tq4_write(*single, k[t : t + 1], v[t : t + 1], pos)
+        torch.testing.assert_close(tq4_attention(q[t : t + 1], *single, pos, None)[0], out[t], rtol=1e-5, atol=1e-6)
+    for a, b in zip(whole, single, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    cache, *_ = filled()
+    with pytest.raises(ValueError, match="tq4_attention: q is"):
+        tq4_attention(random(1, 1, 3, 64), *cache, torch.tensor([0]), None)
+    with pytest.raises(ValueError, match="head dimension 96"):
+        tq4.encode(random(1, 2, 96))
+    with pytest.raises(ValueError, match="tq4_write: k is"):
+        tq4_write(*cache, random(1, 1, 2, 128), random(1, 1, 2, 128), torch.tensor([0]))
+
+
+class Model(torch.nn.Module):
+    """One TQ4 layer with its cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, tensor in zip(("k_codes", "k_scales", "v_codes", "v_scales"), empty_cache(2, 16, 64), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        caches = (self.k_codes, self.k_scales, self.v_codes, self.v_scales)
+        torch.ops.kiln.tq4_write(*caches, k, v, pos)
+        return torch.ops.kiln.tq4_attention(q, *caches, pos, (pos[-1:] + 1).to(torch.int32))
+
+
+def test_export_keeps_the_ops_whole() -> None:
+    args = (random(1, 5, 4, 64), random(2, 5, 2, 64), random(3, 5, 2, 64), torch.arange(5))
+    tokens = torch.export.Dim("T", min=2, max=16)
+    program = torch.export.export(Model(), args, dynamic_shapes=({0: tokens},) * 4, strict=False)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names.count("kiln.tq4_write.default") == names.count("kiln.tq4_attention.default") == 1
+    assert not any("matmul" in name or "softmax" in name for name in names)
+    longer = tuple(x[:1].repeat(9, *[1] * (x.dim() - 1)) for x in args[:3]) + (torch.arange(9),)
+    torch.testing.assert_close(program.module()(*longer), Model()(*longer))
