@@ -10,7 +10,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
-  7. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
+  8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
 """
@@ -79,6 +80,7 @@ def install(target: GpuTarget | None) -> None:
         _device_interface(target)
         _triton_driver(target)
         _wrapper()
+        _one_object_for_each_kernel()
 
 
 def _keep_fake_constants_apart() -> None:
@@ -260,6 +262,19 @@ def _wrapper() -> None:
     common.init_backend_registration()
     old = common.device_codegens["cuda"]
     common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)
+
+
+def _one_object_for_each_kernel() -> None:
+    from torch._inductor import codecache
+
+    original = codecache.convert_cubin_to_obj
+
+    def convert(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
+        own = Path(cubin_file).with_name(f"{kernel_name}.cubin")
+        own.write_bytes(Path(cubin_file).read_bytes())
+        return original(str(own), kernel_name, ld, objcopy)
+
+    codecache.convert_cubin_to_obj = convert
 
 
 def inductor_options(target: GpuTarget | None, entry: str) -> dict:
