@@ -101,7 +101,7 @@ def gemv(x, words, halves, partials, n, k, splits, stride, halves_stride, BITS: 
     """partials[s, t, n] = the product of x[t] and row n over the split's share of K. Grid (row blocks, splits, T).
 
     x [T, k], contiguous; words [k / BLOCK, WORDS, n], `stride` from word to word; partials float32 [splits, T, n].
-    GROUPS: groups of 32 taken at a time, a divisor of BLOCK / 32.
+    GROUPS: groups of 32 elements taken at a time; it divides k / 32 and, unless BLOCK is 32, BLOCK / 32.
     """
     split = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -110,16 +110,19 @@ def gemv(x, words, halves, partials, n, k, splits, stride, halves_stride, BITS: 
     x += token * k
     acc = tl.zeros((ROWS,), tl.float32)
     PARTS: tl.constexpr = 2 if BITS == 6 else 1
-    STEPS: tl.constexpr = BLOCK // 32 // GROUPS
+    STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     for step in tl.range(split * steps // splits, (split + 1) * steps // splits, num_stages=STAGES):
-        block = (step // STEPS).to(tl.int64)
-        block_words = words + block * WORDS * stride
-        block_halves = halves + block * HALVES * halves_stride
-        first = 0 if STEPS == 1 else step % STEPS * GROUPS
         step_x = x + step * (32 * GROUPS)
         for i in tl.static_range(GROUPS):
-            g = first + i
+            if BLOCK == 32:
+                block = tl.cast(step * GROUPS + i, tl.int64)
+                g = 0
+            else:
+                block = tl.cast(step // STEPS, tl.int64)
+                g = step % STEPS * GROUPS + i
+            block_words = words + block * WORDS * stride
+            block_halves = halves + block * HALVES * halves_stride
             for part in tl.static_range(PARTS):
                 part_x = step_x + 32 * i + 16 * part
                 dot = tl.zeros((ROWS,), tl.float32)
@@ -160,21 +163,27 @@ def dequantize_rows(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
     else:
         out += first.to(tl.int64) * 32 * n + rows
     step = 1 if GATHER else n
-    PARTS: tl.constexpr = 2 if BITS == 6 else 1
     MASK: tl.constexpr = (1 << BITS) - 1
     for i in tl.static_range(GROUPS):
         g = first % (BLOCK // 32) + i
-        for part in tl.static_range(PARTS):
-            scale, offset = _scale(words, halves, stride, halves_stride, source, mask, g, part, BITS, BLOCK, MINIMUM)
-            for j in tl.static_range(4 // PARTS):
-                low, high = _octet(words, stride, source, mask, g, part * 2 + j, BITS, BLOCK)
-                for e in tl.static_range(8):
-                    if e < 4:
-                        q = (low >> (8 * e)) & MASK
-                    else:
-                        q = (high >> (8 * (e - 4) + (4 if BITS == 4 else 0))) & MASK
-                    if MINIMUM:
-                        value = q.to(tl.float32) * scale + offset
-                    else:  # as the reference rounds: once
-                        value = (q - (1 << (BITS - 1))).to(tl.float32) * scale
-                    tl.store(out + (32 * i + 16 * part + 8 * j + e) * step, value.to(out.dtype.element_ty), mask)
+        # All loads before the first store: none can be moved over one.
+        low0, high0 = _octet(words, stride, source, mask, g, 0, BITS, BLOCK)
+        low1, high1 = _octet(words, stride, source, mask, g, 1, BITS, BLOCK)
+        low2, high2 = _octet(words, stride, source, mask, g, 2, BITS, BLOCK)
+        low3, high3 = _octet(words, stride, source, mask, g, 3, BITS, BLOCK)
+        scale0, offset0 = _scale(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM)
+        scale1, offset1 = scale0, offset0
+        if BITS == 6:
+            scale1, offset1 = _scale(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM)
+        for e in tl.static_range(32):
+            low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))
+            high = high0 if e < 8 else (high1 if e < 16 else (high2 if e < 24 else high3))
+            if e % 8 < 4:
+                q = (low >> (8 * (e % 4))) & MASK
+            else:
+                q = (high >> (8 * (e % 4) + (4 if BITS == 4 else 0))) & MASK
+            if MINIMUM:
+                value = q.to(tl.float32) * scale0 + offset0
+            else:  # rounded once, as the reference does
+                value = (q - (1 << (BITS - 1))).to(tl.float32) * (scale0 if e < 16 else scale1)
+            tl.store(out + (32 * i + e) * step, value.to(out.dtype.element_ty), mask)

@@ -6,6 +6,7 @@ More tokens, or a number only known at run time: dequantize a chunk of rows into
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class GemvConfig:
 
 
 GEMV_CONFIGS: dict[int, GemvConfig] = {}  # by architecture; the others take the default
+# Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
+GEMV_GROUPS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4, "Q8_0": 2, "Q4_K": 4, "Q5_K": 4, "Q6_K": 2}
 DEQUANTIZE_ROWS = 256  # of a program of one warp: eight to a lane, 16-byte stores in bfloat16
 SUM_ROWS = 64
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
@@ -70,7 +73,7 @@ def gemv_launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget) -> tu
     """(constants of `gemv` beside the format's, number of splits of K)."""
     config = GEMV_CONFIGS.get(target.sm, GemvConfig())
     rows = config.wide_rows if n >= config.wide_n else config.rows
-    groups = {"Q4_K": 8, "Q5_K": 4, "Q6_K": 2}.get(kind, 1)  # the most whose loads still fit the registers
+    groups = math.gcd(GEMV_GROUPS[kind], k // 32)
     steps = k // (32 * groups)
     wanted = config.programs_per_sm * target.sm_count / (triton.cdiv(n, rows) * tokens)
     divisors = [d for d in range(1, min(steps, MAX_SPLITS) + 1) if steps % d == 0]  # equal shares: no program waits for another's last step
@@ -107,18 +110,17 @@ def chunk_rows(n: int, k: int, itemsize: int) -> int:
 
 def dequantize_launch(kind: str, n: int) -> dict[str, int | bool]:
     """Constants of `dequantize_rows` beside the format's, for a whole matrix of n rows."""
-    groups = LAYOUTS[kind].block // 32
-    return {"GATHER": False, "GROUPS": groups, "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
+    return {"GATHER": False, "GROUPS": min(LAYOUTS[kind].block // 32, 2), "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
 
 
 def dequantized(words: torch.Tensor, halves: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """The matrix transposed, [K, N] in dtype, as `layouts.dequantize` rounded to dtype."""
-    blocks, n = words.shape[0], words.shape[2]
-    k = blocks * LAYOUTS[kind].block
+    n, k = words.shape[2], words.shape[0] * LAYOUTS[kind].block
     out = torch.empty((k, n), dtype=dtype, device=words.device)
-    grid = (triton.cdiv(n, DEQUANTIZE_ROWS), blocks)
-    kernel(dequantize_rows)[grid](words, halves, words, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind),
-                                  **dequantize_launch(kind, n), num_warps=1)
+    constants = dequantize_launch(kind, n)
+    grid = (triton.cdiv(n, constants["ROWS"]), k // 32 // constants["GROUPS"])
+    kernel(dequantize_rows)[grid](words, halves, words, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
+                                  num_warps=1)
     return out
 
 
@@ -154,3 +156,35 @@ def bytes_moved(kind: str, tokens: int, n: int, k: int, itemsize: int = 2) -> in
 def flops(tokens: int, n: int, k: int) -> int:
     """Floating-point operations of the product: an addition and a multiplication for each weight and token."""
     return 2 * tokens * n * k
+
+
+USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
+USUAL_TARGETS = (90, 120)
+# The matrices (N, K) of the 31B: qkv, qk, attention output, gate and up, down, head.
+_SHAPES = ((16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (43008, 5376), (5376, 21504), (262144, 5376))
+_PACKED = {"words": "*i32", "halves": "*fp16"}
+_INTEGERS = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """Every distinct compilation that bfloat16 decoding and prefill of the 31B need, of any block type."""
+    cases: dict[tuple, KernelCase] = {}
+    gemv_types = {"x": "*bf16", **_PACKED, "partials": "*fp32", "splits": "i32", **_INTEGERS}
+    sum_types = {"partials": "*fp32", "out": "*bf16", "n": "i32", "splits": "i32"}
+    dequantize_types = {**_PACKED, "ids": "*i32", "out": "*bf16", **_INTEGERS}
+    for kind in LAYOUTS:
+        targets = None if kind in USUAL_KINDS else USUAL_TARGETS
+        for n, k in _SHAPES:
+            launch, splits = gemv_launch(kind, 1, n, k, target)
+            constants = format_constants(kind) | launch
+            sum_constants = {"SPLITS": triton.next_power_of_2(splits), "ROWS": SUM_ROWS}
+            rows = chunk_rows(n, k, 2)
+            dense = format_constants(kind) | dequantize_launch(kind, rows)
+            for case in (
+                KernelCase(f"gemv {kind} {n}x{k}", gemv, gemv_types, constants, {"num_warps": 1}, targets, tuple(_INTEGERS)),
+                KernelCase(f"sum_partials {splits} splits", sum_partials, sum_types, sum_constants, {"num_warps": 4}, None, ("n",)),
+                KernelCase(f"dequantize_rows {kind} {rows}x{k}", dequantize_rows, dequantize_types, dense, {"num_warps": 1}, targets,
+                           tuple(_INTEGERS)),
+            ):
+                cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
+    return list(cases.values())

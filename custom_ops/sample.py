@@ -10,10 +10,17 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch.library import triton_op
 
-from custom_ops.launch import use_triton
+from custom_ops.launch import kernel, use_triton
+from custom_ops.registry import KernelCase
+from custom_ops.sample_kernels import choose, row_maxima, settle_bins, weigh_bins
+from custom_ops.target import GpuTarget
 
+CHUNK, WARPS = 1024, 4  # tokens and warps of a program that passes over the vocabulary
+TILE, CHOOSE_WARPS = 512, 8  # listed tokens taken at a time, and warps, of the one program that chooses
+BINS = 64
 MASS_ONE = 1 << 40  # the mass of the best token; times 2^18 tokens it is far below 2^63
 _LOW = 0xFFFFFFFF
 
@@ -75,4 +82,34 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
             raise ValueError(f"sample: {name} is {value.dtype} {tuple(value.shape)}; expected {dtype} (1,)")
     if not use_triton(logits):
         return reference(logits, temperature, top_k, top_p, seed, pos)
-    raise NotImplementedError("sample has no kernel for this device yet")
+    device, vocab = logits.device, logits.shape[1]
+    chunks = triton.cdiv(vocab, CHUNK)
+    best, sampled, masses, keys = (torch.empty(n, dtype=torch.int64, device=device) for n in (chunks, chunks, BINS, vocab))
+    counts, listed, tokens = (torch.empty(n, dtype=torch.int32, device=device) for n in (BINS, 1, vocab))
+    out = torch.empty(1, dtype=torch.int64, device=device)
+    logits = logits.contiguous()
+    whole = {"BINS": BINS, "CHUNKS": triton.next_power_of_2(chunks)}
+    limits = (temperature, top_k, top_p)
+    kernel(row_maxima)[(chunks,)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(weigh_bins)[(chunks,)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(settle_bins)[(chunks,)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks, **whole,
+                                   CHUNK=CHUNK, num_warps=WARPS)
+    kernel(choose)[(1,)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole, TILE=TILE,
+                         num_warps=CHOOSE_WARPS)
+    return out
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The four launches for a vocabulary of 262144."""
+    types = {
+        "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
+        "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
+        "vocab": "i32", "chunks": "i32",
+    }
+    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": 262144 // CHUNK, "TILE": TILE}
+    cases = []
+    for fn, warps in ((row_maxima, WARPS), (weigh_bins, WARPS), (settle_bins, WARPS), (choose, CHOOSE_WARPS)):
+        signature = {name: types[name] for name in fn.arg_names if name in types}
+        constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
+        cases.append(KernelCase(f"{fn.__name__} 262144", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+    return cases

@@ -1,0 +1,101 @@
+"""Every kernel of every op compiles for every architecture and fits it: shared memory, and registers without spilling. No GPU needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from custom_ops.registry import KernelCase, all_cases
+from custom_ops.target import KIB, GpuTarget, gpu_targets
+
+TARGETS = gpu_targets()
+
+
+def compile_case(case: KernelCase, target: GpuTarget) -> triton.compiler.CompiledKernel:
+    names = case.fn.arg_names
+    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.aligned]
+    source = ASTSource(case.fn, signature, case.constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", target.sm, 32), options=dict(case.options))
+
+
+def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack, where ptxas spills) by cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    assert found, usage.stdout + usage.stderr
+    return int(found[1]), int(found[2])
+
+
+def examine(case: KernelCase, target: GpuTarget) -> tuple[str, list[str]]:
+    """A line for the report, and what is wrong."""
+    shown = f"{case.name} {case.constexprs} {case.options} on sm_{target.sm}"
+    try:
+        compiled = compile_case(case, target)
+    except Exception as error:  # any of the compiler's: it is the finding
+        return shown, [f"{shown}: {type(error).__name__}: {str(error)[:500]}"]
+    shared = compiled.metadata.shared
+    registers, stack = resources(compiled)
+    problems = []
+    if shared > target.smem_optin:
+        problems.append(f"{shown}: {shared} bytes of shared memory, the limit of {target.name} is {target.smem_optin}")
+    if stack:
+        problems.append(f"{shown}: spills {stack} bytes, {registers} registers")
+    return f"{case.name}: {registers} registers, {shared} bytes of shared memory", problems
+
+
+def examine_one(target: str, index: int) -> tuple[str, list[str]]:
+    return examine(all_cases(TARGETS[target])[index], TARGETS[target])
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_fit(target: str, pool: ProcessPoolExecutor) -> None:
+    number = len(all_cases(TARGETS[target]))
+    assert number
+    results = list(pool.map(examine_one, [target] * number, range(number)))
+    print(f"{target}: {number} kernels", *(line for line, _ in results), sep="\n  ")
+    problems = [problem for _, found in results for problem in found]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@triton.jit
+def product(a, b, out, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in tl.range(0, STEPS, num_stages=4):
+        left = tl.load(a + k * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :])
+        acc = tl.dot(left, tl.load(b + k * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :]), acc)
+    tl.store(out + i[:, None] * BLOCK + i[None, :], acc)
+
+
+def test_an_oversize_configuration_is_named() -> None:
+    signature = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
+    case = KernelCase("product", product, signature, {"BLOCK": 128, "STEPS": 64}, {"num_warps": 8})
+    _, problems = examine(case, TARGETS["sm_86"])
+    assert any(f"the limit of {TARGETS['sm_86'].name} is {99 * KIB}" in problem and "'BLOCK': 128" in problem for problem in problems)
+    assert examine(KernelCase("product", product, signature, {"BLOCK": 32, "STEPS": 64}), TARGETS["sm_86"])[1] == []
+
+
+def test_a_spill_is_named() -> None:
+    signature = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
+    _, problems = examine(KernelCase("product", product, signature, {"BLOCK": 128, "STEPS": 64}, {"num_warps": 1}), TARGETS["sm_120"])
+    assert any("spills" in problem for problem in problems)
