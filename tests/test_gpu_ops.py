@@ -1,0 +1,208 @@
+"""The kernels on a GPU, at the shapes of the 31B, every configuration, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import custom_ops.ops  # noqa: F401
+from custom_ops import flash, tq4, tq4_attention
+from custom_ops.layouts import LAYOUTS, dequantize
+from custom_ops.target import compiling_for, gpu_targets
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+kiln = torch.ops.kiln
+
+LENGTHS = (1, 15, 16, 17, 1023, 1024, 1025, 4096, 131072)
+LIMIT = {torch.bfloat16: 6e-3, torch.float32: 2e-5}  # relative error: rounding of the output and of the weights p
+GLOBAL, SLIDING = (32, 4, 512), (32, 16, 256)  # heads, KV heads, head size
+WINDOW = 1024
+
+
+def targets_that_differ(*tables: dict) -> list[str]:
+    """One target for every distinct configuration: the listed architectures, and one that takes the defaults."""
+    listed = {sm for table in tables for sm, *_ in table if sm}
+    return [name for name, t in gpu_targets().items() if t.sm in listed] + ["sm_120"]
+
+
+def exact(q, k, v, mask):
+    """Attention in float64, one KV head at a time. q [T, H, D], k, v [N, KV, D], mask [T, N]."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for h in range(k.shape[1]):
+        keys, values = k[:, h].double(), v[:, h].double()
+        for g in range(group):
+            j = h * group + g
+            scores = (q[:, j].double() @ keys.T).masked_fill(~mask, float("-inf"))
+            out[:, j] = scores.softmax(-1) @ values
+    return out
+
+
+def relative(out, expected) -> float:
+    assert out.isfinite().all()
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def tensors(shape, dtype, *sizes, scale=1.0):
+    heads, kv_heads, dim = shape
+    g = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(n, heads if i == 0 else kv_heads, dim, generator=g, device="cuda", dtype=torch.float32).mul_(scale).to(dtype)
+            for i, n in enumerate(sizes)]
+
+
+def poisoned(cache, filled: int):
+    """Garbage a thousand times as large beyond what is filled, NaN among it."""
+    cache[filled:] *= 1000
+    cache[filled + 1 :: 7] = float("nan")
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES))
+def test_global_decode(target, dtype):
+    slots = max(LENGTHS) + 100
+    q, k, v = tensors(GLOBAL, dtype, 1, slots, slots, scale=0.3)
+    for length in LENGTHS:
+        k_, v_ = poisoned(k.clone(), length), poisoned(v.clone(), length)
+        pos = torch.tensor([length - 1], device="cuda")
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.global_attention(q, k_, v_, pos, pos.to(torch.int32) + 1)
+            whole = kiln.global_attention(q, k_, v_, pos, None)
+        error = relative(out, exact(q, k[:length], v[:length], torch.ones(1, length, dtype=torch.bool, device="cuda")))
+        print(f"global decode {target} {dtype} length {length}: {error:.1e}")
+        assert error < LIMIT[dtype] and torch.equal(out, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(flash.PREFILL_TILES))
+def test_global_prefill(target, dtype):
+    slots = max(LENGTHS) + 100
+    q, k, v = tensors(GLOBAL, dtype, 70, slots, slots, scale=0.3)
+    for end in (2, 17, 70, 1023, 1025, 4096, *((131072,) if dtype == torch.bfloat16 else ())):
+        tokens = min(70, end)
+        pos = torch.arange(end - tokens, end, device="cuda")
+        k_, v_ = poisoned(k.clone(), end), poisoned(v.clone(), end)
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.global_attention(q[:tokens], k_, v_, pos, pos[-1:].to(torch.int32) + 1)
+        mask = torch.arange(end, device="cuda")[None] <= pos[:, None]
+        error = relative(out, exact(q[:tokens], k[:end], v[:end], mask))
+        print(f"global prefill {target} {dtype} of {tokens} up to {end}: {error:.1e}")
+        assert error < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES, flash.PREFILL_TILES))
+@pytest.mark.parametrize("tokens", [1, 2, 70, 2500])
+def test_sliding(target, dtype, tokens):
+    """The ring against the tail of a full cache; chunks longer than the window included."""
+    if tokens == 2500 and dtype == torch.float32:
+        tokens = 1100
+    for first in (0, 1, 15, 16, 17, 1023, 1024, 1025, 4096):
+        q, k, v = tensors(SLIDING, dtype, tokens, first + tokens, first + tokens, scale=0.3)
+        k_ring, v_ring = (torch.full((WINDOW, *SLIDING[1:]), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+        past = torch.arange(max(0, first - WINDOW), first, device="cuda")
+        k_ring[past % WINDOW], v_ring[past % WINDOW] = k[past], v[past]
+        pos = torch.arange(first, first + tokens, device="cuda")
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.sliding_attention(q, k[first:].contiguous(), v[first:].contiguous(), k_ring, v_ring, pos, WINDOW)
+        low = max(0, first - WINDOW + 1)
+        distance = pos[:, None] - torch.arange(low, first + tokens, device="cuda")[None]
+        error = relative(out, exact(q, k[low:], v[low:], (distance >= 0) & (distance < WINDOW)))
+        if first in (0, 4096):
+            print(f"sliding {target} {dtype} of {tokens} from {first}: {error:.1e}")
+        assert error < LIMIT[dtype], first
+
+
+def tq4_cache(x, slots: int):
+    codes, scales = tq4.encode(x.transpose(0, 1))  # [KV, N, D/4], [KV, N]
+    kv_heads, n = scales.shape
+    all_codes = torch.randint(-(1 << 15), 1 << 15, (kv_heads, slots, codes.shape[2]), device=x.device).to(torch.int16)
+    all_scales = torch.full((kv_heads, slots), float("nan"), device=x.device, dtype=torch.float16)
+    all_codes[:, :n], all_scales[:, :n] = codes, scales
+    return all_codes, all_scales, tq4.decode_rotated(codes, scales).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES))
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_tq4_attention(target, dtype, tokens):
+    lengths = LENGTHS if tokens == 1 else (70, 1023, 1025, 4096, *((131072,) if dtype == torch.bfloat16 else ()))
+    for length in lengths:
+        q, k, v = tensors(GLOBAL, dtype, tokens, length, length, scale=0.3)
+        k_codes, k_scales, k_values = tq4_cache(k, length + 77)
+        v_codes, v_scales, v_values = tq4_cache(v, length + 77)
+        pos = torch.arange(length - tokens, length, device="cuda")
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, pos, pos[-1:].to(torch.int32) + 1)
+        mask = torch.arange(length, device="cuda")[None] <= pos[:, None]
+        expected = tq4.unrotate(exact(tq4.rotate(q.double()), k_values, v_values, mask))
+        error = relative(out, expected)
+        print(f"tq4 {target} {dtype} of {tokens} up to {length}: {error:.1e}")
+        assert error < LIMIT[dtype], length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_tq4_write(dtype, tokens):
+    """Codes may differ from the reference only where a coordinate lies on a boundary."""
+    _, k, v = tensors(GLOBAL, dtype, 1, tokens, tokens)
+    pos = torch.arange(5, 5 + tokens, device="cuda")
+    caches = [torch.zeros(4, 100, 128, dtype=torch.int16, device="cuda"), torch.zeros(4, 100, dtype=torch.float16, device="cuda")] * 2
+    caches = [c.clone() for c in caches]
+    want = [c.clone() for c in caches]
+    kiln.tq4_write(*caches, k, v, pos)
+    tq4.reference_write(*want, k, v, pos)
+    assert (caches[0] != want[0]).float().mean() < 1e-3 and (caches[2] != want[2]).float().mean() < 1e-3
+    for side in (0, 2):
+        got, ref = (tq4.decode_rotated(c[side], c[side + 1]) for c in (caches, want))
+        assert ((got - ref).norm() / ref.norm()).item() < 5e-3
+    untouched = torch.cat([torch.arange(5), torch.arange(5 + tokens, 100)]).cuda()
+    assert not any(c[:, untouched].any() for c in caches)
+
+
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantized_linear(kind, dtype):
+    layout = LAYOUTS[kind]
+    g = torch.Generator("cuda").manual_seed(1)
+    for n, k in ((16384, 5376), (5376, 8192), (5376, 21504), (300, 512)):
+        blocks = k // layout.block
+        words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
+        halves = torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
+        weight = dequantize(kind, words, halves)
+        for target in ("sm_90", "sm_120") if n == 16384 else ("sm_90",):
+            for tokens in (1, 3, 33):
+                x = torch.randn(tokens, k, generator=g, device="cuda").to(dtype)
+                with compiling_for(gpu_targets()[target]):
+                    out = kiln.quantized_linear(x, words, halves, kind)
+                error = relative(out, x.double() @ weight.double())
+                print(f"{kind} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
+                assert error < {torch.bfloat16: 5e-3, torch.float32: 2e-6}[dtype]
+
+
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_quantized_embedding(kind):
+    layout = LAYOUTS[kind]
+    words = torch.randint(-(1 << 31), 1 << 31, (4, layout.words, 1000), device="cuda").to(torch.int32)
+    halves = torch.rand(4, layout.halves, 1000, device="cuda").to(torch.float16)
+    ids = torch.randint(0, 1000, (37,), device="cuda")
+    assert torch.equal(kiln.quantized_embedding(ids, words, halves, kind), dequantize(kind, words, halves).T[ids])
+
+
+@pytest.mark.parametrize("vocab", [512, 262144])
+def test_sample(vocab):
+    """The same token as the reference for every setting."""
+    from custom_ops.sample import reference
+
+    one = lambda value, dtype: torch.tensor([value], dtype=dtype, device="cuda")  # noqa: E731
+    g = torch.Generator("cuda").manual_seed(2)
+    same = total = 0
+    for pos in range(20):
+        logits = torch.randn(1, vocab, generator=g, device="cuda") * 3
+        for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 64, 0.95), (0.7, 0, 0.9), (1.3, 40, 1.0), (1.0, 0, 1.0)):
+            args = (logits, one(temperature, torch.float32), one(top_k, torch.int32), one(top_p, torch.float32), one(7, torch.int64),
+                    one(pos, torch.int64))
+            got, want = kiln.sample(*args), reference(*args)
+            assert got.shape == (1,) and (temperature > 0 or torch.equal(got, want))
+            same, total = same + int(got == want), total + 1
+    assert same >= total - 1  # exp and log may differ in the last bit between the two
