@@ -60,6 +60,8 @@ def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, kind: str) 
     if kind not in LAYOUTS:
         raise ValueError(f"{op}: no packed layout for block type {kind}; known: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
+    if words.dtype != torch.int32 or halves.dtype != torch.float16 or words.dim() != 3:
+        raise ValueError(f"{op}: words is {words.dtype} {tuple(words.shape)}, halves {halves.dtype}; expected int32 [G, W, N] and float16")
     blocks, _, rows = words.shape
     if words.shape[1] != layout.words or halves.shape != (blocks, layout.halves, rows):
         expected = f"[G, {layout.words}, N] and [G, {layout.halves}, N]"
@@ -132,8 +134,8 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
     Raises ValueError when a shape or dtype does not fit.
     """
     check_weight("quantized_linear", words, halves, kind)
-    if x.shape[1] != words.shape[0] * LAYOUTS[kind].block or x.dtype not in (torch.float32, torch.bfloat16):
-        k = words.shape[0] * LAYOUTS[kind].block
+    k = words.shape[0] * LAYOUTS[kind].block
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"quantized_linear: x is {x.dtype} {tuple(x.shape)}; expected float32 or bfloat16 [T, {k}]")
     if not use_triton(x):
         return reference(x, words, halves, kind)
@@ -141,7 +143,7 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
     if isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS:
         return sum_splits(gemv_partials(x, words, halves, kind), x.dtype)
     n = words.shape[2]
-    step = chunk_rows(n, x.shape[1], x.element_size())
+    step = chunk_rows(n, k, x.element_size())
     # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
     parts = [torch.mm(x, dequantized(words[:, :, i : i + step], halves[:, :, i : i + step], kind, x.dtype)) for i in range(0, n, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -58,6 +58,9 @@ def test_wrong_arguments_are_named() -> None:
     for arguments, message in (
         ((x[:, :128], words, halves, "Q4_K"), r"x is torch.float32 \(1, 128\); expected .* \[T, 256\]"),
         ((x.half(), words, halves, "Q4_K"), "x is torch.float16"),
+        ((x[0], words, halves, "Q4_K"), r"x is torch.float32 \(256,\)"),
+        ((x, words.long(), halves, "Q4_K"), "words is torch.int64"),
+        ((x, words, halves.float(), "Q4_K"), "halves torch.float32"),
         ((x, words, halves, "Q5_K"), r"Q5_K words \(1, 35, 16\) .* expected \[G, 43, N\]"),
         ((x, words, halves[:, :1], "Q4_K"), r"halves \(1, 1, 16\)"),
         ((x, words, halves, "Q3_K"), "no packed layout for block type Q3_K"),
