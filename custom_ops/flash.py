@@ -48,7 +48,7 @@ PREFILL_TILES = {
 }
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)  # float32 products run on the CUDA cores, out of registers
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=4, stages=1)
-MERGE_WARPS = 4
+MERGE_WARPS = 8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -151,7 +151,7 @@ def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HA
 @triton.jit
 def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constexpr, SPLITS_PAD: tl.constexpr):
     """Sum the `active` splits of a head: maximum, total weight, unnormalized output [D]."""
-    CHUNK: tl.constexpr = 8
+    CHUNK: tl.constexpr = 32
     dim = tl.arange(0, D)
     every = tl.arange(0, SPLITS_PAD)
     maxima = tl.load(ml_ptr + (every * HEADS + head) * 2, mask=every < active, other=float("-inf"))

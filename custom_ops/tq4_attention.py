@@ -10,6 +10,7 @@ from torch.library import triton_op
 from custom_ops import tq4
 from custom_ops.flash import (
     LOG2E,
+    MERGE_WARPS,
     Tile,
     attend,
     check_heads,
@@ -30,6 +31,7 @@ from custom_ops.tq4 import hadamard_rows, plane_pair, sign_of
 
 # By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit activations.
 DECODE_TILES = {(0, 512): Tile(keys=64, warps=4, stages=2)}
+WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 PREFILL_TILES = {
     (0, 512): Tile(rows=32, keys=64, warps=8, stages=2),
     (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
@@ -37,7 +39,6 @@ PREFILL_TILES = {
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
-MERGE_WARPS = 4
 
 
 def reference(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
@@ -215,10 +216,11 @@ def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_pt
 def decode_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
                   has_len: bool) -> tuple[Tile, dict, dict]:
     """The tile and the constants of `tq4_decode_kernel` and of `tq4_merge_kernel`."""
-    tile = DECODE_FLOAT32 if float32 else pick(DECODE_TILES, target, dim)
+    pad = padded_group(heads, kv_heads)
+    tile = DECODE_FLOAT32 if float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     splits = split_count(target, tile, kv_heads, slots)
     shared = {"HAS_LEN": has_len, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys}
-    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": padded_group(heads, kv_heads), "ASM": asm}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
     return tile, split, shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)}
 
 
@@ -270,26 +272,31 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
-    heads, kv_heads, dim, slots = 32, 4, 512, 131072
+    """The kernels at the shapes of the 31B, and decode at those of the 12B, whose group is wide."""
+    dim, slots = 512, 131072
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     position = {"pos_ptr": "*i64", "len_ptr": "*i32"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
+
+    def options(tile: Tile) -> dict[str, int]:
+        return {"num_warps": tile.warps, "num_stages": tile.stages}
+
     cases = []
     for kind, inner in (("*bf16", "*fp16"), ("*fp32", "*fp32")):
-        label, float32 = f"tq4_attention {kind[1:]} {heads}:{kv_heads}x{dim}", kind == "*fp32"
+        name, float32 = f"tq4_attention {kind[1:]}", kind == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
-        rows = {"num_warps": ROTATE_WARPS}
-        cases.append(KernelCase(f"{label} rotate", rotate_kernel, {"x_ptr": kind, "out_ptr": inner, "scale_ptr": "*fp32"}, {"D": dim},
-                                rows))
-        cases.append(KernelCase(f"{label} unrotate", unrotate_kernel, {"x_ptr": kind, "out_ptr": kind}, {"D": dim}, rows))
-        tile, split, merge = decode_launch(float32, not float32, target, heads, kv_heads, dim, slots, True)
-        cases.append(KernelCase(f"{label} decode", tq4_decode_kernel, query | caches | position | parts, split,
-                                {"num_warps": tile.warps, "num_stages": tile.stages}))
-        cases.append(KernelCase(f"{label} merge", tq4_merge_kernel, parts | position | {"out_ptr": kind}, merge,
-                                {"num_warps": MERGE_WARPS}))
-        tile, constants = prefill_launch(float32, not float32, target, heads, kv_heads, dim, slots)
-        cases.append(KernelCase(f"{label} prefill", tq4_prefill_kernel,
-                                query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}, constants,
-                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+        rotate = {"x_ptr": kind, "out_ptr": inner, "scale_ptr": "*fp32"}
+        cases.append(KernelCase(f"{name} rotate {dim}", rotate_kernel, rotate, {"D": dim}, {"num_warps": ROTATE_WARPS}))
+        unrotate = {"x_ptr": kind, "out_ptr": kind}
+        cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, {"D": dim}, {"num_warps": ROTATE_WARPS}))
+        for heads, kv_heads in ((32, 4), (16, 1)):
+            tile, split, merge = decode_launch(float32, not float32, target, heads, kv_heads, dim, slots, True)
+            signature = query | caches | position | parts
+            cases.append(KernelCase(f"{name} decode {heads}:{kv_heads}x{dim}", tq4_decode_kernel, signature, split, options(tile)))
+            signature = parts | position | {"out_ptr": kind}
+            cases.append(KernelCase(f"{name} merge {heads}:{kv_heads}x{dim}", tq4_merge_kernel, signature, merge,
+                                    {"num_warps": MERGE_WARPS}))
+        tile, constants = prefill_launch(float32, not float32, target, 32, 4, dim, slots)
+        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
+        cases.append(KernelCase(f"{name} prefill 32:4x{dim}", tq4_prefill_kernel, signature, constants, options(tile)))
     return cases
