@@ -127,7 +127,9 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             )
     length = user_input(program, "tokens").meta["val"].shape[0]
     if entry == "prefill" and not symbolic(length):
-        raise KilnError(f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size")
+        raise KilnError(
+            f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size"
+        )
     constants = _constant_names(files)
     return CompiledEntry(
         entry=entry,

@@ -22,6 +22,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -116,11 +117,19 @@ def _portable_host_code() -> None:
 
 
 def _cuda_toolchain() -> None:
-    """CUDA headers from the wheels where there is no toolkit, and a libcuda to link against."""
-    os.environ.setdefault("CUDA_HOME", os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"))
-    header = Path(os.environ["CUDA_HOME"], "include", "cuda.h")
-    if not header.is_file():
-        raise KilnError(f"no CUDA headers at {header}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit")
+    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit, and a libcuda to link against."""
+    named = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc")
+    toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
+    homes = [named] if named else [os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"), *toolkits, "/usr/local/cuda"]
+    needed = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
+    home = next((h for h in homes if all(Path(h, "include", f).is_file() for f in needed)), None)
+    if home is None:
+        raise KilnError(
+            f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
+        )
+    os.environ["CUDA_HOME"] = home
+    header = Path(home, "include", "cuda.h")
     directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
     # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
     names = sorted(set(re.findall(r"CUresult CUDAAPI (cu\w+)\(", header.read_text())))

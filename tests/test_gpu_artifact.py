@@ -22,11 +22,11 @@ WAYS = {"one batch": 96, "chunks": CHUNK, "token by token": 1}
 def gpu(tmp_path_factory):
     """Artifacts for the GPU of this machine: float32 and bfloat16 activations, and TurboQuant at the real head sizes."""
     root = tmp_path_factory.mktemp("gpu")
-    native = ("--target", "native")
+    native = ("--target", "native", "--prefill-chunk")
     for dtype in ("float32", "bfloat16"):
-        kiln("export", "--gguf", TINY, "--out", root / dtype, *native, "--activation-dtype", dtype, "--max-seq-len", 96, "--prefill-chunk", 96)
+        kiln("export", "--gguf", TINY, "--out", root / dtype, *native, 96, "--activation-dtype", dtype, "--max-seq-len", 96)
     kiln("synth", "--preset", "tiny-cuda", "--mix", "q4_k_m", "--out", root / "tiny-cuda.gguf")
-    kiln("export", "--gguf", root / "tiny-cuda.gguf", "--out", root / "tq4", *native, "--max-seq-len", 4096, "--prefill-chunk", 1024, "--turboquant")
+    kiln("export", "--gguf", root / "tiny-cuda.gguf", "--out", root / "tq4", *native, 1024, "--max-seq-len", 4096, "--turboquant")
     return root
 
 
@@ -63,8 +63,10 @@ def test_bfloat16_is_no_worse_than_eager(gpu, tmp_path):
     rows = {way: logits_of(gpu / "bfloat16", chunk, tmp_path) for way, chunk in WAYS.items()}
     every = torch.stack([rows["token by token"][i] for i in range(80)])
     got, want = relative(every, reference), relative(eager, reference)
-    print(f"bfloat16: relative error {got:.4f}, max |dlogit| {(every - reference).abs().max():.3f}; eager bfloat16 {want:.4f}, "
-          f"{(eager - reference).abs().max():.3f}; argmax agreement {(every.argmax(1) == reference.argmax(1)).float().mean():.3f}")
+    print(
+        f"bfloat16: relative error {got:.4f}, max |dlogit| {(every - reference).abs().max():.3f}; eager bfloat16 {want:.4f}, "
+        f"{(eager - reference).abs().max():.3f}; argmax agreement {(every.argmax(1) == reference.argmax(1)).float().mean():.3f}"
+    )
     assert got <= 1.2 * want
     for way, found in rows.items():
         for i, row in found.items():
