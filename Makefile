@@ -28,8 +28,9 @@ build: $(SETUP)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
 
 demo: build
-	$(PY) -m exporter export --gguf tests/fixtures/gemma4-tiny-dense-wide-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --turboquant --force
-	$(PY) -m exporter run $(BUILD)/demo --raw --prompt "The kiln is hot" --max-new-tokens 64 --no-eog
+	$(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --turboquant --force
+	$(PY) -m exporter run $(BUILD)/demo --prompt "Why is the sky blue?"
+	$(PY) -m exporter run $(BUILD)/demo --prompt-file tests/nano/demo_passkey.txt
 
 test: build lint
 	$(PY) -m pytest -m "not gpu"
