@@ -108,7 +108,7 @@ def main() -> None:
     found: dict = {"prompt": len(prompt)}
     answers = [run(artifact, prompt, "--max-new-tokens", 64, "--memory") for _ in range(3)]
     found["runs"] = [{k: a[k] for k in ("load_s", "ttft_s", "prefill_tok_s", "decode_tok_s")} for a in answers]
-    found["memory"] = answers[0]["stderr"]
+    found["memory"] = answers[0]["memory"]
     found["three_repeats_equal"] = answers[0]["tokens"] == answers[1]["tokens"] == answers[2]["tokens"]
     found["tokens"] = answers[0]["tokens"]
     run(artifact, prompt, "--max-new-tokens", 16, "--logits", files["graph"])
