@@ -2,15 +2,13 @@
 
     python -m tests.measure_31b --compiled DIR --work DIR [--depths 2000] --out measurements.json
 
-`--compiled` holds manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here from the same `kiln synth` seed, and their
-checksums must equal the manifest's, so nothing but code travels.
+`--compiled` holds manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here by `kiln synth`: nothing but code travels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -18,32 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.config import from_gguf
-from exporter.gguf import open_gguf
 from exporter.synth import write_synthetic
-from exporter.tokenizer import write_tokenizer
-from exporter.weights import plan_weights, write_weights
+from tests.rebuild import complete
 
 VOCAB = Path(__file__).parent / "fixtures" / "gemma4-vocab.gguf"
 
 
 def rebuild(compiled: Path, work: Path, preset: str, mix: str, layers: int | None) -> Path:
     """The whole artifact at work/artifact."""
-    manifest = json.loads((compiled / "manifest.json").read_text())
-    gguf, artifact = work / "model.gguf", work / "artifact"
-    artifact.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    write_synthetic(gguf, preset, mix, 0, layers=layers, vocab_from=VOCAB)
+    write_synthetic(work / "model.gguf", preset, mix, 0, layers=layers, vocab_from=VOCAB)
     synthesized = time.monotonic()
-    file = open_gguf(gguf)
-    config = from_gguf(file)
-    records = write_weights(artifact / "weights.safetensors", file, config, plan_weights(config, file))
+    artifact = complete(compiled, work / "model.gguf", work / "artifact")
     print(f"synthesized in {synthesized - start:.0f} s, packed in {time.monotonic() - synthesized:.0f} s", flush=True)
-    if records != manifest["constants"]:
-        sys.exit("the weights made here are not those of the manifest")
-    write_tokenizer(file, artifact / "tokenizer.json")
-    for name in ("manifest.json", *(t["file"] for t in manifest["targets"])):
-        shutil.copy(compiled / name, artifact / name)
     return artifact
 
 
@@ -100,6 +85,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=3000, help="tokens")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     artifact = rebuild(args.compiled, args.work, args.preset, args.mix, args.layers)
     vocab = json.loads((artifact / "manifest.json").read_text())["config"]["vocab_size"]
     prompt = [2, *((np.arange(args.prompt - 1) * 7919) % vocab).tolist()]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from exporter.synth import write_synthetic
 from tests.conftest import kiln
+from tests.rebuild import complete
 from tests.test_artifact import ids, run
 from tests.timeline import CHUNK, FIXTURES, GREEDY, fixture_logits, fixture_tokens, graph_spec, weights, worst
 
@@ -18,15 +21,27 @@ TINY = FIXTURES / "gemma4-tiny-dense.gguf"
 WAYS = {"one batch": 96, "chunks": CHUNK, "token by token": 1}
 
 
+MODELS = {  # name -> GGUF, options of the export
+    "float32": (TINY, "--activation-dtype", "float32", "--max-seq-len", 96, "--prefill-chunk", 96),
+    "bfloat16": (TINY, "--activation-dtype", "bfloat16", "--max-seq-len", 96, "--prefill-chunk", 96),
+    "tq4": ("tiny-cuda.gguf", "--max-seq-len", 4096, "--prefill-chunk", 1024, "--turboquant"),
+}
+
+
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
-    """Artifacts for the GPU of this machine: float32 and bfloat16 activations, and TurboQuant at the real head sizes."""
+    """Artifacts for the GPU of this machine: float32 and bfloat16 activations, and TurboQuant at the real head sizes.
+
+    KILN_TEST_COMPILED names a directory with their manifests and code, compiled elsewhere; what is not there is exported here.
+    """
     root = tmp_path_factory.mktemp("gpu")
-    native = ("--target", "native", "--prefill-chunk")
-    for dtype in ("float32", "bfloat16"):
-        kiln("export", "--gguf", TINY, "--out", root / dtype, *native, 96, "--activation-dtype", dtype, "--max-seq-len", 96)
-    kiln("synth", "--preset", "tiny-cuda", "--mix", "q4_k_m", "--out", root / "tiny-cuda.gguf")
-    kiln("export", "--gguf", root / "tiny-cuda.gguf", "--out", root / "tq4", *native, 1024, "--max-seq-len", 4096, "--turboquant")
+    compiled = Path(os.environ.get("KILN_TEST_COMPILED", root / "none"))
+    write_synthetic(root / "tiny-cuda.gguf", "tiny-cuda", "q4_k_m", 0)
+    for name, (gguf, *options) in MODELS.items():
+        if (compiled / name).is_dir():
+            complete(compiled / name, root / gguf, root / name)
+        else:
+            kiln("export", "--gguf", root / gguf, "--out", root / name, "--target", "native", *options)
     return root
 
 
