@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 
 namespace kiln {
@@ -284,6 +286,13 @@ std::string json_quote(std::string_view text) {
     }
   }
   return out += '"';
+}
+
+std::string json_number(double x, const char* format) {
+  if (!std::isfinite(x)) return "null";
+  char text[40];
+  std::snprintf(text, sizeof text, format, x);
+  return text;
 }
 
 }  // namespace kiln

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -10,6 +9,7 @@
 #include <iterator>
 #include <thread>
 
+#include "bench.h"
 #include "file.h"
 #include "kiln/json.h"
 #include "kiln/session.h"
@@ -21,11 +21,11 @@ namespace {
 constexpr int kFailure = 1, kUsage = 2;
 
 struct Arguments {
-  std::string artifact, prompt, prompt_file, tokens, device = "auto", logits_file;
-  std::vector<int64_t> ids;  // of --tokens
-  bool has_prompt = false, raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false;
+  std::string artifact, prompt, prompt_file, tokens, depths, device = "auto", logits_file;
+  std::vector<int64_t> ids;  // of --tokens, or of --depths
+  bool has_prompt = false, raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false, bench = false;
   bool tokenize = false, parse_special = false, help = false, version = false;
-  int64_t max_new_tokens = 128, top_k = 0, seed = 0, prefill_chunk = 0, threads = 0;
+  int64_t max_new_tokens = 128, top_k = 0, seed = 0, prefill_chunk = 0, threads = 0, steps = 64;
   float temperature = 0, top_p = 1;
 };
 
@@ -50,6 +50,9 @@ std::vector<Option> option_table(Arguments& a) {
       {"--memory", nullptr, "report the memory in use", flag(a.memory)},
       {"--json", nullptr, "one JSON object on standard output", flag(a.json)},
       {"--logits", "FILE", "write every logits row as float32: one per prefill chunk and decode step", text(a.logits_file)},
+      {"--bench", nullptr, "measure prefill and decode at several depths, with random tokens", flag(a.bench)},
+      {"--depths", "128,512", "with --bench: tokens in the caches (128 and up in steps of 4)", text(a.depths)},
+      {"--steps", "N", "with --bench: decode steps at each depth (64)", integer("--steps", a.steps, 1, INT32_MAX)},
       {"--tokenize-stdin", nullptr, "only print token ids, a line for each NUL-separated text; a tokenizer.json will do as ARTIFACT", flag(a.tokenize)},
       {"--parse-special", nullptr, "with --tokenize-stdin: recognize special tokens", flag(a.parse_special)},
       {"--version", nullptr, "print the version", flag(a.version)},
@@ -57,14 +60,14 @@ std::vector<Option> option_table(Arguments& a) {
   };
 }
 
-std::vector<int64_t> parse_ids(const std::string& list) {
+std::vector<int64_t> parse_ids(const char* option, const std::string& list) {
   std::vector<int64_t> ids;
   const char* p = list.data();
   const char* end = p + list.size();
   while (true) {
     int64_t id = 0;
     auto r = std::from_chars(p, end, id);
-    if (r.ec != std::errc() || (r.ptr != end && *r.ptr != ',')) throw UsageError("--tokens " + list + ": must be integers separated by commas");
+    if (r.ec != std::errc() || (r.ptr != end && *r.ptr != ',')) throw UsageError(std::string(option) + " " + list + ": must be integers separated by commas");
     ids.push_back(id);
     if (r.ptr == end) return ids;
     p = r.ptr + 1;
@@ -74,14 +77,17 @@ std::vector<int64_t> parse_ids(const std::string& list) {
 Arguments parse(int argc, char** argv, std::string* help) {
   Arguments a;
   auto options = option_table(a);
-  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3) [options]\n\n" + options_help(options);
+  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3 | --bench) [options]\n\n" + options_help(options);
   auto positional = parse_options(argc, argv, options);
   if (a.help || a.version) return a;
   if (positional.size() != 1) throw UsageError(positional.empty() ? "no artifact given; see --help" : "more than one artifact: " + positional[1]);
   a.artifact = positional[0];
   int sources = a.has_prompt + !a.prompt_file.empty() + !a.tokens.empty();
-  if (a.tokenize ? sources != 0 : sources != 1) throw UsageError("give one of --prompt, --prompt-file, --tokens, --tokenize-stdin");
-  if (!a.tokens.empty()) a.ids = parse_ids(a.tokens);
+  if (a.bench && a.tokenize) throw UsageError("--bench and --tokenize-stdin exclude each other");
+  if (a.bench || a.tokenize ? sources != 0 : sources != 1) throw UsageError("give one of --prompt, --prompt-file, --tokens, --bench, --tokenize-stdin");
+  if (!a.tokens.empty()) a.ids = parse_ids("--tokens", a.tokens);
+  if (!a.depths.empty() && !a.bench) throw UsageError("--depths needs --bench");
+  if (!a.depths.empty()) a.ids = parse_ids("--depths", a.depths);
   if (a.parse_special && !a.tokenize) throw UsageError("--parse-special needs --tokenize-stdin: a prompt is never parsed for special tokens");
   return a;
 }
@@ -115,13 +121,6 @@ std::string json_ids(const std::vector<int64_t>& ids) {
   return out + "]";
 }
 
-std::string json_number(double x, const char* format = "%.6g") {
-  if (!std::isfinite(x)) return "null";  // JSON has no other word for it
-  char text[40];
-  std::snprintf(text, sizeof text, format, x);
-  return text;
-}
-
 std::string json_rows(const std::vector<std::vector<float>>& rows) {
   std::string out = "[";
   for (const auto& row : rows) {
@@ -148,6 +147,14 @@ std::string memory_json(const MemoryReport& m) {
          ", \"other\": " + std::to_string(m.other) + ", \"total\": " + std::to_string(m.total()) + "}";
 }
 
+std::string memory_line(const MemoryReport& m) {
+  auto gb = [](uint64_t bytes) { return static_cast<double>(bytes) / 1e9; };
+  char line[160];
+  std::snprintf(line, sizeof line, "memory: weights %.3f GB, KV ring %.3f GB, KV global %.3f GB, other %.3f GB, total %.3f GB\n", gb(m.weights), gb(m.kv_ring),
+                gb(m.kv_global), gb(m.other), gb(m.total()));
+  return line;
+}
+
 void report(const Arguments& a, const Run& run, const Session& session) {
   if (a.json) {
     std::cout << "{\"prompt_tokens\": " << json_ids(run.prompt) << ", \"tokens\": " << json_ids(run.tokens) << ", \"text\": " << json_quote(run.text)
@@ -164,33 +171,55 @@ void report(const Arguments& a, const Run& run, const Session& session) {
                run.prefill_rate(), run.tokens.size(), run.decode_rate(), run.ttft_s, run.load_s, stop_name(run.stop));
   if (run.stop == Stop::MaxSeqLen)
     std::fprintf(stderr, "note: stopped at the artifact's limit of %lld tokens\n", static_cast<long long>(session.model().artifact().max_seq_len));
-  if (a.memory) {
-    MemoryReport m = session.memory();
-    auto gb = [](uint64_t bytes) { return static_cast<double>(bytes) / 1e9; };
-    std::fprintf(stderr, "memory: weights %.3f GB, KV ring %.3f GB, KV global %.3f GB, other %.3f GB, total %.3f GB\n", gb(m.weights), gb(m.kv_ring),
-                 gb(m.kv_global), gb(m.other), gb(m.total()));
-  }
+  if (a.memory) std::fputs(memory_line(session.memory()).c_str(), stderr);
 }
 
-int play(const Arguments& a) {
-  auto start = Clock::now();
+std::shared_ptr<const Model> load_model(const Arguments& a) {
   if (a.threads) set_threads(static_cast<int>(a.threads));
   LoadOptions load;
   load.device = a.device;
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  auto model = Model::load(a.artifact, load);
+  return Model::load(a.artifact, load);
+}
+
+Sampling sampling(const Arguments& a) { return {a.temperature, static_cast<int32_t>(a.top_k), a.top_p, a.seed}; }
+
+SessionOptions session_options(const Arguments& a) {
   SessionOptions options;
   options.prefill_chunk = a.prefill_chunk;
   options.graph = !a.no_graph;
+  return options;
+}
 
+int measure(const Arguments& a) {
+  auto start = Clock::now();
+  auto model = load_model(a);
+  Session session(model, session_options(a));
+  session.set_sampling(sampling(a));
+  double load_s = seconds(start, Clock::now());
+  int64_t chunk = a.prefill_chunk ? a.prefill_chunk : model->artifact().prefill_chunk;
+  BenchReport report = bench(session, {a.ids, chunk, a.steps});
+  if (a.json)
+    std::cout << "{\"device\": \"" << model->device() << "\", \"target\": \"" << model->target().target << "\", \"graph\": " << (a.no_graph ? "false" : "true")
+              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", \"memory\": " << memory_json(report.memory) << ", "
+              << bench_json(report) << "}\n";
+  else
+    std::cout << model->device() << ", load " << json_number(load_s, "%.2f") << " s, prefill in chunks of " << chunk << "\n"
+              << bench_table(report) << memory_line(report.memory);
+  return 0;
+}
+
+int play(const Arguments& a) {
+  auto start = Clock::now();
+  auto model = load_model(a);
   Run run;
   if (!a.tokens.empty())
     run.prompt = a.ids;
   else
     run.prompt = model->encode_prompt(a.prompt_file.empty() ? a.prompt : read_file(a.prompt_file), a.raw);
-  Session session(model, options);
-  session.set_sampling({a.temperature, static_cast<int32_t>(a.top_k), a.top_p, a.seed});
+  Session session(model, session_options(a));
+  session.set_sampling(sampling(a));
   std::ofstream logits_file;
   if (!a.logits_file.empty()) {
     logits_file.open(a.logits_file, std::ios::binary);
@@ -240,7 +269,7 @@ int run_main(int argc, char** argv) {
   Arguments a = parse(argc, argv, &help);
   if (a.help) return std::cout << help, 0;
   if (a.version) return std::cout << "kiln-run " << version() << "\n", 0;
-  return a.tokenize ? tokenize_stdin(a) : play(a);
+  return a.tokenize ? tokenize_stdin(a) : a.bench ? measure(a) : play(a);
 }
 
 // A message as one line: errors of the libraries below may have several.

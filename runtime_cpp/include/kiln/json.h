@@ -72,4 +72,7 @@ class JsonDocument {
 // `text` as a JSON string, with quotes. Bytes that are not UTF-8 must have been replaced before.
 std::string json_quote(std::string_view text);
 
+// `x` in a printf format; what is not finite is null, as JSON has no other word for it.
+std::string json_number(double x, const char* format = "%.6g");
+
 }  // namespace kiln
