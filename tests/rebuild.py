@@ -13,7 +13,7 @@ from exporter.weights import plan_weights, write_weights
 
 
 def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
-    """`compiled` holds manifest.json and model*.pt2 of `kiln export`; names, dtypes, shapes and offsets of the weights must be the manifest's.
+    """`compiled` holds manifest.json and model*.pt2 of `kiln export`; the weights must be the manifest's in name, dtype, shape and offset.
 
     The checksums are those of `gguf`: compiled code depends on shapes alone.
     """

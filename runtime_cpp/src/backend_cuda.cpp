@@ -1,3 +1,4 @@
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -157,7 +158,8 @@ class Reader {
 
 class CudaBackend : public Backend {
  public:
-  explicit CudaBackend(int index) : index_(static_cast<c10::DeviceIndex>(index)) {}
+  // The caching allocator answers nothing, not even its statistics, before it is set up.
+  explicit CudaBackend(int index) : index_(static_cast<c10::DeviceIndex>(index)) { at::globalContext().lazyInitDevice(c10::DeviceType::CUDA); }
 
   c10::Device device() const override { return c10::Device(c10::DeviceType::CUDA, index_); }
 
