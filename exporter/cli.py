@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -90,11 +89,29 @@ def inspect(path: Path, as_json: bool, verify: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
-    beside = Path(sys.executable).parent / "kiln-run"
-    binary = str(beside) if beside.is_file() else shutil.which("kiln-run")
-    if not binary:
-        raise KilnError(f"kiln-run is not built: neither {beside.name} beside Python nor on PATH; run `make build`")
+    from exporter.bench import runner
+
+    binary = runner()
     os.execv(binary, [binary, *arguments])
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--depths", metavar="N,N,...", help="Tokens in the caches.  [default: 128 and up in steps of 4; with --profile: 2048]")
+@click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of the timed prefill call.  [default: the artifact's]")
+@click.option("--steps", type=click.IntRange(1), default=64, show_default=True, help="Decode steps timed at each depth.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
+@click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
+@click.option("--out", type=PATH, help="Write the record here, too.")
+@click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
+def bench(as_json: bool, **options) -> None:
+    """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
+    from exporter.bench import bench as measure
+
+    record, text = measure(**options)
+    click.echo(json.dumps(record, indent=1) if as_json else text)
 
 
 @main.command()
