@@ -58,7 +58,7 @@ PRESETS = {
     "gemma4-31b": Preset(5376, 21504, 32, (16, 4), (256, 512), 1024, 262144, 262144, 60),
     "gemma4-12b": Preset(3840, 15360, 16, (8, 1), (256, 512), 1024, 262144, 262144, 48, (258883, 258882)),
     "tiny": Preset(256, 512, 4, (2, 1), (64, 128), 16, 4096, 512, 6),
-    "tiny-cuda": Preset(1024, 2048, 32, (16, 4), (256, 512), 1024, 32768, 2048, 6),
+    "tiny-cuda": Preset(1024, 2048, 32, (16, 4), (256, 512), 1024, 131072, 2048, 6),
 }
 # mix -> (type of most matrices, general.file_type). Every preset's rows are multiples of 256, so K-quants always fit.
 MIXES = {
