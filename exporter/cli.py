@@ -130,3 +130,30 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
     with bar("writing") as progress:
         write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress, sparse=sparse)
     click.echo(f"{out}: {size_text(out.stat().st_size)}")
+
+
+@main.command(name="eval")
+@click.argument("path", metavar="ARTIFACT|GGUF", type=PATH)
+@click.option("--suite", default="ppl", show_default=True, help="ppl, kld, needle; several with commas.")
+@click.option("--text", type=PATH, help="Text to score; its lines are also what keys are hidden among.")
+@click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to score.")
+@click.option("--depths", default="2048", show_default=True, help="Context lengths to hide keys in, with commas.")
+@click.option("--needles", type=click.IntRange(1), default=8, show_default=True, help="Keys hidden in a context.")
+@click.option("--kv-cache", type=click.Choice(["bf16", "f32", "tq4"]), help="Of a GGUF file.  [default: bf16 on a GPU, f32 on the CPU]")
+@click.option("--reference", type=PATH, help="GGUF file whose fp32 forward kld compares to.  [default: the file itself]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")
+@click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
+@click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
+def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **options) -> None:
+    """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
+    from exporter import evaluate as ev
+
+    try:
+        lengths = tuple(int(depth) for depth in depths.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{depths!r} is not a list of numbers like 2048,8192", param_hint="--depths") from None
+    record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
+    if picture:
+        ev.plot(record, picture)
+    click.echo(json.dumps(record, indent=1) if as_json else ev.report(record))
