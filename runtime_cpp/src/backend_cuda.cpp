@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdlib>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -158,8 +159,11 @@ class Reader {
 
 class CudaBackend : public Backend {
  public:
-  // The caching allocator answers nothing, not even its statistics, before it is set up.
-  explicit CudaBackend(int index) : index_(static_cast<c10::DeviceIndex>(index)) { at::globalContext().lazyInitDevice(c10::DeviceType::CUDA); }
+  explicit CudaBackend(int index) : index_(static_cast<c10::DeviceIndex>(index)) {
+    // Chunks of other lengths would otherwise leave gigabytes of blocks that fit nothing; a setting of the user's own stays.
+    if (!std::getenv("PYTORCH_CUDA_ALLOC_CONF")) setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True", /*overwrite=*/0);
+    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);  // the allocator answers nothing, not even its statistics, before
+  }
 
   c10::Device device() const override { return c10::Device(c10::DeviceType::CUDA, index_); }
 
