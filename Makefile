@@ -11,7 +11,7 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-.PHONY: build demo test lint test-gpu clean
+.PHONY: build demo test lint test-gpu bench-ops tune clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -41,6 +41,13 @@ lint: $(SETUP)
 # everything that needs a GPU, on any machine that has one
 test-gpu: build
 	$(PY) -m pytest -m gpu
+
+# on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
+bench-ops: $(SETUP)
+	$(PY) -m custom_ops.bench --out $(BUILD)/bench-ops.json
+
+tune: $(SETUP)
+	$(PY) -m custom_ops.bench --tune --out $(BUILD)/tune.json
 
 clean:
 	rm -rf $(BUILD) $(VENV)

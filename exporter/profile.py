@@ -168,12 +168,14 @@ class _Loaded:
             values["pos"].fill_(depth)
 
         place()
-        for _ in range(2):
-            step()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a capture can neither load kernels nor make the libraries' workspaces
+            for _ in range(2):
+                step()
         torch.cuda.synchronize()
-        place()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
         place()
         measured = _microseconds(graph.replay, REPLAYS)

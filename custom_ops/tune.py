@@ -1,0 +1,285 @@
+"""`python -m custom_ops.bench --tune`: times a grid of kernel configurations at the shapes of the 31B, each checked first.
+
+Nothing is changed on disk: the best are printed, to be written into the tables beside the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from custom_ops import bench, flash, quantized_linear, tq4_attention
+from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, gemv_cases, global_case, sliding_case, tq4_case
+from custom_ops.flash import Tile, pick
+from custom_ops.quantized_linear import GemvConfig
+from custom_ops.target import GpuTarget, current_target
+
+REPLAYS = 15
+SHOWN = 3  # of the best candidates of a case
+HOPELESS = 2.0  # times the best so far: one call tells enough
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """A candidate for the GEMV: `rows` stands for narrow and for wide matrices, `groups` for the block type of the case."""
+
+    rows: int
+    programs_per_sm: int
+    stages: int
+    groups: int
+
+    def config(self) -> GemvConfig:
+        return GemvConfig(rows=self.rows, wide_rows=self.rows, programs_per_sm=self.programs_per_sm, stages=self.stages)
+
+
+@dataclass
+class Family:
+    """Cases that share a table, and the candidates for its entry; the first is what the table holds."""
+
+    name: str
+    cases: list[Case]
+    candidates: list[Any]
+    table: dict | None = None  # of tiles
+    key: tuple[int, int] = (0, 0)
+    matrix: Matrix | None = None  # the GEMV's, whose configuration is in two tables
+
+
+@dataclass
+class Trial:
+    family: Family
+    case: Case
+    candidate: Any
+    us: float | None = None
+    error: float | None = None
+    failure: str = ""
+
+    def row(self) -> dict:
+        result = {"us": self.us, "error": self.error, "failure": self.failure}
+        return {"op": self.case.op, "shape": self.case.shape, "config": dict(vars(self.candidate)), **result}
+
+
+@dataclass
+class Tuning:
+    trials: list[Trial] = field(default_factory=list)
+    skipped: int = 0
+
+
+# ---- the grid ----
+
+
+def gemv_current(target: GpuTarget, m: Matrix) -> Gemv:
+    config = quantized_linear.GEMV_CONFIGS.get(target.sm, GemvConfig())
+    rows = config.wide_rows if m.n >= config.wide_n else config.rows
+    return Gemv(rows, config.programs_per_sm, config.stages, quantized_linear.GEMV_GROUPS[m.kind])
+
+
+def first(current: Any, others: Iterator[Any]) -> list[Any]:
+    return list(dict.fromkeys([current, *others]))
+
+
+def tiles(current: Tile, **choices: tuple[int, ...]) -> list[Tile]:
+    """The current tile and every combination of the choices."""
+    grid = (replace(current, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values()))
+    return first(current, grid)
+
+
+def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]:
+    chunk, full = geometry.chunks[-1], geometry.full
+    short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
+    found = []
+    for m, case in zip((*geometry.matrices, geometry.head), gemv_cases(geometry), strict=True):
+        grid = (Gemv(r, p, s, g) for r, p, s, g in itertools.product((128, 256), (8, 12, 16, 24), (1, 2, 3), (2, 4)))
+        found.append(Family(case.name, [case], first(gemv_current(target, m), grid), matrix=m))
+
+    def tiled(name: str, table: dict, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
+        current = pick(table, target, dim)
+        size = min(d for _, d in table if d >= dim)
+        found.append(Family(name, cases, tiles(current, **choices), table, (target.sm, size)))
+
+    decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
+    prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
+    tiled("tq4 decode", tq4_attention.DECODE_TILES, full.dim, [tq4_case(full, 1, short), tq4_case(full, 1, long)], **decode)
+    tiled("tq4 prefill", tq4_attention.PREFILL_TILES, full.dim, [tq4_case(full, chunk, far)], **prefill)
+    decode["keys"] = (16, 32, 64)
+    tiled("sliding decode", flash.DECODE_TILES, geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
+    tiled("sliding prefill", flash.PREFILL_TILES, geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
+    tiled("global decode", flash.DECODE_TILES, full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
+    tiled("global prefill", flash.PREFILL_TILES, full.dim, [global_case(full, chunk, far)], **prefill)
+    return found
+
+
+@contextlib.contextmanager
+def applied(family: Family, candidate: Any, target: GpuTarget) -> Iterator[None]:
+    """Inside, the ops take the candidate for this target."""
+    if family.matrix:
+        entries = [
+            (quantized_linear.GEMV_CONFIGS, target.sm, candidate.config()),
+            (quantized_linear.GEMV_GROUPS, family.matrix.kind, candidate.groups),
+        ]
+    else:
+        entries = [(family.table, family.key, candidate)]
+    kept = [(table, key, table.get(key)) for table, key, _ in entries]
+    for table, key, value in entries:
+        table[key] = value
+    try:
+        yield
+    finally:
+        for table, key, value in kept:
+            if value is None:
+                del table[key]
+            else:
+                table[key] = value
+
+
+# ---- trials ----
+
+
+def compile_family(family: Family, arguments: dict[str, Tensors], target: GpuTarget) -> None:
+    with bench.compiling_ahead():
+        for case in family.cases:
+            for candidate in family.candidates:
+                with applied(family, candidate, target):
+                    case.call(*arguments[case.name])
+
+
+def attempt(trial: Trial, expected: torch.Tensor, copies: list[Tensors], best: float) -> None:
+    """Checks, then times. A candidate may need more than the device has; a device that failed ends everything.
+
+    best: microseconds of the fastest candidate so far.
+    """
+    case = trial.case
+    try:
+        trial.error = bench.check(case, copies[0], expected)
+        if not trial.error <= case.limit:
+            trial.failure = f"wrong: error {trial.error:.2e}"
+            return
+        once = bench.call_time(lambda: case.call(*copies[-1]))
+        if once > bench.LONG and once * 1e3 > HOPELESS * best:
+            trial.failure = f"over {HOPELESS:.0f} times the best"
+            return
+        trial.us = bench.graph_time(lambda i: case.call(*copies[i]), len(copies), REPLAYS)
+    except Exception as e:  # any of the compiler's or the launcher's: it is the finding
+        trial.failure = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        torch.cuda.synchronize()
+
+
+def launch_of(family: Family, candidate: Any, target: GpuTarget) -> Any:
+    """What tells launches apart: several GEMV candidates come to the same number of splits."""
+    if not family.matrix:
+        return candidate
+    m = family.matrix
+    constants, splits = quantized_linear.gemv_launch(m.kind, 1, m.n, m.k, target)
+    return tuple(constants.values()), splits
+
+
+def run_family(family: Family, tuning: Tuning, target: GpuTarget, deadline: float) -> None:
+    l2 = torch.cuda.get_device_properties().L2_cache_size
+    arguments = {case.name: case.arguments(torch.Generator("cuda").manual_seed(bench.SEED)) for case in family.cases}
+    if time.monotonic() < deadline:
+        compile_family(family, arguments, target)
+    for case in family.cases:
+        expected = case.reference(*arguments[case.name])
+        copies = bench.cold_copies(case, arguments[case.name], torch.Generator("cuda").manual_seed(bench.SEED), l2, bench.free_memory())
+        launches: dict[Any, Trial] = {}
+        for candidate in family.candidates:
+            if time.monotonic() > deadline:
+                tuning.skipped += 1
+                continue
+            with applied(family, candidate, target):
+                launch = launch_of(family, candidate, target)
+                if launch in launches:
+                    trial = replace(launches[launch], candidate=candidate)
+                else:
+                    trial = launches[launch] = Trial(family, case, candidate)
+                    attempt(trial, expected, copies, min((t.us for t in launches.values() if t.us), default=math.inf))
+            tuning.trials.append(trial)
+        report(case, [t for t in tuning.trials if t.case is case])
+
+
+def describe(candidate: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in vars(candidate).items())
+
+
+def report(case: Case, trials: list[Trial]) -> None:
+    timed = sorted((t for t in trials if t.us is not None), key=lambda t: t.us)
+    failed = [t for t in trials if t.us is None]
+    print(f"{case.name}: {len(timed)} timed, {sum('wrong' in t.failure for t in failed)} wrong, {len(failed)} not timed")
+    if trials and trials[0].us is not None:
+        print(f"  now  {trials[0].us:9.2f} us  {describe(trials[0].candidate)}")
+    for t in timed[:SHOWN]:
+        print(f"  best {t.us:9.2f} us  {describe(t.candidate)}")
+    for failure in dict.fromkeys(t.failure for t in failed):
+        print(f"  {sum(t.failure == failure for t in failed):3d} x {failure}")
+    print(end="", flush=True)
+
+
+# ---- what to write into the tables ----
+
+
+def best_tile(family: Family, trials: list[Trial]) -> tuple[Tile, float] | None:
+    """The tile that is fastest over the family's cases, by geometric mean, and that mean; None when no tile was timed in all of them."""
+    logs: dict[Tile, list[float]] = {}
+    for t in trials:
+        if t.family is family and t.us is not None:
+            logs.setdefault(t.candidate, []).append(math.log(t.us))
+    means = {tile: sum(values) / len(values) for tile, values in logs.items() if len(values) == len(family.cases)}
+    if not means:
+        return None
+    tile = min(means, key=means.__getitem__)
+    return tile, math.exp(means[tile])
+
+
+def best_gemv(trials: list[Trial], wide_n: int) -> tuple[GemvConfig, dict[str, int], float] | None:
+    """The one GemvConfig and groups of each block type with the least time for all products of a decode step, and that time.
+
+    None when no combination was timed for every matrix.
+    """
+    times: dict[Matrix, dict[Gemv, float]] = {}
+    for t in trials:
+        if t.family.matrix:
+            found = times.setdefault(t.family.matrix, {})
+            if t.us is not None:
+                found[t.candidate] = t.us
+    candidates = {c for found in times.values() for c in found}
+    kinds = sorted({m.kind for m in times})
+    fields = ("rows", "rows", "programs_per_sm", "stages", *("groups" for _ in kinds))
+    choices = [sorted({getattr(c, name) for c in candidates}) for name in fields]
+    best = None
+    for rows, wide, programs, stages, *groups in itertools.product(*choices):
+        by_kind = dict(zip(kinds, groups, strict=True))
+        total = 0.0
+        for m, found in times.items():
+            candidate = Gemv(wide if m.n >= wide_n else rows, programs, stages, by_kind[m.kind])
+            total += m.count * found.get(candidate, math.inf)
+        if math.isfinite(total) and (best is None or total < best[2]):
+            best = GemvConfig(rows, wide, wide_n, programs, stages), by_kind, total
+    return best
+
+
+def tune(only: str, budget: float) -> dict:
+    """Prints the best candidates of every case whose family's name contains `only`; the record of all trials."""
+    began = time.monotonic()
+    target, tuning, ceilings = current_target(), Tuning(), bench.measure_ceilings()
+    chosen = [family for family in families(target) if only in family.name]
+    for family in chosen:
+        run_family(family, tuning, target, began + budget)
+        torch.cuda.empty_cache()
+    print("\nbest together")
+    gemv = best_gemv(tuning.trials, GemvConfig().wide_n)
+    if gemv:
+        config, groups, us = gemv
+        print(f"GEMV_CONFIGS[{target.sm}] = {config}, GEMV_GROUPS {groups}: {us / 1e3:.3f} ms for the products of a decode step")
+    for family in chosen:
+        if family.table is not None and (found := best_tile(family, tuning.trials)):
+            print(f"{family.name} {family.key}: {found[0]}: {found[1]:.2f} us, geometric mean of {len(family.cases)}")
+    if tuning.skipped:
+        print(f"{tuning.skipped} candidates not tried: {budget:.0f} s were over; raise --budget or narrow --only")
+    print(f"{time.monotonic() - began:.0f} s")
+    return bench.machine(ceilings) | {"trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}
