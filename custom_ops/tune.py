@@ -95,7 +95,7 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
     found = []
     for m, case in zip((*geometry.matrices, geometry.head), gemv_cases(geometry), strict=True):
-        grid = (Gemv(r, p, s, g) for r, p, s, g in itertools.product((128, 256), (8, 12, 16, 24), (1, 2, 3), (2, 4)))
+        grid = (Gemv(r, p, s, g) for r, p, s, g in itertools.product((128, 256), (12, 24, 40, 64), (1, 2), (1, 2, 4)))
         found.append(Family(case.name, [case], first(gemv_current(target, m), grid), matrix=m))
 
     def tiled(name: str, table: dict, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
