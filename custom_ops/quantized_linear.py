@@ -30,14 +30,14 @@ class GemvConfig:
 
     rows: int = 128  # of a program of one warp, four to a lane: one 16-byte load for each word
     wide_rows: int = 256  # of a program where N is at least wide_n: each value of x serves eight rows
-    wide_n: int = 32768
-    programs_per_sm: int = 12
+    wide_n: int = 8192
+    programs_per_sm: int = 40
     stages: int = 1  # above 1: loads run ahead through shared memory
 
 
 GEMV_CONFIGS: dict[int, GemvConfig] = {}  # by architecture; the others take the default
 # Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
-GEMV_GROUPS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4, "Q8_0": 2, "Q4_K": 4, "Q5_K": 4, "Q6_K": 2}
+GEMV_GROUPS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4, "Q8_0": 2, "Q4_K": 1, "Q5_K": 1, "Q6_K": 2}
 DEQUANTIZE_ROWS = 256  # of a program of one warp: eight to a lane, 16-byte stores in bfloat16
 SUM_ROWS = 64
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from passes.records import KVBuffer, Lowered, PassOptions
 
 ENTRIES = ("prefill", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TRACE_LENGTH = 13  # a prime below every chunk: a length that equals some other size would be taken for it and specialized
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,17 @@ class GraphSpec:
         return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype)
 
 
+def trace_length(spec: GraphSpec) -> int:
+    """Tokens of the example prefill: the largest prime in a chunk.
+
+    Near the chunk, because the compiler judges memory by it; prime, because a length that equals some other size would be specialized.
+    """
+    return max(n for n in range(2, spec.prefill_chunk + 1) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+
+
 def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
     """The graph of `entry` on `device` ("cpu" or "cuda"; none need be present), before any pass."""
-    length = 1 if entry == "decode" else TRACE_LENGTH
+    length = trace_length(spec) if entry == "prefill" else 1
 
     def inputs() -> tuple[torch.Tensor, ...]:
         tokens = torch.empty(length, dtype=torch.int64)

@@ -286,6 +286,9 @@ def _one_object_for_each_kernel() -> None:
     codecache.convert_cubin_to_obj = convert
 
 
+FUSE_ACROSS_BYTES = 4 << 20
+
+
 def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     """Options of one compilation: nothing is measured, no constant is read, no weight and no build path is packed."""
     options = {
@@ -312,6 +315,9 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
             "benchmark_fusion": False, "benchmark_epilogue_fusion": False, "benchmark_combo_kernel": False,
             "shape_padding": False,
         }  # fmt: skip
+        if entry == "prefill":
+            # Cache writes of all layers share the positions; fused on that ground they would keep every layer's K and V alive to the end.
+            options["score_fusion_memory_threshold"] = FUSE_ACROSS_BYTES
     return options
 
 
