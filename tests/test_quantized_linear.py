@@ -155,6 +155,7 @@ def interpreted_gemv_of_several_tokens(kind: str, k: int, tokens: int) -> None:
 
 def interpreted_gemv_of_wide_matrices(monkeypatch) -> None:
     monkeypatch.setitem(op.GEMV_CONFIGS, 90, op.GemvConfig(wide_n=0, stages=2))
+    monkeypatch.setitem(op.GEMV_GROUPS, "Q4_K", 4)
     words, halves, matrix = random_weight("Q4_K", 270, 256)
     x = random_x(1, 256, torch.bfloat16)
     with few_sms(1):
