@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import triton
 
-from custom_ops.layouts import LAYOUTS
 from custom_ops.target import gpu_targets
 from exporter.compile import CompiledTarget
 from exporter.errors import KilnError
@@ -72,10 +71,14 @@ def quantization(spec: GraphSpec) -> list[dict]:
     rows = []
     for plan in spec.plan:
         if plan.K:
-            layout = LAYOUTS.get(plan.kind)
-            bits = (32 * layout.words + 16 * layout.halves) / layout.block if layout else {"F32": 32, "F16": 16, "BF16": 16}[plan.kind]
             rows.append(
-                {"name": plan.name, "type": plan.kind, "shape": [plan.N, plan.K], "sources": list(plan.sources), "bits_per_weight": bits}
+                {
+                    "name": plan.name,
+                    "type": plan.kind,
+                    "shape": [plan.N, plan.K],
+                    "sources": list(plan.sources),
+                    "bits_per_weight": plan.bits_per_weight,
+                }
             )
     return rows
 

@@ -8,7 +8,7 @@ import torch
 
 from exporter.config import ModelConfig
 from exporter.export import GraphSpec
-from exporter.weights import constants
+from exporter.weights import weight_bytes
 from passes.records import KVBuffer
 
 
@@ -46,7 +46,7 @@ class MemoryPlan:
 def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
     kv = kv_plan(spec.config, spec.max_seq_len, dtype, spec.options.turboquant)
-    weights = sum(torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(spec.config, list(spec.plan)))
+    weights = weight_bytes(spec.config, spec.plan)
     widest = max(p.N for p in spec.plan if p.K)
     scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)
     per_token = (
