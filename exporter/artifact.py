@@ -54,7 +54,7 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def entry_points(spec: GraphSpec) -> dict:
+def entry_points(spec: GraphSpec, waits: tuple[str, ...] = ()) -> dict:
     def points(length: int | str) -> dict:
         tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in ("tokens", "pos")]
         sampling = [{"name": n, "dtype": dtype_name(d), "shape": [1]} for n, d in SAMPLING_INPUTS]
@@ -64,7 +64,7 @@ def entry_points(spec: GraphSpec) -> dict:
         ]
         return {"inputs": tokens + sampling, "outputs": outputs}
 
-    return {"prefill": points("T"), "decode": points(1)}
+    return {"prefill": points("T"), "decode": points(1) | ({"waits": list(waits)} if waits else {})}
 
 
 def quantization(spec: GraphSpec) -> list[dict]:
@@ -115,8 +115,9 @@ def write_manifest(
     records: list[dict],
     tokenizer: dict | None,
     chat: dict | None,
+    waits: tuple[str, ...] = (),
 ) -> dict:
-    """`manifest.json`, the last file written."""
+    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before."""
     kv = targets[0].entries[0].kv
     manifest = {
         "format": "kiln",
@@ -130,7 +131,7 @@ def write_manifest(
         "kv_cache": "tq4" if spec.options.turboquant else spec.activation_dtype,
         "targets": [target_record(t) for t in targets],
         "passes": [r.to_dict() for r in targets[0].entries[-1].reports],
-        "entry_points": entry_points(spec),
+        "entry_points": entry_points(spec, waits),
         "quantization": quantization(spec),
         "constants": records,
         "kv": [kv_record(b) for b in kv],

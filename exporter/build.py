@@ -22,6 +22,7 @@ from passes.records import PassOptions
 
 GIB = 2**30
 DEFAULT_SEQ_LEN = 8192
+WAITING_KERNELS: tuple[str, ...] = ()  # `waits` of the decode entry, see docs/ARTIFACT.md
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def export_artifact(options: ExportOptions) -> None:
         planned = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options.turboquant)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat)
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())

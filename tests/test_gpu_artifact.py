@@ -103,6 +103,17 @@ def test_greedy_repeats_and_graph_replay_equals_direct_calls(gpu, tmp_path):
     assert np.isfinite(replayed).all() and np.array_equal(replayed, direct)
 
 
+def test_early_launch_changes_no_bit(gpu, tmp_path):
+    waits = json.loads((gpu / "tq4" / "manifest.json").read_text())["entry_points"]["decode"].get("waits", [])
+    rows, early = {}, {}
+    for name, options in {"plain": ("--no-early-launch",), "first": (), "second": ()}.items():
+        early[name] = generate(gpu / "tq4", "--memory", "--logits", tmp_path / name, *options)["early_launches"]
+        rows[name] = np.fromfile(tmp_path / name, np.float32)
+    print(f"early launches: {early}; kernels that wait: {waits}")
+    assert early["plain"] == 0 and (early["first"] > 0) == (bool(waits) and torch.cuda.get_device_capability() >= (9, 0))
+    assert np.array_equal(rows["first"], rows["plain"]) and np.array_equal(rows["second"], rows["plain"])
+
+
 def test_sampling_is_reproducible(gpu):
     options = ("--temperature", 1.0, "--top-k", 64, "--top-p", 0.95, "--seed")
     a, b, c = (generate(gpu / "tq4", *options, seed)["tokens"] for seed in (1, 1, 2))
@@ -144,5 +155,5 @@ def test_sessions_interleaved_equal_solo(gpu):
 def test_memory_report(gpu):
     result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory")
     print(result.stderr)
-    for word in ("weights", "KV ring", "KV global", "total"):
+    for word in ("weights", "KV ring", "KV global", "scratch", "activations", "graph", "total", "start early"):
         assert word in result.stderr

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +40,7 @@ class Toy(torch.nn.Module):
         self.register_buffer("decay", torch.randint(1, 9, (MAX_SEQ,), generator=g, dtype=torch.int32))
         self.register_buffer("ring", torch.zeros(WINDOW, WIDTH, dtype=torch.bfloat16))
         self.register_buffer("cache", torch.zeros(MAX_SEQ, WIDTH))
+        self.register_buffer("counters", torch.zeros(2, dtype=torch.int32))
 
     def forward(self, tokens, pos, temperature, top_k, top_p, seed):
         x = self.embed[tokens]  # [T, WIDTH]
@@ -48,7 +52,10 @@ class Toy(torch.nn.Module):
         self.ring.copy_(torch.where(fresh, x[(held - first).clamp(min=0)].to(torch.bfloat16), self.ring))
         past = (torch.arange(MAX_SEQ, device=pos.device) <= last).float() / self.decay
         h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * self.ring.float().sum(0)
-        logits = torch.tanh(h @ self.head.float() / 64).unsqueeze(0)  # [1, VOCAB]
+        # Unlike a real scratch it is left filled, so that one that was not zeroed shows; a GPU may have run two steps too far.
+        stale = (self.counters > first + 2).any()
+        self.counters.copy_((last + 1).int().expand(2))
+        logits = torch.tanh(h @ self.head.float() / 64 + stale).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
         return (logits.argmax(-1) + shift) % VOCAB, logits
 
@@ -99,7 +106,8 @@ def toy(device, tmp_path_factory) -> Path:
     compile_toy(root / "model.pt2", device)
     capability = list(torch.cuda.get_device_capability()) if device == "cuda" else None
     buffers = dict(Toy().named_buffers())
-    caches = {name: buffers.pop(name) for name in ("ring", "cache")}
+    caches = {name: buffers.pop(name) for name in ("ring", "counters", "cache")}
+    kinds = {"ring": ("ring", 0), "counters": ("scratch", -1), "cache": ("global", 1)}
     package = (root / "model.pt2").read_bytes()
     constants = write_weights(root / "weights.safetensors", buffers)
     inputs = [("tokens", "int64"), ("pos", "int64"), ("temperature", "float32"), ("top_k", "int32"), ("top_p", "float32"),
@@ -116,8 +124,8 @@ def toy(device, tmp_path_factory) -> Path:
         "targets": [{"target": "sm_{}{}".format(*capability) if capability else "cpu", "file": "model.pt2", "device": device,
                      "compute_capability": capability, "bytes": len(package), "sha256": hashlib.sha256(package).hexdigest()}],
         "entry_points": {"prefill": entry("T"), "decode": entry(1)}, "constants": constants,
-        "kv": [{"name": n, "layer": i, "kind": "ring" if n == "ring" else "global", "dtype": str(t.dtype)[6:], "shape": list(t.shape),
-                "bytes": t.nbytes} for i, (n, t) in enumerate(caches.items())],
+        "kv": [{"name": n, "layer": kinds[n][1], "kind": kinds[n][0], "dtype": str(t.dtype)[6:], "shape": list(t.shape), "bytes": t.nbytes}
+               for n, t in caches.items()],
         "weights": {"file": "weights.safetensors", "bytes": (root / "weights.safetensors").stat().st_size}, "tokenizer": None, "chat": None,
     }
     (root / "manifest.json").write_text(json.dumps(manifest))
@@ -312,8 +320,9 @@ def test_memory_and_properties(toy, device):
     model = kiln.Model(str(toy), verify=True)
     memory = kiln.Session(model).memory()
     assert memory["weights"] == 4 * VOCAB * WIDTH + 2 * WIDTH * VOCAB + 4 * MAX_SEQ
-    assert (memory["kv_ring"], memory["kv_global"]) == (2 * WINDOW * WIDTH, 4 * MAX_SEQ * WIDTH)
-    assert memory["total"] == sum(memory[k] for k in ("weights", "kv_ring", "kv_global", "other"))
+    assert (memory["kv_ring"], memory["kv_global"], memory["kv_scratch"]) == (2 * WINDOW * WIDTH, 4 * MAX_SEQ * WIDTH, 4 * 2)
+    assert memory["total"] == sum(memory[k] for k in memory if k != "total")
+    assert (memory["activations"] > 0) == (device == "cuda")
     assert model.device == {"cpu": "cpu", "cuda": "cuda:0"}[device] and model.target == model.manifest["targets"][0]["target"]
     assert (model.vocab_size, model.max_seq_len, model.prefill_chunk) == (VOCAB, MAX_SEQ, CHUNK)
     assert model.manifest["source"]["architecture"] == "toy"
@@ -357,7 +366,7 @@ def test_run_json_and_logits_file(toy, device, tmp_path):
     out = json.loads(result.stdout)
     assert (out["prompt_tokens"], out["tokens"], out["stop"], out["device"][:4]) == (PROMPT, want, "length", device[:4])
     assert out["prefill_tok_s"] > 0 and out["decode_tok_s"] > 0 and out["ttft_s"] > 0 and out["load_s"] > 0
-    assert out["memory"]["kv_global"] == 4 * MAX_SEQ * WIDTH
+    assert out["memory"]["kv_global"] == 4 * MAX_SEQ * WIDTH and (out["memory_outside"] > 0) == (device == "cuda")
     written = np.fromfile(tmp_path / "l.f32", np.float32).reshape(-1, VOCAB)
     assert written.shape[0] == 2 + 4  # two prefill chunks, four decode steps
     np.testing.assert_allclose(written[1:], rows, rtol=0, atol=TOLERANCE)
@@ -369,6 +378,42 @@ def test_run_text(toy):
     want = eager(PROMPT, MAX_SEQ - len(PROMPT) + 1)[0]
     assert result.returncode == 0 and result.stdout.split() == [str(t) for t in want]
     assert f"prefill {len(PROMPT)} tokens" in result.stderr and f"limit of {MAX_SEQ} tokens" in result.stderr
+
+
+def test_loading_progress(toy, device):
+    calls = []
+    kiln.Model(str(toy), progress=lambda *call: calls.append(call))
+    constants = json.loads((toy / "manifest.json").read_text())["constants"]
+    total = max(c["offset"] + c["bytes"] for c in constants) - min(c["offset"] for c in constants)
+    assert calls[0] == (0, total) and calls[-1] == (total, total) and calls == sorted(calls)
+
+    command = (toy, "--tokens", "1", "--max-new-tokens", 1)
+    assert len(re.findall(r"^weights: 0\.000 GB in \d+\.\d\d s, [\d.]+ GB/s$", run(*command).stderr, re.MULTILINE)) == 1
+    assert "weights:" not in run(*command, "--json").stderr
+    master, slave = pty.openpty()
+    try:
+        subprocess.run([KILN_RUN, *map(str, command)], stdout=subprocess.DEVNULL, stderr=slave, check=True)
+        shown = os.read(master, 1 << 16).decode()
+    finally:
+        os.close(slave), os.close(master)
+    assert shown.startswith("\r\x1b[Kweights: 0.00 of 0.00 GB")
+    assert re.search(r"\r\x1b\[Kweights: 0\.000 GB in \d+\.\d\d s, [\d.]+ GB/s\r$", shown.split("\n")[0])
+
+
+def test_waits(copy, device):
+    """Names that no kernel has change nothing; an empty one would change everything."""
+    change(copy, lambda m: m["entry_points"]["decode"].update(waits=["no_such_kernel"]))
+    session = kiln.Session(kiln.Model(str(copy)))
+    assert session.early_launches == 0
+    session.prefill(PROMPT)
+    assert session.generate(6)[0] == eager(PROMPT, 6)[0]
+    result = json.loads(run(copy, "--tokens", ids(PROMPT), "--max-new-tokens", 2, "--json", "--memory", "--no-early-launch").stdout)
+    assert result["early_launches"] == 0
+    assert "start early" in run(copy, "--tokens", "1", "--memory").stderr or device == "cpu"
+    change(copy, lambda m: m["entry_points"]["decode"].update(waits=["gemv", ""]))
+    fails("'waits': an empty name", copy, "--tokens", "1")
+    change(copy, lambda m: m["entry_points"]["decode"].update(waits=[7]))
+    fails("manifest.json", copy, "--tokens", "1")
 
 
 def test_help_version_and_usage_errors(toy):
@@ -458,6 +503,12 @@ def test_constants_that_are_not_the_models(copy):
     (copy / "manifest.json").write_text(original)
     change(copy, lambda m: m["kv"].append(m["kv"][0] | {"name": "spare"}))
     fails("names 'spare', which the compiled models do not use", copy, "--tokens", "1")
+    (copy / "manifest.json").write_text(original)
+    change(copy, lambda m: m["kv"][0].update(kind="sponge"))
+    fails("kv 'ring': unknown kind 'sponge'", copy, "--tokens", "1")
+    (copy / "manifest.json").write_text(original)
+    change(copy, lambda m: m["kv"][0].update(layer=-1))
+    fails("'layer' must be an integer >= 0", copy, "--tokens", "1")
     (copy / "manifest.json").write_text(original)
     change(copy, lambda m: m["kv"][0].update(dtype="float16"))
     fails("wants 'ring' as BFloat16, the manifest has Half", copy, "--tokens", "1")

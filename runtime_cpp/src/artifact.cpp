@@ -84,7 +84,22 @@ std::vector<ValueSpec> parse_values(const Json& array) {
   return values;
 }
 
-EntryPoint parse_entry(const Json& object) { return {parse_values(object.at("inputs")), parse_values(object.at("outputs"))}; }
+EntryPoint parse_entry(const Json& object) {
+  EntryPoint point{parse_values(object.at("inputs")), parse_values(object.at("outputs")), {}};
+  if (const Json* waits = object.find("waits"))
+    for (const Json& prefix : *waits) {
+      point.waits.emplace_back(prefix.as_string());
+      if (point.waits.back().empty()) fail("'waits': an empty name would mean every kernel");
+    }
+  return point;
+}
+
+KvKind parse_kind(const std::string& name, const std::string& kind) {
+  if (kind == "ring") return KvKind::Ring;
+  if (kind == "global") return KvKind::Global;
+  if (kind == "scratch") return KvKind::Scratch;
+  fail("kv '", name, "': unknown kind '", kind, "'");
+}
 
 // A file name of the manifest must stay inside the artifact.
 std::string file_name(const Json& object) {
@@ -152,10 +167,8 @@ void Artifact::read_manifest() {
     for (const Json& k : root.at("kv")) {
       KvSpec spec;
       parse_tensor(k, spec);
-      spec.layer = int_at(k, "layer", 0);
-      std::string kind = string_at(k, "kind");
-      if (kind != "ring" && kind != "global") fail("kv '", spec.name, "': unknown kind '", kind, "'");
-      spec.ring = kind == "ring";
+      spec.kind = parse_kind(spec.name, string_at(k, "kind"));
+      spec.layer = int_at(k, "layer", spec.kind == KvKind::Scratch ? -1 : 0);
       kv.push_back(std::move(spec));
     }
     weights_file_ = file_name(root.at("weights"));

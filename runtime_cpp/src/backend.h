@@ -9,6 +9,9 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "kiln/session.h"
 
 namespace kiln {
 
@@ -33,9 +36,12 @@ class Timeline {
   virtual void send(const at::Tensor& token) = 0;
   virtual int64_t receive() = 0;
 
-  // Records `step` (already warm) so that replay() repeats it at the same addresses. Only when asynchronous().
-  virtual void capture(const std::function<void()>& step) = 0;
+  // Records `step` (already warm) so that replay() repeats it at the same addresses; kernels whose names begin with one of `waits`
+  // may start early. Only when asynchronous().
+  virtual void capture(const std::function<void()>& step, const std::vector<std::string>& waits) = 0;
   virtual void replay() = 0;
+  virtual int64_t early_launches() const { return 0; }
+  virtual uint64_t graph_bytes() const { return 0; }  // of the device, held by what capture() recorded
 };
 
 // What differs between the CPU and a GPU.
@@ -46,13 +52,13 @@ class Backend {
   virtual uint64_t free_bytes() const = 0;
   // uint8 [bytes] on the device, from `offset` of the file. On the CPU a view of the mapping: the file must outlive it.
   virtual at::Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const = 0;
-  // Memory beside the `accounted` bytes, see MemoryReport::other.
-  virtual uint64_t other_bytes(uint64_t weights, uint64_t kv) const = 0;
+  // Fills in activations, other and outside; the rest of the report is given.
+  virtual void measure(MemoryReport& report) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend();
-std::unique_ptr<Backend> make_cuda_backend(int index);
+std::unique_ptr<Backend> make_cuda_backend(int index, bool small_context);
 
 // GPUs of this machine; when 0, `why` says why.
 int cuda_device_count(std::string* why);

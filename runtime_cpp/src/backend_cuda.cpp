@@ -1,5 +1,6 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAAllocatorConfig.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -25,11 +26,16 @@ namespace kiln {
 namespace {
 
 constexpr uint64_t kStagingBytes = 64 << 20;
+constexpr size_t kStackBytes = 128;  // of a GPU thread; no kernel of an artifact uses half of it
 
 void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;
   cudaGetLastError();
   fail(what, ": ", cudaGetErrorString(code));
+}
+
+uint64_t reserved_bytes(c10::DeviceIndex index) {
+  return static_cast<uint64_t>(c10::cuda::CUDACachingAllocator::getDeviceStats(index).reserved_bytes[0].current);
 }
 
 struct PinnedBuffer {
@@ -72,11 +78,15 @@ class CudaTimeline : public Timeline {
     return *host(slot);
   }
 
-  void capture(const std::function<void()>& step) override {
+  void capture(const std::function<void()>& step, const std::vector<std::string>& waits) override {
     synchronize();
-    graph_.capture(step);
+    uint64_t before = reserved_bytes(stream_.device_index());
+    graph_.capture(step, waits);
+    graph_bytes_ = reserved_bytes(stream_.device_index()) - before;
   }
   void replay() override { graph_.replay(); }
+  int64_t early_launches() const override { return graph_.early_launches(); }
+  uint64_t graph_bytes() const override { return graph_bytes_; }
 
  private:
   int64_t* host(size_t slot) const { return static_cast<int64_t*>(ring_.data) + slot; }
@@ -86,6 +96,7 @@ class CudaTimeline : public Timeline {
   std::array<Event, kInFlight> events_;
   size_t sent_ = 0, received_ = 0;
   DecodeGraph graph_;
+  uint64_t graph_bytes_ = 0;
 };
 
 // Reads a file front to back into two buffers by turns, on its own thread, ahead of the consumer.
@@ -159,10 +170,18 @@ class Reader {
 
 class CudaBackend : public Backend {
  public:
-  explicit CudaBackend(int index) : index_(static_cast<c10::DeviceIndex>(index)) {
+  CudaBackend(int index, bool small_context) : index_(static_cast<c10::DeviceIndex>(index)) {
     // Chunks of other lengths would otherwise leave gigabytes of blocks that fit nothing; a setting of the user's own stays.
     if (!std::getenv("PYTORCH_CUDA_ALLOC_CONF")) setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True", /*overwrite=*/0);
+    // Left to itself the allocator first asks for memory to share among hosts, an error wherever there is no fabric for that.
+    using namespace c10::cuda::CUDACachingAllocator;
+    CUDAAllocatorConfig::set_expandable_segments_handle_type(Expandable_Segments_Handle_Type::POSIX_FD);
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);  // the allocator answers nothing, not even its statistics, before
+    if (small_context) {
+      // The driver keeps a stack for every thread the GPU can hold, 1 KiB each by default; it grows for a kernel that needs more.
+      c10::cuda::CUDAGuard guard(index_);
+      check(cudaDeviceSetLimit(cudaLimitStackSize, kStackBytes), "cannot set the stack size of GPU threads");
+    }
   }
 
   c10::Device device() const override { return c10::Device(c10::DeviceType::CUDA, index_); }
@@ -184,6 +203,7 @@ class CudaBackend : public Backend {
     PinnedBuffer buffers[2] = {PinnedBuffer(kStagingBytes), PinnedBuffer(kStagingBytes)};
     Event copied[2];
     uint64_t chunks = (bytes + kStagingBytes - 1) / kStagingBytes;
+    if (progress) progress(0, bytes);
     Reader reader(file, offset, bytes, static_cast<char*>(buffers[0].data), static_cast<char*>(buffers[1].data));
     for (uint64_t i = 0; i < chunks; ++i) {
       reader.wait_full(i);
@@ -200,10 +220,15 @@ class CudaBackend : public Backend {
     return blob;
   }
 
-  uint64_t other_bytes(uint64_t weights, uint64_t kv) const override {
+  void measure(MemoryReport& report) const override {
+    c10::cuda::CUDAGuard guard(index_);
+    auto less = [](uint64_t a, uint64_t b) { return a > b ? a - b : 0; };
     auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(index_);
-    auto reserved = static_cast<uint64_t>(stats.reserved_bytes[0].current);
-    return reserved > weights + kv ? reserved - weights - kv : 0;
+    report.activations = less(static_cast<uint64_t>(stats.allocated_bytes[0].peak), report.weights + report.kv());
+    report.other = less(reserved_bytes(index_), report.weights + report.kv() + report.activations + report.graph);
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "cannot ask the GPU for its free memory");
+    report.outside = less(total - free, reserved_bytes(index_));
   }
 
   std::unique_ptr<Timeline> make_timeline() const override {
@@ -236,6 +261,6 @@ std::pair<int, int> cuda_compute_capability(int index) {
   return {major, minor};
 }
 
-std::unique_ptr<Backend> make_cuda_backend(int index) { return std::make_unique<CudaBackend>(index); }
+std::unique_ptr<Backend> make_cuda_backend(int index, bool small_context) { return std::make_unique<CudaBackend>(index, small_context); }
 
 }  // namespace kiln

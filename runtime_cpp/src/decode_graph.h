@@ -1,10 +1,14 @@
 #pragma once
 #include <ATen/cuda/CUDAGraph.h>
 
+#include <cstdio>
 #include <functional>
 #include <mutex>
+#include <optional>
 
+#include "early_launch.h"
 #include "kiln/error.h"
+#include "model_impl.h"
 
 namespace kiln {
 
@@ -21,8 +25,9 @@ class DecodeGraph {
   enum class State { Cold, Captured };
   State state() const { return state_; }
 
-  // On the current stream. Runs nothing: the step's effects happen at replay().
-  void capture(const std::function<void()>& step) {
+  // On the current stream. Runs nothing: the step's effects happen at replay(). Kernels whose names begin with one of `waits`
+  // start early, see EarlyEdges; where the driver refuses that, it is said once and the plain graph is used.
+  void capture(const std::function<void()>& step, const std::vector<std::string>& waits) {
     if (state_ != State::Cold) fail("internal error: the decode graph is captured already");
     static std::mutex one_capture;  // torch's default generator takes part in every capture
     std::lock_guard<std::mutex> lock(one_capture);
@@ -38,6 +43,7 @@ class DecodeGraph {
       throw;
     }
     graph_.capture_end();
+    if (!instantiate_early(waits)) graph_.instantiate();
     state_ = State::Captured;
   }
 
@@ -46,9 +52,28 @@ class DecodeGraph {
     graph_.replay();
   }
 
+  int64_t early_launches() const { return early_launches_; }  // kernels that start early
+
  private:
+  bool instantiate_early(const std::vector<std::string>& waits) {
+    if (waits.empty()) return false;
+    std::optional<EarlyEdges> edges;
+    try {
+      edges.emplace(graph_.raw_cuda_graph(), waits);
+      guarded([&] { graph_.instantiate(); });
+    } catch (const Error& e) {
+      static std::once_flag said;
+      std::call_once(said, [&] { std::fprintf(stderr, "note: no early launch in the decode graph: %s\n", e.what()); });
+      if (edges) edges->restore();
+      return false;
+    }
+    early_launches_ = static_cast<int64_t>(edges->size());
+    return true;
+  }
+
   State state_ = State::Cold;
-  at::cuda::CUDAGraph graph_;
+  int64_t early_launches_ = 0;
+  at::cuda::CUDAGraph graph_{/*keep_graph=*/true};  // its edges are changed before it is instantiated
 };
 
 }  // namespace kiln

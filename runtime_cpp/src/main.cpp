@@ -13,6 +13,7 @@
 #include "file.h"
 #include "kiln/json.h"
 #include "kiln/session.h"
+#include "load_progress.h"
 #include "options.h"
 
 namespace kiln {
@@ -24,6 +25,7 @@ struct Arguments {
   std::string artifact, prompt, prompt_file, tokens, depths, device = "auto", logits_file;
   std::vector<int64_t> ids;  // of --tokens, or of --depths
   bool has_prompt = false, raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false, bench = false;
+  bool no_early_launch = false;
   bool tokenize = false, parse_special = false, help = false, version = false;
   int64_t max_new_tokens = 128, top_k = 0, seed = 0, prefill_chunk = 0, threads = 0, steps = 64;
   float temperature = 0, top_p = 1;
@@ -45,6 +47,7 @@ std::vector<Option> option_table(Arguments& a) {
       {"--device", "DEVICE", "cpu, cuda or cuda:N (a GPU when the artifact has a GPU target)", text(a.device)},
       {"--threads", "N", "CPU threads (all cores)", integer("--threads", a.threads, 1, 1024)},
       {"--no-graph", nullptr, "on a GPU: run decode steps directly, not as a CUDA graph", flag(a.no_graph)},
+      {"--no-early-launch", nullptr, "on a GPU: in that graph, start every kernel after the one before it", flag(a.no_early_launch)},
       {"--no-eog", nullptr, "do not stop at end-of-generation tokens", flag(a.no_eog)},
       {"--verify", nullptr, "check every SHA-256 of the artifact first", flag(a.verify)},
       {"--memory", nullptr, "report the memory in use", flag(a.memory)},
@@ -143,16 +146,20 @@ struct Run {  // what one prompt gave
 };
 
 std::string memory_json(const MemoryReport& m) {
-  return "{\"weights\": " + std::to_string(m.weights) + ", \"kv_ring\": " + std::to_string(m.kv_ring) + ", \"kv_global\": " + std::to_string(m.kv_global) +
-         ", \"other\": " + std::to_string(m.other) + ", \"total\": " + std::to_string(m.total()) + "}";
+  auto member = [](const char* name, uint64_t bytes) { return "\"" + std::string(name) + "\": " + std::to_string(bytes) + ", "; };
+  return "\"memory\": {" + member("weights", m.weights) + member("kv_ring", m.kv_ring) + member("kv_global", m.kv_global) +
+         member("kv_scratch", m.kv_scratch) + member("activations", m.activations) + member("graph", m.graph) + member("other", m.other) +
+         "\"total\": " + std::to_string(m.total()) + "}, \"memory_outside\": " + std::to_string(m.outside);
 }
 
-std::string memory_line(const MemoryReport& m) {
-  auto gb = [](uint64_t bytes) { return static_cast<double>(bytes) / 1e9; };
-  char line[160];
-  std::snprintf(line, sizeof line, "memory: weights %.3f GB, KV ring %.3f GB, KV global %.3f GB, other %.3f GB, total %.3f GB\n", gb(m.weights), gb(m.kv_ring),
-                gb(m.kv_global), gb(m.other), gb(m.total()));
-  return line;
+std::string memory_text(const Session& session, const MemoryReport& m) {
+  auto gb = [](const char* name, uint64_t bytes) { return name + json_number(static_cast<double>(bytes) / 1e9, "%.3f") + " GB"; };
+  std::string text = gb("memory: weights ", m.weights) + gb(", KV ring ", m.kv_ring) + gb(", KV global ", m.kv_global) + gb(", scratch ", m.kv_scratch) +
+                     gb(", activations ", m.activations) + gb(", graph ", m.graph) + gb(", other ", m.other) + gb(", total ", m.total());
+  if (session.model().target().cuda)
+    text += gb("; beside it ", m.outside) + " of CUDA context, code and other processes\ndecode graph: " + std::to_string(session.early_launches()) +
+            " kernels start early";
+  return text + "\n";
 }
 
 void report(const Arguments& a, const Run& run, const Session& session) {
@@ -161,7 +168,7 @@ void report(const Arguments& a, const Run& run, const Session& session) {
               << ", \"stop\": \"" << stop_name(run.stop) << "\", \"device\": \"" << session.model().device() << "\", \"load_s\": " << json_number(run.load_s)
               << ", \"ttft_s\": " << json_number(run.ttft_s) << ", \"prefill_tok_s\": " << json_number(run.prefill_rate())
               << ", \"decode_tok_s\": " << json_number(run.decode_rate());
-    if (a.memory) std::cout << ", \"memory\": " << memory_json(session.memory());
+    if (a.memory) std::cout << ", " << memory_json(session.memory()) << ", \"early_launches\": " << session.early_launches();
     if (!a.logits_file.empty()) std::cout << ", \"logits\": " << json_rows(run.logits);
     std::cout << "}\n";
     return;
@@ -171,16 +178,20 @@ void report(const Arguments& a, const Run& run, const Session& session) {
                run.prefill_rate(), run.tokens.size(), run.decode_rate(), run.ttft_s, run.load_s, stop_name(run.stop));
   if (run.stop == Stop::MaxSeqLen)
     std::fprintf(stderr, "note: stopped at the artifact's limit of %lld tokens\n", static_cast<long long>(session.model().artifact().max_seq_len));
-  if (a.memory) std::fputs(memory_line(session.memory()).c_str(), stderr);
+  if (a.memory) std::fputs(memory_text(session, session.memory()).c_str(), stderr);
 }
 
-std::shared_ptr<const Model> load_model(const Arguments& a) {
+std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progress) {
   if (a.threads) set_threads(static_cast<int>(a.threads));
   LoadOptions load;
   load.device = a.device;
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  return Model::load(a.artifact, load);
+  load.small_context = true;
+  if (!a.json) load.progress = [&progress](uint64_t done, uint64_t total) { progress(done, total); };
+  auto model = Model::load(a.artifact, load);
+  progress.loaded();
+  return model;
 }
 
 Sampling sampling(const Arguments& a) { return {a.temperature, static_cast<int32_t>(a.top_k), a.top_p, a.seed}; }
@@ -189,12 +200,14 @@ SessionOptions session_options(const Arguments& a) {
   SessionOptions options;
   options.prefill_chunk = a.prefill_chunk;
   options.graph = !a.no_graph;
+  options.early_launch = !a.no_early_launch;
   return options;
 }
 
 int measure(const Arguments& a) {
   auto start = Clock::now();
-  auto model = load_model(a);
+  LoadProgress progress;
+  auto model = load_model(a, progress);
   Session session(model, session_options(a));
   session.set_sampling(sampling(a));
   double load_s = seconds(start, Clock::now());
@@ -202,17 +215,19 @@ int measure(const Arguments& a) {
   BenchReport report = bench(session, {a.ids, chunk, a.steps});
   if (a.json)
     std::cout << "{\"device\": \"" << model->device() << "\", \"target\": \"" << model->target().target << "\", \"graph\": " << (a.no_graph ? "false" : "true")
-              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", \"memory\": " << memory_json(report.memory) << ", "
-              << bench_json(report) << "}\n";
+              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", " << memory_json(report.memory)
+              << ", \"early_launches\": " << session.early_launches() << ", " << bench_json(report) << "}\n";
   else
     std::cout << model->device() << ", load " << json_number(load_s, "%.2f") << " s, prefill in chunks of " << chunk << "\n"
-              << bench_table(report) << memory_line(report.memory);
+              << bench_table(report) << memory_text(session, report.memory);
+  progress.succeeded();
   return 0;
 }
 
 int play(const Arguments& a) {
   auto start = Clock::now();
-  auto model = load_model(a);
+  LoadProgress progress;
+  auto model = load_model(a, progress);
   Run run;
   if (!a.tokens.empty())
     run.prompt = a.ids;
@@ -261,6 +276,7 @@ int play(const Arguments& a) {
     if (!logits_file) fail(a.logits_file, ": cannot write");
   }
   report(a, run, session);
+  progress.succeeded();
   return 0;
 }
 

@@ -135,7 +135,7 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
       fail(directory, ": the tokenizer has ", impl->tokenizer->size(), " tokens, the model ", impl->vocab_size);
   }
 
-  impl->backend = place.cuda ? make_cuda_backend(place.index) : make_cpu_backend();
+  impl->backend = place.cuda ? make_cuda_backend(place.index, options.small_context) : make_cpu_backend();
   if (!artifact.constants.empty()) {
     uint64_t begin = UINT64_MAX, end = 0;
     for (const ConstantSpec& c : artifact.constants) begin = std::min(begin, c.offset), end = std::max(end, c.offset + c.bytes);

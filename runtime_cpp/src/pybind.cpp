@@ -66,6 +66,9 @@ py::dict memory(const Session& session) {
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
   out["kv_global"] = m.kv_global;
+  out["kv_scratch"] = m.kv_scratch;
+  out["activations"] = m.activations;
+  out["graph"] = m.graph;
   out["other"] = m.other;
   out["total"] = m.total();
   return out;
@@ -117,10 +120,10 @@ PYBIND11_MODULE(kiln, m) {
            py::arg("raw") = false, "Token ids of one user turn in the chat template, or of BOS and the text.");
 
   py::class_<Session>(m, "Session")
-      .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph) {
-             return std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph});
+      .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
+             return std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
            }),
-           py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, ReleaseGil())
+           py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
       .def("prefill", &Session::prefill, py::arg("tokens"), ReleaseGil(), "Appends tokens; returns the token sampled after them.")
       .def("decode", [](Session& s) { return s.decode(); }, ReleaseGil(), "Feeds the token sampled last; returns the next one.")
       .def("decode", [](Session& s, int64_t token) { return s.decode(token); }, py::arg("token"), ReleaseGil(), "Feeds `token`; returns the next one.")
@@ -138,6 +141,7 @@ PYBIND11_MODULE(kiln, m) {
       .def("set_sampling", [](Session& s, float temperature, int32_t top_k, float top_p, int64_t seed) { s.set_sampling({temperature, top_k, top_p, seed}); },
            py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0, ReleaseGil())
       .def("reset", &Session::reset, ReleaseGil())
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, other, total.")
+      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_scratch, activations, graph, other, total.")
+      .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
 }

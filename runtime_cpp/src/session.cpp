@@ -106,7 +106,7 @@ struct Session::Impl {
 
   void make_caches();
   void bind_constants();
-  void warm_up(bool graph);
+  void warm_up(const SessionOptions& options);
   void check_tokens(const std::vector<int64_t>& tokens) const;
   void prefill_chunk(const int64_t* tokens, int64_t n);
   void run_step();
@@ -173,7 +173,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& option
     for (const ValueSpec& v : point->inputs)
       if (scalar_type(v.dtype) != values.at(v.name).scalar_type())
         fail("manifest.json: the input '", v.name, "' is ", dtype_name(v.dtype), ", this runner gives ", at::toString(values.at(v.name).scalar_type()));
-  if (timeline->asynchronous()) warm_up(options.graph);
+  if (timeline->asynchronous()) warm_up(options);
 }
 
 void Session::Impl::make_caches() {
@@ -198,20 +198,24 @@ void Session::Impl::bind_constants() {
 
 // First runs load the kernels and make the libraries' workspaces: a capture cannot do that, and a first prompt should not.
 // They write to the caches, which are zeroed again afterwards.
-void Session::Impl::warm_up(bool graph) {
-  if (shared.artifact.prefill_chunk >= 2 && shared.artifact.max_seq_len >= 2) {
-    TensorMap two = values;
-    two["tokens"] = at::zeros({2}, values.at("tokens").options());
-    two["pos"] = at::arange(2, values.at("pos").options());
-    prefill.run(two, timeline->handle());
+// The longest prefill goes first: memory that shorter ones had split into pieces would be too small for it.
+void Session::Impl::warm_up(const SessionOptions& options) {
+  if (chunk >= 2 && shared.artifact.max_seq_len >= 2) {
+    TensorMap longest = values;
+    int64_t n = std::min(chunk, shared.artifact.max_seq_len);
+    longest["tokens"] = at::zeros({n}, values.at("tokens").options());
+    longest["pos"] = at::arange(n, values.at("pos").options());
+    prefill.run(longest, timeline->handle());
   }
   for (int i = 0; i < 2; ++i) {
     values.at("pos").zero_();
     run_step();
   }
-  if (graph) {
+  if (options.graph) {
     values.at("pos").zero_();
-    timeline->capture([this] { run_step(); });
+    // Before compute capability 9.0 no kernel can wait inside.
+    bool early = options.early_launch && shared.target->major >= 9;
+    timeline->capture([this] { run_step(); }, early ? shared.artifact.decode.waits : std::vector<std::string>());
     graph_logits = logits;
     captured = true;
   }
@@ -439,10 +443,14 @@ MemoryReport Session::memory() const {
   const Impl& s = *impl_;
   MemoryReport report;
   for (const ConstantSpec& c : s.shared.artifact.constants) report.weights += c.bytes;
-  for (const KvSpec& k : s.shared.artifact.kv) (k.ring ? report.kv_ring : report.kv_global) += k.bytes;
-  report.other = s.shared.backend->other_bytes(report.weights, report.kv_ring + report.kv_global);
+  for (const KvSpec& k : s.shared.artifact.kv)
+    (k.kind == KvKind::Ring ? report.kv_ring : k.kind == KvKind::Global ? report.kv_global : report.kv_scratch) += k.bytes;
+  report.graph = s.timeline->graph_bytes();
+  s.shared.backend->measure(report);
   return report;
 }
+
+int64_t Session::early_launches() const { return impl_->timeline->early_launches(); }
 
 const Model& Session::model() const { return *impl_->model; }
 

@@ -28,9 +28,11 @@ struct ConstantSpec : TensorSpec {
   std::string sha256;   // lower-case hex
 };
 
+enum class KvKind { Ring, Global, Scratch };  // a sliding layer's ring, a global layer's cache, a session's counters
+
 struct KvSpec : TensorSpec {
-  int64_t layer = 0;
-  bool ring = false;  // a sliding layer's ring, else a global layer's cache
+  int64_t layer = 0;  // -1: a scratch of the whole session
+  KvKind kind = KvKind::Global;
 };
 
 struct TargetSpec {
@@ -50,6 +52,7 @@ struct ValueSpec {  // an input or output of an entry point
 
 struct EntryPoint {
   std::vector<ValueSpec> inputs, outputs;  // in call order
+  std::vector<std::string> waits;          // prefixes of the names of GPU kernels that may start early
 };
 
 struct TokenizerSpec {

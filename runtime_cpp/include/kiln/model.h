@@ -16,7 +16,9 @@ struct LoadOptions {
   std::string device = "auto";
   bool verify = false;  // recompute every SHA-256 before anything is used
   int threads = 1;      // of verify
-  std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far
+  std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far, from 0 to total
+  // The process runs no GPU kernels but ours: its CUDA context may be as small as they allow.
+  bool small_context = false;
 };
 
 // A loaded artifact on one device: its weights, its tokenizer. Shared by any number of sessions; immutable.

@@ -18,15 +18,20 @@ struct Sampling {
 struct SessionOptions {
   int64_t prefill_chunk = 0;  // tokens of one prefill call, 1 .. the artifact's; 0: the artifact's
   bool graph = true;          // on a GPU: replay the decode step as a CUDA graph
+  bool early_launch = true;   // in that graph, let kernels the artifact names start while the one before them ends
 };
 
 enum class Stop { Eog, Length, MaxSeqLen, Callback };
 const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
 struct MemoryReport {  // bytes
-  uint64_t weights = 0, kv_ring = 0, kv_global = 0;
-  uint64_t other = 0;  // GPU: the rest of the allocator's memory. CPU: the process's anonymous memory less the KV cache
-  uint64_t total() const { return weights + kv_ring + kv_global + other; }
+  uint64_t weights = 0, kv_ring = 0, kv_global = 0, kv_scratch = 0;
+  uint64_t activations = 0;  // GPU: the most that was allocated beside them at any time
+  uint64_t graph = 0;        // GPU: the decode graph's own memory
+  uint64_t other = 0;        // GPU: the rest the allocator holds. CPU: the process's anonymous memory less the KV cache
+  uint64_t outside = 0;      // GPU, not in total(): in use beside the allocator by CUDA's context, loaded code and other processes
+  uint64_t kv() const { return kv_ring + kv_global + kv_scratch; }
+  uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 
 // One timeline over a model: its own KV caches and position. Not for two threads at once; several sessions never share state.
@@ -60,6 +65,7 @@ class Session {
   void set_logits_sink(std::function<void(const std::vector<float>&)> sink);
 
   MemoryReport memory() const;
+  int64_t early_launches() const;  // kernels of the decode graph that start early
   const Model& model() const;
 
  private:
