@@ -11,7 +11,7 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-.PHONY: build demo test lint test-gpu bench-ops tune clean
+.PHONY: build demo test lint test-gpu sanitize bench-ops tune clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -41,6 +41,18 @@ lint: $(SETUP)
 # everything that needs a GPU, on any machine that has one
 test-gpu: build
 	$(PY) -m pytest -m gpu
+
+# on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
+# time with every tensor an allocation of its own, and racecheck. Left out of racecheck: cuBLAS's own kernels, in which it reports hazards.
+SANITIZED ?= $(BUILD)/sanitize
+SANITIZE = compute-sanitizer --error-exitcode 1
+STEPS = $(BIN)/kiln-run $(SANITIZED) --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
+sanitize: build
+	[ -f $(SANITIZED)/manifest.json ] || { $(PY) -m exporter synth --preset tiny-cuda --out $(BUILD)/sanitize.gguf && \
+	  $(PY) -m exporter export --gguf $(BUILD)/sanitize.gguf --out $(SANITIZED) --target native --turboquant --max-seq-len 1024 --prefill-chunk 256; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
+	$(SANITIZE) --tool memcheck $(STEPS)
+	$(SANITIZE) --tool racecheck --kernel-name-exclude kns=nvjet,kns=cublas $(STEPS)
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)
