@@ -224,11 +224,12 @@ class CudaBackend : public Backend {
     c10::cuda::CUDAGuard guard(index_);
     auto less = [](uint64_t a, uint64_t b) { return a > b ? a - b : 0; };
     auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(index_);
-    report.activations = less(static_cast<uint64_t>(stats.allocated_bytes[0].peak), report.weights + report.kv());
-    report.other = less(reserved_bytes(index_), report.weights + report.kv() + report.activations + report.graph);
+    uint64_t held = reserved_bytes(index_), accounted = report.weights + report.kv();
+    report.activations = std::min(less(static_cast<uint64_t>(stats.allocated_bytes[0].peak), accounted), less(held, accounted + report.graph));
+    report.other = less(held, accounted + report.activations + report.graph);
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "cannot ask the GPU for its free memory");
-    report.outside = less(total - free, reserved_bytes(index_));
+    report.outside = less(total - free, held);
   }
 
   std::unique_ptr<Timeline> make_timeline() const override {
