@@ -55,7 +55,7 @@ class Toy(torch.nn.Module):
         # Unlike a real scratch it is left filled, so that one that was not zeroed shows; a GPU may have run two steps too far.
         stale = (self.counters > first + 2).any()
         self.counters.copy_((last + 1).int().expand(2))
-        logits = torch.tanh(h @ self.head.float() / 64 + stale).unsqueeze(0)  # [1, VOCAB]
+        logits = torch.tanh(h @ self.head.float() / 64 * torch.where(stale, -1, 1)).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
         return (logits.argmax(-1) + shift) % VOCAB, logits
 
