@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from exporter.artifact import read_manifest
 from exporter.errors import KilnError
-
-
-def runner() -> str:
-    """Path of kiln-run; raises KilnError where it is not built."""
-    beside = Path(sys.executable).parent / "kiln-run"
-    binary = str(beside) if beside.is_file() else shutil.which("kiln-run")
-    if not binary:
-        raise KilnError(f"kiln-run is not built: neither {beside.name} beside Python nor on PATH; run `make build`")
-    return binary
+from exporter.runner import runner
 
 
 def numbers(text: str) -> list[int]:

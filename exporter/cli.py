@@ -18,11 +18,12 @@ class Group(click.Group):
     """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
 
     def invoke(self, ctx: click.Context):
-        from passes.edit import PassError
-
         try:
             return super().invoke(ctx)
-        except (KilnError, PassError) as e:
+        except Exception as e:
+            passes = sys.modules.get("passes.edit")  # not imported for its error alone: PyTorch comes with it
+            if not isinstance(e, (KilnError, *([passes.PassError] if passes else []))):
+                raise
             click.echo(f"kiln: error: {e}", err=True)
             sys.exit(1)
 
@@ -44,7 +45,12 @@ def main() -> None:
 @click.option(
     "--prefill-chunk", type=click.IntRange(16), default=2048, show_default=True, help="Longest piece of a prompt in one call, in tokens."
 )
-@click.option("--turboquant/--no-turboquant", default=False, show_default=True, help="4-bit KV cache on the global layers.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["bf16", "tq4"]),
+    help="Of the global layers. bf16: exact, float32 where activations are (the CPU); tq4: TurboQuant, 4 bits.  [default: bf16]",
+)
+@click.option("--turboquant/--no-turboquant", default=None, help="Short for --kv-cache tq4 or bf16.")
 @click.option(
     "--target",
     "targets",
@@ -66,11 +72,19 @@ def main() -> None:
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
-def export(**options) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
     """Compile a GGUF file into an artifact."""
+    short = None if turboquant is None else "tq4" if turboquant else "bf16"
+    if kv_cache and short and kv_cache != short:
+        flag = "--turboquant" if turboquant else "--no-turboquant"
+        raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
+    if not options["dry_run"] and options["gguf_path"].is_file():
+        from exporter.workers import prepare
+
+        prepare(min(2, os.cpu_count() or 1))  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
-    export_artifact(ExportOptions(**options))
+    export_artifact(ExportOptions(turboquant=(kv_cache or short) == "tq4", **options))
 
 
 @main.command()
@@ -89,7 +103,7 @@ def inspect(path: Path, as_json: bool, verify: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
-    from exporter.bench import runner
+    from exporter.runner import runner
 
     binary = runner()
     os.execv(binary, [binary, *arguments])

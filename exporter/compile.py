@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import resource
@@ -10,7 +9,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 from custom_ops.target import compiling_for, gpu_targets
 from exporter.errors import KilnError
 from exporter.export import ENTRIES, GraphSpec, lower
+from exporter.workers import take
 from passes.edit import PassError, symbolic, user_input
 from passes.records import KVBuffer, PassReport
 
@@ -61,17 +60,18 @@ def compile_target(
     Raises KilnError when a compilation fails or constants were merged.
     """
     work = work.resolve()  # the compiler changes directory
-    workers = min(len(ENTRIES), os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump) for entry in ENTRIES]
-        entries = []
-        for future in futures:
-            entries.append(future.result())
+    at_once = min(len(ENTRIES), os.cpu_count() or 1)
+    entries: list[CompiledEntry] = []
+    for some in (ENTRIES[i : i + at_once] for i in range(0, len(ENTRIES), at_once)):
+        workers = [take() for _ in some]
+        for worker, entry in zip(workers, some, strict=True):
+            worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
+        from torch._inductor.package import package_aoti  # seconds, while the workers work
+
+        for worker in workers:
+            entries.append(worker.result())
             done(entries[-1])
     _check(spec, entries)
-    from torch._inductor.package import package_aoti
-
     package_aoti(str(out), {e.entry: e.files for e in entries})
     return CompiledTarget(target, out, entries)
 

@@ -12,6 +12,9 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
   7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
   8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+  9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
+ 10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
+ 11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import shutil
@@ -28,8 +32,10 @@ import sysconfig
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import sympy
 import torch
 import triton
 
@@ -76,6 +82,8 @@ def install(target: GpuTarget | None) -> None:
     check_versions()
     _keep_fake_constants_apart()
     _portable_host_code()
+    _same_work_once()
+    _objects_side_by_side()
     if target is not None:
         _cuda_toolchain()
         _device_interface(target)
@@ -101,7 +109,7 @@ def _keep_fake_constants_apart() -> None:
 
 def _portable_host_code() -> None:
     """Code for any x86-64-v3 CPU, without the build machine's paths in it."""
-    from torch._inductor import cpp_builder
+    from torch._inductor import cpp_builder, cpu_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     paths = {cache_dir(): "kiln", str(Path(torch.__file__).parent): "torch"}
@@ -114,6 +122,65 @@ def _portable_host_code() -> None:
         return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
 
     cpp_builder._get_optimization_cflags = portable
+    cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [cpu_vec_isa.VecAVX2()])  # ten seconds of trial programs otherwise
+
+
+def _same_work_once() -> None:
+    """A graph repeats its layers; the compiler should not repeat its thoughts."""
+    from torch._inductor.codegen import cpp
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx import proxy
+
+    for name in ("stride_at", "stride_at_vec_range", "simplify_index_in_vec_range"):  # 128 results are kept otherwise
+        setattr(cpp, name, functools.cache(getattr(cpp, name).__wrapped__))
+
+    class Sympy(types.ModuleType):
+        simplify = staticmethod(sympy.expand)  # enough for strides, which are sums of products, and many times as fast
+        __getattr__ = staticmethod(functools.partial(getattr, sympy))
+
+    cpp.sympy = Sympy("sympy")
+    triton.runtime.cache.triton_key = lambda: triton.__version__  # hashes all of triton's files for caches that are new and thrown away
+
+    # a singleton whose tables are made anew for every operation
+    DtypePropagationOpsHandler.__init__ = functools.cache(DtypePropagationOpsHandler.__init__)
+
+    validate = FakeTensorMode._validate_cache_key
+
+    def validate_ours_too(self, func, args, kwargs):
+        if not (isinstance(func, OpOverload) and func.namespace == "kiln"):  # shapes follow from shapes alone
+            validate(self, func, args, kwargs)
+
+    FakeTensorMode._validate_cache_key = validate_ours_too
+
+    class NoTrace:
+        extract = staticmethod(lambda **_: NoTrace)
+        summary = staticmethod(tuple)
+
+    if not os.environ.get("KILN_DEBUG"):
+        proxy.CapturedTraceback = NoTrace  # of every node: where in the Python source it was made
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+def _objects_side_by_side() -> None:
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build, pool, running = CppBuilder.build, ThreadPoolExecutor(2), list[Future]()
+
+    @functools.wraps(build)
+    def build_or_start(self) -> None:
+        if self._compile_only and self._name.endswith((".wrapper", ".kernel")):  # other sources are deleted after the call
+            running.append(pool.submit(build, self))
+            return
+        if not self._compile_only:
+            for future in running:
+                future.result()
+            running.clear()
+        build(self)
+
+    CppBuilder.build = build_or_start
 
 
 def _cuda_toolchain() -> None:
@@ -296,13 +363,16 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
         "aot_inductor.model_name_for_generated_files": entry,
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.package_constants_on_disk_format": None,
+        "aot_inductor.precompile_headers": False,  # used once, kept for ever
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
         "compile_threads": 1,
         "cpp.vec_isa_ok": True,
         "cpp.simdlen": 256,
     }
-    if target is not None:
+    if target is None:
+        options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # calls of kernels and allocations: a tenth of a millisecond in a step
+    else:
         options |= {
             "cuda.arch": str(target.sm),
             "aot_inductor.embed_kernel_binary": True,

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from exporter.cli import main
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 
@@ -81,6 +83,31 @@ def test_bad_options(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 1 << 20, match="context")
     fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 3, match="max-seq-len", code=2)
     fails(tmp_path, "--target", "cpu", match="--gguf", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ((), "float32"),
+        (("--kv-cache", "bf16"), "float32"),  # the exact cache has the activations' type
+        (("--kv-cache", "bf16", "--activation-dtype", "bfloat16"), "bfloat16"),
+        (("--no-turboquant",), "float32"),
+        (("--kv-cache", "tq4"), "TQ4"),
+        (("--turboquant",), "TQ4"),
+        (("--kv-cache", "tq4", "--turboquant"), "TQ4"),
+    ],
+)
+def test_kv_cache(tmp_path, options, cache):
+    arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("KV global"))
+    assert line.endswith(f"({cache})"), line
+
+
+def test_kv_cache_options_that_contradict(tmp_path):
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "bf16", "--turboquant", match="--kv-cache bf16 and --turboquant contradict", code=2)
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "tq4", "--no-turboquant", match="--kv-cache tq4 and --no-turboquant contradict", code=2)
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "fp8", match="'fp8' is not one of 'bf16', 'tq4'", code=2)
 
 
 def test_an_existing_artifact_is_kept(tmp_path):

@@ -6,6 +6,7 @@ Bounds stand about a factor of two from what is measured: TQ4 gives KL 3.4e-6 an
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ from random import Random
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from custom_ops import tq4
 from exporter import evaluate as ev
+from exporter import players as pl
+from exporter.cli import main
 from exporter.errors import KilnError
 from exporter.gguf import open_gguf
 from tests.conftest import kiln
@@ -29,35 +33,35 @@ KLD_BOUND, COSINE_BOUND = 7e-6, 0.998
 
 
 @pytest.fixture(scope="module")
-def text() -> ev.Text:
-    return ev.gguf_text(open_gguf(GGUF))
+def text() -> pl.Text:
+    return pl.gguf_text(open_gguf(GGUF))
 
 
 @pytest.fixture(scope="module")
-def ids(text: ev.Text) -> list[int]:
+def ids(text: pl.Text) -> list[int]:
     return text.bos + text(HELD_OUT.read_text())
 
 
 @pytest.fixture(scope="module")
-def stack(text: ev.Text) -> ev.Haystack:
+def stack(text: pl.Text) -> ev.Haystack:
     return ev.haystack(text, [line for line in HELD_OUT.read_text().splitlines() if line], DEPTH, NEEDLES, Random(1))
 
 
 @pytest.fixture(scope="module")
-def exact() -> ev.GraphPlayer:
-    return ev.reference_player(open_gguf(GGUF), SLOTS, "cpu")
+def exact() -> pl.GraphPlayer:
+    return pl.reference_player(open_gguf(GGUF), SLOTS, "cpu")
 
 
 @pytest.fixture(scope="module")
-def quantized() -> ev.GraphPlayer:
-    return ev.graph_player(open_gguf(GGUF), "tq4", SLOTS, "cpu")
+def quantized() -> pl.GraphPlayer:
+    return pl.graph_player(open_gguf(GGUF), "tq4", SLOTS, "cpu")
 
 
 # ---- the measures ----
 
 
 def test_reference_gives_the_fixture_logits() -> None:
-    player = ev.reference_player(open_gguf(TINY), 96, "cpu")
+    player = pl.reference_player(open_gguf(TINY), 96, "cpu")
     tokens, expected = fixture_tokens().tolist(), fixture_logits()
     for piece in (80, 24, 7):
         player.reset()
@@ -87,11 +91,11 @@ def test_buckets_cover_every_position_once() -> None:
 def test_pieces_are_never_single_tokens() -> None:
     for n in range(2, 60):
         for size in (3, 16, 100):
-            parts = ev.pieces(list(range(n)), size)
+            parts = pl.pieces(list(range(n)), size)
             assert sum(parts, []) == list(range(n)) and all(2 <= len(part) <= size for part in parts)
 
 
-def test_going_back(exact: ev.GraphPlayer, ids: list[int]) -> None:
+def test_going_back(exact: pl.GraphPlayer, ids: list[int]) -> None:
     """What was read after the mark leaves nothing behind, though the rings have turned."""
     exact.reset()
     exact.read(ids[:300])
@@ -103,7 +107,7 @@ def test_going_back(exact: ev.GraphPlayer, ids: list[int]) -> None:
     assert exact.position == 300 and torch.equal(torch.cat(list(exact.score(ids[300:320], 20))), first)
 
 
-def test_haystack(text: ev.Text, stack: ev.Haystack) -> None:
+def test_haystack(text: pl.Text, stack: ev.Haystack) -> None:
     longest = max(len(lead) + len(value) for lead, value in stack.questions)
     assert DEPTH - 110 < len(stack.context) + longest <= DEPTH  # a line has up to a hundred tokens
     at = []
@@ -119,7 +123,7 @@ def test_haystack(text: ev.Text, stack: ev.Haystack) -> None:
 # ---- the model, and TQ4 ----
 
 
-def test_perplexity(exact: ev.GraphPlayer, quantized: ev.GraphPlayer, ids: list[int]) -> None:
+def test_perplexity(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, ids: list[int]) -> None:
     """Within 0.5 % of what this file had when it was made; TQ4 within 0.1 % of exact caches."""
     scores = ev.score_text(quantized, exact, ids[:401])
     reference, tq4_caches = (ev.perplexity(scores[key])["perplexity"] for key in ("reference_nll", "nll"))
@@ -129,12 +133,12 @@ def test_perplexity(exact: ev.GraphPlayer, quantized: ev.GraphPlayer, ids: list[
     assert 2e-7 < row["kld"] < 4e-6 and row["top1"] > 0.98
 
 
-def deep(quantized: ev.GraphPlayer, exact: ev.GraphPlayer, stack: ev.Haystack) -> dict:
+def deep(quantized: pl.GraphPlayer, exact: pl.GraphPlayer, stack: ev.Haystack) -> dict:
     lead, value = stack.questions[0]
     return ev.divergence_by_position(ev.score_text(quantized, exact, stack.context + lead + value))
 
 
-def test_divergence_of_tq4(exact: ev.GraphPlayer, quantized: ev.GraphPlayer, stack: ev.Haystack) -> None:
+def test_divergence_of_tq4(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack) -> None:
     row = deep(quantized, exact, stack)
     assert row["kld"] > 5e-7, "the caches are not quantized"
     assert row["kld"] + row["ci95"] < KLD_BOUND
@@ -142,7 +146,7 @@ def test_divergence_of_tq4(exact: ev.GraphPlayer, quantized: ev.GraphPlayer, sta
 
 
 @pytest.mark.parametrize("fault", ["scale", "rotation"])
-def test_the_bounds_notice(fault: str, exact: ev.GraphPlayer, quantized: ev.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
+def test_the_bounds_notice(fault: str, exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
     """A codec that is a little wrong breaks the bounds of the test above."""
     encode = tq4.encode
 
@@ -158,7 +162,7 @@ def test_the_bounds_notice(fault: str, exact: ev.GraphPlayer, quantized: ev.Grap
     assert row["kld"] > KLD_BOUND and row["cosine_min"] < COSINE_BOUND
 
 
-def test_passkeys(exact: ev.GraphPlayer, quantized: ev.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
+def test_passkeys(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
     assert all(ev.retrieve(exact, stack))
     assert all(ev.retrieve(quantized, stack))
     encode = tq4.encode  # a cache that forgets: the answers are not in the question
@@ -179,6 +183,17 @@ def test_command(tmp_path: Path) -> None:
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_command_on_the_trained_model() -> None:
+    """What CI holds the shipped file to: perplexity, divergence from fp32 and passkeys, with TQ4 caches."""
+    options = ["--suite", "ppl,kld,needle", "--kv-cache", "tq4", "--tokens", "300", "--depths", "500", "--needles", "4"]
+    result = CliRunner().invoke(main, ["eval", str(GGUF), "--text", str(HELD_OUT), "--device", "cpu", "--json", *options])
+    record = json.loads(result.stdout)
+    assert record["ppl"]["reference_perplexity"] == pytest.approx(1.7800, rel=0.005)
+    assert record["ppl"]["perplexity"] == pytest.approx(record["ppl"]["reference_perplexity"], rel=0.001)
+    assert 1e-7 < record["kld"]["kld"] < 4e-6 and record["kld"]["cosine_min"] > COSINE_BOUND and record["kld"]["top1"] > 0.98
+    assert record["needle"] == [{"depth": 500, "keys": 4, "accuracy": 1.0, "right": [True] * 4}]
+
+
 def test_artifact(artifacts: dict[str, Path]) -> None:
     """The runner's logits of an artifact against the fp32 forward over its GGUF file."""
     options = ev.EvalOptions(artifacts["plain"], ("ppl", "kld"), HELD_OUT, tokens=30, reference=TINY, device="cpu")
@@ -195,7 +210,7 @@ def test_artifact(artifacts: dict[str, Path]) -> None:
 
 
 def test_an_artifact_goes_back(artifacts: dict[str, Path]) -> None:
-    player = ev.ArtifactPlayer(artifacts["plain"], "cpu")
+    player = pl.ArtifactPlayer(artifacts["plain"], "cpu")
     tokens = fixture_tokens().tolist()
     player.read(tokens[:40])
     mark = player.mark()
@@ -223,8 +238,8 @@ def test_bad_input(options: dict, match: str, monkeypatch) -> None:
 
 def _checked_only(gguf, slots: int):
     """No graph is lowered for input that is refused."""
-    ev._checked(gguf, slots)
-    return ev.GraphPlayer(torch.nn.Identity(), {}, ev.from_gguf(gguf), slots, "cpu")
+    config = pl.checked_config(gguf, slots)
+    return pl.GraphPlayer(torch.nn.Identity(), {}, config, slots, "cpu")
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
@@ -233,7 +248,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
         ev.plot({"needle": []}, tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(KilnError, match="needs the package tokenizers"):
-        ev.gguf_text(open_gguf(GGUF))
+        pl.gguf_text(open_gguf(GGUF))
     monkeypatch.setitem(sys.modules, "kiln", None)
     with pytest.raises(KilnError, match="make build"):
-        ev.ArtifactPlayer(tmp_path, "cpu")
+        pl.ArtifactPlayer(tmp_path, "cpu")
