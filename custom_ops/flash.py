@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from custom_ops.early import early, wait_for_earlier_kernels
+from custom_ops.fixed_point import store_fixed
 from custom_ops.launch import kernel
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
@@ -33,6 +35,7 @@ DECODE_TILES = {
     (0, 256): Tile(keys=32, warps=4, stages=2),
     (0, 512): Tile(keys=16, warps=4, stages=2),
     (80, 512): Tile(keys=32, warps=4, stages=2),
+    (90, 256): Tile(keys=64, warps=4, stages=1),
     (90, 512): Tile(keys=32, warps=4, stages=2),
     (100, 512): Tile(keys=32, warps=4, stages=2),
 }
@@ -88,11 +91,13 @@ def softmax_step(scores, m, axis: tl.constexpr):
 
 
 @triton.jit
-def decode_range(pos_ptr, len_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr):
-    """Positions [start, end) of the stored keys that one query attends to."""
+def decode_range(pos_ptr, len_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr = False):
+    """Positions [start, end) of the stored keys that one query attends to; OWN: its own is stored in the ring."""
     if WINDOW > 0:
         end = tl.load(pos_ptr).to(tl.int32)
         start = tl.maximum(end - WINDOW + 1, 0)
+        if OWN:
+            end += 1
     else:
         start = 0
         if HAS_LEN:
@@ -111,14 +116,15 @@ def split_size(start, end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
-                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):
     """One query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2].
 
     Products are transposed, S^T = K Q^T and O^T = V^T P^T, because a group of 8 heads fills the N of a tensor-core tile, but half its M.
     """
+    wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     split = tl.program_id(1)
-    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
     size = split_size(start, end, SPLITS, BLOCK_N)
     low = start + split * size
     if low >= end:
@@ -171,14 +177,18 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
 @triton.jit
 def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                       BLOCK_N: tl.constexpr):
-    """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value, which the ring does not hold yet."""
+                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
+    """Merge one head's splits and, for a ring (WINDOW > 0) that does not hold them yet, the query's own key and value.
+
+    TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+    """
+    wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     dim = tl.arange(0, D)
-    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
     active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
     m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
-    if WINDOW > 0:
+    if WINDOW > 0 and not OWN:
         own = (head // GROUP) * D + dim
         q = tl.load(q_ptr + head * D + dim).to(tl.float32)
         score = tl.sum(q * tl.load(k_ptr + own).to(tl.float32), 0) * LOG2E
@@ -187,7 +197,10 @@ def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out
         weight = tl.exp2(score - new)
         total = total * scale + weight
         acc = acc * scale + tl.load(v_ptr + own).to(tl.float32) * weight
-    tl.store(out_ptr + head * D + dim, acc / total)
+    if TERMS > 0:
+        store_fixed(acc / total, out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
+    else:
+        tl.store(out_ptr + head * D + dim, acc / total)
 
 
 @triton.jit
@@ -274,13 +287,14 @@ def prefill_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 
 def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
-                     has_len: bool) -> tuple[dict, dict]:
-    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`."""
+                     has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
+    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`, where OWN and TERMS are explained."""
     group = heads // kv_heads
     splits = split_count(target, tile, kv_heads, slots)
-    shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys}
+    shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys, "OWN": own,
+              "EARLY": early(target)}
     return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads)},
-            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)})
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms})
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> dict:

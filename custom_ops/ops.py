@@ -1,7 +1,11 @@
 """Importing this module registers every `torch.ops.kiln` operator."""
 
 from custom_ops import (  # noqa: F401
+    decode_attention,
+    gemv,
     global_attention,
+    markers,
+    norm,
     quantized_embedding,
     quantized_linear,
     sample,

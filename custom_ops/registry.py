@@ -9,6 +9,9 @@ from typing import Any
 from custom_ops.target import GpuTarget
 
 MODULES = (
+    "gemv",
+    "norm",
+    "decode_attention",
     "quantized_linear",
     "quantized_embedding",
     "sample",

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
+from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
@@ -207,8 +208,9 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
 
 @triton.jit
 def tq4_write_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, rows, SLOTS: tl.constexpr,
-                     KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+                     KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
     """Encode ROWS of the `rows` = T * KV vectors of k (program axis 1: 0) or of v (1)."""
+    wait_for_earlier_kernels(EARLY)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = r < rows
     slot = (r % KV) * SLOTS + tl.load(pos_ptr + r // KV, mask=keep, other=0).to(tl.int32)
@@ -237,7 +239,8 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
     tokens, kv_heads, dim = k.shape
     grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
     kernel(tq4_write_kernel)[grid](k_codes, k_scales, v_codes, v_scales, k.contiguous(), v.contiguous(), pos, tokens * kv_heads,
-                                   SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS, num_warps=WRITE_WARPS)
+                                   SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS, EARLY=early(),
+                                   num_warps=WRITE_WARPS)
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
@@ -246,6 +249,6 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     return [
         KernelCase(f"tq4_write {kind[1:]} 4x512", tq4_write_kernel,
                    caches | {"k_ptr": kind, "v_ptr": kind, "pos_ptr": "*i64", "rows": "i32"},
-                   {"SLOTS": 131072, "KV": 4, "D": 512, "ROWS": WRITE_ROWS}, {"num_warps": WRITE_WARPS})
+                   {"SLOTS": 131072, "KV": 4, "D": 512, "ROWS": WRITE_ROWS, "EARLY": early(target)}, {"num_warps": WRITE_WARPS})
         for kind in ("*bf16", "*fp32")
     ]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops import tq4
+from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.flash import (
     LOG2E,
     MERGE_WARPS,
@@ -28,9 +29,10 @@ from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
 from custom_ops.tq4 import hadamard_rows, plane_pair, sign_of
+from custom_ops.tq4_prefill import attend_in_pieces, piece_cases, piece_tile
 
 # By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit activations.
-DECODE_TILES = {(0, 512): Tile(keys=64, warps=4, stages=2)}
+DECODE_TILES = {(0, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 PREFILL_TILES = {
     (0, 512): Tile(rows=32, keys=64, warps=8, stages=2),
@@ -51,8 +53,9 @@ def reference(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_
 
 
 @triton.jit
-def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr):
+def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, EARLY: tl.constexpr):
     """One query: out = sqrt(D) R x / |x|, whose coordinates fit float16 whatever |x|; scale = log2(e) |x| / sqrt(D)."""
+    wait_for_earlier_kernels(EARLY)
     r = tl.program_id(0)
     dim = tl.arange(0, D)
     x = tl.load(x_ptr + r * D + dim).to(tl.float32)
@@ -75,10 +78,11 @@ def unrotate_kernel(x_ptr, out_ptr, D: tl.constexpr):
 @triton.jit
 def tq4_decode_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr,
                       HAS_LEN: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
-                      D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+                      D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr):
     """One rotated query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] rotated and unnormalized, ml_ptr
     float32 [SPLITS, H, 2]. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
     """
+    wait_for_earlier_kernels(EARLY)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     Q: tl.constexpr = D // 4
     head = tl.program_id(0)
@@ -141,8 +145,9 @@ def tq4_decode_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr
 
 @triton.jit
 def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, out_ptr, HAS_LEN: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+                     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr):
     """Merge one head's splits and rotate the sum back."""
+    wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     dim = tl.arange(0, D)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, 0)
@@ -219,7 +224,7 @@ def decode_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_he
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     splits = split_count(target, tile, kv_heads, slots)
-    shared = {"HAS_LEN": has_len, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys}
+    shared = {"HAS_LEN": has_len, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys, "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
     return tile, split, shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)}
 
@@ -250,7 +255,7 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
     target, float32, asm = current_target(), q.dtype == torch.float32, q.is_cuda and q.dtype != torch.float32
     rotated = torch.empty(tokens, heads, dim, dtype=torch.float32 if float32 else torch.float16, device=q.device)
     scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    kernel(rotate_kernel)[(tokens * heads,)](q.contiguous(), rotated, scale, D=dim, num_warps=ROTATE_WARPS)
+    kernel(rotate_kernel)[(tokens * heads,)](q.contiguous(), rotated, scale, D=dim, EARLY=early(target), num_warps=ROTATE_WARPS)
     caches = (k_codes, k_scales, v_codes, v_scales)
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     if tokens == 1:
@@ -262,11 +267,15 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
                                                                num_warps=tile.warps, num_stages=tile.stages)
         kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=MERGE_WARPS)
     else:
-        tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots)
-        blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
         still_rotated = torch.empty_like(out)
-        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](rotated, scale, *caches, pos, still_rotated, tokens, **constants,
-                                                       num_warps=tile.warps, num_stages=tile.stages)
+        pieces = None if float32 else piece_tile(target, dim)
+        if pieces is not None:
+            attend_in_pieces(pieces, rotated, scale, caches, pos, still_rotated, asm)
+        else:
+            tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots)
+            blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
+            kernel(tq4_prefill_kernel)[(blocks, kv_heads)](rotated, scale, *caches, pos, still_rotated, tokens, **constants,
+                                                           num_warps=tile.warps, num_stages=tile.stages)
         kernel(unrotate_kernel)[(tokens * heads,)](still_rotated, out, D=dim, num_warps=ROTATE_WARPS)
     return out
 
@@ -286,7 +295,8 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
         name, float32 = f"tq4_attention {kind[1:]}", kind == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
         rotate = {"x_ptr": kind, "out_ptr": inner, "scale_ptr": "*fp32"}
-        cases.append(KernelCase(f"{name} rotate {dim}", rotate_kernel, rotate, {"D": dim}, {"num_warps": ROTATE_WARPS}))
+        constants = {"D": dim, "EARLY": early(target)}
+        cases.append(KernelCase(f"{name} rotate {dim}", rotate_kernel, rotate, constants, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "out_ptr": kind}
         cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, {"D": dim}, {"num_warps": ROTATE_WARPS}))
         for heads, kv_heads in ((32, 4), (16, 1)):
@@ -296,6 +306,10 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             signature = parts | position | {"out_ptr": kind}
             cases.append(KernelCase(f"{name} merge {heads}:{kv_heads}x{dim}", tq4_merge_kernel, signature, merge,
                                     {"num_warps": MERGE_WARPS}))
+        pieces = None if float32 else piece_tile(target, dim)
+        if pieces is not None:
+            cases += piece_cases(name, pieces, 32, 4, dim, slots)
+            continue
         tile, constants = prefill_launch(float32, not float32, target, 32, 4, dim, slots)
         signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
         cases.append(KernelCase(f"{name} prefill 32:4x{dim}", tq4_prefill_kernel, signature, constants, options(tile)))

@@ -7,11 +7,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_ops.early import WAITING_KERNELS
+from custom_ops.fixed_point import TERMS
 from exporter.artifact import staged, write_manifest
 from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
 from exporter.config import check_tensors, from_gguf
 from exporter.errors import KilnError
-from exporter.export import GraphSpec
+from exporter.export import DTYPES, GraphSpec
 from exporter.gguf import GGUFFile, open_gguf
 from exporter.plan import kv_plan, memory_plan
 from exporter.progress import bar, say, size_text
@@ -22,7 +24,6 @@ from passes.records import PassOptions
 
 GIB = 2**30
 DEFAULT_SEQ_LEN = 8192
-WAITING_KERNELS: tuple[str, ...] = ()  # `waits` of the decode entry, see docs/ARTIFACT.md
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ExportOptions:
     turboquant: bool = False
     targets: tuple[str, ...] = ()
     activation_dtype: str = "auto"
+    decode_activations: str = "exact"
+    fuse_decode: bool = True
     kv_len: bool = True
     head_budget_mib: int = 256
     chat_template: Path | None = None
@@ -71,6 +74,8 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
     dtype = options.activation_dtype
+    if options.decode_activations == "int8" and not options.fuse_decode:
+        raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
     return GraphSpec(
         config=config,
         plan=tuple(plan_weights(config, gguf)),
@@ -82,8 +87,14 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
+            decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype if dtype != "auto" else "bfloat16"),
         ),
     )
+
+
+def decode_bytes(options: ExportOptions, dtype: str) -> int:
+    """Bytes of an activation of a decode product in fixed point: what loses nothing against `dtype`, or one with `int8`."""
+    return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype]]
 
 
 def export_artifact(options: ExportOptions) -> None:

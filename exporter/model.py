@@ -1,6 +1,7 @@
 """The plain Gemma 4 decoder: the reference that every pass and kernel is measured against.
 
 Shapes: T tokens of one chunk, D hidden size, H query heads, KV key/value heads, hd head size, S cache slots, R ring slots, V vocabulary.
+Norms, rotary embedding and GELU are called by name (`custom_ops/markers.py`, plain torch), so that passes can find them.
 Sources: `docs/DESIGN.md` for the caches and the packed weights; the GGUF file for every hyper-parameter.
 """
 
@@ -62,19 +63,7 @@ class Norm(nn.Module):
         self.weight = _constant(size, dtype=torch.float32)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # [..., size] -> the same, in `dtype`
-        return (rms(x, self.eps) * self.weight).to(dtype or x.dtype)
-
-
-def rms(x: Tensor, eps: float) -> Tensor:
-    xf = x.float()
-    return xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis. x [T, heads, hd]; cos, sin [T, hd / 2] float32."""
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return torch.ops.kiln.rms_norm(x, self.weight, self.eps, dtype or x.dtype)
 
 
 class SlidingCache(nn.Module):
@@ -150,9 +139,9 @@ class Layer(nn.Module):
 
     def attention(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(h)
-        q = rope(self.attn_q_norm(q), cos, sin)
-        k = rope(self.attn_k_norm(k), cos, sin)
-        v = rms(v, self.eps).to(v.dtype)
+        q = torch.ops.kiln.rope(self.attn_q_norm(q), cos, sin)
+        k = torch.ops.kiln.rope(self.attn_k_norm(k), cos, sin)
+        v = torch.ops.kiln.rms_norm(v, None, self.eps, v.dtype)
         return self.attn_output.linear(self.cache.attend(q, k, v, pos).flatten(1))
 
     def mlp(self, h: Tensor) -> Tensor:
@@ -160,7 +149,7 @@ class Layer(nn.Module):
             gate, up = self.ffn_gate_up.linear(h).chunk(2, dim=-1)
         else:
             gate, up = self.ffn_gate.linear(h), self.ffn_up.linear(h)
-        return self.ffn_down.linear((F.gelu(gate.float(), approximate="tanh") * up.float()).to(h.dtype))
+        return self.ffn_down.linear(torch.ops.kiln.gelu_mul(gate, up))
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, D] -> [T, D]
         x = x + self.post_attention_norm(self.attention(self.attn_norm(x), pos, cos, sin))

@@ -384,6 +384,7 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
             "coordinate_descent_tuning": False,
             "benchmark_fusion": False, "benchmark_epilogue_fusion": False, "benchmark_combo_kernel": False,
             "shape_padding": False,
+            "reorder_for_peak_memory": False,  # its model of memory moves the dequantization of weights away from their use
         }  # fmt: skip
         if entry == "prefill":
             # Cache writes of all layers share the positions; fused on that ground they would keep every layer's K and V alive to the end.

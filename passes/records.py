@@ -16,6 +16,7 @@ class PassOptions:
     kv_len: bool = True
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
+    decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""Products of a few tokens with packed weights: fixed-point activations in, one kernel, every weight read once at its own bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops import fixed_point
+from custom_ops.early import early, wait_for_earlier_kernels
+from custom_ops.fixed_point import GROUP, group_words, store_fixed
+from custom_ops.gemv_kernels import gemv
+from custom_ops.launch import kernel, use_triton
+from custom_ops.layouts import LAYOUTS, dequantize
+from custom_ops.packed import check_weight, format_constants
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget, current_target
+
+MAX_SPLITS = 64
+COUNTERS = 1 << 13  # blocks of rows of the largest matrix, times tokens
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """How the GEMV is spread over one architecture."""
+
+    rows: int = 64  # of a program
+    warps: int = 1
+    programs_per_sm: int = 32  # at most: more than run at once would wait for the first to end
+    groups: int = 0  # of 32 elements a lane takes at a time; 0: the block type's
+
+
+GEMV_CONFIGS: dict[int, GemvConfig] = {}  # by architecture; the others take the default
+# Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
+GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 2, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
+TOGETHER = 16  # partial sums in flight
+FIXED_WARPS = 4
+FIXED_BLOCK = 1024
+GLU_ROWS = 256  # the largest number of rows of a program
+
+
+def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
+    """(constants of `gemv` beside the format's, number of splits of K, warps)."""
+    config = config or GEMV_CONFIGS.get(target.sm, GemvConfig())
+    groups = math.gcd(config.groups or GEMV_GROUPS[kind], k // GROUP)
+    steps = k // (GROUP * groups)
+    rows = config.rows
+    most = config.programs_per_sm * target.sm_count / (triton.cdiv(n, rows) * tokens)
+    # equal shares: no program waits for another's last step
+    splits = max([d for d in range(1, min(steps, MAX_SPLITS) + 1) if steps % d == 0 and d <= most], default=1)
+    return {"GROUPS": groups, "ROWS": rows, "EVEN": n % rows == 0, "EARLY": early(target),
+            "TOGETHER": TOGETHER}, splits, config.warps
+
+
+def terms_of(x: torch.Tensor) -> int:
+    """Bytes of an activation of a fixed-point row."""
+    return (x.shape[2] - 4) // 8
+
+
+@triton.jit
+def fix_kernel(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """x [n] to fixed point. Grid (n / BLOCK)."""
+    wait_for_earlier_kernels(EARLY)
+    first = tl.program_id(0) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    store_fixed(tl.load(x + i, i < n, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK)
+
+
+def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
+    """x [T, K], K a multiple of 32 -> fixed point, int32 [T, K / 32, 8 terms + 4]; kernels only."""
+    out = torch.empty((x.shape[0], x.shape[1] // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    kernel(fix_kernel)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, BLOCK=FIXED_BLOCK, EARLY=early(),
+                                                               num_warps=FIXED_WARPS)
+    return out
+
+
+def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor, dtype: torch.dtype,
+             end: str = "sum") -> torch.Tensor:
+    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel."""
+    tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
+    constants, splits, warps = launch(kind, tokens, n, k, current_target())
+    alone = splits == 1 and end == "sum" and dtype == torch.float32
+    if alone:
+        end = "split"  # there is nothing to add up
+    partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
+    if end == "glu":
+        out = torch.empty((tokens, n // 64, group_words(terms)), dtype=torch.int32, device=x.device)
+    elif end == "sum":
+        out = torch.empty((tokens, n), dtype=dtype, device=x.device)
+    else:
+        out = partials
+    grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
+    kernel(gemv)[grid](x, words, halves, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind),
+                       TERMS=terms, END=end, **constants, num_warps=warps)
+    return out[0] if alone else out
+
+
+def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> None:
+    check_weight(op, words, halves, kind)
+    k = words.shape[0] * LAYOUTS[kind].block
+    if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
+        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
+
+
+@triton_op("kiln::fixed_point", mutates_args=())
+def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
+    """x [T, K], K a multiple of 32 -> fixed point of `terms` bytes, int32 [T, K / 32, 8 terms + 4] (see `fixed_point`)."""
+    return fix(x.contiguous(), terms) if use_triton(x) else fixed_point.quantize(x, terms)
+
+
+@triton_op("kiln::fixed_linear", mutates_args=("counters",))
+def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor) -> torch.Tensor:
+    """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
+
+    counters: zeros, int32, as many as blocks of rows at least; zeros again afterwards. Raises ValueError when a shape does not fit.
+    """
+    _check("fixed_linear", x, words, halves, kind)
+    if not use_triton(x):
+        return fixed_point.dequantize(x) @ dequantize(kind, words, halves)
+    return multiply(x, words, halves, kind, counters, torch.float32)
+
+
+@triton_op("kiln::fixed_partials", mutates_args=())
+def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
+    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
+    _check("fixed_partials", x, words, halves, kind)
+    if not use_triton(x):
+        return fixed_point.dequantize(x) @ dequantize(kind, words, halves)
+    return multiply(x, words, halves, kind, x, torch.float32, end="split").view(-1, words.shape[2])
+
+
+@triton_op("kiln::fixed_glu", mutates_args=("counters",))
+def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * value, of the product [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
+
+    GELU is the one with tanh. N / 2 is a multiple of the rows of a program. Raises ValueError when a shape does not fit.
+    """
+    _check("fixed_glu", x, words, halves, kind)
+    if not glu_fits(words.shape[2]):
+        raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
+    if not use_triton(x):
+        gate, value = (fixed_point.dequantize(x) @ dequantize(kind, words, halves)).chunk(2, dim=-1)
+        return fixed_point.quantize(F.gelu(gate, approximate="tanh") * value, terms_of(x))
+    return multiply(x, words, halves, kind, counters, torch.float32, end="glu")
+
+
+def glu_fits(n: int) -> bool:
+    """`fixed_glu` takes a matrix of n rows."""
+    return n % (2 * GLU_ROWS) == 0
+
+
+USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
+USUAL_TARGETS = (90, 120)
+# The matrices (N, K) of the 31B and how each ends: qkv, qk, attention output, gate and up, down, head.
+_SHAPES = ((16384, 5376, "split"), (18432, 5376, "split"), (5376, 8192, "sum"), (5376, 16384, "sum"), (43008, 5376, "glu"),
+           (5376, 21504, "sum"), (262144, 5376, "sum"))
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
+    cases: dict[tuple, KernelCase] = {}
+    integers = dict.fromkeys(("n", "k"), "i32")
+    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "partials": "*fp32", "counters": "*i32", "splits": "i32", **integers}
+    for kind in LAYOUTS:
+        usual = kind in USUAL_KINDS
+        for n, k, end in _SHAPES:
+            launched, _, warps = launch(kind, 1, n, k, target)
+            for terms in (2, 1) if usual else (2,):
+                constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end}
+                case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
+                                  constants, {"num_warps": warps}, None if usual else USUAL_TARGETS, tuple(integers))
+                cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
+    constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
+    types = {"x": "*bf16", "out": "*i32", "n": "i32"}
+    return [*cases.values(), KernelCase("fix bf16", fix_kernel, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]

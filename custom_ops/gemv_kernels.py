@@ -1,0 +1,265 @@
+"""The GEMV over packed weights (see `layouts`) and fixed-point activations (see `fixed_point`).
+
+A lane works on whole rows, four or eight neighbouring ones, so that every load is 16 bytes and no lane needs another's data. Quants are
+multiplied four at a time as bytes; K is split over enough programs to fill the card, and the last program of a block of rows adds the
+splits up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from custom_ops.early import INTERPRETED, wait_for_earlier_kernels
+from custom_ops.fixed_point import store_fixed
+from custom_ops.quantized_kernels import unpack8
+
+
+@triton.jit
+def dot4(unsigned, signed, acc):
+    """acc + the sum over four bytes of unsigned * signed, int32."""
+    if INTERPRETED:
+        for b in tl.static_range(4):
+            acc += ((unsigned >> (8 * b)) & 255) * ((signed << (24 - 8 * b)) >> 24)
+        return acc
+    return tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [unsigned, signed, acc], dtype=tl.int32, is_pure=True,
+                                     pack=1)
+
+
+@triton.jit
+def _four(words):
+    """Four neighbouring int32 in one load; `words` is a multiple of 16 bytes."""
+    if INTERPRETED:
+        return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    else:
+        return tl.inline_asm_elementwise("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [words],
+                                         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def _group(x, TERMS: tl.constexpr):
+    """A group of 32 activations: its words of bytes, then the scale and the sums of both halves and of all, as float32."""
+    found = ()
+    for i in tl.static_range(2 * TERMS):
+        a, b, c, d = _four(x + 4 * i)
+        found = found + (a, b, c, d)
+    a, b, c, d = _four(x + 8 * TERMS)
+    return found + (a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True), c.to(tl.float32, bitcast=True),
+                    d.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
+            MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """Everything of a row that step `step` needs: per group its quants, then the words of scales and the halves."""
+    found = ()
+    if BLOCK == 32:
+        for i in tl.static_range(GROUPS):
+            block = tl.cast(step * GROUPS + i, tl.int64)
+            for w in tl.static_range(WORDS):
+                found = found + (tl.load(words + (block * WORDS + w) * stride, mask),)
+        for i in tl.static_range(GROUPS):
+            block = tl.cast(step * GROUPS + i, tl.int64)
+            for h in tl.static_range(HALVES):
+                found = found + (tl.load(halves + (block * HALVES + h) * halves_stride, mask),)
+    else:
+        STEPS: tl.constexpr = 8 // GROUPS
+        block = tl.cast(step // STEPS, tl.int64)
+        first = step % STEPS * GROUPS
+        words += block * WORDS * stride
+        halves += block * HALVES * halves_stride
+        EXTRA: tl.constexpr = BITS - 4  # further words of a group
+        quants = words + first * (4 * stride)
+        extras = words + (32 + first * EXTRA) * stride
+        for i in tl.static_range(GROUPS):
+            for j in tl.static_range(4):
+                found = found + (tl.load(quants + (i * 4 + j) * stride, mask),)
+            for j in tl.static_range(EXTRA):
+                found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
+        if MINIMUM:
+            for j in tl.static_range(3):
+                found = found + (tl.load(words + (32 + 8 * EXTRA + j) * stride, mask),)
+        else:  # 16 signed bytes, two a group
+            scales = words + (48 + first // 2) * stride
+            for j in tl.static_range((GROUPS + 1) // 2):
+                found = found + (tl.load(scales + j * stride, mask),)
+        for h in tl.static_range(HALVES):
+            found = found + (tl.load(halves + h * halves_stride, mask),)
+    return found
+
+
+@triton.jit
+def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.constexpr, acc):
+    """acc + the products of octet j of a group with one byte of its activations."""
+    return dot4(high, values[(2 * j + 1) * TERMS + term], dot4(low, values[2 * j * TERMS + term], acc))
+
+
+@triton.jit
+def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr):
+    """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
+    if BITS == 8:
+        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS)
+    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else 0)
+    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS)
+
+
+@triton.jit
+def _scale_words(found, first, AT: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
+    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, with MINIMUM, of minima."""
+    if not MINIMUM:
+        scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
+        minimum = scale
+        if GROUPS > 2:
+            minimum = found[AT + 1] ^ -0x7F7F7F80
+    else:
+        s = found[AT]
+        m = found[AT + 1]
+        upper = found[AT + 2]
+        scale = tl.where(first < 4, s & 0x3F3F3F3F, (upper & 0x0F0F0F0F) | ((s >> 2) & 0x30303030))
+        minimum = tl.where(first < 4, m & 0x3F3F3F3F, ((upper >> 4) & 0x0F0F0F0F) | ((m >> 2) & 0x30303030))
+    return scale, minimum
+
+
+@triton.jit
+def _byte(word, b):
+    """Byte b of the word, unsigned, as float32."""
+    if INTERPRETED:
+        return ((word >> (8 * b)) & 255).to(tl.float32)
+    # bytes b, 0, 0, 0x4B are 2^23 + byte b
+    bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,r", [word, b + 0x7540], dtype=tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
+    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where there are no minima."""
+    if MINIMUM:
+        b = i if GROUPS == 4 else g % 4
+        return _byte(scale, b), _byte(minimum, b)
+    else:
+        b = 2 * (i % 2) + part if GROUPS > 1 else 2 * (g % 2) + part
+        signed = _byte(minimum if i >= 2 else scale, b) - 128.0
+        return signed, signed
+
+
+@triton.jit
+def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The sum of source[s * stride] over splits, in a fixed order, TOGETHER loads in flight."""
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, splits, TOGETHER):
+        s = first + tl.arange(0, TOGETHER)
+        keep = (s < splits)[:, None]
+        if mask is not None:
+            keep = keep & mask[None, :]
+        total += tl.sum(tl.load(source[None, :] + s.to(tl.int64)[:, None] * stride, keep, other=0.0, cache_modifier=".cg"), 0)
+    return total
+
+
+@triton.jit
+def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
+         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+         TOGETHER: tl.constexpr = 16):
+    """The product of x[t] and every row. Grid (row blocks, splits, T).
+
+    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
+    a time; it divides k / 32 and is 1, 2 or 4. What becomes of the partial sums, float32 [splits, T, n], is END:
+    "split": they are the result, and counters and out are not touched; "sum": out[t, n] is their sum; "glu": the first half of the rows
+    are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and
+    zeros again at the end.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    tokens = tl.num_programs(2)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    mask = None if EVEN else rows < n
+    X: tl.constexpr = 8 * TERMS + 4
+    x += token * (k // 32) * X
+    acc = tl.zeros((ROWS,), tl.float32)
+    PARTS: tl.constexpr = 2 if BITS == 6 else 1
+    STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
+    steps = k // (32 * GROUPS)
+    words += rows
+    halves += rows
+    begin = split * steps // splits
+    end = (split + 1) * steps // splits
+    now = _loaded(words, halves, stride, halves_stride, mask, begin, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+    wait_for_earlier_kernels(EARLY)
+    EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
+    SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
+    HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
+    for step in tl.range(begin, end):
+        following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
+        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+        if BLOCK == 256:
+            first = step % STEPS * GROUPS if STEPS > 1 else 0
+            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, MINIMUM, GROUPS)
+            scaled = tl.zeros((ROWS,), tl.float32)  # the scale of the block is applied once
+            minima = tl.zeros((ROWS,), tl.float32)
+        for i in tl.static_range(GROUPS):
+            group_x = x + (step * GROUPS + i) * X
+            values = _group(group_x, TERMS)
+            for part in tl.static_range(PARTS):
+                c0 = tl.zeros((ROWS,), tl.int32)
+                c1 = tl.zeros((ROWS,), tl.int32)
+                c2 = tl.zeros((ROWS,), tl.int32)
+                for o in tl.static_range(4 // PARTS):
+                    low, high = _octet_of(now, i * EACH, part * (4 // PARTS) + o, BITS)
+                    c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
+                    if TERMS > 1:
+                        c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
+                    if TERMS > 2:
+                        c2 = _dot8(low, high, values, part * (4 // PARTS) + o, 2, TERMS, c2)
+                if TERMS == 1:
+                    dot = c0.to(tl.float32)
+                elif TERMS == 2:
+                    dot = (c0 * 256 + c1).to(tl.float32)
+                else:
+                    dot = (c0 * 256 + c1).to(tl.float32) * 256 + c2.to(tl.float32)
+                dot *= values[8 * TERMS]
+                total = values[8 * TERMS + (3 if PARTS == 1 else 1 + part)]
+                if not MINIMUM:  # a quant stands for itself less half its range
+                    dot -= total * (1 << (BITS - 1))
+                if BLOCK == 256:
+                    scale, minimum = _scales(scale_words, minimum_words, first + i, i, part, MINIMUM, GROUPS)
+                    scaled += scale * dot
+                    if MINIMUM:
+                        minima += minimum * total
+                else:
+                    acc += now[HALF + i * HALVES].to(tl.float32) * dot
+                    if MINIMUM:
+                        acc += now[HALF + i * HALVES + 1].to(tl.float32) * total
+        if BLOCK == 256:
+            acc += now[HALF].to(tl.float32) * scaled
+            if MINIMUM:
+                acc -= now[HALF + 1].to(tl.float32) * minima
+        now = coming
+
+    tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
+    if END != "split":
+        _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows, mask, TERMS, END, ROWS, TOGETHER)
+
+
+@triton.jit
+def _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows, mask, TERMS: tl.constexpr, END: tl.constexpr,
+            ROWS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
+    blocks = tl.num_programs(0)
+    own = block % (blocks // 2) if END == "glu" else block
+    share = 2 * splits if END == "glu" else splits
+    counter = counters + token * blocks + own
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        source = partials + token * n + own * ROWS + tl.arange(0, ROWS)
+        total = sum_splits(source, tokens * n, splits, mask, ROWS, TOGETHER)
+        if END == "glu":
+            value = sum_splits(source + n // 2, tokens * n, splits, mask, ROWS, TOGETHER)
+            # tanh(u) = 1 - 2 / (exp(2 u) + 1)
+            u = 0.7978845608028654 * (total + 0.044715 * total * total * total)
+            gelu = total * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+            store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
+        else:
+            tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)

@@ -1,0 +1,39 @@
+"""Parts of the decoder under a name: what passes look for. Where none takes one, the compiler sees the plain operations inside."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_library = torch.library.Library("kiln", "FRAGMENT")
+
+
+def _composite(schema: str):
+    def register(fn):
+        name = _library.define(schema)
+        _library.impl(name, fn, "CompositeImplicitAutograd")
+        return fn
+
+    return register
+
+
+@_composite("rms_norm(Tensor x, Tensor? weight, float eps, ScalarType dtype) -> Tensor")
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """RMSNorm over the last axis in float32, the epsilon inside the root, the result in `dtype`."""
+    xf = x.float()
+    y = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(dtype)
+
+
+@_composite("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of the last axis. x [T, heads, D]; cos, sin [T, D / 2] float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+@_composite("gelu_mul(Tensor gate, Tensor value) -> Tensor")
+def gelu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * value in float32, GELU with tanh; the result in their dtype."""
+    return (F.gelu(gate.float(), approximate="tanh") * value.float()).to(gate.dtype)

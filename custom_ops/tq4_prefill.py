@@ -1,0 +1,219 @@
+"""Attention of a chunk of queries to a TQ4 cache whose codes are decompressed once for all queries, not once for each tile of them.
+
+The cache is walked in pieces. Two kernels for each piece: one writes its keys and values, scales included, to a float16 scratch; one
+continues every query's softmax over them. A piece that lies past the queries ends at its first instructions, so the launches depend on
+the number of slots alone and the host never reads a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from custom_ops.launch import kernel
+from custom_ops.registry import KernelCase
+from custom_ops.target import GpuTarget
+from custom_ops.tq4 import plane_pair
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """How the kernels cut their work: rows of queries and keys of a block, slots of a piece.
+
+    parts: programs that share the dimensions of the values, each with all scores: twice the rows fit the registers.
+    ahead: the next block's keys wait in registers, because a third buffer in shared memory, which the compiler's pipeline needs to load
+    them early enough, does not fit.
+    """
+
+    rows: int
+    keys: int
+    parts: int
+    warps: int
+    stages: int
+    ahead: bool = True
+    piece: int = 16384
+
+
+# By (architecture, head dimension), 16-bit activations. What is not here decompresses tile by tile (`tq4_attention.PREFILL_TILES`).
+PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, parts=1, warps=8, stages=2, ahead=False)}
+DECOMPRESS_ROWS, DECOMPRESS_WARPS = 64, 8  # a multiple of every tile's keys: whole blocks are defined
+
+SHRINK = tl.constexpr(0.25)  # of keys and values in the scratch: the largest level times the largest scale would not fit float16
+RESTORED = tl.constexpr(16)  # rows of the state in one step
+
+
+@triton.jit
+def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start, SLOTS: tl.constexpr,
+                          PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """ROWS slots of one KV head, of the piece from slot `start`: k_ptr, v_ptr float16 [KV, PIECE, D], rotated and shrunk.
+
+    Program axes: block of slots, KV head, keys (0) or values (1). Slots past the last query become 0.
+    """
+    Q: tl.constexpr = D // 4
+    first = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    filled = tl.load(pos_ptr).to(tl.int32) + tokens - start
+    if first >= filled:
+        return
+    row = first + tl.arange(0, ROWS)
+    held = row < filled
+    word = tl.arange(0, Q)
+    slot = head * SLOTS + start + row
+    codes_at = slot[:, None] * Q + word[None, :]
+    if tl.program_id(2) == 0:
+        codes = tl.load(k_codes_ptr + codes_at, mask=held[:, None], other=0)
+        scale = tl.load(k_scales_ptr + slot, mask=held, other=0.0)
+        out = k_ptr
+    else:
+        codes = tl.load(v_codes_ptr + codes_at, mask=held[:, None], other=0)
+        scale = tl.load(v_scales_ptr + slot, mask=held, other=0.0)
+        out = v_ptr
+    scale = (scale.to(tl.float32) * SHRINK).to(tl.float16)[:, None]
+    out += (head * PIECE + row[:, None]) * D + word[None, :]
+    a, b = plane_pair(codes, 0, tl.float16, ASM)
+    tl.store(out, a * scale)
+    tl.store(out + Q, b * scale)
+    a, b = plane_pair(codes, 1, tl.float16, ASM)
+    tl.store(out + 2 * Q, a * scale)
+    tl.store(out + 3 * Q, b * scale)
+
+
+@triton.jit
+def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, PIECE: tl.constexpr,
+                     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
+    """BLOCK_M rows of one KV head against one piece of the keys, D / PARTS dimensions of the values; the output stays rotated.
+
+    A row is a (token, head of the group) pair, tokens major. Between pieces its state is the output so far, as the sum of two float16
+    (state_ptr [KV, blocks, PARTS, 2, BLOCK_M, D / PARTS]), and the logarithm of its total weight (lse_ptr float32).
+    """
+    V: tl.constexpr = D // PARTS
+    part = tl.program_id(0) % PARTS
+    blocks = tl.num_programs(0) // PARTS
+    block = blocks - 1 - tl.program_id(0) // PARTS  # the longest sweeps start first
+    head = tl.program_id(1)
+    pos = tl.load(pos_ptr).to(tl.int32) - start
+    end = pos + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
+    if end <= 0:
+        return
+    row = tl.arange(0, BLOCK_M)
+    token = (block * BLOCK_M + row) // GROUP
+    query = token * (KV * GROUP) + head * GROUP + (block * BLOCK_M + row) % GROUP
+    keep = token < tokens
+    dim = tl.arange(0, D)
+    vdim = tl.arange(0, V)
+    key = tl.arange(0, BLOCK_N)
+    q = tl.load(q_ptr + query[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0)
+    q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0) * (1.0 / SHRINK)
+    state_ptr += ((head * blocks + block) * PARTS + part) * (2 * BLOCK_M * V)
+    lse_ptr += ((head * blocks + block) * PARTS + part) * BLOCK_M
+    k_ptr += head * (PIECE * D)
+    v_ptr += head * (PIECE * D) + part * V
+    m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of the piece
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, V], tl.float32)
+    offset = key[:, None] * D + dim[None, :]
+    if AHEAD:
+        k = tl.load(k_ptr + offset)
+
+    # each step multiplies the next block's keys while it weighs its own block's scores; the first only multiplies
+    scores = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    for n in tl.range(-BLOCK_N, tl.minimum(end, PIECE), BLOCK_N):
+        if AHEAD:
+            k_next = tl.load(k_ptr + tl.minimum(n + 2 * BLOCK_N, PIECE - BLOCK_N) * D + offset)
+        new = tl.maximum(m, tl.max(scores, 1))
+        weights = tl.exp2(scores - new[:, None])
+        scale = tl.exp2(m - new)
+        m = new
+        total = total * scale + tl.sum(weights, 1)
+        weights = weights.to(tl.float16)
+        if AHEAD:
+            products = tl.dot(q, tl.trans(k))
+            k = k_next
+        else:
+            products = tl.dot(q, tl.trans(tl.load(k_ptr + tl.minimum(n + BLOCK_N, PIECE - BLOCK_N) * D + offset)))
+        # masked here, not where they are read: were the product itself carried on, ptxas would make the next step wait for both products
+        scores = tl.where((n + BLOCK_N + key)[None, :] <= (pos + token)[:, None], products * q_scale[:, None], float("-inf"))
+        v = tl.load(v_ptr + tl.maximum(n, 0) * D + (key[:, None] * D + vdim[None, :]))
+        acc = tl.dot(weights, v, acc * scale[:, None])
+
+    if start > 0:
+        before = tl.load(lse_ptr + row)
+        ratio = tl.exp2(tl.minimum(m - before, 60.0))  # beyond, the state is below float32's resolution
+        m = tl.maximum(before, m - 60.0)
+        total = total * ratio + 1.0
+        acc = acc * ratio[:, None]
+        some = tl.arange(0, RESTORED)
+        for r in tl.range(0, 2 * BLOCK_M, RESTORED, num_stages=2):  # + state, as a product with the identity: a plain load would spill
+            identity = (row[:, None] == ((r + some) % BLOCK_M)[None, :]).to(tl.float16)
+            acc = tl.dot(identity, tl.load(state_ptr + ((r + some)[:, None] * V + vdim[None, :])), acc)
+    acc = acc * (1.0 / total)[:, None]
+    if end > PIECE:
+        tl.store(lse_ptr + row, m + tl.log2(total))
+        high = acc.to(tl.float16)
+        state = state_ptr + (row[:, None] * V + vdim[None, :])
+        tl.store(state, high)
+        tl.store(state + BLOCK_M * V, (acc - high.to(tl.float32)).to(tl.float16))
+    else:
+        out = out_ptr + query[:, None] * D + part * V + vdim[None, :]
+        tl.store(out, acc * (1.0 / SHRINK), mask=keep[:, None])
+
+
+def piece_tile(target: GpuTarget, dim: int) -> PrefillTile | None:
+    """The tile of this architecture and head dimension; None where codes are decompressed tile by tile instead."""
+    return PIECE_TILES.get((target.sm, dim))
+
+
+def piece_slots(tile: PrefillTile, slots: int) -> int:
+    """Slots of a piece: no more than the cache has, in whole blocks."""
+    return min(tile.piece, triton.cdiv(slots, DECOMPRESS_ROWS) * DECOMPRESS_ROWS)
+
+
+def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, asm: bool) -> tuple[dict, dict]:
+    """The constants of `tq4_decompress_kernel` and of `tq4_piece_kernel`."""
+    shared = {"PIECE": piece_slots(tile, slots), "D": dim}
+    return (shared | {"SLOTS": slots, "ROWS": DECOMPRESS_ROWS, "ASM": asm},
+            shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "PARTS": tile.parts, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
+                      "AHEAD": tile.ahead})
+
+
+def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
+                     out: torch.Tensor, asm: bool) -> None:
+    """Launch the kernels: q float16 [T, H, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them, out [T, H, D], still rotated.
+
+    Scratch: 4 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, slots, _ = caches[0].shape
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, asm)
+    piece = decompress["PIECE"]
+    blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
+    k = torch.empty(kv_heads, piece, dim, dtype=torch.float16, device=q.device)
+    v = torch.empty_like(k)
+    kept = kv_heads * blocks * tile.rows if slots > piece else 1  # rows whose state passes from piece to piece
+    state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
+    lse = torch.empty(kept * tile.parts, dtype=torch.float32, device=q.device)
+    for start in range(0, slots, piece):
+        kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](*caches, pos, k, v, tokens, start, **decompress,
+                                                                               num_warps=DECOMPRESS_WARPS)
+        kernel(tq4_piece_kernel)[(blocks * tile.parts, kv_heads)](q, q_scale, k, v, pos, state, lse, out, tokens, start, **attend,
+                                                                  num_warps=tile.warps, num_stages=tile.stages)
+
+
+def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int) -> list[KernelCase]:
+    """The compilations behind `attend_in_pieces`, for bfloat16 activations."""
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, True)
+    halves = dict.fromkeys(("k_ptr", "v_ptr"), "*fp16")
+    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16", "pos_ptr": "*i64"}
+    inputs = {"q_ptr": "*fp16", "q_scale_ptr": "*fp32", "pos_ptr": "*i64"}
+    integers = {"tokens": "i32", "start": "i32"}
+    return [
+        KernelCase(f"{name} decompress {kv_heads}x{dim}", tq4_decompress_kernel, caches | halves | integers, decompress,
+                   {"num_warps": DECOMPRESS_WARPS}, aligned=("start",)),
+        KernelCase(f"{name} piece {heads}:{kv_heads}x{dim}", tq4_piece_kernel,
+                   inputs | halves | {"state_ptr": "*fp16", "lse_ptr": "*fp32", "out_ptr": "*bf16"} | integers, attend,
+                   {"num_warps": tile.warps, "num_stages": tile.stages}, aligned=("start",)),
+    ]

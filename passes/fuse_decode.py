@@ -1,0 +1,231 @@
+"""One token's layer in a few kernels: products on fixed-point activations, and what lies between two products in one kernel each.
+
+The residual stream and the results of products stay in float32; an activation becomes fixed point (`custom_ops/fixed_point.py`) where it
+is made: by the norm, by gelu(gate) * value, or by the attention before the product. Products with weights that are not packed stay as
+they are, and so does every neighbour that has another form.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+import passes.edit as edit
+from custom_ops.gemv import COUNTERS, glu_fits
+from passes.edit import KILN, PassError
+from passes.records import Lowered, PassOptions, PassReport
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
+
+
+def run(lowered: Lowered, options: PassOptions) -> PassReport:
+    if not options.decode_bytes:
+        return PassReport("fuse_decode", "off", note="the target's products take activations as they are")
+    ep = lowered.program
+    if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
+        return PassReport("fuse_decode", "not needed", note="many tokens")
+    fuser = _Fuser(ep, options.decode_bytes)
+    products = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
+    for product in products:
+        fuser.rewrite(product)
+    if not products:
+        raise PassError("pass fuse_decode: no product with a packed weight found")
+    fuser.drop_dead_products()
+    ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
+    counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
+    return PassReport("fuse_decode", "applied", len(products), f"{options.decode_bytes} bytes an activation; {counts}")
+
+
+class _Fuser:
+    def __init__(self, ep, terms: int):
+        self.ep, self.terms = ep, terms
+        self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
+        self.fixed: dict[Node, Node] = {}  # a node -> its value in fixed point
+        self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
+        self.partials: dict[Node, Node] = {}  # a product -> the same, to be summed by its reader
+        self.made: list[Node] = []
+        first = next(n for n in ep.graph.nodes if n.op != "placeholder")
+        device = edit.user_input(ep, "tokens").meta["val"].device
+        with ep.graph.inserting_before(first):
+            self.counters = ep.graph.call_function(aten.zeros.default, ([COUNTERS],), {"dtype": torch.int32, "device": device})
+        with edit.fake_mode(ep):
+            self.counters.meta["val"] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+    def emit(self, before: Node, target, *args) -> Node:
+        return edit.emit(self.ep, before, target, *args)
+
+    def rewrite(self, product: Node) -> None:
+        x, words, halves, kind = product.args
+        new = self.emit(product, KILN.fixed_linear.default, self.to_fixed(x, product), words, halves, kind, self.counters)
+        self.made.append(new)
+        dtype = product.meta["val"].dtype
+        rounded = new if dtype == torch.float32 else self.emit(product, aten.to.dtype, new, dtype)
+        self.float32[rounded] = new
+        edit.replace(self.ep, product, rounded)
+
+    def drop_dead_products(self) -> None:
+        for node in self.made:
+            self.ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
+            if not node.users:
+                self.ep.graph.erase_node(node)
+
+    # ---- values before rounding ----
+
+    def exact(self, node: Node, before: Node) -> Node:
+        """`node` in float32, from before it was rounded if that is known."""
+        if node not in self.float32:
+            source = node
+            if edit.is_call(node, aten.to.dtype) and isinstance(node.args[0], Node) and node.args[0].meta["val"].dtype == torch.float32:
+                source = node.args[0]
+            elif node.meta["val"].dtype != torch.float32:
+                source = self.emit(before, aten.to.dtype, node, torch.float32)
+            self.float32[node] = source
+        return self.float32[node]
+
+    def raw(self, node: Node, before: Node) -> Node:
+        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S."""
+        node = _viewed(node)
+        if edit.is_call(node, operator.getitem):
+            pieces, index = node.args
+            if edit.is_call(pieces, aten.split_with_sizes.default, aten.split.sizes) and len(pieces.args[0].meta["val"].shape) == 2:
+                sizes = pieces.args[1]
+                begin = sum(sizes[:index])
+                return self.emit(before, aten.slice.Tensor, self.parts(pieces.args[0], before), 1, begin, begin + sizes[index])
+        return self.parts(node, before)
+
+    def parts(self, node: Node, before: Node) -> Node:
+        """What sums to `node`: a product that leaves its sum to its reader, or the value itself."""
+        product = self.exact(node, before)
+        if not edit.is_call(product, KILN.fixed_linear.default):
+            return product
+        if product not in self.partials:
+            self.partials[product] = self.emit(product, KILN.fixed_partials.default, *product.args[:-1])
+        return self.partials[product]
+
+    # ---- values in fixed point ----
+
+    def to_fixed(self, x: Node, before: Node) -> Node:
+        if x not in self.fixed:
+            self.fixed[x] = self.norm(x, before) or self.gated(x, before) or self.attention(x, before) or self.converted(x, before)
+        return self.fixed[x]
+
+    def converted(self, x: Node, before: Node) -> Node:
+        self.counts["conversions"] += 1
+        return self.emit(before, KILN.fixed_point.default, x, self.terms)
+
+    def norm(self, x: Node, before: Node) -> Node | None:
+        if not edit.is_call(x, KILN.rms_norm.default) or x.args[1] is None:
+            return None
+        y, weight, eps, _ = x.args
+        if edit.is_call(y, aten.slice.Tensor) and y.meta["val"].shape == y.args[0].meta["val"].shape:
+            y = y.args[0]
+        self.counts["norms"] += 1
+        residual = None if y in self.float32 else _residual(y)
+        if residual is None:
+            return self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, eps, self.terms)
+        stream, branch, post_weight, scale = residual
+        stream, branch = self.exact(stream, before), self.exact(branch, before)
+        both = self.emit(before, KILN.add_norm.default, stream, branch, post_weight, scale, weight, eps, self.terms)
+        self.float32[y] = self.emit(before, operator.getitem, both, 0)
+        return self.emit(before, operator.getitem, both, 1)
+
+    def gated(self, x: Node, before: Node) -> Node | None:
+        if not edit.is_call(x, KILN.gelu_mul.default):
+            return None
+        halves = [a.args if edit.is_call(a, operator.getitem) else (None, None) for a in x.args]
+        (chunks, first), (other, second) = halves
+        if chunks is None or chunks is not other or (first, second) != (0, 1) or not edit.is_call(chunks, aten.chunk.default):
+            return None
+        product = self.float32.get(chunks.args[0])
+        if product is None or not edit.is_call(product, KILN.fixed_linear.default) or not glu_fits(product.meta["val"].shape[1]):
+            return None
+        self.counts["gated"] += 1
+        return self.emit(before, KILN.fixed_glu.default, *product.args)
+
+    def attention(self, x: Node, before: Node) -> Node | None:
+        call = _viewed(x)
+        if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
+            return None
+        q = _rotated(call.args[0])
+        write = _write(call)
+        if q is None or write is None:
+            return None
+        k, v = _rotated(_viewed(write.k)), _viewed(write.v)
+        if k is None or k.cos is not q.cos or k.sin is not q.sin or not edit.is_call(v, KILN.rms_norm.default) or v.args[1] is not None:
+            return None
+        first = write.nodes[0]
+        projections = [self.raw(n, first) for n in (q.x, k.x, v.args[0])]
+        shared = (*projections, q.weight, k.weight, q.cos, q.sin)
+        if edit.is_call(call, KILN.sliding_attention.default):
+            _, _, _, k_ring, v_ring, pos, window = call.args
+            self.counts["sliding"] += 1
+            for node in write.nodes:
+                self.ep.graph.erase_node(node)
+            return self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, q.eps, self.terms)
+        self.counts["global"] += 1
+        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
+        for i, old in enumerate((call.args[0], write.k, write.v)):
+            old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
+        return self.converted(x, before)
+
+
+class _Rotated:
+    """rope(rms_norm(x, weight))."""
+
+    def __init__(self, node: Node):
+        norm, self.cos, self.sin = node.args
+        self.x, self.weight, self.eps, _ = norm.args
+
+
+def _rotated(node: Node) -> _Rotated | None:
+    if not edit.is_call(node, KILN.rope.default) or not edit.is_call(node.args[0], KILN.rms_norm.default) or node.args[0].args[1] is None:
+        return None
+    return _Rotated(node)
+
+
+class _Writes:
+    """The nodes that write a token's key and value to the caches of an attention, in graph order, and what they write."""
+
+    def __init__(self, nodes: list[Node], k: Node, v: Node):
+        self.nodes, self.k, self.v = nodes, k, v
+
+
+def _write(call: Node) -> _Writes | None:
+    if edit.is_call(call, KILN.tq4_attention.default):
+        writes = [u for u in call.args[1].users if edit.is_call(u, KILN.tq4_write.default)]
+        return _Writes(writes, *writes[0].args[4:6]) if len(writes) == 1 else None
+    sliding = edit.is_call(call, KILN.sliding_attention.default)
+    caches = [edit.resolve(c) for c in (call.args[3:5] if sliding else call.args[1:3])]
+    writes = [[u for u in c.users if edit.is_call(u, aten.index_copy_.default)] for c in caches]
+    if [len(w) for w in writes] != [1, 1]:
+        return None
+    (k_write,), (v_write,) = writes
+    k, v = k_write.args[3], v_write.args[3]
+    if sliding and (k_write.users or v_write.users or (_viewed(k), _viewed(v)) != tuple(call.args[1:3])):
+        return None
+    return _Writes(sorted((k_write, v_write)), k, v)
+
+
+def _viewed(node: Node) -> Node:
+    while edit.is_call(node, *VIEWS):
+        node = node.args[0]
+    return node
+
+
+def _residual(y: Node) -> tuple[Node, Node, Node, Node | None] | None:
+    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight)) * scale, with or without the scale."""
+    scale = None
+    if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
+        left, scale = y.args[0].args
+        if not edit.is_call(left, aten.to.dtype) or not isinstance(scale, Node) or scale.op != "placeholder":
+            return None
+        y = left.args[0]
+    if not edit.is_call(y, aten.add.Tensor) or len(y.args) != 2:
+        return None
+    stream, norm = y.args
+    if not edit.is_call(norm, KILN.rms_norm.default) or norm.args[1] is None:
+        return None
+    return stream, norm.args[0], norm.args[1], scale

@@ -1,0 +1,96 @@
+"""Prefill over a TQ4 cache in pieces, under Triton's interpreter, against float64 loops over the decoded vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from custom_ops import tq4_attention, tq4_prefill
+from custom_ops.target import compiling_for, gpu_targets
+from custom_ops.tq4_prefill import PrefillTile
+from tests.interpret import interpreted
+from tests.test_attention_kernels import cache_of, error, exact, random
+
+test_kernels_interpreted = interpreted(__file__)
+
+if triton.knobs.runtime.interpret:
+    torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
+
+SM_90 = gpu_targets()["sm_90"]
+SMALL = PrefillTile(rows=16, keys=16, parts=2, warps=4, stages=2, piece=64)
+
+
+def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int,
+            limit: float = 1e-3) -> None:
+    """Queries, as float16, at positions first.. of a cache of k and v, garbage beyond them: the result is exact to `limit`."""
+    q = q.to(torch.float16)
+    k_codes, k_scales, k_exact = cache_of(k, slots)
+    v_codes, v_scales, v_exact = cache_of(v, slots)
+    pos = torch.arange(first, first + q.shape[0])
+    with pytest.MonkeyPatch.context() as patch, compiling_for(SM_90):
+        patch.setitem(tq4_prefill.PIECE_TILES, (SM_90.sm, q.shape[2]), tile)
+        out = tq4_attention.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, pos, None)
+    assert error(out, exact(q, k_exact, v_exact, pos.tolist(), lambda pq, pk: pk <= pq)) < limit
+
+
+def check(tile: PrefillTile, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int, size: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(first + tokens)
+    end = first + tokens
+    q, k, v = (random(generator, torch.float32, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
+    k = k * torch.linspace(0.1, 2, end)[:, None, None]  # scales that differ from key to key
+    v = v * torch.linspace(3, 0.2, end)[:, None, None] * size
+    compare(tile, q, k, v, slots, first)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (5, 2), (31, 33), (50, 17), (64, 2), (62, 2), (63, 3), (126, 4), (120, 70)])
+def interpreted_chunks_across_pieces(first: int, tokens: int) -> None:
+    """Before, at and across the ends of pieces; the cache has a whole number of pieces, or one of 64 and a rest."""
+    check(SMALL, 64, 4, 2, 192, first, tokens)
+    check(SMALL, 64, 3, 1, 201, first, tokens)
+
+
+@pytest.mark.parametrize("parts, ahead, rows, keys", [(1, False, 16, 16), (1, True, 32, 16), (2, False, 32, 32), (4, True, 16, 64)])
+def interpreted_every_form(parts: int, ahead: bool, rows: int, keys: int) -> None:
+    tile = PrefillTile(rows=rows, keys=keys, parts=parts, warps=4, stages=2, ahead=ahead, piece=64)
+    check(tile, 64, 4, 2, 200, 100, 45)
+    check(tile, 64, 4, 2, 40, 7, 33)
+
+
+def interpreted_many_pieces() -> None:
+    """Errors of the state between pieces would add up: 16 pieces."""
+    check(SMALL, 64, 2, 1, 1024, 1010, 3)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e4])
+def interpreted_small_and_large_values(size: float) -> None:
+    check(SMALL, 64, 2, 1, 128, 90, 5, size)
+
+
+@pytest.mark.parametrize("strong", [{3: 4}, {70: 4}, {140: 4}, {3: 3, 70: 4}, {70: 4, 140: 3}])
+def interpreted_scores_beyond_the_resolution_of_float32(strong: dict[int, float]) -> None:
+    """One key takes all the weight, in the first piece, a middle one or the last, with or without a runner-up elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(150, 1, 64, generator=generator) for _ in range(2))
+    q = torch.randn(2, 2, 64, generator=generator)
+    for place, factor in strong.items():
+        k[place] = q[0, 0] * factor
+    compare(SMALL, q, k, v, 200, 148, limit=4e-3)  # scores of hundreds: float16 queries move them by hundredths
+
+
+@pytest.mark.parametrize("target, dim", list(tq4_prefill.PIECE_TILES))
+def interpreted_every_tile_of_the_table(target: int, dim: int) -> None:
+    check(tq4_prefill.PIECE_TILES[target, dim], dim, 4, 1, 150, 120, 19)
+
+
+def test_a_piece_is_no_larger_than_the_cache() -> None:
+    assert tq4_prefill.piece_slots(SMALL, 1000) == 64
+    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 2, 4, 2), 150) == 192
+    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 2, 4, 2), 131072) == 16384
+
+
+def test_tiles_fit_the_piece() -> None:
+    """Blocks of keys must be whole in a decompressed block, and decompressed blocks in a piece."""
+    for tile in tq4_prefill.PIECE_TILES.values():
+        assert tq4_prefill.DECOMPRESS_ROWS % tile.keys == 0 and tile.piece % tq4_prefill.DECOMPRESS_ROWS == 0
+        assert tile.rows % tq4_prefill.RESTORED.value == 0
