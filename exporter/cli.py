@@ -64,6 +64,14 @@ def main() -> None:
     show_default=True,
     help="auto: float32 on the CPU, bfloat16 on a GPU.",
 )
+@click.option(
+    "--decode-activations",
+    type=click.Choice(["exact", "int8"]),
+    default="exact",
+    show_default=True,
+    help="Of one token's products on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a product.",
+)
+@click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."

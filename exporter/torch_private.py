@@ -15,6 +15,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
  10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
+ 12. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
+     tells that the analysis of a kernel gave up
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
 """
@@ -22,6 +24,7 @@ A process that has installed them is good for one target and nothing else: `expo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
@@ -90,6 +93,35 @@ def install(target: GpuTarget | None) -> None:
         _triton_driver(target)
         _wrapper()
         _one_object_for_each_kernel()
+        _what_kernels_write()
+
+
+def _what_kernels_write() -> None:
+    """The assembly in Kiln's kernels writes no memory; a kernel that cannot be analyzed is an error, for all its arguments would count as
+    written and become outputs."""
+    import logging
+
+    import torch._higher_order_ops.triton_kernel_wrap as wrap
+
+    original = wrap.ttir_to_functions
+
+    def ttir_to_functions(module):
+        functions = original(module)
+        return {
+            name: {
+                value: [dataclasses.replace(op, is_pure=True) if op.name == "tt.elementwise_inline_asm" else op for op in ops]
+                for value, ops in function.items()
+            }
+            for name, function in functions.items()
+        }
+
+    def refuse(record: logging.LogRecord) -> bool:
+        if "identify_mutated_tensors" in record.getMessage():
+            raise KilnError(f"what a kernel writes could not be analyzed: {record.exc_info and record.exc_info[1]}; this is a bug in Kiln")
+        return True
+
+    wrap.ttir_to_functions = ttir_to_functions
+    wrap.log.addFilter(refuse)
 
 
 def _keep_fake_constants_apart() -> None:
