@@ -21,24 +21,17 @@ from custom_ops.tq4 import plane_pair
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """How the kernels cut their work: rows of queries and keys of a block, slots of a piece.
-
-    parts: programs that share the dimensions of the values, each with all scores: twice the rows fit the registers.
-    ahead: the next block's keys wait in registers, because a third buffer in shared memory, which the compiler's pipeline needs to load
-    them early enough, does not fit.
-    """
+    """How the kernels cut their work: rows of queries and keys of a block, slots of a piece."""
 
     rows: int
     keys: int
-    parts: int
     warps: int
     stages: int
-    ahead: bool = True
     piece: int = 16384
 
 
 # By (architecture, head dimension), 16-bit activations. What is not here decompresses tile by tile (`tq4_attention.PREFILL_TILES`).
-PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, parts=1, warps=8, stages=2, ahead=False)}
+PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, warps=8, stages=2)}
 DECOMPRESS_ROWS, DECOMPRESS_WARPS = 64, 8  # a multiple of every tile's keys: whole blocks are defined
 
 SHRINK = tl.constexpr(0.25)  # of keys and values in the scratch: the largest level times the largest scale would not fit float16
@@ -83,17 +76,14 @@ def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, 
 
 @triton.jit
 def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, PIECE: tl.constexpr,
-                     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-                     BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """BLOCK_M rows of one KV head against one piece of the keys, D / PARTS dimensions of the values; the output stays rotated.
+                     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated.
 
     A row is a (token, head of the group) pair, tokens major. Between pieces its state is the output so far, as the sum of two float16
-    (state_ptr [KV, blocks, PARTS, 2, BLOCK_M, D / PARTS]), and the logarithm of its total weight (lse_ptr float32).
+    (state_ptr [KV, blocks, 2, BLOCK_M, D]), and the logarithm of its total weight (lse_ptr float32).
     """
-    V: tl.constexpr = D // PARTS
-    part = tl.program_id(0) % PARTS
-    blocks = tl.num_programs(0) // PARTS
-    block = blocks - 1 - tl.program_id(0) // PARTS  # the longest sweeps start first
+    blocks = tl.num_programs(0)
+    block = blocks - 1 - tl.program_id(0)  # the longest sweeps start first
     head = tl.program_id(1)
     pos = tl.load(pos_ptr).to(tl.int32) - start
     end = pos + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
@@ -104,40 +94,31 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
     query = token * (KV * GROUP) + head * GROUP + (block * BLOCK_M + row) % GROUP
     keep = token < tokens
     dim = tl.arange(0, D)
-    vdim = tl.arange(0, V)
     key = tl.arange(0, BLOCK_N)
     q = tl.load(q_ptr + query[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0)
     q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0) * (1.0 / SHRINK)
-    state_ptr += ((head * blocks + block) * PARTS + part) * (2 * BLOCK_M * V)
-    lse_ptr += ((head * blocks + block) * PARTS + part) * BLOCK_M
+    state_ptr += (head * blocks + block) * (2 * BLOCK_M * D)
+    lse_ptr += (head * blocks + block) * BLOCK_M
     k_ptr += head * (PIECE * D)
-    v_ptr += head * (PIECE * D) + part * V
+    v_ptr += head * (PIECE * D)
     m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of the piece
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, V], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
     offset = key[:, None] * D + dim[None, :]
-    if AHEAD:
-        k = tl.load(k_ptr + offset)
 
     # each step multiplies the next block's keys while it weighs its own block's scores; the first only multiplies
     scores = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     for n in tl.range(-BLOCK_N, tl.minimum(end, PIECE), BLOCK_N):
-        if AHEAD:
-            k_next = tl.load(k_ptr + tl.minimum(n + 2 * BLOCK_N, PIECE - BLOCK_N) * D + offset)
         new = tl.maximum(m, tl.max(scores, 1))
         weights = tl.exp2(scores - new[:, None])
         scale = tl.exp2(m - new)
         m = new
         total = total * scale + tl.sum(weights, 1)
         weights = weights.to(tl.float16)
-        if AHEAD:
-            products = tl.dot(q, tl.trans(k))
-            k = k_next
-        else:
-            products = tl.dot(q, tl.trans(tl.load(k_ptr + tl.minimum(n + BLOCK_N, PIECE - BLOCK_N) * D + offset)))
+        products = tl.dot(q, tl.trans(tl.load(k_ptr + tl.minimum(n + BLOCK_N, PIECE - BLOCK_N) * D + offset)))
         # masked here, not where they are read: were the product itself carried on, ptxas would make the next step wait for both products
         scores = tl.where((n + BLOCK_N + key)[None, :] <= (pos + token)[:, None], products * q_scale[:, None], float("-inf"))
-        v = tl.load(v_ptr + tl.maximum(n, 0) * D + (key[:, None] * D + vdim[None, :]))
+        v = tl.load(v_ptr + tl.maximum(n, 0) * D + offset)
         acc = tl.dot(weights, v, acc * scale[:, None])
 
     if start > 0:
@@ -149,16 +130,16 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
         some = tl.arange(0, RESTORED)
         for r in tl.range(0, 2 * BLOCK_M, RESTORED, num_stages=2):  # + state, as a product with the identity: a plain load would spill
             identity = (row[:, None] == ((r + some) % BLOCK_M)[None, :]).to(tl.float16)
-            acc = tl.dot(identity, tl.load(state_ptr + ((r + some)[:, None] * V + vdim[None, :])), acc)
+            acc = tl.dot(identity, tl.load(state_ptr + ((r + some)[:, None] * D + dim[None, :])), acc)
     acc = acc * (1.0 / total)[:, None]
     if end > PIECE:
         tl.store(lse_ptr + row, m + tl.log2(total))
         high = acc.to(tl.float16)
-        state = state_ptr + (row[:, None] * V + vdim[None, :])
+        state = state_ptr + (row[:, None] * D + dim[None, :])
         tl.store(state, high)
-        tl.store(state + BLOCK_M * V, (acc - high.to(tl.float32)).to(tl.float16))
+        tl.store(state + BLOCK_M * D, (acc - high.to(tl.float32)).to(tl.float16))
     else:
-        out = out_ptr + query[:, None] * D + part * V + vdim[None, :]
+        out = out_ptr + query[:, None] * D + dim[None, :]
         tl.store(out, acc * (1.0 / SHRINK), mask=keep[:, None])
 
 
@@ -176,8 +157,7 @@ def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int
     """The constants of `tq4_decompress_kernel` and of `tq4_piece_kernel`."""
     shared = {"PIECE": piece_slots(tile, slots), "D": dim}
     return (shared | {"SLOTS": slots, "ROWS": DECOMPRESS_ROWS, "ASM": asm},
-            shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "PARTS": tile.parts, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
-                      "AHEAD": tile.ahead})
+            shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys})
 
 
 def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
@@ -195,12 +175,12 @@ def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, 
     v = torch.empty_like(k)
     kept = kv_heads * blocks * tile.rows if slots > piece else 1  # rows whose state passes from piece to piece
     state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
-    lse = torch.empty(kept * tile.parts, dtype=torch.float32, device=q.device)
+    lse = torch.empty(kept, dtype=torch.float32, device=q.device)
     for start in range(0, slots, piece):
         kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](*caches, pos, k, v, tokens, start, **decompress,
                                                                                num_warps=DECOMPRESS_WARPS)
-        kernel(tq4_piece_kernel)[(blocks * tile.parts, kv_heads)](q, q_scale, k, v, pos, state, lse, out, tokens, start, **attend,
-                                                                  num_warps=tile.warps, num_stages=tile.stages)
+        kernel(tq4_piece_kernel)[(blocks, kv_heads)](q, q_scale, k, v, pos, state, lse, out, tokens, start, **attend,
+                                                     num_warps=tile.warps, num_stages=tile.stages)
 
 
 def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int) -> list[KernelCase]:

@@ -18,7 +18,7 @@ if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
 
 SM_90 = gpu_targets()["sm_90"]
-SMALL = PrefillTile(rows=16, keys=16, parts=2, warps=4, stages=2, piece=64)
+SMALL = PrefillTile(rows=16, keys=16, warps=4, stages=2, piece=64)
 
 
 def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int,
@@ -50,9 +50,9 @@ def interpreted_chunks_across_pieces(first: int, tokens: int) -> None:
     check(SMALL, 64, 3, 1, 201, first, tokens)
 
 
-@pytest.mark.parametrize("parts, ahead, rows, keys", [(1, False, 16, 16), (1, True, 32, 16), (2, False, 32, 32), (4, True, 16, 64)])
-def interpreted_every_form(parts: int, ahead: bool, rows: int, keys: int) -> None:
-    tile = PrefillTile(rows=rows, keys=keys, parts=parts, warps=4, stages=2, ahead=ahead, piece=64)
+@pytest.mark.parametrize("rows, keys", [(32, 16), (32, 32), (16, 64)])
+def interpreted_blocks_of_any_shape(rows: int, keys: int) -> None:
+    tile = PrefillTile(rows=rows, keys=keys, warps=4, stages=2, piece=64)
     check(tile, 64, 4, 2, 200, 100, 45)
     check(tile, 64, 4, 2, 40, 7, 33)
 
@@ -85,8 +85,8 @@ def interpreted_every_tile_of_the_table(target: int, dim: int) -> None:
 
 def test_a_piece_is_no_larger_than_the_cache() -> None:
     assert tq4_prefill.piece_slots(SMALL, 1000) == 64
-    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 2, 4, 2), 150) == 192
-    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 2, 4, 2), 131072) == 16384
+    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 4, 2), 150) == 192
+    assert tq4_prefill.piece_slots(PrefillTile(16, 16, 4, 2), 131072) == 16384
 
 
 def test_tiles_fit_the_piece() -> None:
