@@ -129,6 +129,8 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     _check("sliding_decode", q, k, v, q_weight, cos)
     dim, slots = q_weight.shape[0], k_ring.shape[0]
     heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
+    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
+        raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
     if not use_triton(q):
         prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype)
         out = sliding_attention.reference(*prepared, k_ring, v_ring, pos, window)

@@ -22,7 +22,7 @@ from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
 
 MAX_SPLITS = 64
-COUNTERS = 1 << 13  # blocks of rows of the largest matrix, times tokens
+COUNTERS = 1 << 13  # for one token: blocks of rows of the largest matrix
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
     else:
         out = partials
     grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
+    if end != "split" and counters.numel() < grid[0] * tokens:
+        raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
     kernel(gemv)[grid](x, words, halves, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind),
                        TERMS=terms, END=end, **constants, num_warps=warps)
     return out[0] if alone else out
@@ -109,7 +111,9 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
 
 @triton_op("kiln::fixed_point", mutates_args=())
 def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
-    """x [T, K], K a multiple of 32 -> fixed point of `terms` bytes, int32 [T, K / 32, 8 terms + 4] (see `fixed_point`)."""
+    """x [T, K] -> fixed point of `terms` bytes, int32 [T, K / 32, 8 terms + 4] (see `fixed_point`). ValueError when it does not fit."""
+    if x.dim() != 2 or x.shape[1] % GROUP or terms not in (1, 2, 3):
+        raise ValueError(f"fixed_point: x is {tuple(x.shape)}, {terms} bytes; expected [T, a multiple of {GROUP}], 1 to 3 bytes")
     return fix(x.contiguous(), terms) if use_triton(x) else fixed_point.quantize(x, terms)
 
 
@@ -117,7 +121,7 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
 def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor) -> torch.Tensor:
     """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
-    counters: zeros, int32, as many as blocks of rows at least; zeros again afterwards. Raises ValueError when a shape does not fit.
+    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, kind)
     if not use_triton(x):
@@ -129,6 +133,8 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
     """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
     _check("fixed_partials", x, words, halves, kind)
+    if x.shape[0] != 1:
+        raise ValueError(f"fixed_partials: x is {tuple(x.shape)}; expected one token")
     if not use_triton(x):
         return fixed_point.dequantize(x) @ dequantize(kind, words, halves)
     return multiply(x, words, halves, kind, x, torch.float32, end="split").view(-1, words.shape[2])

@@ -70,7 +70,7 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
         return reference(x, words, halves, kind)
     x = x.contiguous()
     if isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS:
-        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+        counters = torch.zeros(COUNTERS * x.shape[0], dtype=torch.int32, device=x.device)
         return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())

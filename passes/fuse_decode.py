@@ -14,7 +14,7 @@ from torch.fx import Node
 
 import passes.edit as edit
 from custom_ops.gemv import COUNTERS, glu_fits
-from passes.edit import KILN, PassError
+from passes.edit import KILN
 from passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
@@ -27,12 +27,12 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     ep = lowered.program
     if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
         return PassReport("fuse_decode", "not needed", note="many tokens")
-    fuser = _Fuser(ep, options.decode_bytes)
     products = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
+    if not products:
+        return PassReport("fuse_decode", "not needed", note="no weight is packed")
+    fuser = _Fuser(ep, options.decode_bytes)
     for product in products:
         fuser.rewrite(product)
-    if not products:
-        raise PassError("pass fuse_decode: no product with a packed weight found")
     fuser.drop_dead_products()
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
@@ -85,16 +85,11 @@ class _Fuser:
             self.float32[node] = source
         return self.float32[node]
 
-    def raw(self, node: Node, before: Node) -> Node:
-        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S."""
-        node = _viewed(node)
-        if edit.is_call(node, operator.getitem):
-            pieces, index = node.args
-            if edit.is_call(pieces, aten.split_with_sizes.default, aten.split.sizes) and len(pieces.args[0].meta["val"].shape) == 2:
-                sizes = pieces.args[1]
-                begin = sum(sizes[:index])
-                return self.emit(before, aten.slice.Tensor, self.parts(pieces.args[0], before), 1, begin, begin + sizes[index])
-        return self.parts(node, before)
+    def raw(self, node: Node, before: Node, in_parts: bool) -> Node:
+        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`."""
+        whole, begin, end = _projection(node)
+        value = self.parts(whole, before) if in_parts else self.exact(whole, before)
+        return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
         """What sums to `node`: a product that leaves its sum to its reader, or the value itself."""
@@ -123,7 +118,7 @@ class _Fuser:
         if edit.is_call(y, aten.slice.Tensor) and y.meta["val"].shape == y.args[0].meta["val"].shape:
             y = y.args[0]
         self.counts["norms"] += 1
-        residual = None if y in self.float32 else _residual(y)
+        residual = None if y in self.float32 else _residual(y, eps)
         if residual is None:
             return self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, eps, self.terms)
         stream, branch, post_weight, scale = residual
@@ -156,8 +151,11 @@ class _Fuser:
         k, v = _rotated(_viewed(write.k)), _viewed(write.v)
         if k is None or k.cos is not q.cos or k.sin is not q.sin or not edit.is_call(v, KILN.rms_norm.default) or v.args[1] is not None:
             return None
+        if not q.eps == k.eps == v.args[2]:
+            return None
         first = write.nodes[0]
-        projections = [self.raw(n, first) for n in (q.x, k.x, v.args[0])]
+        together = _projection(q.x)[0] is _projection(k.x)[0]  # products of their own are split differently
+        projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.args[0], True))]
         shared = (*projections, q.weight, k.weight, q.cos, q.sin)
         if edit.is_call(call, KILN.sliding_attention.default):
             _, _, _, k_ring, v_ring, pos, window = call.args
@@ -204,9 +202,28 @@ def _write(call: Node) -> _Writes | None:
         return None
     (k_write,), (v_write,) = writes
     k, v = k_write.args[3], v_write.args[3]
-    if sliding and (k_write.users or v_write.users or (_viewed(k), _viewed(v)) != tuple(call.args[1:3])):
-        return None
+    if sliding:
+        own = not k_write.users and not v_write.users and (_viewed(k), _viewed(v)) == tuple(call.args[1:3])
+        if not own or not all(_at_slot(w, call.args[5], caches[0].meta["val"].shape[0]) for w in (k_write, v_write)):
+            return None
     return _Writes(sorted((k_write, v_write)), k, v)
+
+
+def _at_slot(write: Node, pos: Node, slots: int) -> bool:
+    """`write` puts the token into the ring's slot pos % slots."""
+    return write.args[1] == 0 and edit.is_call(write.args[2], aten.remainder.Scalar) and write.args[2].args == (pos, slots)
+
+
+def _projection(node: Node) -> tuple[Node, int | None, int | None]:
+    """(projection, begin, end): what `node` is a view of, and the columns of it where it is split."""
+    node = _viewed(node)
+    if edit.is_call(node, operator.getitem):
+        pieces, index = node.args
+        if edit.is_call(pieces, aten.split_with_sizes.default, aten.split.sizes) and len(pieces.args[0].meta["val"].shape) == 2:
+            sizes = pieces.args[1]
+            begin = sum(sizes[:index])
+            return pieces.args[0], begin, begin + sizes[index]
+    return node, None, None
 
 
 def _viewed(node: Node) -> Node:
@@ -215,8 +232,8 @@ def _viewed(node: Node) -> Node:
     return node
 
 
-def _residual(y: Node) -> tuple[Node, Node, Node, Node | None] | None:
-    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight)) * scale, with or without the scale."""
+def _residual(y: Node, eps: float) -> tuple[Node, Node, Node, Node | None] | None:
+    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without the scale."""
     scale = None
     if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
         left, scale = y.args[0].args
@@ -226,6 +243,6 @@ def _residual(y: Node) -> tuple[Node, Node, Node, Node | None] | None:
     if not edit.is_call(y, aten.add.Tensor) or len(y.args) != 2:
         return None
     stream, norm = y.args
-    if not edit.is_call(norm, KILN.rms_norm.default) or norm.args[1] is None:
+    if not edit.is_call(norm, KILN.rms_norm.default) or norm.args[1] is None or norm.args[2] != eps:
         return None
     return stream, norm.args[0], norm.args[1], scale
