@@ -30,7 +30,7 @@ def quantize(x: torch.Tensor, terms: int) -> torch.Tensor:
     """x [T, K] -> int32 [T, K / 32, 8 terms + 4], in plain torch. Bytes are signed: what is left after one of them rounds to the next."""
     groups = x.float().unflatten(1, (-1, GROUP))  # [T, G, 32]
     high = groups.abs().amax(-1)
-    inverse = torch.where(high > 0, largest(terms) / high, 0.0)
+    inverse = torch.where(high > 0, torch.full_like(high, largest(terms)) / high, 0.0)  # of a number and a tensor torch rounds twice
     scale = high * (1.0 / largest(terms))
     v = torch.floor(groups * inverse.unsqueeze(-1) + 0.5).to(torch.int32)
     parts, rest = [], v
