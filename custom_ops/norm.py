@@ -80,6 +80,10 @@ def add_norm(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, s
     [1, D / 32, 8 terms + 4]. Raises ValueError when a shape or dtype does not fit.
     """
     _check("add_norm", x, weight)
+    if branch.shape != x.shape or post_weight.shape != weight.shape or (scale is not None and scale.shape != (1,)):
+        scaled = "none" if scale is None else tuple(scale.shape)
+        given = f"branch {tuple(branch.shape)}, post_weight {tuple(post_weight.shape)}, scale {scaled}"
+        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, {tuple(weight.shape)}, (1,) or none")
     if not use_triton(x):
         return reference(x, branch, post_weight, scale, weight, eps, terms)
     return _launch(x, branch, post_weight, scale, weight, eps, terms)
