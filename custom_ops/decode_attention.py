@@ -100,6 +100,30 @@ def _prepare(q, k, v, q_weight, k_weight, cos, sin, pos, q_out, k_out, v_out, ep
                                                     HEADS=heads, KV=kv_heads, D=dim, RING=ring, EARLY=early(), num_warps=PREPARE_WARPS)
 
 
+@triton.jit
+def rope_table_kernel(pos_ptr, inv_freq_ptr, cos_ptr, sin_ptr, half, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """cos and sin of pos * inv_freq, float32 [half]."""
+    i = tl.arange(0, BLOCK)
+    inv_freq = tl.load(inv_freq_ptr + i, i < half, other=0.0)
+    wait_for_earlier_kernels(EARLY)
+    angle = tl.load(pos_ptr).to(tl.float32) * inv_freq
+    tl.store(cos_ptr + i, tl.cos(angle), i < half)
+    tl.store(sin_ptr + i, tl.sin(angle), i < half)
+
+
+@triton_op("kiln::rope_table", mutates_args=())
+def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of pos * inv_freq, computed once: pos int64 [1], inv_freq float32 [H] -> float32 [1, H] each."""
+    if not use_triton(inv_freq):
+        angle = pos.float()[:, None] * inv_freq
+        return angle.cos(), angle.sin()
+    half = inv_freq.shape[0]
+    cos = torch.empty((1, half), dtype=torch.float32, device=inv_freq.device)
+    sin = torch.empty_like(cos)
+    kernel(rope_table_kernel)[(1,)](pos, inv_freq, cos, sin, half, BLOCK=triton.next_power_of_2(half), EARLY=early(), num_warps=1)
+    return cos, sin
+
+
 @triton_op("kiln::prepare_qkv", mutates_args=())
 def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                 sin: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,14 +183,14 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     numbers = {"eps": "fp32"} | dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     cases = []
     for heads, kv_heads, dim, ring in ((32, 16, 256, 1024), (32, 4, 512, 0)):
-        signature = raw | {"pos_ptr": "*i64" if ring else "*fp32"} | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*bf16")
+        signature = raw | {"pos_ptr": "*i64" if ring else "*fp32"} | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16")
         constants = {"HEADS": heads, "KV": kv_heads, "D": dim, "RING": ring, "EARLY": early(target)}
         cases.append(KernelCase(f"prepare {heads}:{kv_heads}x{dim}", prepare_kernel, signature | numbers, constants,
                                 {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
-    tile = decode_tile(torch.bfloat16, target, 256)
+    tile = decode_tile(torch.float16, target, 256)
     split, merge = decode_constants(tile, target, 32, 16, 256, 1024, 1024, False, own=True, terms=2)
     position = {"pos_ptr": "*i64", "len_ptr": "*i64"}
-    inputs, parts = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16"), {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
+    inputs, parts = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
     cases.append(KernelCase("sliding_decode 32:16x256", flash_decode_kernel, inputs | position | parts, split,
                             {"num_warps": tile.warps, "num_stages": tile.stages}))
     cases.append(KernelCase("sliding_decode merge 32:16x256", flash_merge_kernel, parts | position | inputs | {"out_ptr": "*i32"},

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from custom_ops.early import WAITING_KERNELS
 from custom_ops.fixed_point import TERMS
 from exporter.artifact import staged, write_manifest
 from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
-from exporter.config import check_tensors, from_gguf
+from exporter.config import ModelConfig, check_tensors, from_gguf
 from exporter.errors import KilnError
 from exporter.export import DTYPES, GraphSpec
 from exporter.gguf import GGUFFile, open_gguf
 from exporter.plan import kv_plan, memory_plan
 from exporter.progress import bar, say, size_text
+from exporter.quantize import to_float
 from exporter.tokenizer import chat_template, render_chat_affixes, write_tokenizer
 from exporter.torch_private import check_versions
 from exporter.weights import plan_weights, write_weights
@@ -24,6 +28,7 @@ from passes.records import PassOptions
 
 GIB = 2**30
 DEFAULT_SEQ_LEN = 8192
+FLOAT16_MAX = 65504
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class ExportOptions:
     max_seq_len: int | None = None
     prefill_chunk: int = 2048
     turboquant: bool = False
+    cache: str = "float16"
     targets: tuple[str, ...] = ()
     activation_dtype: str = "auto"
     decode_activations: str = "exact"
@@ -76,7 +82,10 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
     dtype = options.activation_dtype
     if options.decode_activations == "int8" and not options.fuse_decode:
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
+    if not cpu and options.cache == "float16":
+        check_float16(config, gguf)
     return GraphSpec(
+        cache=options.cache,
         config=config,
         plan=tuple(plan_weights(config, gguf)),
         max_seq_len=max_seq_len,
@@ -90,6 +99,16 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype if dtype != "auto" else "bfloat16"),
         ),
     )
+
+
+def check_float16(config: ModelConfig, gguf: GGUFFile) -> None:
+    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights."""
+    for layer in config.layers:
+        for name in ("attn_q_norm", "attn_k_norm"):
+            tensor = f"blk.{layer.index}.{name}.weight"
+            largest = float(np.abs(to_float(gguf, tensor)).max()) * math.sqrt(2 * layer.head_dim)
+            if largest > FLOAT16_MAX:
+                raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
 
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
@@ -125,7 +144,7 @@ def export_artifact(options: ExportOptions) -> None:
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
         clean(work)
-        planned = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options.turboquant)
+        planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options.turboquant)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
         write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)

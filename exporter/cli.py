@@ -47,10 +47,10 @@ def main() -> None:
 )
 @click.option(
     "--kv-cache",
-    type=click.Choice(["bf16", "tq4"]),
-    help="Of the global layers. bf16: exact, float32 where activations are (the CPU); tq4: TurboQuant, 4 bits.  [default: bf16]",
+    type=click.Choice(["f16", "bf16", "tq4"]),
+    help="f16, bf16: keys and values in 16 bits (on the CPU 32); tq4: those of the global layers in 4 bits, TurboQuant.  [default: f16]",
 )
-@click.option("--turboquant/--no-turboquant", default=None, help="Short for --kv-cache tq4 or bf16.")
+@click.option("--turboquant/--no-turboquant", default=None, help="Short for --kv-cache tq4 or f16.")
 @click.option(
     "--target",
     "targets",
@@ -82,8 +82,7 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
 def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
     """Compile a GGUF file into an artifact."""
-    short = None if turboquant is None else "tq4" if turboquant else "bf16"
-    if kv_cache and short and kv_cache != short:
+    if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
     if not options["dry_run"] and options["gguf_path"].is_file():
@@ -92,7 +91,8 @@ def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
         prepare(min(2, os.cpu_count() or 1))  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
-    export_artifact(ExportOptions(turboquant=(kv_cache or short) == "tq4", **options))
+    cache = "bfloat16" if kv_cache == "bf16" else "float16"
+    export_artifact(ExportOptions(turboquant=bool(turboquant) or kv_cache == "tq4", cache=cache, **options))
 
 
 @main.command()

@@ -31,13 +31,19 @@ class GraphSpec:
     prefill_chunk: int  # longest prefill, in tokens
     activation_dtype: str  # a key of DTYPES
     options: PassOptions
+    cache: str = "float16"  # of keys and values that are not quantized, where activations have 16 bits: float16 or bfloat16
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Keys and values are normalized, so float16 holds them, with eight times bfloat16's precision."""
+        return torch.float32 if self.activation_dtype == "float32" else getattr(torch, self.cache)
 
     @property
     def model_dtype(self) -> torch.dtype:
         return DTYPES[self.activation_dtype]
 
     def model(self) -> Decoder:
-        return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype)
+        return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
 
 
 def trace_length(spec: GraphSpec) -> int:

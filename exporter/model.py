@@ -105,9 +105,9 @@ class GlobalCache(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerConfig, weights: dict[str, WeightPlan], max_seq_len: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, weights: dict[str, WeightPlan], max_seq_len: int, cache_dtype: torch.dtype):
         super().__init__()
-        self.layer, self.eps = layer, config.rms_norm_eps
+        self.layer, self.eps, self.cache_dtype = layer, config.rms_norm_eps, cache_dtype
         for name, plan in weights.items():
             if plan.K:  # norms and scales are vectors
                 setattr(self, name, Matrix(plan))
@@ -119,9 +119,9 @@ class Layer(nn.Module):
             self.layer_output_scale = nn.Module()
             self.layer_output_scale.weight = _constant(1, dtype=torch.float32)
         if layer.sliding:
-            self.cache: nn.Module = SlidingCache(layer, config.sliding_window, max_seq_len, dtype)
+            self.cache: nn.Module = SlidingCache(layer, config.sliding_window, max_seq_len, cache_dtype)
         else:
-            self.cache = GlobalCache(layer, max_seq_len, dtype)
+            self.cache = GlobalCache(layer, max_seq_len, cache_dtype)
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> q [T, H, hd], raw k and v [T, KV, hd]; V is the raw K where the file has no attn_v."""
@@ -139,10 +139,11 @@ class Layer(nn.Module):
 
     def attention(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(h)
-        q = torch.ops.kiln.rope(self.attn_q_norm(q), cos, sin)
-        k = torch.ops.kiln.rope(self.attn_k_norm(k), cos, sin)
-        v = torch.ops.kiln.rms_norm(v, None, self.eps, v.dtype)
-        return self.attn_output.linear(self.cache.attend(q, k, v, pos).flatten(1))
+        q = torch.ops.kiln.rope(self.attn_q_norm(q, self.cache_dtype), cos, sin)
+        k = torch.ops.kiln.rope(self.attn_k_norm(k, self.cache_dtype), cos, sin)
+        v = torch.ops.kiln.rms_norm(v, None, self.eps, self.cache_dtype)
+        out = self.cache.attend(q, k, v, pos).flatten(1)
+        return self.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
 
     def mlp(self, h: Tensor) -> Tensor:
         if hasattr(self, "ffn_gate_up"):
@@ -169,7 +170,9 @@ class Decoder(nn.Module):
     Parameters carry the names of `exporter.weights.constants`; buffers are the KV caches and nothing else.
     """
 
-    def __init__(self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+    ):
         super().__init__()
         if not config.layers:
             raise KilnError("the model has no layers")
@@ -179,7 +182,7 @@ class Decoder(nn.Module):
         self.output = None if config.tied_head else Matrix(weights["output"])
         self.output_norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.blk = nn.ModuleList(
-            Layer(config, layer, _below(weights, f"blk.{layer.index}."), max_seq_len, dtype) for layer in config.layers
+            Layer(config, layer, _below(weights, f"blk.{layer.index}."), max_seq_len, cache_dtype or dtype) for layer in config.layers
         )
         for sliding in (True, False):
             head_dim = next((layer.head_dim for layer in config.layers if layer.sliding == sliding), None)

@@ -45,7 +45,7 @@ class MemoryPlan:
 
 def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
-    kv = kv_plan(spec.config, spec.max_seq_len, dtype, spec.options.turboquant)
+    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options.turboquant)
     weights = weight_bytes(spec.config, spec.plan)
     widest = max(p.N for p in spec.plan if p.K)
     scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)

@@ -128,7 +128,7 @@ class AllPositions(Decoder):
 @dataclass(frozen=True)
 class AllPositionsSpec(GraphSpec):
     def model(self) -> AllPositions:
-        return AllPositions(self.config, list(self.plan), self.max_seq_len, self.model_dtype)
+        return AllPositions(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
 
 
 class GraphPlayer:

@@ -46,6 +46,7 @@ class _Fuser:
         self.fixed: dict[Node, Node] = {}  # a node -> its value in fixed point
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
         self.partials: dict[Node, Node] = {}  # a product -> the same, to be summed by its reader
+        self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.made: list[Node] = []
         first = next(n for n in ep.graph.nodes if n.op != "placeholder")
         device = edit.user_input(ep, "tokens").meta["val"].device
@@ -142,6 +143,9 @@ class _Fuser:
 
     def attention(self, x: Node, before: Node) -> Node | None:
         call = _viewed(x)
+        if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
+            x = call.args[0]
+            call = _viewed(x)
         if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
             return None
         q = _rotated(call.args[0])
@@ -156,7 +160,7 @@ class _Fuser:
         first = write.nodes[0]
         together = _projection(q.x)[0] is _projection(k.x)[0]  # products of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.args[0], True))]
-        shared = (*projections, q.weight, k.weight, q.cos, q.sin)
+        shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         if edit.is_call(call, KILN.sliding_attention.default):
             _, _, _, k_ring, v_ring, pos, window = call.args
             self.counts["sliding"] += 1
@@ -164,10 +168,23 @@ class _Fuser:
                 self.ep.graph.erase_node(node)
             return self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, q.eps, self.terms)
         self.counts["global"] += 1
+        call.args = (*call.args[:-1], None)  # one token: its position bounds the cache as well as the length would, and is no kernel
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
         return self.converted(x, before)
+
+    def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
+        """cos and sin from one kernel; as they are, every reader would compute its own."""
+        if (cos, sin) not in self.tables:
+            angle = cos.args[0] if edit.is_call(cos, aten.cos.default) and edit.is_call(sin, aten.sin.default) else None
+            if angle is None or sin.args[0] is not angle or not edit.is_call(angle, aten.mul.Tensor) or angle.args[1].op != "placeholder":
+                self.tables[cos, sin] = cos, sin
+            else:
+                first = min(cos, sin)
+                both = self.emit(first, KILN.rope_table.default, edit.user_input(self.ep, "pos"), angle.args[1])
+                self.tables[cos, sin] = tuple(self.emit(first, operator.getitem, both, i) for i in range(2))
+        return self.tables[cos, sin]
 
 
 class _Rotated:

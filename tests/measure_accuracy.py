@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -24,7 +25,7 @@ from tests.timeline import graph_spec
 
 def eager_logits(gguf: Path, state: dict[str, torch.Tensor], tokens: torch.Tensor, dtype: str) -> torch.Tensor:
     """The plain decoder in one batch, every position's logits [T, V] float32 on the CPU."""
-    spec = graph_spec(gguf, max_seq_len=len(tokens), dtype=dtype)
+    spec = dataclasses.replace(graph_spec(gguf, max_seq_len=len(tokens), dtype=dtype), cache="bfloat16")
     with torch.device("cuda"), torch.inference_mode():
         model = spec.model()
         model.load_state_dict(state, strict=False, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -54,7 +55,7 @@ def logits_of(artifact: Path, chunk: int, tmp_path: Path) -> dict[int, torch.Ten
 
 def eager_bf16(tmp_path: Path) -> torch.Tensor:
     """Every position's logits by the plain decoder with bfloat16 activations."""
-    model = graph_spec(TINY, dtype="bfloat16").model()
+    model = dataclasses.replace(graph_spec(TINY, dtype="bfloat16"), cache="bfloat16").model()
     model.load_state_dict(weights(TINY, tmp_path), strict=False)
     with torch.inference_mode():
         return torch.stack([model(t[None], torch.tensor([i]), *GREEDY)[1][0] for i, t in enumerate(fixture_tokens())])
