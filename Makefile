@@ -52,7 +52,7 @@ sanitize: build
 	  $(PY) -m exporter export --gguf $(BUILD)/sanitize.gguf --out $(SANITIZED) --target native --turboquant --max-seq-len 1024 --prefill-chunk 256; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
-	$(SANITIZE) --tool racecheck --kernel-name-exclude kns=nvjet,kns=cublas $(STEPS)
+	KILN_FULL_STACK=1 $(SANITIZE) --tool racecheck --kernel-name-exclude kns=nvjet,kns=cublas $(STEPS)
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)
