@@ -24,7 +24,18 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops import flash, quantized_embedding, quantized_linear, sample, tq4, tq4_attention
+from custom_ops import (
+    decode_attention,
+    flash,
+    gemv,
+    norm,
+    quantized_embedding,
+    quantized_linear,
+    sample,
+    tq4,
+    tq4_attention,
+    tq4_prefill,
+)
 from custom_ops.bench_cases import Case, Tensors, all_cases
 
 COLD = 4
@@ -33,7 +44,8 @@ REPLAYS = 21
 LONG = 2.0  # milliseconds of a call above which a graph holds each copy once only
 LAUNCHES = 20  # of a graph of shorter calls
 CEILING_BYTES = 4_000_000_000
-LAUNCHING = (flash, quantized_embedding, quantized_linear, sample, tq4, tq4_attention)  # modules whose ops launch kernels
+# modules whose ops launch kernels
+LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention, tq4_prefill)
 SEED = 1
 
 

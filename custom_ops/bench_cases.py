@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 import custom_ops.ops  # noqa: F401
-from custom_ops import quantized_embedding, quantized_linear, sample, tq4, tq4_attention
+from custom_ops import decode_attention, fixed_point, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention
 from custom_ops.flash import attend
+from custom_ops.gemv import COUNTERS
 from custom_ops.layouts import LAYOUTS, dequantize
 
 Tensors = tuple[torch.Tensor, ...]
@@ -19,6 +20,9 @@ kiln = torch.ops.kiln
 SPREAD = 0.3  # of random queries, keys and values: scores of a few units, as after the norms of a real model
 REFERENCE_ROWS = 8192  # of a matrix dequantized at a time
 ROUNDED = 6e-3  # relative error that rounding to bfloat16 on the way allows
+FIXED = 1e-4  # that two bytes an activation do
+TERMS = 2  # bytes of an activation of a decode step
+EPS = 1e-6
 EXACT = 0.0
 
 
@@ -96,6 +100,7 @@ GEMMA4_31B = Geometry(
     depths=(128, 512, 2048, 8192, 32768, 131072),
     chunks=(512, 2048),
 )
+STEP = "norms and sliding attention of a fused decode step"
 LEAST_SLOTS = 8192  # of a cache, however little of it is filled: a decode kernel has as many splits as for a long one
 
 
@@ -147,8 +152,86 @@ def product_case(op: str, m: Matrix, tokens: int, dtype: torch.dtype, limit: flo
     )
 
 
+def _fixed_bytes(count: int) -> int:
+    """Bytes of `count` activations in fixed point."""
+    return 4 * (count // fixed_point.GROUP) * fixed_point.group_words(TERMS)
+
+
+def fixed_case(m: Matrix) -> Case:
+    """The product as a fused decode step does it: summed by the kernel, gated, or left in parts to attention."""
+    end = "fixed_glu" if m.name == "ffn_gate_up" else "fixed_partials" if m.name in ("attn_qkv", "attn_qk", "attn_v") else "fixed_linear"
+
+    def arguments(g: torch.Generator) -> Tensors:
+        x = fixed_point.quantize(_normal(g, 1, m.k, dtype=torch.float32), TERMS)
+        return (x, *packed(m.kind, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device))
+
+    def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+        if end == "fixed_partials":
+            return kiln.fixed_partials(x, words, halves, m.kind)
+        return getattr(kiln, end)(x, words, halves, m.kind, counters)
+
+    def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+        parts = ((words[:, :, i : i + REFERENCE_ROWS], halves[:, :, i : i + REFERENCE_ROWS]) for i in range(0, m.n, REFERENCE_ROWS))
+        y = torch.cat([fixed_point.dequantize(x) @ dequantize(m.kind, *part) for part in parts], 1)
+        if end != "fixed_glu":
+            return y
+        gate, value = y.chunk(2, -1)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * value
+
+    def result(out: torch.Tensor, arguments: Tensors) -> torch.Tensor:
+        return fixed_point.dequantize(out) if end == "fixed_glu" else out.sum(0, keepdim=True) if end == "fixed_partials" else out
+
+    written = _fixed_bytes(m.n // 2) if end == "fixed_glu" else 4 * m.n
+    return Case(
+        op=f"{end} {m.kind}",
+        shape=f"{m.k} x {m.n}",
+        bytes=quantized_linear.bytes_moved(m.kind, 0, m.n, m.k) + _fixed_bytes(m.k) + written,
+        flops=quantized_linear.flops(1, m.n, m.k),
+        limit=FIXED if end == "fixed_glu" else 1e-5,
+        arguments=arguments,
+        call=call,
+        reference=reference,
+        copy=_clone(1, 2),
+        result=result,
+        group="matrix products of a fused decode step",
+        count=m.count,
+    )
+
+
+def fixed_cases(geometry: Geometry) -> list[Case]:
+    return [fixed_case(m) for m in (*geometry.matrices, geometry.head)]
+
+
+def add_norm_case(geometry: Geometry) -> Case:
+    d = geometry.head.k
+
+    def arguments(g: torch.Generator) -> Tensors:
+        vectors = (_normal(g, *shape, dtype=torch.float32) for shape in ((1, d), (1, d), (d,), (d,)))
+        return (*vectors, torch.full((1,), 0.5, device=g.device))
+
+    def reference(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weight: torch.Tensor,
+                  scale: torch.Tensor) -> torch.Tensor:
+        stream = (x.double() + norm.rms(branch, EPS).double() * post_weight) * scale
+        return torch.cat((stream, norm.rms(stream, EPS).double() * weight))
+
+    return Case(
+        op="add_norm",
+        shape=f"{d}",
+        bytes=4 * 5 * d + _fixed_bytes(d),
+        flops=0,
+        limit=FIXED,
+        arguments=arguments,
+        call=lambda x, branch, post_weight, weight, scale: kiln.add_norm(x, branch, post_weight, scale, weight, EPS, TERMS),
+        reference=reference,
+        copy=_clone(0, 1, 2, 3),
+        result=lambda out, arguments: torch.cat((out[0], fixed_point.dequantize(out[1]))),
+        group=STEP,
+        count=2 * (geometry.sliding.layers + geometry.full.layers),
+    )
+
+
 def gemv_cases(geometry: Geometry) -> list[Case]:
-    """Every matrix times one token; the head's activations are float32."""
+    """Every matrix times one token, not fused; the head's activations are float32."""
     group = "matrix products of a decode step"
     cases = [product_case("gemv", m, 1, torch.bfloat16, ROUNDED, group) for m in geometry.matrices]
     return [*cases, product_case("gemv", geometry.head, 1, torch.float32, 1e-5, group)]
@@ -226,6 +309,45 @@ def sliding_case(geometry: Geometry, tokens: int) -> Case:
         copy=_clone(3, 4),
         result=lambda out, arguments: out[_some(tokens, out.device)],
         group="attention and cache writes of a decode step, global layers apart" if tokens == 1 else "",
+        count=heads.layers,
+    )
+
+
+def sliding_decode_case(geometry: Geometry) -> Case:
+    """From the projections, in as many parts as their products leave them, to the next product's activations."""
+    heads, window, parts = geometry.sliding, geometry.window, 4
+    start = 4 * window
+
+    def arguments(g: torch.Generator) -> Tensors:
+        qk = _normal(g, parts, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
+        v = _normal(g, parts, heads.kv * heads.dim, dtype=torch.float32)
+        weights = (_normal(g, heads.dim, dtype=torch.float32, scale=SPREAD) for _ in range(2))
+        angle = _normal(g, 1, heads.dim // 2, dtype=torch.float32)
+        rings = (_normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
+        columns = heads.queries * heads.dim
+        return (qk[:, :columns], qk[:, columns:], v, *weights, angle.cos(), angle.sin(), *rings, _positions(g, start, start + 1))
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        *raw, k_ring, v_ring, pos = arguments
+        prepared = decode_attention.prepare_reference(*raw, EPS, k_ring.dtype)
+        past = torch.arange(start - window + 1, start, device=pos.device) % window
+        keys, values = (torch.cat([ring[past], own]) for ring, own in zip((k_ring, v_ring), prepared[1:], strict=True))
+        mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
+        return attend(prepared[0].float(), keys, values, mask).flatten(1)
+
+    row = heads.kv * heads.dim
+    return Case(
+        op="sliding_decode",
+        shape=f"1 over {window}",
+        bytes=2 * 2 * row * window + 4 * parts * (heads.queries * heads.dim + 2 * row) + _fixed_bytes(heads.queries * heads.dim),
+        flops=attention_flops(heads, window),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=lambda *a: kiln.sliding_decode(*a, window, EPS, TERMS),
+        reference=reference,
+        copy=_clone(7, 8),
+        result=lambda out, arguments: fixed_point.dequantize(out),
+        group=STEP,
         count=heads.layers,
     )
 
@@ -360,7 +482,7 @@ def sample_case(vocab: int, label: str, temperature: float, top_k: int, top_p: f
 
 
 def decode_attention_cases(geometry: Geometry) -> list[Case]:
-    cases = [sliding_case(geometry, 1)]
+    cases = [sliding_case(geometry, 1), sliding_decode_case(geometry)]
     cases += [tq4_case(geometry.full, 1, depth) for depth in geometry.depths]
     return cases + [global_case(geometry.full, 1, depth) for depth in geometry.depths]
 
@@ -378,6 +500,8 @@ def prefill_attention_cases(geometry: Geometry) -> list[Case]:
 def all_cases(geometry: Geometry = GEMMA4_31B) -> list[Case]:
     chunk, vocab = geometry.chunks[-1], geometry.head.n
     return [
+        *fixed_cases(geometry),
+        add_norm_case(geometry),
         *gemv_cases(geometry),
         *linear_cases(geometry),
         embedding_case(geometry.head, 1),

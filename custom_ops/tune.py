@@ -15,28 +15,15 @@ from typing import Any
 
 import torch
 
-from custom_ops import bench, flash, quantized_linear, tq4_attention
-from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, gemv_cases, global_case, sliding_case, tq4_case
+from custom_ops import bench, flash, gemv, tq4_attention, tq4_prefill
+from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases, global_case, sliding_case, tq4_case
 from custom_ops.flash import Tile, pick
-from custom_ops.quantized_linear import GemvConfig
+from custom_ops.gemv import GemvConfig
 from custom_ops.target import GpuTarget, current_target
 
 REPLAYS = 15
 SHOWN = 3  # of the best candidates of a case
 HOPELESS = 2.0  # times the best so far: one call tells enough
-
-
-@dataclass(frozen=True)
-class Gemv:
-    """A candidate for the GEMV: `rows` stands for narrow and for wide matrices, `groups` for the block type of the case."""
-
-    rows: int
-    programs_per_sm: int
-    stages: int
-    groups: int
-
-    def config(self) -> GemvConfig:
-        return GemvConfig(rows=self.rows, wide_rows=self.rows, programs_per_sm=self.programs_per_sm, stages=self.stages)
 
 
 @dataclass
@@ -48,7 +35,7 @@ class Family:
     candidates: list[Any]
     table: dict | None = None  # of tiles
     key: tuple[int, int] = (0, 0)
-    matrix: Matrix | None = None  # the GEMV's, whose configuration is in two tables
+    matrix: Matrix | None = None  # the GEMV's
 
 
 @dataclass
@@ -74,10 +61,9 @@ class Tuning:
 # ---- the grid ----
 
 
-def gemv_current(target: GpuTarget, m: Matrix) -> Gemv:
-    config = quantized_linear.GEMV_CONFIGS.get(target.sm, GemvConfig())
-    rows = config.wide_rows if m.n >= config.wide_n else config.rows
-    return Gemv(rows, config.programs_per_sm, config.stages, quantized_linear.GEMV_GROUPS[m.kind])
+def gemv_current(target: GpuTarget, m: Matrix) -> GemvConfig:
+    config = gemv.GEMV_CONFIGS.get(target.sm, GemvConfig())
+    return replace(config, groups=config.groups or gemv.GEMV_GROUPS[m.kind])
 
 
 def first(current: Any, others: Iterator[Any]) -> list[Any]:
@@ -94,8 +80,8 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     chunk, full = geometry.chunks[-1], geometry.full
     short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
     found = []
-    for m, case in zip((*geometry.matrices, geometry.head), gemv_cases(geometry), strict=True):
-        grid = (Gemv(r, p, s, g) for r, p, s, g in itertools.product((128, 256), (12, 24, 40, 64), (1, 2), (1, 2, 4)))
+    for m, case in zip((*geometry.matrices, geometry.head), fixed_cases(geometry), strict=True):
+        grid = (GemvConfig(*choice) for choice in itertools.product((32, 64, 128, 256), (1, 2), (8, 16, 24, 32), (1, 2, 4)))
         found.append(Family(case.name, [case], first(gemv_current(target, m), grid), matrix=m))
 
     def tiled(name: str, table: dict, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
@@ -106,7 +92,13 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
     tiled("tq4 decode", tq4_attention.DECODE_TILES, full.dim, [tq4_case(full, 1, short), tq4_case(full, 1, long)], **decode)
-    tiled("tq4 prefill", tq4_attention.PREFILL_TILES, full.dim, [tq4_case(full, chunk, far)], **prefill)
+    if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
+        pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
+        key = (target.sm, full.dim)
+        found.append(Family("tq4 prefill", [tq4_case(full, chunk, far)], tiles(tq4_prefill.PIECE_TILES[key], **pieces),
+                            tq4_prefill.PIECE_TILES, key))  # fmt: skip
+    else:
+        tiled("tq4 prefill", tq4_attention.PREFILL_TILES, full.dim, [tq4_case(full, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
     tiled("sliding decode", flash.DECODE_TILES, geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
     tiled("sliding prefill", flash.PREFILL_TILES, geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
@@ -118,24 +110,16 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
 @contextlib.contextmanager
 def applied(family: Family, candidate: Any, target: GpuTarget) -> Iterator[None]:
     """Inside, the ops take the candidate for this target."""
-    if family.matrix:
-        entries = [
-            (quantized_linear.GEMV_CONFIGS, target.sm, candidate.config()),
-            (quantized_linear.GEMV_GROUPS, family.matrix.kind, candidate.groups),
-        ]
-    else:
-        entries = [(family.table, family.key, candidate)]
-    kept = [(table, key, table.get(key)) for table, key, _ in entries]
-    for table, key, value in entries:
-        table[key] = value
+    table, key = (gemv.GEMV_CONFIGS, target.sm) if family.matrix else (family.table, family.key)
+    kept = table.get(key)
+    table[key] = candidate
     try:
         yield
     finally:
-        for table, key, value in kept:
-            if value is None:
-                del table[key]
-            else:
-                table[key] = value
+        if kept is None:
+            del table[key]
+        else:
+            table[key] = kept
 
 
 # ---- trials ----
@@ -175,8 +159,8 @@ def launch_of(family: Family, candidate: Any, target: GpuTarget) -> Any:
     if not family.matrix:
         return candidate
     m = family.matrix
-    constants, splits = quantized_linear.gemv_launch(m.kind, 1, m.n, m.k, target)
-    return tuple(constants.values()), splits
+    constants, splits, warps = gemv.launch(m.kind, 1, m.n, m.k, target)
+    return tuple(constants.values()), splits, warps
 
 
 def run_family(family: Family, tuning: Tuning, target: GpuTarget, deadline: float) -> None:
@@ -223,9 +207,9 @@ def report(case: Case, trials: list[Trial]) -> None:
 # ---- what to write into the tables ----
 
 
-def best_tile(family: Family, trials: list[Trial]) -> tuple[Tile, float] | None:
+def best_tile(family: Family, trials: list[Trial]) -> tuple[Any, float] | None:
     """The tile that is fastest over the family's cases, by geometric mean, and that mean; None when no tile was timed in all of them."""
-    logs: dict[Tile, list[float]] = {}
+    logs: dict[Any, list[float]] = {}
     for t in trials:
         if t.family is family and t.us is not None:
             logs.setdefault(t.candidate, []).append(math.log(t.us))
@@ -236,12 +220,12 @@ def best_tile(family: Family, trials: list[Trial]) -> tuple[Tile, float] | None:
     return tile, math.exp(means[tile])
 
 
-def best_gemv(trials: list[Trial], wide_n: int) -> tuple[GemvConfig, dict[str, int], float] | None:
+def best_gemv(trials: list[Trial]) -> tuple[GemvConfig, dict[str, int], float] | None:
     """The one GemvConfig and groups of each block type with the least time for all products of a decode step, and that time.
 
     None when no combination was timed for every matrix.
     """
-    times: dict[Matrix, dict[Gemv, float]] = {}
+    times: dict[Matrix, dict[GemvConfig, float]] = {}
     for t in trials:
         if t.family.matrix:
             found = times.setdefault(t.family.matrix, {})
@@ -249,17 +233,16 @@ def best_gemv(trials: list[Trial], wide_n: int) -> tuple[GemvConfig, dict[str, i
                 found[t.candidate] = t.us
     candidates = {c for found in times.values() for c in found}
     kinds = sorted({m.kind for m in times})
-    fields = ("rows", "rows", "programs_per_sm", "stages", *("groups" for _ in kinds))
-    choices = [sorted({getattr(c, name) for c in candidates}) for name in fields]
     best = None
-    for rows, wide, programs, stages, *groups in itertools.product(*choices):
-        by_kind = dict(zip(kinds, groups, strict=True))
-        total = 0.0
-        for m, found in times.items():
-            candidate = Gemv(wide if m.n >= wide_n else rows, programs, stages, by_kind[m.kind])
-            total += m.count * found.get(candidate, math.inf)
+    for config in sorted({replace(c, groups=0) for c in candidates}, key=lambda c: tuple(vars(c).values())):
+        by_kind, total = {}, 0.0
+        for kind in kinds:  # its groups are its own affair
+            sums = {g: sum(m.count * found.get(replace(config, groups=g), math.inf) for m, found in times.items() if m.kind == kind)
+                    for g in sorted({c.groups for c in candidates})}  # fmt: skip
+            by_kind[kind] = min(sums, key=sums.__getitem__)
+            total += sums[by_kind[kind]]
         if math.isfinite(total) and (best is None or total < best[2]):
-            best = GemvConfig(rows, wide, wide_n, programs, stages), by_kind, total
+            best = config, by_kind, total
     return best
 
 
@@ -272,9 +255,9 @@ def tune(only: str, budget: float) -> dict:
         run_family(family, tuning, target, began + budget)
         torch.cuda.empty_cache()
     print("\nbest together")
-    gemv = best_gemv(tuning.trials, GemvConfig().wide_n)
-    if gemv:
-        config, groups, us = gemv
+    products = best_gemv(tuning.trials)
+    if products:
+        config, groups, us = products
         print(f"GEMV_CONFIGS[{target.sm}] = {config}, GEMV_GROUPS {groups}: {us / 1e3:.3f} ms for the products of a decode step")
     for family in chosen:
         if family.table is not None and (found := best_tile(family, tuning.trials)):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 
 import pytest
 import torch
 
-from custom_ops import bench, flash, quantized_linear, tq4_attention, tune
-from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, all_cases, gemv_cases, keys_attended
+import custom_ops
+from custom_ops import bench, flash, gemv, launch, tq4_attention, tq4_prefill, tune
+from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, all_cases, fixed_cases, gemv_cases, keys_attended
 from custom_ops.flash import Tile
-from custom_ops.quantized_linear import GemvConfig
+from custom_ops.gemv import GemvConfig
 from custom_ops.target import gpu_targets
 from exporter.bench import keys_attended as closed_form
 from exporter.config import from_gguf
@@ -20,7 +23,7 @@ from exporter.synth import write_synthetic
 from exporter.weights import plan_weights
 
 TINY = Geometry(
-    matrices=(Matrix("attn_qkv", "Q4_K", 300, 512, 2), Matrix("ffn_down", "Q6_K", 256, 768, 3)),
+    matrices=(Matrix("attn_qkv", "Q4_K", 300, 512, 2), Matrix("ffn_down", "Q6_K", 256, 768, 3), Matrix("ffn_gate_up", "Q4_K", 512, 256, 1)),
     head=Matrix("token_embd", "Q6_K", 9000, 256, 1),
     sliding=Heads(4, 2, 64, 2),
     window=16,
@@ -36,6 +39,12 @@ H200 = gpu_targets()["sm_90"]
 def call_last(call, copies) -> float:
     call(copies - 1)
     return 50.0
+
+
+def test_every_module_that_launches_is_compiled_ahead():
+    modules = (importlib.import_module(f"custom_ops.{m.name}") for m in pkgutil.iter_modules(custom_ops.__path__))
+    launching = [m for m in modules if getattr(m, "kernel", None) is launch.kernel and m is not launch]
+    assert sorted(m.__name__ for m in launching) == sorted(m.__name__ for m in bench.LAUNCHING)
 
 
 def test_names_are_unique():
@@ -133,8 +142,8 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
         assert len(layers) == heads.layers
         assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {(heads.queries, heads.kv, heads.dim)}
     assert config.sliding_window == GEMMA4_31B.window
-    gemv = sum(case.bytes * case.count for case in gemv_cases(GEMMA4_31B))
-    assert gemv == pytest.approx(18.67e9, rel=2e-3)  # what a decode step reads
+    for cases in (gemv_cases(GEMMA4_31B), fixed_cases(GEMMA4_31B)):
+        assert sum(case.bytes * case.count for case in cases) == pytest.approx(18.67e9, rel=2e-3)  # what a decode step reads
 
 
 # ---- tuning ----
@@ -143,15 +152,17 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
 @pytest.mark.parametrize("family", tune.families(H200), ids=lambda f: f.name)
 def test_family(family):
     """The first candidate is what the tables hold; applying one is seen by the launch and leaves no trace."""
-    tables = [quantized_linear.GEMV_CONFIGS, quantized_linear.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES,
-              tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES]  # fmt: skip
+    tables = [gemv.GEMV_CONFIGS, gemv.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES, tq4_attention.DECODE_TILES,
+              tq4_attention.PREFILL_TILES, tq4_prefill.PIECE_TILES]  # fmt: skip
     before = [dict(table) for table in tables]
     assert len(set(family.candidates)) == len(family.candidates) > 10
 
     def launch():
         if family.matrix:
             m = family.matrix
-            return quantized_linear.gemv_launch(m.kind, 1, m.n, m.k, H200)
+            return gemv.launch(m.kind, 1, m.n, m.k, H200)
+        if family.table is tq4_prefill.PIECE_TILES:
+            return tq4_prefill.piece_tile(H200, family.key[1])
         return flash.pick(family.table, H200, family.key[1])
 
     now = launch()
@@ -160,8 +171,8 @@ def test_family(family):
     for candidate in family.candidates[1:]:
         with tune.applied(family, candidate, H200):
             if family.matrix:
-                constants, splits = launch()
-                assert constants["ROWS"] == candidate.rows and constants["STAGES"] == candidate.stages
+                constants, splits, warps = launch()
+                assert constants["ROWS"] == candidate.rows and warps == candidate.warps
                 assert constants["GROUPS"] == candidate.groups and splits >= 1
             else:
                 assert launch() == candidate
@@ -175,21 +186,21 @@ def gemv_trials(times) -> list[tune.Trial]:
 
 
 def test_best_gemv():
-    """Rows by width and groups by block type may differ, programs and stages may not: the sum over the model decides."""
+    """Groups may differ by block type, the rest may not: the sum over the model decides."""
 
     def times(m, c):
-        us = 10.0 + (c.rows != (256 if m.n > 1000 else 128)) + (c.groups != {"Q4_K": 4, "Q6_K": 2}[m.kind]) + (c.stages != 2)
-        return us + {"attn_qkv": 3.0 * (c.programs_per_sm != 12), "ffn_down": 5.0 * (c.programs_per_sm != 24)}.get(m.name, 0.0)
+        us = 10.0 + (c.rows != 128) + (c.groups != {"Q4_K": 4, "Q6_K": 2}[m.kind]) + (c.warps != 2)
+        return us + {"attn_qkv": 3.0 * (c.programs_per_sm != 8), "ffn_down": 5.0 * (c.programs_per_sm != 24)}.get(m.name, 0.0)
 
-    config, groups, us = tune.best_gemv(gemv_trials(times), 1000)
-    assert config == GemvConfig(rows=128, wide_rows=256, wide_n=1000, programs_per_sm=24, stages=2)
-    assert groups == {"Q4_K": 4, "Q6_K": 2} and us == pytest.approx(2 * 13 + 3 * 10 + 10)
+    config, groups, us = tune.best_gemv(gemv_trials(times))
+    assert config == GemvConfig(rows=128, warps=2, programs_per_sm=24)
+    assert groups == {"Q4_K": 4, "Q6_K": 2} and us == pytest.approx(2 * 13 + 3 * 10 + 10 + 10)
 
     def unfit(m, c):
         return None if m.kind == "Q6_K" and c.groups == 2 else times(m, c)
 
-    assert tune.best_gemv(gemv_trials(unfit), 1000)[1]["Q6_K"] in (1, 4)
-    assert tune.best_gemv(gemv_trials(lambda m, c: None), 1000) is None and tune.best_gemv([], 1000) is None
+    assert tune.best_gemv(gemv_trials(unfit))[1]["Q6_K"] in (1, 4)
+    assert tune.best_gemv(gemv_trials(lambda m, c: None)) is None and tune.best_gemv([]) is None
 
 
 def test_best_tile():
