@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import custom_ops.ops  # noqa: F401
-from custom_ops import flash, tq4, tq4_attention
+from custom_ops import decode_attention, fixed_point, flash, tq4, tq4_attention, tq4_prefill
+from custom_ops.gemv import COUNTERS, glu_fits
 from custom_ops.layouts import LAYOUTS, dequantize
 from custom_ops.target import compiling_for, gpu_targets
 
@@ -178,6 +179,120 @@ def test_quantized_linear(kind, dtype):
                 error = relative(out, x.double() @ weight.double())
                 print(f"{kind} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
                 assert error < {torch.bfloat16: 5e-3, torch.float32: 2e-6}[dtype]
+
+
+def random_packed(kind, n, k, g):
+    layout = LAYOUTS[kind]
+    blocks = k // layout.block
+    words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
+    return words, torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
+
+
+def product(x, words, halves, kind, rows=8192):
+    """float64, some rows at a time: the head would not fit."""
+    parts = ((words[:, :, i : i + rows], halves[:, :, i : i + rows]) for i in range(0, words.shape[2], rows))
+    return torch.cat([x.double() @ dequantize(kind, *part).double() for part in parts], 1)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0"])
+def test_gemv(kind, terms):
+    """Every matrix of the 31B, each end, against the activations as they are in fixed point; repeats are the same bits."""
+    g = torch.Generator("cuda").manual_seed(3)
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cuda")
+    shapes = [(16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (43008, 5376), (5376, 21504), (300, 512)]
+    for n, k in shapes + [(262144, 5376)] * (kind == "Q6_K"):
+        words, halves = random_packed(kind, n, k, g)
+        x = torch.randn(1, k, generator=g, device="cuda")
+        fixed = kiln.fixed_point(x, terms)
+        assert relative(fixed_point.dequantize(fixed), x.double()) < {1: 1e-2, 2: 4e-5, 3: 2e-7}[terms]
+        expected = product(fixed_point.dequantize(fixed), words, halves, kind)
+        for target in ("sm_90", "sm_120"):
+            with compiling_for(gpu_targets()[target]):
+                calls = [lambda: kiln.fixed_linear(fixed, words, halves, kind, counters),  # noqa: B023
+                         lambda: kiln.fixed_partials(fixed, words, halves, kind)]  # noqa: B023
+                first, *others = [calls[0]() for _ in range(20)]
+                parts = calls[1]()
+                assert all(torch.equal(first, other) for other in others) and torch.equal(parts, calls[1]())
+                error = relative(first, expected)
+                print(f"gemv {kind} {terms} bytes {target} {k} x {n}: {error:.1e}")
+                assert error < 5e-6 and relative(parts.sum(0, keepdim=True), expected) < 5e-6
+                if glu_fits(n):
+                    gate, value = expected.chunk(2, -1)
+                    gated = torch.nn.functional.gelu(gate, approximate="tanh") * value
+                    first, *others = [kiln.fixed_glu(fixed, words, halves, kind, counters) for _ in range(20)]
+                    assert all(torch.equal(first, other) for other in others)
+                    assert relative(fixed_point.dequantize(first), gated) < {1: 1.2e-2, 2: 6e-5, 3: 3e-6}[terms]
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_add_norm(terms, scaled):
+    g = torch.Generator("cuda").manual_seed(4)
+    for d in (5376, 3840, 160):
+        x, branch = (torch.randn(1, d, generator=g, device="cuda") * size for size in (20, 0.03))
+        post_weight, weight = (torch.rand(d, generator=g, device="cuda") + 0.1 for _ in range(2))
+        scale = torch.tensor([0.37], device="cuda") if scaled else None
+        stream = x.double() + branch.double() / (branch.double().square().mean() + 1e-6).sqrt() * post_weight.double()
+        stream = stream * scale.double() if scaled else stream
+        normed = stream / (stream.square().mean() + 1e-6).sqrt() * weight.double()
+        x_out, out = kiln.add_norm(x, branch, post_weight, scale, weight, 1e-6, terms)
+        assert relative(x_out, stream) < 3e-7
+        assert relative(fixed_point.dequantize(out), normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
+        again = kiln.norm_fixed(x_out, weight, 1e-6, terms)
+        assert relative(fixed_point.dequantize(again), normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES))
+def test_sliding_decode(target, dtype):
+    """From projections in parts, before, at and past the wrap of the ring, NaN in every slot that no query may see."""
+    heads, kv_heads, dim = SLIDING
+    g = torch.Generator("cuda").manual_seed(5)
+    weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
+    for pos in (0, 1, 15, 16, 17, 1022, 1023, 1024, 1025, 4096, 131071):
+        qk = torch.randn(6, (heads + kv_heads) * dim, generator=g, device="cuda")
+        v = torch.randn(3, kv_heads * dim, generator=g, device="cuda")
+        angle = torch.rand(1, dim // 2, generator=g, device="cuda") * 6
+        raw = (qk[:, : heads * dim], qk[:, heads * dim :], v, *weights, angle.cos(), angle.sin())
+        rings = [torch.full((WINDOW, kv_heads, dim), float("nan"), device="cuda", dtype=dtype) for _ in range(2)]
+        past = torch.arange(max(0, pos - WINDOW + 1), pos, device="cuda")
+        for ring in rings:
+            ring[past % WINDOW] = torch.randn(len(past), kv_heads, dim, generator=g, device="cuda").mul_(0.3).to(dtype)
+        kept = [ring.clone() for ring in rings]
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.sliding_decode(*raw, *rings, torch.tensor([pos], device="cuda"), WINDOW, 1e-6, 2)
+        prepared = [t.double() for t in decode_attention.prepare_reference(*raw, 1e-6, torch.float32)]
+        keys, values = (torch.cat((ring[past % WINDOW].double(), own)) for ring, own in zip(kept, prepared[1:], strict=True))
+        mask = torch.ones(1, len(keys), dtype=torch.bool, device="cuda")
+        error = relative(fixed_point.dequantize(out), exact(prepared[0], keys, values, mask).flatten(1))
+        print(f"sliding_decode {target} {dtype} at {pos}: {error:.1e}")
+        assert error < {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-4}[dtype], pos
+        slot = pos % WINDOW
+        for ring, old, own in zip(rings, kept, prepared[1:], strict=True):
+            assert relative(ring[slot], own[0]) < {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-6}[dtype]
+            ring[slot] = old[slot]
+            assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sm, dim", list(tq4_prefill.PIECE_TILES))
+def test_tq4_prefill_in_pieces(sm, dim, dtype):
+    """Chunks within a piece, up to its end, across it, and after several."""
+    piece = tq4_prefill.PIECE_TILES[sm, dim].piece
+    for slots, end, tokens in ((4096, 300, 300), (piece, piece, 70), (131072, piece + 5, 70), (131072, piece + 70, 70),
+                               (131072, 2 * piece + 1, 33), (131072, 131072, 70)):  # fmt: skip
+        q, k, v = tensors((32, 4, dim), dtype, tokens, end, end, scale=0.3)
+        k_codes, k_scales, k_values = tq4_cache(k, slots)
+        v_codes, v_scales, v_values = tq4_cache(v, slots)
+        pos = torch.arange(end - tokens, end, device="cuda")
+        with compiling_for(gpu_targets()[f"sm_{sm}"]):
+            out, again = (kiln.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, pos, None) for _ in range(2))
+        mask = torch.arange(end, device="cuda")[None] <= pos[:, None]
+        error = relative(out, tq4.unrotate(exact(tq4.rotate(q.double()), k_values, v_values, mask)))
+        print(f"tq4 prefill of {tokens} up to {end} of {slots}, {dtype}: {error:.1e}")
+        assert error < LIMIT[torch.bfloat16] and torch.equal(out, again)
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))
