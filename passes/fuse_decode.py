@@ -177,14 +177,27 @@ class _Fuser:
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
         """cos and sin from one kernel; as they are, every reader would compute its own."""
         if (cos, sin) not in self.tables:
-            angle = cos.args[0] if edit.is_call(cos, aten.cos.default) and edit.is_call(sin, aten.sin.default) else None
-            if angle is None or sin.args[0] is not angle or not edit.is_call(angle, aten.mul.Tensor) or angle.args[1].op != "placeholder":
+            pos, inv_freq = edit.user_input(self.ep, "pos"), _frequencies(cos, sin, edit.user_input(self.ep, "pos"))
+            if inv_freq is None:
                 self.tables[cos, sin] = cos, sin
             else:
                 first = min(cos, sin)
-                both = self.emit(first, KILN.rope_table.default, edit.user_input(self.ep, "pos"), angle.args[1])
+                both = self.emit(first, KILN.rope_table.default, pos, inv_freq)
                 self.tables[cos, sin] = tuple(self.emit(first, operator.getitem, both, i) for i in range(2))
         return self.tables[cos, sin]
+
+
+def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
+    """The parameter inv_freq of cos(pos * inv_freq) and sin(pos * inv_freq)."""
+    if not edit.is_call(cos, aten.cos.default) or not edit.is_call(sin, aten.sin.default) or cos.args[0] is not sin.args[0]:
+        return None
+    angle = cos.args[0]
+    if not edit.is_call(angle, aten.mul.Tensor):
+        return None
+    position, inv_freq = angle.args
+    while edit.is_call(position, aten.unsqueeze.default, aten.to.dtype):
+        position = position.args[0]
+    return inv_freq if position is pos and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None
 
 
 class _Rotated:

@@ -73,5 +73,6 @@ def test_passes(export):
         "turboquant": "applied",
         "kv_len": "applied",
         "chunked_lm_head": "not needed",  # the kernels read the packed head
+        "fuse_decode": "applied",
         "free_kv_buffers": "applied",
     }
