@@ -159,6 +159,17 @@ def interpreted_several_steps() -> None:
             torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("pos", [0, 5, 131071])
+def interpreted_rope_table(pos: int) -> None:
+    """Also of sizes that are no power of two; the angle is float32, as in the model."""
+    inv_freq = 1e4 ** -(torch.arange(48) / 48)
+    with compiling_for(H200):
+        cos, sin = kiln.rope_table(torch.tensor([pos]), inv_freq)
+    angle = (torch.tensor([float(pos)])[:, None] * inv_freq).double()
+    assert cos.shape == sin.shape == (1, 48)
+    torch.testing.assert_close(torch.stack((cos, sin)).double(), torch.stack((angle.cos(), angle.sin())), rtol=0, atol=2e-7)
+
+
 def test_wrong_arguments_are_named() -> None:
     def changed(**fields: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return dataclasses.replace(Inputs.random(4, 2, 32, parts=3), **fields).arguments()
