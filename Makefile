@@ -48,8 +48,8 @@ SANITIZED ?= $(BUILD)/sanitize
 SANITIZE = compute-sanitizer --error-exitcode 1
 STEPS = $(BIN)/kiln-run $(SANITIZED) --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
 sanitize: build
-	[ -f $(SANITIZED)/manifest.json ] || { $(PY) -m exporter synth --preset tiny-cuda --out $(BUILD)/sanitize.gguf && \
-	  $(PY) -m exporter export --gguf $(BUILD)/sanitize.gguf --out $(SANITIZED) --target native --turboquant --max-seq-len 1024 --prefill-chunk 256; }
+	[ -f $(SANITIZED)/manifest.json ] || $(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(SANITIZED) \
+	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
 	KILN_FULL_STACK=1 $(SANITIZE) --tool racecheck --kernel-name-exclude kns=nvjet,kns=cublas $(STEPS)

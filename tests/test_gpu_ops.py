@@ -178,7 +178,8 @@ def test_quantized_linear(kind, dtype):
                     out = kiln.quantized_linear(x, words, halves, kind)
                 error = relative(out, x.double() @ weight.double())
                 print(f"{kind} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
-                assert error < {torch.bfloat16: 5e-3, torch.float32: 2e-6}[dtype]
+                # float32: what is added for the quants and taken away for the minima is larger than the result
+                assert error < {torch.bfloat16: 5e-3, torch.float32: 5e-6}[dtype]
 
 
 def random_packed(kind, n, k, g):
