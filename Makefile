@@ -43,7 +43,8 @@ test-gpu: build
 	$(PY) -m pytest -m gpu
 
 # on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
-# time with every tensor an allocation of its own, and racecheck. Left out of racecheck: cuBLAS's own kernels, in which it reports hazards.
+# time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down
+# when told to leave them out: a hazard in any other kernel fails.
 SANITIZED ?= $(BUILD)/sanitize
 SANITIZE = compute-sanitizer --error-exitcode 1
 STEPS = $(BIN)/kiln-run $(SANITIZED) --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
@@ -52,7 +53,9 @@ sanitize: build
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
-	KILN_FULL_STACK=1 $(SANITIZE) --tool racecheck --kernel-name-exclude kns=nvjet,kns=cublas $(STEPS)
+	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file $(BUILD)/racecheck.log $(STEPS)
+	grep 'RACECHECK SUMMARY' $(BUILD)/racecheck.log
+	! grep 'Race reported\|and Write access\|and Read access\|Internal' $(BUILD)/racecheck.log | grep -v ' at nvjet_'
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

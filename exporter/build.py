@@ -12,7 +12,7 @@ import numpy as np
 
 from custom_ops.early import WAITING_KERNELS
 from custom_ops.fixed_point import TERMS
-from exporter.artifact import staged, write_manifest
+from exporter.artifact import dtype_name, staged, write_manifest
 from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
 from exporter.config import ModelConfig, check_tensors, from_gguf
 from exporter.errors import KilnError
@@ -168,7 +168,7 @@ def _report(entry: CompiledEntry) -> None:
 
 def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:
     """The plan on stdout: with --dry-run a line for every matrix, always the sums."""
-    config, memory = spec.config, memory_plan(spec)
+    config, memory, cache = spec.config, memory_plan(spec), dtype_name(spec.cache_dtype)
     if options.dry_run:
         print(f"{'matrix':34} {'type':5} {'N':>7} {'K':>6}  from")
         for p in spec.plan:
@@ -178,7 +178,7 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
     print(f"weights     {size_text(memory.weights):>11}")
-    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers, {spec.activation_dtype})")
-    print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else spec.activation_dtype})")
+    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers, {cache})")
+    print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

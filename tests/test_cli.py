@@ -89,7 +89,8 @@ def test_bad_options(tmp_path):
     ("options", "cache"),
     [
         ((), "float32"),
-        (("--kv-cache", "bf16"), "float32"),  # the exact cache has the activations' type
+        (("--kv-cache", "bf16"), "float32"),  # where activations have 32 bits, so have keys and values
+        (("--activation-dtype", "bfloat16"), "float16"),
         (("--kv-cache", "bf16", "--activation-dtype", "bfloat16"), "bfloat16"),
         (("--no-turboquant",), "float32"),
         (("--kv-cache", "tq4"), "TQ4"),
@@ -107,7 +108,7 @@ def test_kv_cache(tmp_path, options, cache):
 def test_kv_cache_options_that_contradict(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--kv-cache", "bf16", "--turboquant", match="--kv-cache bf16 and --turboquant contradict", code=2)
     fails(tmp_path, "--gguf", TINY, "--kv-cache", "tq4", "--no-turboquant", match="--kv-cache tq4 and --no-turboquant contradict", code=2)
-    fails(tmp_path, "--gguf", TINY, "--kv-cache", "fp8", match="'fp8' is not one of 'bf16', 'tq4'", code=2)
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "fp8", match="'fp8' is not one of 'f16', 'bf16', 'tq4'", code=2)
 
 
 def test_an_existing_artifact_is_kept(tmp_path):
