@@ -11,12 +11,12 @@ from custom_ops import fixed_point, sliding_attention
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.fixed_point import GROUP, group_words
 from custom_ops.flash import (
-    MERGE_WARPS,
     check_kernel_shapes,
     decode_constants,
     decode_tile,
     flash_decode_kernel,
     flash_merge_kernel,
+    merge_warps,
 )
 from custom_ops.gemv_kernels import sum_splits
 from custom_ops.launch import kernel, use_triton
@@ -173,7 +173,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
     kernel(flash_decode_kernel)[(kv_heads, split["SPLITS"])](query, k_ring, v_ring, pos, pos, part, sums, **split,
                                                              num_warps=tile.warps, num_stages=tile.stages)
-    kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, query, query, query, out, **merge, num_warps=MERGE_WARPS)
+    kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, query, query, query, out, **merge, num_warps=merge_warps(dim))
     return out
 
 
@@ -194,5 +194,5 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     cases.append(KernelCase("sliding_decode 32:16x256", flash_decode_kernel, inputs | position | parts, split,
                             {"num_warps": tile.warps, "num_stages": tile.stages}))
     cases.append(KernelCase("sliding_decode merge 32:16x256", flash_merge_kernel, parts | position | inputs | {"out_ptr": "*i32"},
-                            merge, {"num_warps": MERGE_WARPS}))
+                            merge, {"num_warps": merge_warps(256)}))
     return cases

@@ -51,7 +51,7 @@ PREFILL_TILES = {
 }
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)  # float32 products run on the CUDA cores, out of registers
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=4, stages=1)
-MERGE_WARPS = 8
+MERGE_WARPS = 8  # at most
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -278,6 +278,11 @@ def padded_group(heads: int, kv_heads: int) -> int:
     return max(8, triton.next_power_of_2(heads // kv_heads))
 
 
+def merge_warps(dim: int) -> int:
+    """Warps of a merge: no lane without a dimension of its own."""
+    return max(1, min(MERGE_WARPS, dim // 32))
+
+
 def decode_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
     return DECODE_FLOAT32 if dtype == torch.float32 else pick(DECODE_TILES, target, dim)
 
@@ -329,7 +334,7 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored:
         sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
         kernel(flash_decode_kernel)[(kv_heads, split["SPLITS"])](q, k_stored, v_stored, pos, length, part, sums, **split,
                                                                  num_warps=tile.warps, num_stages=tile.stages)
-        kernel(flash_merge_kernel)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=MERGE_WARPS)
+        kernel(flash_merge_kernel)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=merge_warps(dim))
     else:
         tile = prefill_tile(q.dtype, target, dim)
         constants = prefill_constants(tile, heads, kv_heads, dim, slots, window)
@@ -352,7 +357,7 @@ def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: in
         cases.append(KernelCase(f"{label} decode", flash_decode_kernel, inputs | position | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
         cases.append(KernelCase(f"{label} merge", flash_merge_kernel, parts | position | inputs | {"out_ptr": kind}, merge,
-                                {"num_warps": MERGE_WARPS}))
+                                {"num_warps": merge_warps(dim)}))
         tile = prefill_tile(dtype, target, dim)
         signature = inputs | {"k_ring_ptr": kind, "v_ring_ptr": kind, "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
         cases.append(KernelCase(f"{label} prefill", flash_prefill_kernel, signature,

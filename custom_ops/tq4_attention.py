@@ -11,13 +11,13 @@ from custom_ops import tq4
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.flash import (
     LOG2E,
-    MERGE_WARPS,
     Tile,
     attend,
     check_heads,
     check_kernel_shapes,
     decode_range,
     merge_splits,
+    merge_warps,
     padded_group,
     pick,
     softmax_step,
@@ -265,7 +265,7 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
         sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
         kernel(tq4_decode_kernel)[(kv_heads, split["SPLITS"])](rotated, scale, *caches, pos, length, part, sums, **split,
                                                                num_warps=tile.warps, num_stages=tile.stages)
-        kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=MERGE_WARPS)
+        kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=merge_warps(dim))
     else:
         still_rotated = torch.empty_like(out)
         pieces = None if float32 else piece_tile(target, dim)
@@ -305,7 +305,7 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             cases.append(KernelCase(f"{name} decode {heads}:{kv_heads}x{dim}", tq4_decode_kernel, signature, split, options(tile)))
             signature = parts | position | {"out_ptr": kind}
             cases.append(KernelCase(f"{name} merge {heads}:{kv_heads}x{dim}", tq4_merge_kernel, signature, merge,
-                                    {"num_warps": MERGE_WARPS}))
+                                    {"num_warps": merge_warps(dim)}))
         pieces = None if float32 else piece_tile(target, dim)
         if pieces is not None:
             cases += piece_cases(name, pieces, 32, 4, dim, slots)

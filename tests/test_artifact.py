@@ -137,7 +137,7 @@ def test_manifest(artifacts):
     result = kiln("inspect", artifacts["tq4"], "--json", "--verify")
     record = json.loads(result.stdout)
     assert [p["name"] for p in record["passes"]] == [name for name, _ in PIPELINE]
-    assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "applied"]
+    assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "off", "applied"]
     assert record["format_version"] == 1 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
     assert "pass    turboquant" in kiln("inspect", artifacts["tq4"]).stdout
     fused = {q["name"]: q for q in record["quantization"]}
