@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from custom_ops.configs import pick
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.fixed_point import store_fixed
 from custom_ops.launch import kernel
@@ -30,20 +31,20 @@ class Tile:
     splits_per_sm: int = 2
 
 
-# By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit keys and values.
+# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 DECODE_TILES = {
-    (0, 256): Tile(keys=32, warps=4, stages=2),
-    (0, 512): Tile(keys=16, warps=4, stages=2),
     (80, 512): Tile(keys=32, warps=4, stages=2),
+    (86, 256): Tile(keys=32, warps=4, stages=2),
+    (86, 512): Tile(keys=16, warps=4, stages=2),
     (90, 256): Tile(keys=64, warps=4, stages=1),
     (90, 512): Tile(keys=32, warps=4, stages=2),
     (100, 512): Tile(keys=32, warps=4, stages=2),
 }
 PREFILL_TILES = {
-    (0, 256): Tile(rows=64, keys=64, warps=8, stages=1),
-    (0, 512): Tile(rows=16, keys=32, warps=4, stages=1),
     (80, 256): Tile(rows=64, keys=64, warps=8, stages=2),
     (80, 512): Tile(rows=32, keys=64, warps=8, stages=1),
+    (86, 256): Tile(rows=64, keys=64, warps=8, stages=1),
+    (86, 512): Tile(rows=16, keys=32, warps=4, stages=1),
     (90, 256): Tile(rows=128, keys=64, warps=8, stages=2),
     (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),
     (100, 256): Tile(rows=128, keys=64, warps=8, stages=2),
@@ -260,12 +261,6 @@ def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o
         total = total * scale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * scale[:, None], input_precision="ieee")
     tl.store(out_ptr + in_out, acc / total[:, None], mask=(token < tokens)[:, None])
-
-
-def pick(tiles: dict[tuple[int, int], Tile], target: GpuTarget, dim: int) -> Tile:
-    """The table's tile for this architecture, else for any, and the smallest head dimension that holds `dim`."""
-    size = min(d for _, d in tiles if d >= dim)
-    return tiles.get((target.sm, size), tiles[0, size])
 
 
 def split_count(target: GpuTarget, tile: Tile, kv_heads: int, keys: int) -> int:

@@ -66,12 +66,18 @@ def compiling_for(target: GpuTarget) -> Iterator[None]:
 
 @functools.cache
 def _present() -> GpuTarget:
-    major, minor = torch.cuda.get_device_capability()
-    name = f"sm_{major}{minor}"
-    targets = gpu_targets()
-    if name in targets:
-        return targets[name]
-    return min(targets.values(), key=lambda t: abs(t.sm - (10 * major + minor)))  # the nearest architecture's configurations
+    properties = torch.cuda.get_device_properties()
+    known = gpu_targets().get(f"sm_{properties.major}{properties.minor}")
+    return known or GpuTarget(
+        sm=10 * properties.major + properties.minor,
+        name=properties.name,
+        sm_count=properties.multi_processor_count,
+        max_threads_per_sm=properties.max_threads_per_multi_processor,
+        smem_optin=properties.shared_memory_per_block_optin,
+        smem_per_sm=properties.shared_memory_per_multiprocessor,
+        l2=properties.L2_cache_size,
+        memory=properties.total_memory,
+    )
 
 
 def current_target() -> GpuTarget:

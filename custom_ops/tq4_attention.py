@@ -8,6 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops import tq4
+from custom_ops.configs import pick
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.flash import (
     LOG2E,
@@ -19,7 +20,6 @@ from custom_ops.flash import (
     merge_splits,
     merge_warps,
     padded_group,
-    pick,
     softmax_step,
     split_count,
     split_size,
@@ -31,12 +31,13 @@ from custom_ops.target import GpuTarget, current_target
 from custom_ops.tq4 import hadamard_rows, plane_pair, sign_of
 from custom_ops.tq4_prefill import attend_in_pieces, piece_cases, piece_tile
 
-# By (architecture, largest head dimension); 0: every other architecture, within 99 KiB of shared memory. 16-bit activations.
-DECODE_TILES = {(0, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
+# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
+DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 PREFILL_TILES = {
-    (0, 512): Tile(rows=32, keys=64, warps=8, stages=2),
+    (86, 512): Tile(rows=32, keys=64, warps=8, stages=2),
     (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
+    (100, 512): Tile(rows=32, keys=64, warps=8, stages=2),  # of 64 rows the compiler makes an empty kernel
 }
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from custom_ops.configs import borrowed
 from custom_ops.early import WAITING_KERNELS
 from custom_ops.fixed_point import TERMS
+from custom_ops.target import gpu_targets
 from exporter.artifact import dtype_name, staged, write_manifest
 from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
 from exporter.config import ModelConfig, check_tensors, from_gguf
@@ -125,6 +127,7 @@ def export_artifact(options: ExportOptions) -> None:
     spec = graph_spec(options, gguf, targets)
     template = chat_template(gguf, options.chat_template)
     print_plan(spec, options, targets)
+    note_borrowed(targets)
     if options.dry_run:
         return
     with staged(options.out, options.force) as stage:
@@ -164,6 +167,13 @@ def _report(entry: CompiledEntry) -> None:
         f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
         f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB"
     )
+
+
+def note_borrowed(targets: tuple[str, ...]) -> None:
+    """On stderr, for each target whose kernels are configured as another architecture's are."""
+    for target in targets:
+        for sm, tables in borrowed(gpu_targets()[target]).items() if target != "cpu" else ():
+            say(f"note: {target} has no kernel configurations in {', '.join(tables)}; it takes those of sm_{sm}, the nearest (see make tune)")
 
 
 def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:

@@ -103,10 +103,9 @@ def check_sliding(target: str, dtype: torch.dtype, dim: int, heads: int, kv_head
 
 
 def distinct_targets(*tables: dict) -> list[str]:
-    """One target for the default and one for each architecture that has an entry of its own."""
-    named = {sm for table in tables for sm, _ in table if sm}
-    default = next(name for name, target in TARGETS.items() if target.sm not in named)
-    return [default, *(name for name, target in TARGETS.items() if target.sm in named)]
+    """One target for each architecture that has an entry of its own."""
+    named = {sm for table in tables for sm, _ in table}
+    return [name for name, target in TARGETS.items() if target.sm in named]
 
 
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 64, 65, 100)
