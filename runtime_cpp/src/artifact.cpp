@@ -94,13 +94,6 @@ EntryPoint parse_entry(const Json& object) {
   return point;
 }
 
-KvKind parse_kind(const std::string& name, const std::string& kind) {
-  if (kind == "ring") return KvKind::Ring;
-  if (kind == "global") return KvKind::Global;
-  if (kind == "scratch") return KvKind::Scratch;
-  fail("kv '", name, "': unknown kind '", kind, "'");
-}
-
 // A file name of the manifest must stay inside the artifact.
 std::string file_name(const Json& object) {
   std::string name = string_at(object, "file");
@@ -167,8 +160,10 @@ void Artifact::read_manifest() {
     for (const Json& k : root.at("kv")) {
       KvSpec spec;
       parse_tensor(k, spec);
-      spec.kind = parse_kind(spec.name, string_at(k, "kind"));
-      spec.layer = int_at(k, "layer", spec.kind == KvKind::Scratch ? -1 : 0);
+      spec.layer = int_at(k, "layer", 0);
+      std::string kind = string_at(k, "kind");
+      if (kind != "ring" && kind != "global") fail("kv '", spec.name, "': unknown kind '", kind, "'");
+      spec.ring = kind == "ring";
       kv.push_back(std::move(spec));
     }
     weights_file_ = file_name(root.at("weights"));

@@ -66,7 +66,6 @@ py::dict memory(const Session& session) {
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
   out["kv_global"] = m.kv_global;
-  out["kv_scratch"] = m.kv_scratch;
   out["activations"] = m.activations;
   out["graph"] = m.graph;
   out["other"] = m.other;
@@ -141,7 +140,7 @@ PYBIND11_MODULE(kiln, m) {
       .def("set_sampling", [](Session& s, float temperature, int32_t top_k, float top_p, int64_t seed) { s.set_sampling({temperature, top_k, top_p, seed}); },
            py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0, ReleaseGil())
       .def("reset", &Session::reset, ReleaseGil())
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_scratch, activations, graph, other, total.")
+      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
 }

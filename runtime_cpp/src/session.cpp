@@ -443,8 +443,7 @@ MemoryReport Session::memory() const {
   const Impl& s = *impl_;
   MemoryReport report;
   for (const ConstantSpec& c : s.shared.artifact.constants) report.weights += c.bytes;
-  for (const KvSpec& k : s.shared.artifact.kv)
-    (k.kind == KvKind::Ring ? report.kv_ring : k.kind == KvKind::Global ? report.kv_global : report.kv_scratch) += k.bytes;
+  for (const KvSpec& k : s.shared.artifact.kv) (k.ring ? report.kv_ring : report.kv_global) += k.bytes;
   report.graph = s.timeline->graph_bytes();
   s.shared.backend->measure(report);
   return report;

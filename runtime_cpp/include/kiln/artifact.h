@@ -28,11 +28,9 @@ struct ConstantSpec : TensorSpec {
   std::string sha256;   // lower-case hex
 };
 
-enum class KvKind { Ring, Global, Scratch };  // a sliding layer's ring, a global layer's cache, a session's counters
-
 struct KvSpec : TensorSpec {
-  int64_t layer = 0;  // -1: a scratch of the whole session
-  KvKind kind = KvKind::Global;
+  int64_t layer = 0;
+  bool ring = false;  // a sliding layer's ring, else a global layer's cache
 };
 
 struct TargetSpec {

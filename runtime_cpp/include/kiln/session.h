@@ -25,12 +25,12 @@ enum class Stop { Eog, Length, MaxSeqLen, Callback };
 const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
 struct MemoryReport {  // bytes
-  uint64_t weights = 0, kv_ring = 0, kv_global = 0, kv_scratch = 0;
+  uint64_t weights = 0, kv_ring = 0, kv_global = 0;
   uint64_t activations = 0;  // GPU: the most that was allocated beside them at any time
   uint64_t graph = 0;        // GPU: the decode graph's own memory
   uint64_t other = 0;        // GPU: the rest the allocator holds. CPU: the process's anonymous memory less the KV cache
   uint64_t outside = 0;      // GPU, not in total(): in use beside the allocator by CUDA's context, loaded code and other processes
-  uint64_t kv() const { return kv_ring + kv_global + kv_scratch; }
+  uint64_t kv() const { return kv_ring + kv_global; }
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 
