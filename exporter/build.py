@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from custom_ops.configs import borrowed
 from custom_ops.early import WAITING_KERNELS
@@ -30,7 +31,6 @@ from passes.records import PassOptions
 
 GIB = 2**30
 DEFAULT_SEQ_LEN = 8192
-FLOAT16_MAX = 65504
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class ExportOptions:
 def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of targets, checked; without one: the GPU here, else the CPU."""
     if not names:
-        import torch
-
         if torch.cuda.is_available():
             return (native_target(),)
         say("no GPU here and no --target: compiling for the CPU (name a GPU with --target sm_90)")
@@ -74,7 +72,7 @@ def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...]) -> GraphSpec:
-    """Check the file against its architecture, then plan its weights; nothing is read but shapes."""
+    """Check the file against its architecture, then plan its weights; nothing is read but shapes, and norms where they must fit float16."""
     config = from_gguf(gguf)
     check_tensors(config, gguf)
     max_seq_len = options.max_seq_len or min(DEFAULT_SEQ_LEN, config.context_length)
@@ -82,34 +80,37 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
     dtype = options.activation_dtype
+    if dtype == "auto":
+        dtype = "float32" if cpu else "bfloat16"
     if options.decode_activations == "int8" and not options.fuse_decode:
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
-    if not cpu and options.cache == "float16":
-        check_float16(config, gguf)
-    return GraphSpec(
+    spec = GraphSpec(
         cache=options.cache,
         config=config,
         plan=tuple(plan_weights(config, gguf)),
         max_seq_len=max_seq_len,
         prefill_chunk=min(options.prefill_chunk, max_seq_len),
-        activation_dtype=dtype if dtype != "auto" else "float32" if cpu else "bfloat16",
+        activation_dtype=dtype,
         options=PassOptions(
             turboquant=options.turboquant,
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
-            decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype if dtype != "auto" else "bfloat16"),
+            decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
         ),
     )
+    if spec.cache_dtype == torch.float16:
+        check_float16(config, gguf)
+    return spec
 
 
 def check_float16(config: ModelConfig, gguf: GGUFFile) -> None:
-    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights."""
+    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths."""
     for layer in config.layers:
         for name in ("attn_q_norm", "attn_k_norm"):
             tensor = f"blk.{layer.index}.{name}.weight"
-            largest = float(np.abs(to_float(gguf, tensor)).max()) * math.sqrt(2 * layer.head_dim)
-            if largest > FLOAT16_MAX:
+            largest = float(np.abs(to_float(gguf, tensor)).max()) * math.sqrt(layer.head_dim)
+            if largest > torch.finfo(torch.float16).max:
                 raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
 
 
@@ -173,7 +174,7 @@ def note_borrowed(targets: tuple[str, ...]) -> None:
     """On stderr, for each target whose kernels are configured as another architecture's are."""
     for target in targets:
         for sm, tables in borrowed(gpu_targets()[target]).items() if target != "cpu" else ():
-            say(f"note: {target} has no kernel configurations in {', '.join(tables)}; it takes those of sm_{sm}, the nearest (see make tune)")
+            say(f"note: {target} has no entry in {', '.join(tables)}: kernels are configured as for sm_{sm}, the nearest (see make tune)")
 
 
 def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from exporter import build
 from exporter.cli import main
+from exporter.config import from_gguf
+from exporter.gguf import open_gguf
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 
@@ -103,6 +107,23 @@ def test_kv_cache(tmp_path, options, cache):
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     line = next(line for line in result.stdout.splitlines() if line.startswith("KV global"))
     assert line.endswith(f"({cache})"), line
+
+
+def test_keys_that_do_not_fit_float16(tmp_path, monkeypatch):
+    """Where 16 bits are asked for: a norm's weight times the root of the head size may be too large, a little less is not."""
+    head_dim = min(layer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
+
+    def export(weight, *options):
+        monkeypatch.setattr(build, "to_float", lambda gguf, name: np.float32([1, -weight if name.endswith("k_norm.weight") else 1]))
+        arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+        return CliRunner().invoke(main, arguments)
+
+    large, activations = 65504 / head_dim**0.5 * 1.01, ("--activation-dtype", "bfloat16")
+    for options in (activations, (*activations, "--turboquant")):
+        result = export(large, *options)
+        assert result.exit_code == 1 and "attn_k_norm.weight: keys or queries up to 6.62e+04 do not fit float16" in result.stderr
+    assert export(1.0, *activations).exit_code == 0
+    assert export(large, *activations, "--kv-cache", "bf16").exit_code == export(large).exit_code == 0  # bfloat16, float32
 
 
 def test_kv_cache_options_that_contradict(tmp_path):
