@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from custom_ops.target import compiling_for, gpu_targets
@@ -32,10 +32,10 @@ class CompiledEntry:
     reports: list[PassReport]
     kv: list[KVBuffer]
     constants: list[str]  # fully qualified names, weights and caches
-    kernels: list[dict] = field(default_factory=list)
-    export_s: float = 0.0
-    compile_s: float = 0.0
-    peak_rss: int = 0  # bytes, of the compiling process
+    kernels: list[str]  # names of those on the GPU
+    export_s: float
+    compile_s: float
+    peak_rss: int  # bytes, of the compiling process
 
 
 @dataclass

@@ -280,17 +280,17 @@ def _device_interface(target: GpuTarget) -> None:
     torch.cuda.current_device = lambda: 0
 
 
-def cubin_resources(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, spilled 4-byte words, static shared bytes) of the one kernel in `cubin`."""
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack, where ptxas spills) of the one kernel in `cubin`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", out)
     if not match:
         raise KilnError(f"cuobjdump gave no resource usage: {out[:200]}")
-    return int(match[1]), int(match[4]) // 4, int(match[3])
+    return int(match[1]), int(match[2])
 
 
 def _triton_driver(target: GpuTarget) -> None:
@@ -307,8 +307,8 @@ def _triton_driver(target: GpuTarget) -> None:
 
         @staticmethod
         def load_binary(name, kernel, shared, device):
-            registers, spills, _ = cubin_resources(kernel)
-            return object(), 0, registers, spills, 1024
+            registers, stack = cubin_resources(kernel)
+            return object(), 0, registers, stack // 4, 1024  # spills are counted in words
 
     def no_launch(*args, **kwargs):
         raise RuntimeError("a kernel launch was attempted while compiling")
@@ -329,7 +329,7 @@ def _triton_driver(target: GpuTarget) -> None:
     triton.runtime.driver.set_active(Driver())
 
 
-KERNELS: list[dict] = []  # what was compiled in this process: name, configuration, registers, spills, shared bytes
+KERNELS: list[str] = []  # names of those compiled in this process
 
 
 def _wrapper() -> None:
@@ -357,15 +357,7 @@ def _wrapper() -> None:
                     configs = [str(choice.config) for choice in kernel.launchers]
                     raise KilnError(f"kernel {name} has {len(configs)} configurations and nothing to choose by: {configs}")
                 kernel.save_gpu_kernel(stream="stream", launcher=launcher)
-                KERNELS.append(
-                    {
-                        "name": name,
-                        "config": str(launcher.config),
-                        "registers": launcher.n_regs,
-                        "spills": launcher.n_spills,
-                        "shared": launcher.shared,
-                    }  # fmt: skip
-                )
+                KERNELS.append(name)
 
     common.init_backend_registration()
     old = common.device_codegens["cuda"]
