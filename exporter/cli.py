@@ -20,10 +20,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except Exception as e:
-            passes = sys.modules.get("passes.edit")  # not imported for its error alone: PyTorch comes with it
-            if not isinstance(e, (KilnError, *([passes.PassError] if passes else []))):
-                raise
+        except KilnError as e:
             click.echo(f"kiln: error: {e}", err=True)
             sys.exit(1)
 

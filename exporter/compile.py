@@ -17,7 +17,7 @@ from custom_ops.target import compiling_for, gpu_targets
 from exporter.errors import KilnError
 from exporter.export import ENTRIES, GraphSpec, lower
 from exporter.workers import take
-from passes.edit import PassError, symbolic, user_input
+from passes.edit import symbolic, user_input
 from passes.records import KVBuffer, PassReport
 
 PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
@@ -95,7 +95,7 @@ def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: P
     """Runs in a process of its own; what a compiler raises there is told as text, since it may not be picklable."""
     try:
         return _compile(spec, entry, target, work, dump)
-    except (KilnError, PassError):
+    except KilnError:
         raise
     except Exception as e:
         if os.environ.get("KILN_DEBUG"):

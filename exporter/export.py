@@ -11,9 +11,11 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from exporter.config import ModelConfig
+from exporter.errors import KilnError
 from exporter.model import SAMPLING_INPUTS, Decoder
 from exporter.torch_private import fake_export
 from exporter.weights import WeightPlan
+from passes.edit import PassError
 from passes.pipeline import run_pipeline
 from passes.records import KVBuffer, Lowered, PassOptions
 
@@ -72,8 +74,12 @@ def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
 def lower(
     spec: GraphSpec, entry: str, device: str, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
 ) -> Lowered:
-    """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`."""
-    return run_pipeline(trace(spec, entry, device), spec.options, dump and dump / entry, after)
+    """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`. KilnError where a pass fails."""
+    program = trace(spec, entry, device)
+    try:
+        return run_pipeline(program, spec.options, dump and dump / entry, after)
+    except PassError as e:
+        raise KilnError(str(e)) from e
 
 
 def make_kv(kv: list[KVBuffer], device: str = "cpu") -> dict[str, torch.Tensor]:

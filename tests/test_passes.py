@@ -8,6 +8,7 @@ from torch import nn
 
 import custom_ops.ops  # noqa: F401
 import passes.edit as edit
+from exporter.errors import KilnError
 from exporter.export import lower, make_kv, runnable, trace
 from exporter.plan import kv_plan
 from exporter.torch_private import fake_export
@@ -323,3 +324,5 @@ def test_a_broken_pass_is_named(monkeypatch):
     monkeypatch.setattr(pipeline, "PIPELINE", (("broken", broken),))
     with pytest.raises(PassError, match="after pass broken: broken: sample"):
         run_pipeline(trace(graph_spec(WIDE), "decode", "cpu"), PassOptions())
+    with pytest.raises(KilnError, match="after pass broken: broken: sample"):  # the error that the command knows
+        lower(graph_spec(WIDE), "decode", "cpu")
