@@ -213,10 +213,11 @@ class CudaBackend : public Backend {
       if (i > 0) {  // the copy before this one: while we wait for it, this one is queued already
         check(cudaEventSynchronize(copied[(i - 1) % 2].event), "cannot copy weights to the GPU");
         reader.release();
+        if (progress) progress(at, bytes);
       }
-      if (progress) progress(at + n, bytes);
     }
     check(cudaStreamSynchronize(stream.stream()), "cannot copy weights to the GPU");
+    if (progress) progress(bytes, bytes);
     return blob;
   }
 

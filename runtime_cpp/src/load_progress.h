@@ -16,7 +16,7 @@ class LoadProgress {
     auto now = Clock::now();
     if (done == 0) start_ = now;
     done_ = done, seconds_ = std::chrono::duration<double>(now - start_).count();
-    if (terminal_ && (done == total || now - shown_ > std::chrono::milliseconds(100))) {
+    if (terminal_ && now - shown_ > std::chrono::milliseconds(100)) {
       std::fprintf(stderr, "\r\x1b[Kweights: %.2f of %.2f GB%s", gb(done), gb(total), rate().c_str());
       shown_ = now, open_ = true;
     }

@@ -5,8 +5,10 @@
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <thread>
 
 #include "bench.h"
@@ -187,7 +189,7 @@ std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progre
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   load.small_context = true;
-  if (!a.json) load.progress = [&progress](uint64_t done, uint64_t total) { progress(done, total); };
+  if (!a.json) load.progress = std::ref(progress);
   auto model = Model::load(a.artifact, load);
   progress.loaded();
   return model;

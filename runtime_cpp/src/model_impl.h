@@ -35,6 +35,6 @@ auto guarded(F&& f) -> decltype(f()) {
 }
 
 at::ScalarType scalar_type(DType dtype);
-std::string gigabytes(uint64_t bytes);  // "18.67 GB"
+std::string gigabytes(uint64_t bytes);  // "18.670 GB"
 
 }  // namespace kiln

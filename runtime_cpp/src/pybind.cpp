@@ -106,7 +106,7 @@ PYBIND11_MODULE(kiln, m) {
              return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress)));
            }),
            py::arg("path"), py::arg("device") = "auto", py::arg("verify") = false, py::arg("threads") = 1, py::arg("progress") = py::none(),
-           "Loads an artifact; progress(done_bytes, total_bytes) is called while weights go to a GPU.")
+           "Loads an artifact; progress(done_bytes, total_bytes) is called while the weights are loaded.")
       .def_property_readonly("tokenizer", &Model::tokenizer, py::return_value_policy::reference_internal)
       .def_property_readonly("manifest", [](const Model& model) { return py::module_::import("json").attr("loads")(model.artifact().manifest); })
       .def_property_readonly("device", &Model::device)
