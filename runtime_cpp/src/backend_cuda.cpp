@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdlib>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -33,6 +33,8 @@ void check(cudaError_t code, const char* what) {
   cudaGetLastError();
   fail(what, ": ", cudaGetErrorString(code));
 }
+
+uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
 
 uint64_t reserved_bytes(c10::DeviceIndex index) {
   return static_cast<uint64_t>(c10::cuda::CUDACachingAllocator::getDeviceStats(index).reserved_bytes[0].current);
@@ -82,7 +84,7 @@ class CudaTimeline : public Timeline {
     synchronize();
     uint64_t before = reserved_bytes(stream_.device_index());
     graph_.capture(step, waits);
-    graph_bytes_ = reserved_bytes(stream_.device_index()) - before;
+    graph_bytes_ = less(reserved_bytes(stream_.device_index()), before);
   }
   void replay() override { graph_.replay(); }
   int64_t early_launches() const override { return graph_.early_launches(); }
@@ -223,9 +225,8 @@ class CudaBackend : public Backend {
 
   void measure(MemoryReport& report) const override {
     c10::cuda::CUDAGuard guard(index_);
-    auto less = [](uint64_t a, uint64_t b) { return a > b ? a - b : 0; };
     auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(index_);
-    uint64_t held = reserved_bytes(index_), accounted = report.weights + report.kv();
+    uint64_t held = static_cast<uint64_t>(stats.reserved_bytes[0].current), accounted = report.weights + report.kv();
     report.activations = std::min(less(static_cast<uint64_t>(stats.allocated_bytes[0].peak), accounted), less(held, accounted + report.graph));
     report.other = less(held, accounted + report.activations + report.graph);
     size_t free = 0, total = 0;

@@ -147,10 +147,12 @@ struct Run {  // what one prompt gave
   double decode_rate() const { return tokens.size() > 1 && decode_s > 0 ? static_cast<double>(tokens.size() - 1) / decode_s : 0; }
 };
 
-std::string memory_json(const MemoryReport& m) {
+// Members of a JSON object, without braces.
+std::string memory_json(const Session& session, const MemoryReport& m) {
   auto member = [](const char* name, uint64_t bytes) { return "\"" + std::string(name) + "\": " + std::to_string(bytes) + ", "; };
   return "\"memory\": {" + member("weights", m.weights) + member("kv_ring", m.kv_ring) + member("kv_global", m.kv_global) +
-         member("activations", m.activations) + member("graph", m.graph) + member("other", m.other) + "\"total\": " + std::to_string(m.total()) + "}, \"memory_outside\": " + std::to_string(m.outside);
+         member("activations", m.activations) + member("graph", m.graph) + member("other", m.other) + "\"total\": " + std::to_string(m.total()) + "}, " +
+         member("memory_outside", m.outside) + "\"early_launches\": " + std::to_string(session.early_launches());
 }
 
 std::string memory_text(const Session& session, const MemoryReport& m) {
@@ -169,7 +171,7 @@ void report(const Arguments& a, const Run& run, const Session& session) {
               << ", \"stop\": \"" << stop_name(run.stop) << "\", \"device\": \"" << session.model().device() << "\", \"load_s\": " << json_number(run.load_s)
               << ", \"ttft_s\": " << json_number(run.ttft_s) << ", \"prefill_tok_s\": " << json_number(run.prefill_rate())
               << ", \"decode_tok_s\": " << json_number(run.decode_rate());
-    if (a.memory) std::cout << ", " << memory_json(session.memory()) << ", \"early_launches\": " << session.early_launches();
+    if (a.memory) std::cout << ", " << memory_json(session, session.memory());
     if (!a.logits_file.empty()) std::cout << ", \"logits\": " << json_rows(run.logits);
     std::cout << "}\n";
     return;
@@ -216,8 +218,8 @@ int measure(const Arguments& a) {
   BenchReport report = bench(session, {a.ids, chunk, a.steps});
   if (a.json)
     std::cout << "{\"device\": \"" << model->device() << "\", \"target\": \"" << model->target().target << "\", \"graph\": " << (a.no_graph ? "false" : "true")
-              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", " << memory_json(report.memory)
-              << ", \"early_launches\": " << session.early_launches() << ", " << bench_json(report) << "}\n";
+              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", " << memory_json(session, report.memory) << ", "
+              << bench_json(report) << "}\n";
   else
     std::cout << model->device() << ", load " << json_number(load_s, "%.2f") << " s, prefill in chunks of " << chunk << "\n"
               << bench_table(report) << memory_text(session, report.memory);
