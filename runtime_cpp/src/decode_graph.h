@@ -22,9 +22,6 @@ namespace kiln {
 //           the graph, so their owner, the session, keeps them in place for longer than this object lives.
 class DecodeGraph {
  public:
-  enum class State { Cold, Captured };
-  State state() const { return state_; }
-
   // On the current stream. Runs nothing: the step's effects happen at replay(). Kernels whose names begin with one of `waits`
   // start early, see EarlyEdges; where the driver refuses that, it is said once and the plain graph is used.
   void capture(const std::function<void()>& step, const std::vector<std::string>& waits) {
@@ -71,7 +68,7 @@ class DecodeGraph {
     return true;
   }
 
-  State state_ = State::Cold;
+  enum class State { Cold, Captured } state_ = State::Cold;
   int64_t early_launches_ = 0;
   at::cuda::CUDAGraph graph_{/*keep_graph=*/true};  // its edges are changed before it is instantiated
 };

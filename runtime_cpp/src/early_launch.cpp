@@ -85,7 +85,7 @@ EarlyEdges::EarlyEdges(cudaGraph_t graph, const std::vector<std::string>& waits)
   for (size_t i = 0; i < count; ++i) {
     const std::string& name = names.at(to[i]);
     bool full = data[i].type == CU_GRAPH_DEPENDENCY_TYPE_DEFAULT && data[i].from_port == 0;
-    if (full && dependencies.at(to[i]) == 1 && !name.empty() && begins_with_one(name, waits) && !names.at(from[i]).empty())
+    if (full && dependencies.at(to[i]) == 1 && begins_with_one(name, waits) && !names.at(from[i]).empty())
       from_.push_back(from[i]), to_.push_back(to[i]);
   }
   replace(/*early=*/true);

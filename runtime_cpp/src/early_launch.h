@@ -10,7 +10,8 @@
 namespace kiln {
 
 // The edges of a captured, not yet instantiated graph over which a kernel may start while the one before it ends
-// (programmatic dependent launch): into a kernel whose name begins with one of `waits`, out of a kernel, and the only edge into it.
+// (programmatic dependent launch): into a kernel whose name begins with one of `waits` (none empty), out of a kernel, and the only
+// edge into it.
 // Does not own the graph.
 class EarlyEdges {
  public:

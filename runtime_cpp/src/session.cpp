@@ -130,8 +130,7 @@ struct Session::Impl {
   std::unique_ptr<Timeline> timeline;
 
   at::Tensor logits;        // [1, V] of the last run
-  at::Tensor graph_logits;  // the graph's own output
-  bool captured = false;
+  at::Tensor graph_logits;  // the graph's own output; undefined: there is no graph
   std::vector<float> logits_copy;
   bool copied = false;
 
@@ -200,9 +199,8 @@ void Session::Impl::bind_constants() {
 // They write to the caches, which are zeroed again afterwards.
 // The longest prefill goes first: memory that shorter ones had split into pieces would be too small for it.
 void Session::Impl::warm_up(const SessionOptions& options) {
-  if (chunk >= 2 && shared.artifact.max_seq_len >= 2) {
+  if (int64_t n = std::min(chunk, shared.artifact.max_seq_len); n >= 2) {
     TensorMap longest = values;
-    int64_t n = std::min(chunk, shared.artifact.max_seq_len);
     longest["tokens"] = at::zeros({n}, values.at("tokens").options());
     longest["pos"] = at::arange(n, values.at("pos").options());
     prefill.run(longest, timeline->handle());
@@ -217,7 +215,6 @@ void Session::Impl::warm_up(const SessionOptions& options) {
     bool early = options.early_launch && shared.target->major >= 9;
     timeline->capture([this] { run_step(); }, early ? shared.artifact.decode.waits : std::vector<std::string>());
     graph_logits = logits;
-    captured = true;
   }
   zero_caches();
   logits.reset();
@@ -265,7 +262,7 @@ void Session::Impl::launch() {
     values.at("pos").fill_(position);
     in_step = true;
   }
-  if (captured)
+  if (graph_logits.defined())
     timeline->replay(), logits = graph_logits;
   else
     run_step();
