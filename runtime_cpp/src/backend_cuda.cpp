@@ -26,7 +26,7 @@ namespace kiln {
 namespace {
 
 constexpr uint64_t kStagingBytes = 64 << 20;
-constexpr size_t kStackBytes = 128;  // of a GPU thread; no kernel of an artifact uses half of it
+constexpr size_t kStackBytes = 128;  // of a GPU thread; the driver grows it for a kernel that needs more
 
 void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;
@@ -179,8 +179,7 @@ class CudaBackend : public Backend {
     using namespace c10::cuda::CUDACachingAllocator;
     CUDAAllocatorConfig::set_expandable_segments_handle_type(Expandable_Segments_Handle_Type::POSIX_FD);
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);  // the allocator answers nothing, not even its statistics, before
-    if (small_context && !std::getenv("KILN_FULL_STACK")) {  // racecheck's own code needs the driver's stack
-      // The driver keeps a stack for every thread the GPU can hold, 1 KiB each by default; it grows for a kernel that needs more.
+    if (small_context) {  // the driver keeps a stack for every thread the GPU can hold, 1 KiB each by default
       c10::cuda::CUDAGuard guard(index_);
       check(cudaDeviceSetLimit(cudaLimitStackSize, kStackBytes), "cannot set the stack size of GPU threads");
     }

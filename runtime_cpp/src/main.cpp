@@ -3,6 +3,7 @@
 #include <charconv>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <functional>
@@ -82,7 +83,8 @@ std::vector<int64_t> parse_ids(const char* option, const std::string& list) {
 Arguments parse(int argc, char** argv, std::string* help) {
   Arguments a;
   auto options = option_table(a);
-  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3 | --bench) [options]\n\n" + options_help(options);
+  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3 | --bench) [options]\n\n" + options_help(options) + "\nenvironment:\n" +
+          options_help({{"KILN_FULL_STACK=1", nullptr, "on a GPU: every thread keeps the driver's stack, which compute-sanitizer's racecheck needs", {}}});
   auto positional = parse_options(argc, argv, options);
   if (a.help || a.version) return a;
   if (positional.size() != 1) throw UsageError(positional.empty() ? "no artifact given; see --help" : "more than one artifact: " + positional[1]);
@@ -190,7 +192,7 @@ std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progre
   load.device = a.device;
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  load.small_context = true;
+  load.small_context = !std::getenv("KILN_FULL_STACK");
   if (!a.json) load.progress = std::ref(progress);
   auto model = Model::load(a.artifact, load);
   progress.loaded();
