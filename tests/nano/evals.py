@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from random import Random
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exporter import evaluate as ev
 from tests.nano import data
 from tests.nano.model import Cache, Nano
 from tests.nano.vocabulary import BOS, EOS
@@ -52,12 +54,21 @@ def held_out(model: Nano, batches: list[data.Batch], device: str) -> dict[str, f
     return {"perplexity": math.exp(loss / count), "recall": right / max(values, 1.0)}
 
 
+def retrieve(model: Nano, cache: Cache, questions: list[tuple[list[int], list[int]]]) -> list[bool]:
+    """Of the (ids up to a value, ids of the value) asked after what the cache holds: whether every token of the value is the likeliest.
+
+    That is the same as a greedy answer that is right.
+    """
+    right = []
+    for lead, value in questions:
+        h = model.read(lead + value, cache.fork())
+        right.append(model.logits(h[-len(value) - 1 : -1]).argmax(-1).tolist() == value)
+    return right
+
+
 @torch.no_grad()
 def haystack(model: Nano, maker: data.Maker, length: int, needles: int, trials: int, device: str, seed: int = 0) -> dict[str, Any]:
-    """Share of five-digit keys told exactly, hidden evenly over contexts of `length` tokens; `by_depth` from the start to the end.
-
-    The value is fed after the question and every one of its tokens must be the likeliest: the same as a greedy answer that is right.
-    """
+    """Share of five-digit keys told exactly, hidden evenly over contexts of `length` tokens; `by_depth` from the start to the end."""
     hits = torch.zeros(needles)
     cache_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for trial in range(trials):
@@ -65,26 +76,29 @@ def haystack(model: Nano, maker: data.Maker, length: int, needles: int, trials: 
         cache = Cache(model.config, length + 128, cache_dtype, device)
         with autocast(device):
             model.read(ids, cache)
-            for i, (lead, value) in enumerate(questions):
-                h = model.read(lead + value, cache.fork())
-                guess = model.logits(h[-len(value) - 1 : -1]).argmax(-1)
-                hits[i] += guess.tolist() == value
+            hits += torch.tensor(retrieve(model, cache, questions))
     return {"length": length, "keys": needles * trials, "accuracy": hits.mean().item() / trials, "by_depth": (hits / trials).tolist()}
+
+
+def joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pieces of `exporter.evaluate.compare_rows` as one, on the host."""
+    every = list(parts)
+    return {key: torch.cat([part[key].cpu() for part in every]) for key in every[0]}
 
 
 @torch.no_grad()
 def compare(model: Nano, reference: Nano, batches: list[data.Batch], device: str) -> dict[str, float]:
     """How far `model` is from `reference`: mean KL divergence (nats) with its 95% half width, and top-1 agreement, over all tokens."""
-    divergence, agree = [], 0.0
+    parts = []
     for batch in batches:
-        tokens, pos, _, classes = tensors(batch, device)
+        tokens, pos, targets, classes = tensors(batch, device)
         for row in range(len(tokens)):
             keep = classes[row] != data.IGNORED
-            p, q = (m(tokens[row : row + 1], pos[row : row + 1])[0][keep].log_softmax(-1) for m in (reference, model))
-            divergence.append((p.exp() * (p - q)).sum(-1).double())
-            agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
-    kl = torch.cat(divergence)
-    return {"kld": kl.mean().item(), "kld_ci95": 1.96 * (kl.std() / len(kl) ** 0.5).item(), "top1": agree / len(kl)}
+            rows, base = (m(tokens[row : row + 1], pos[row : row + 1])[0][keep] for m in (model, reference))
+            parts.append(ev.compare_rows(rows, base, targets[row][keep]))
+    scores = joined(parts)
+    kld, half = ev.interval(scores["kld"])
+    return {"kld": kld, "kld_ci95": half, "top1": scores["top1"].mean().item()}
 
 
 @torch.no_grad()

@@ -25,9 +25,11 @@ from torch import Tensor
 from custom_ops import tq4
 from exporter import evaluate as ev
 from exporter import players as pl
+from exporter.config import LayerConfig
 from exporter.gguf import open_gguf
 from exporter.quantize import write_quantized
 from tests.nano import data, vocabulary
+from tests.nano.evals import joined, retrieve
 from tests.nano.model import Cache, Nano, load_gguf
 
 HELD_OUT = Path(__file__).parent / "held_out.txt"
@@ -149,9 +151,11 @@ class Setting:
     k: Codec
     v: Codec
 
-    def write(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = k.bfloat16().float(), v.bfloat16().float()
+    def write_unrounded(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if layer.sliding else (self.k.apply(k), self.v.apply(v))
+
+    def write(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.write_unrounded(layer, k.bfloat16().float(), v.bfloat16().float())
 
     @property
     def bytes_per_token_31b(self) -> float:
@@ -224,7 +228,7 @@ class Study:
 
     def states(self, model: Nano, ids: list[int], cache: Cache) -> Tensor:
         """[len(ids), D]"""
-        return torch.cat([model.read(ids[at : at + 4096], cache) for at in range(0, len(ids), 4096)])
+        return torch.cat([model.read(ids[at:to], cache) for at, to in steps(len(ids))])
 
     def compare(self, model: Nano, h: Tensor, base: Tensor, ids: list[int]) -> dict[str, Tensor]:
         """As `exporter.evaluate.score_text`, from the states of both."""
@@ -238,9 +242,7 @@ class Study:
             if after:
                 after(stack, h)
                 after = None
-            for lead, value in stack.questions:
-                h = model.read(lead + value, cache.fork())
-                right.append(model.logits(h[-len(value) - 1 : -1]).argmax(-1).tolist() == value)
+            right += retrieve(model, cache, stack.questions)
         return right
 
     def codecs(self) -> None:
@@ -280,9 +282,7 @@ class Study:
         depth = max(d for d in self.sizes.depths if d <= self.sizes.float32_depth)
         model, setting = load_gguf(self.a.gguf, self.device), next(s for s in settings(self.a.seed) if s.name == SHIPPED)
         ids = self.stacks[depth][0].context
-        unrounded = Cache(model.config, depth, torch.float32, self.device, lambda layer, k, v: (
-            (k, v) if layer.sliding else (setting.k.apply(k), setting.v.apply(v))))  # fmt: skip
-        h = self.states(model, ids, unrounded)
+        h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded))
         player = pl.graph_player(self.gguf, "tq4", depth, self.device, "float32")
         scores = joined(
             measure(model.logits(h[at : at + len(rows)]), rows, ids[at + 1 : at + len(rows) + 1]) for at, rows in scored(player, ids[:-1])
@@ -354,11 +354,6 @@ def measure(reference: Tensor, rows: Tensor, targets: list[int]) -> dict[str, Te
     return ev.compare_rows(rows, reference, torch.tensor(targets, device=rows.device))
 
 
-def joined(parts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    every = list(parts)
-    return {key: torch.cat([part[key].cpu() for part in every]) for key in every[0]}
-
-
 def whole(scores: dict[str, Tensor]) -> dict[str, Any]:
     return {key: value for key, value in ev.divergence_by_position(scores).items() if key != "buckets"}
 
@@ -393,9 +388,8 @@ def table(record: dict[str, Any]) -> str:
         for r in record["codecs"]:
             t, d = r["text"], r["deep"]
             lines.append(
-                f"| {r['name']} | {r['bytes_per_token_31b']:,.0f} | {r['ppl']['perplexity']:.4f} | {r['nll_change']:+.1e} ± "
-                f"{r['nll_change_ci95']:.0e} | {t['kld']:.2e} ± {t['ci95']:.0e} | {t['top1']:.4f} | {d['kld']:.2e} ± {d['ci95']:.0e} | "
-                f"{d['cosine_mean']:.6f} | {d['cosine_min']:.5f} | {100 * d['cosine_below_0.999']:.3f}% | "
+                f"| {r['name']} | {r['bytes_per_token_31b']:,.0f} | {r['ppl']['perplexity']:.4f} | {nll(r, 'nll_change')} | {kl(t)} "
+                f"| {t['top1']:.4f} | {kl(d)} | {cosines(d)} | "
                 + " | ".join(f"{k['accuracy']:.3f} of {k['keys']}" for k in r["keys"].values()) + " |"
             )  # fmt: skip
         shipped = next((r for r in record["codecs"] if r["name"] == SHIPPED), None)
@@ -419,21 +413,27 @@ def table(record: dict[str, Any]) -> str:
             ref, f = r["fp32"], r["fidelity"]
             lines.append(
                 f"| {r['mix']} | {r['bytes'] / 1e6:.1f} | {r['product']['perplexity']:.4f} | {ref['perplexity']:.4f} "
-                f"[{ref['ci95'][0]:.4f}, {ref['ci95'][1]:.4f}] | {r['nll_change']:+.1e} ± {r['nll_change_ci95']:.0e} | {f['kld']:.1e} "
-                f"| {f['top1']:.4f} | {'yes' if r['within'] else 'no'} | {r['nll_above_bf16']:+.1e} ± {r['nll_above_bf16_ci95']:.0e} |"
+                f"[{ref['ci95'][0]:.4f}, {ref['ci95'][1]:.4f}] | {nll(r, 'nll_change')} | {kl(f)} | {f['top1']:.4f} "
+                f"| {'yes' if r['within'] else 'no'} | {nll(r, 'nll_above_bf16')} |"
             )
     return "\n".join(lines) + "\n"
 
 
+def nll(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:+.1e} ± {row[key + '_ci95']:.0e}"
+
+
+def kl(row: dict[str, Any]) -> str:
+    return f"{row['kld']:.2e}" + ("" if math.isnan(row["ci95"]) else f" ± {row['ci95']:.0e}")
+
+
+def cosines(row: dict[str, Any]) -> str:
+    return f"{row['cosine_mean']:.6f} | {row['cosine_min']:.5f} | {100 * row['cosine_below_0.999']:.3f}%"
+
+
 def by_position(row: dict[str, Any]) -> list[str]:
     lines = ["| positions | KL | top-1 | cosine, mean | lowest | below 0.999 |", "|---|---|---|---|---|---|"]
-    for r in row["buckets"]:
-        half_width = "" if math.isnan(r["ci95"]) else f" ± {r['ci95']:.0e}"
-        lines.append(
-            f"| {r['from']} .. {r['to'] - 1} | {r['kld']:.2e}{half_width} | {r['top1']:.4f} | {r['cosine_mean']:.6f} "
-            f"| {r['cosine_min']:.5f} | {100 * r['cosine_below_0.999']:.3f}% |"
-        )
-    return lines
+    return lines + [f"| {r['from']} .. {r['to'] - 1} | {kl(r)} | {r['top1']:.4f} | {cosines(r)} |" for r in row["buckets"]]
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from exporter.quantize import write_quantized
@@ -238,7 +239,7 @@ def write_files(a: argparse.Namespace, model: Nano, metadata: dict[str, Any], lo
 
 def examine(a: argparse.Namespace, files: dict[str, Path], tokenizer: Path, log: Log) -> None:
     """The finished files, read back: what they say, recall over long contexts, and each mix against the BF16 file."""
-    maker = data.Maker(vocabulary.Tokenizer.from_file(str(tokenizer)))
+    maker = data.Maker(Tokenizer.from_file(str(tokenizer)))
     model = load_gguf(files["bf16"], a.device)
     answers = {prompt: evals.answer(model, maker, prompt, a.device) for prompt in evals.PROMPTS}
     for prompt, text in answers.items():
