@@ -22,6 +22,7 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
+from exporter.errors import KilnError
 from tests.nano import grammar
 from tests.nano.vocabulary import BOS, EOS
 
@@ -127,15 +128,15 @@ class Maker:
     def ids(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def batch(self, rng: Random, count: int, length: int, recall: float = 0.4, kind: str | None = None, held_out: bool = False) -> Batch:
-        """`count` sequences of length + 1 tokens, a share `recall` of them about remembering (`kind`: "passkey" or "dictionary" alone)."""
+    def batch(self, rng: Random, count: int, length: int, recall: float = 0.4, held_out: bool = False) -> Batch:
+        """`count` sequences of length + 1 tokens, a share `recall` of them about remembering."""
         size = length + 1
         tokens = np.zeros((count, size), np.uint16)
         positions = np.zeros((count, size), np.int32)
         classes = np.zeros((count, size), np.uint8)
         for row in range(count):
             remember = rng.random() < recall
-            ids, kinds, breaks = self.recall(rng, size, kind) if remember else self.packed(rng, size, held_out)
+            ids, kinds, breaks = self.recall(rng, size) if remember else self.packed(rng, size, held_out)
             n = min(len(ids), size)
             tokens[row, :n], classes[row, :n] = ids[:n], kinds[:n]
             positions[row] = jumps(rng, size, [b for b in breaks if b < n], still=0.25 if remember else 0.5)
@@ -167,9 +168,9 @@ class Maker:
                 break
         return ids, kinds, breaks
 
-    def recall(self, rng: Random, size: int, kind: str | None = None) -> tuple[list[int], list[int], list[int]]:
+    def recall(self, rng: Random, size: int) -> tuple[list[int], list[int], list[int]]:
         """One long user turn that hides secrets among prose, then questions about them until the sequence is full."""
-        hidden = secrets(rng, size, kind)
+        hidden = secrets(rng, size)
         asked = rng.sample(hidden, min(len(hidden), rng.randint(1, 8)))
         tail = [piece for i, s in enumerate(asked) for piece in [((USER_OPEN if i else "") + s.question, USER), *answered(s)]]
         tail_ids = self.ids([text for text, _ in tail])
@@ -205,25 +206,30 @@ class Maker:
     def haystack(self, rng: Random, length: int, needles: int) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """A context of `length` tokens (or a few less) that hides `needles` passkeys, and for each (ids up to its value, ids of it)."""
         hidden = grammar.passkeys(rng, needles)
+        return self.user_turn(rng, hidden, length), [self.question(s) for s in hidden]
+
+    def question(self, secret: grammar.Secret) -> tuple[list[int], list[int]]:
+        """The ids from the question up to the value, and those of the value."""
+        lead, value = self.ids([secret.question + MODEL_OPEN + secret.lead, secret.value])
+        return lead, value
+
+    def user_turn(self, rng: Random, hidden: list[grammar.Secret], length: int, reserved: int = 0) -> list[int]:
+        """The open turn of a user, prose that hides the secrets' lines, of `length` - `reserved` tokens or a few less. Raises KilnError."""
         head = [BOS, *self.ids([USER_OPEN])[0]]
         secret_ids = self.ids([s.line + "\n" for s in hidden])
-        lines = self.ids([line + "\n" for line in passages(rng, int(length * CHARS_PER_TOKEN))])
-        room = length - len(head) - sum(map(len, secret_ids))
+        room = length - reserved - len(head) - sum(map(len, secret_ids))
         kept: list[list[int]] = []
-        for line in lines:
+        for line in self.ids([line + "\n" for line in passages(rng, int(length * CHARS_PER_TOKEN))]):
             if len(line) > room:
                 break
             kept.append(line)
             room -= len(line)
+        if len(kept) < len(hidden):
+            raise KilnError(f"{len(hidden)} keys do not fit into {length} tokens between other lines; give fewer keys or longer contexts")
         # spread evenly over the depth, with some jitter: every part of the context is asked about
         for i, piece in sorted(enumerate(secret_ids), reverse=True):
-            kept.insert(int((i + rng.random()) / needles * len(kept)), piece)
-        ids = head + [t for line in kept for t in line]
-        questions = []
-        for s in hidden:
-            lead, value = self.ids([s.question + MODEL_OPEN + s.lead, s.value])
-            questions.append((lead, value))
-        return ids, questions
+            kept.insert(int((i + rng.random()) / len(hidden) * len(kept)), piece)
+        return head + [t for line in kept for t in line]
 
 
 def jumps(rng: Random, size: int, breaks: list[int], still: float) -> np.ndarray:

@@ -75,7 +75,16 @@ def test_keys(maker: data.Maker) -> None:
 
 def test_divergence() -> None:
     """Against distributions written down, see tests/test_eval.py; both directions differ."""
-    half, quarter = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.25, 0.75]] * 2).log()
-    found = study.divergence(half, quarter, torch.tensor([0, 1]))
+    half, quarter = torch.tensor([[[0.5, 0.5]] * 2]).log(), torch.tensor([[[0.25, 0.75]] * 2]).log()
+    found = study.divergence(half, quarter, torch.tensor([[0, 1]]))
     assert found["kl_exact_tq4"] == pytest.approx(0.143841, abs=1e-5) and found["kl_tq4_exact"] == pytest.approx(0.130812, abs=1e-5)
     assert found["below"] == 2 and found["tokens"] == 2
+
+
+def test_cosine_of_a_position() -> None:
+    """Two contexts, three positions, cosines 1 but for 0 and 0.6 of different positions, then of the same one."""
+    exact, away, near = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8])
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+    for rows, lowest in ([[away, exact, exact], [exact, near, exact]], 0.5), ([[exact, away, exact], [exact, near, exact]], 0.3):
+        found = study.divergence(exact.expand(2, 3, 2), torch.stack([torch.stack(row) for row in rows]), targets)
+        assert found["cosine_position_min"] == pytest.approx(lowest) and found["cosine_min"] == 0 and found["below"] == 2
