@@ -24,7 +24,7 @@ from exporter.gguf import GGUFFile, open_gguf
 from exporter.plan import kv_plan, memory_plan
 from exporter.progress import bar, say, size_text
 from exporter.quantize import to_float
-from exporter.tokenizer import chat_template, render_chat_affixes, write_tokenizer
+from exporter.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
 from exporter.torch_private import check_versions
 from exporter.weights import plan_weights, write_weights
 from passes.records import PassOptions
@@ -137,7 +137,7 @@ def export_artifact(options: ExportOptions) -> None:
         chat = None
         if template is not None:
             (stage / "chat_template.jinja").write_text(template)
-            prefix, suffix = render_chat_affixes(template, _bos_text(gguf))
+            prefix, suffix = render_chat_affixes(template, bos_text(gguf))
             chat = {"prefix": prefix, "suffix": suffix}
         with bar("packing weights") as progress:
             records = write_weights(stage / "weights.safetensors", gguf, spec.config, list(spec.plan), progress=progress)
@@ -156,11 +156,6 @@ def export_artifact(options: ExportOptions) -> None:
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())
     say(f"{options.out}: {size_text(size)} in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
-
-
-def _bos_text(gguf: GGUFFile) -> str:
-    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
-    return tokens[gguf.metadata.get("tokenizer.ggml.bos_token_id", 2)] if tokens else ""
 
 
 def _report(entry: CompiledEntry) -> None:

@@ -158,7 +158,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="Tokens to score.")
 @click.option("--depths", default="2048", show_default=True, help="Context lengths to hide keys in, with commas.")
 @click.option("--needles", type=click.IntRange(1), default=8, show_default=True, help="Keys hidden in a context.")
-@click.option("--kv-cache", type=click.Choice(["bf16", "f32", "tq4"]), help="Of a GGUF file.  [default: bf16 on a GPU, f32 on the CPU]")
+@click.option("--kv-cache", type=click.Choice(["f16", "bf16", "f32", "tq4"]), help="Of a GGUF file.  [default: GPU f16, CPU f32]")
 @click.option("--reference", type=PATH, help="GGUF file whose fp32 forward kld compares to.  [default: the file itself]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")

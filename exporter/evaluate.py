@@ -252,7 +252,7 @@ def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
 
 def _gguf(options: EvalOptions, max_seq_len: int) -> tuple[Player, Text, dict[str, Any]]:
     device = choose_device(options.device)
-    kv_cache = options.kv_cache or {"cpu": "f32", "cuda": "bf16"}[device]
+    kv_cache = options.kv_cache or {"cpu": "f32", "cuda": "f16"}[device]
     gguf = open_gguf(options.path)
     text = gguf_text(gguf)
     player = graph_player(gguf, kv_cache, max_seq_len, device)

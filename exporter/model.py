@@ -204,18 +204,24 @@ class Decoder(nn.Module):
                 tables[sliding] = angle.cos(), angle.sin()
         return tables
 
-    def forward(
-        self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:  # tokens, pos [T] int64; sampling [1] -> token [1] int64, logits [1, V] float32
+    def hidden(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        """tokens, pos [T] int64 -> [T, D] after the last layer."""
         x = (self.token_embd.rows(tokens) * math.sqrt(self.config.hidden_size)).to(self.dtype)
         tables = self.rope_tables(pos)
         for layer in self.blk:
             x = layer(x, pos, *tables[layer.layer.sliding])
-        h = self.output_norm(x[-1:], torch.float32)
-        logits = (self.output or self.token_embd).linear(h)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[T, D] -> soft-capped float32 [T, V]."""
+        logits = (self.output or self.token_embd).linear(self.output_norm(x, torch.float32))
         cap = self.config.final_logit_softcapping
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:  # tokens, pos [T] int64; sampling [1] -> token [1] int64, logits [1, V] float32
+        logits = self.logits(self.hidden(tokens, pos)[-1:])
         allowed = logits
         if self.config.suppress_tokens:
             allowed = logits.index_fill(1, self.suppress_tokens, float("-inf"))

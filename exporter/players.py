@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.build import _bos_text
+from exporter.artifact import dtype_name
 from exporter.config import ModelConfig, check_tensors, from_gguf
 from exporter.errors import KilnError
 from exporter.export import GraphSpec, lower, make_kv, runnable
 from exporter.gguf import GGUFFile
 from exporter.model import SAMPLING_INPUTS, Decoder
 from exporter.progress import size_text
-from exporter.tokenizer import chat_template, render_chat_affixes, write_tokenizer
+from exporter.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
 from exporter.weights import WeightPlan, derived_constants, load_weights, plan_weights, write_weights
 from passes.records import PassOptions
 
-KV_CACHES = {"bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
+KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
 PIECE_TOKENS = 2048  # fed at once
 PIECE_BYTES = 256 << 20  # of the logits of a piece
 
@@ -66,7 +66,7 @@ def gguf_text(gguf: GGUFFile) -> Text:
         found = write_tokenizer(gguf, path)
         if found is None:
             raise KilnError(f"{gguf.path}: the file has no tokenizer; evaluate a file that has one")
-        prefix, suffix = render_chat_affixes(template, _bos_text(gguf)) if template else (_bos_text(gguf), "\n")
+        prefix, suffix = render_chat_affixes(template, bos_text(gguf)) if template else (bos_text(gguf), "\n")
         return Text(path, found["bos"], prefix, suffix)
 
 
@@ -116,13 +116,7 @@ class AllPositions(Decoder):
     """The decoder with logits for every token of the chunk: float32 [T, V]."""
 
     def forward(self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
-        x = (self.token_embd.rows(tokens) * math.sqrt(self.config.hidden_size)).to(self.dtype)
-        tables = self.rope_tables(pos)
-        for layer in self.blk:
-            x = layer(x, pos, *tables[layer.layer.sliding])
-        logits = (self.output or self.token_embd).linear(self.output_norm(x, torch.float32))
-        cap = self.config.final_logit_softcapping
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return self.logits(self.hidden(tokens, pos))
 
 
 @dataclass(frozen=True)
@@ -167,15 +161,18 @@ class GraphPlayer:
 def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None) -> GraphPlayer:
     """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
 
-    Activations are float32 on a CPU and bfloat16 on a GPU; an exact cache has the activations' type, so naming one names the other.
+    Without `activation_dtype` a cache that is not quantized names the activations, float32 or bfloat16; with TQ4 they are float32 on a CPU
+    and bfloat16 on a GPU.
     """
     config = checked_config(gguf, max_seq_len)
-    dtype = activation_dtype or ({"cpu": "float32", "cuda": "bfloat16"}[device] if kv_cache == "tq4" else KV_CACHES[kv_cache])
-    if kv_cache != "tq4" and dtype != KV_CACHES[kv_cache]:
-        raise KilnError(f"an exact {KV_CACHES[kv_cache]} cache goes with {KV_CACHES[kv_cache]} activations, not {dtype}")
+    wide = device == "cpu" if kv_cache == "tq4" else kv_cache == "f32"
+    dtype = activation_dtype or ("float32" if wide else "bfloat16")
     plan = tuple(plan_weights(config, gguf))
     options = PassOptions(turboquant=kv_cache == "tq4", materializes_head=device == "cpu")
-    spec = AllPositionsSpec(config, plan, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options)
+    cache = "bfloat16" if kv_cache == "bf16" else "float16"
+    spec = AllPositionsSpec(config, plan, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
+    if kv_cache != "tq4" and dtype_name(spec.cache_dtype) != KV_CACHES[kv_cache]:
+        raise KilnError(f"a {KV_CACHES[kv_cache]} cache does not go with {dtype} activations")
     lowered = lower(spec, "prefill", device)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "weights.safetensors"

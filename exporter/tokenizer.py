@@ -86,6 +86,12 @@ def write_tokenizer(gguf: HasMetadata, path: str | Path) -> dict[str, Any] | Non
     return {"bos": int(bos) if bos is not None else None, "eog": eog}
 
 
+def bos_text(gguf: HasMetadata) -> str:
+    """The text of BOS; empty without a tokenizer."""
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    return tokens[gguf.metadata.get("tokenizer.ggml.bos_token_id", 2)] if tokens else ""
+
+
 def chat_template(gguf: HasMetadata, override_path: str | Path | None = None) -> str | None:
     """The text of `override_path` when given, else the file's own chat template, else None."""
     if override_path is not None:

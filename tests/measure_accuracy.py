@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import subprocess
 from pathlib import Path
 
@@ -29,14 +28,8 @@ def eager_logits(gguf: Path, state: dict[str, torch.Tensor], tokens: torch.Tenso
     with torch.device("cuda"), torch.inference_mode():
         model = spec.model()
         model.load_state_dict(state, strict=False, assign=True)
-        pos = torch.arange(len(tokens))
-        x = (model.token_embd.rows(tokens) * math.sqrt(spec.config.hidden_size)).to(model.dtype)
-        tables = model.rope_tables(pos)
-        for layer in model.blk:
-            x = layer(x, pos, *tables[layer.layer.sliding])
-        h = model.output_norm(x, torch.float32)
-        cap = spec.config.final_logit_softcapping
-        return torch.cat([(torch.tanh(model.token_embd.linear(piece) / cap) * cap).cpu() for piece in h.split(8)])
+        x = model.hidden(tokens, torch.arange(len(tokens)))
+        return torch.cat([model.logits(piece).cpu() for piece in x.split(8)])
 
 
 def artifact_logits(artifact: Path, tokens: torch.Tensor, chunk: int, vocab: int, out: Path) -> torch.Tensor:

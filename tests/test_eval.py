@@ -69,6 +69,16 @@ def test_reference_gives_the_fixture_logits() -> None:
         assert rows.shape == expected.shape and (rows - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("kv_cache", ["f16", "bf16", "f32", "tq4"])
+def test_caches_are_what_is_asked_for(kv_cache: str) -> None:
+    file = "gemma4-tiny-dense-wide-Q4_K_M.gguf" if kv_cache == "tq4" else "gemma4-tiny-dense.gguf"
+    player = pl.graph_player(open_gguf(FIXTURES / file), kv_cache, 32, "cpu")
+    rings = {ring.dtype for ring in player._rings}
+    assert rings == {{"f16": torch.float16, "bf16": torch.bfloat16}.get(kv_cache, torch.float32)}
+    with pytest.raises(KilnError, match="a bfloat16 cache does not go with float32 activations"):
+        pl.graph_player(open_gguf(TINY), "bf16", 32, "cpu", "float32")
+
+
 def test_rows_are_compared() -> None:
     """Against distributions written down: KL((1/2, 1/2) || (1/4, 3/4)) = ln(2) - ln(3) / 2."""
     half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
