@@ -36,7 +36,19 @@ from custom_ops import (
     tq4_attention,
     tq4_prefill,
 )
-from custom_ops.bench_cases import Case, Tensors, all_cases
+from custom_ops.bench_attention import decode_attention_cases, prefill_attention_cases, tq4_write_case
+from custom_ops.bench_cases import (
+    GEMMA4_31B,
+    Case,
+    Geometry,
+    Tensors,
+    add_norm_case,
+    embedding_case,
+    fixed_cases,
+    gemv_cases,
+    linear_cases,
+    sample_case,
+)
 
 COLD = 4
 MOST_COPIES = 1024
@@ -47,6 +59,25 @@ CEILING_BYTES = 4_000_000_000
 # modules whose ops launch kernels
 LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention, tq4_prefill)
 SEED = 1
+
+
+def all_cases(geometry: Geometry = GEMMA4_31B) -> list[Case]:
+    chunk, vocab = geometry.chunks[-1], geometry.head.n
+    return [
+        *fixed_cases(geometry),
+        add_norm_case(geometry),
+        *gemv_cases(geometry),
+        *linear_cases(geometry),
+        embedding_case(geometry.head, 1),
+        embedding_case(geometry.head, chunk),
+        *decode_attention_cases(geometry),
+        *prefill_attention_cases(geometry),
+        tq4_write_case(geometry.full, 1),
+        tq4_write_case(geometry.full, chunk),
+        sample_case(vocab, "greedy", 0.0, 0, 1.0),
+        sample_case(vocab, "top-k 64, top-p 0.95", 1.0, 64, 0.95),
+        sample_case(vocab, "no limits", 1.0, 0, 1.0),
+    ]
 
 
 @dataclass(frozen=True)

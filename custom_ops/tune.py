@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from custom_ops import bench, flash, gemv, tq4_attention, tq4_prefill
-from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases, global_case, sliding_case, tq4_case
+from custom_ops.bench_attention import global_case, sliding_case, tq4_case
+from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
 from custom_ops.flash import Tile, pick
 from custom_ops.gemv import GemvConfig
 from custom_ops.target import GpuTarget, current_target

@@ -12,7 +12,9 @@ import torch
 
 import custom_ops
 from custom_ops import bench, flash, gemv, launch, tq4_attention, tq4_prefill, tune
-from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, all_cases, fixed_cases, gemv_cases, keys_attended
+from custom_ops.bench import all_cases
+from custom_ops.bench_attention import keys_attended
+from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_cases, gemv_cases
 from custom_ops.flash import Tile
 from custom_ops.gemv import GemvConfig
 from custom_ops.target import gpu_targets
