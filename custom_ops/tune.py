@@ -1,11 +1,12 @@
 """`python -m custom_ops.bench --tune`: times a grid of kernel configurations at the shapes of the 31B, each checked first.
 
-Nothing is changed on disk: the best are printed, to be written into the tables beside the kernels.
+Nothing is changed on disk: the best are printed, and recorded as `winners`, as the lines to check in beside the kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
 import time
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
-from custom_ops import bench, flash, gemv, tq4_attention, tq4_prefill
+from custom_ops import bench, gemv, tq4_prefill
 from custom_ops.bench_attention import global_case, sliding_case, tq4_case
 from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
-from custom_ops.flash import Tile, pick
+from custom_ops.configs import pick
+from custom_ops.flash import Tile
 from custom_ops.gemv import GemvConfig
 from custom_ops.target import GpuTarget, current_target
 
@@ -34,9 +36,14 @@ class Family:
     name: str
     cases: list[Case]
     candidates: list[Any]
-    table: dict | None = None  # of tiles
-    key: tuple[int, int] = (0, 0)
+    table: str  # module and name
+    key: Any  # of its entry
     matrix: Matrix | None = None  # the GEMV's
+
+    @property
+    def entries(self) -> dict:
+        module, name = self.table.split(".")
+        return getattr(importlib.import_module(f"custom_ops.{module}"), name)
 
 
 @dataclass
@@ -83,35 +90,34 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     found = []
     for m, case in zip((*geometry.matrices, geometry.head), fixed_cases(geometry), strict=True):
         grid = (GemvConfig(*choice) for choice in itertools.product((32, 64, 128, 256), (1, 2), (8, 16, 24, 32), (1, 2, 4)))
-        found.append(Family(case.name, [case], first(gemv_current(target, m), grid), matrix=m))
+        found.append(Family(case.name, [case], first(gemv_current(target, m), grid), "gemv.GEMV_CONFIGS", target.sm, m))
 
-    def tiled(name: str, table: dict, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
-        current = pick(table, target, dim)
-        size = min(d for _, d in table if d >= dim)
-        found.append(Family(name, cases, tiles(current, **choices), table, (target.sm, size)))
+    def tiled(name: str, table: str, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
+        family = Family(name, cases, [], table, None)
+        family.candidates = tiles(pick(family.entries, target, dim), **choices)
+        family.key = target.sm, min(d for _, d in family.entries if d >= dim)
+        found.append(family)
 
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
-    tiled("tq4 decode", tq4_attention.DECODE_TILES, full.dim, [tq4_case(full, 1, short), tq4_case(full, 1, long)], **decode)
+    tiled("tq4 decode", "tq4_attention.DECODE_TILES", full.dim, [tq4_case(full, 1, short), tq4_case(full, 1, long)], **decode)
     if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
         pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        key = (target.sm, full.dim)
-        found.append(Family("tq4 prefill", [tq4_case(full, chunk, far)], tiles(tq4_prefill.PIECE_TILES[key], **pieces),
-                            tq4_prefill.PIECE_TILES, key))  # fmt: skip
+        tiled("tq4 prefill", "tq4_prefill.PIECE_TILES", full.dim, [tq4_case(full, chunk, far)], **pieces)
     else:
-        tiled("tq4 prefill", tq4_attention.PREFILL_TILES, full.dim, [tq4_case(full, chunk, far)], **prefill)
+        tiled("tq4 prefill", "tq4_attention.PREFILL_TILES", full.dim, [tq4_case(full, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
-    tiled("sliding decode", flash.DECODE_TILES, geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
-    tiled("sliding prefill", flash.PREFILL_TILES, geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
-    tiled("global decode", flash.DECODE_TILES, full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
-    tiled("global prefill", flash.PREFILL_TILES, full.dim, [global_case(full, chunk, far)], **prefill)
+    tiled("sliding decode", "flash.DECODE_TILES", geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
+    tiled("sliding prefill", "flash.PREFILL_TILES", geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
+    tiled("global decode", "flash.DECODE_TILES", full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
+    tiled("global prefill", "flash.PREFILL_TILES", full.dim, [global_case(full, chunk, far)], **prefill)
     return found
 
 
 @contextlib.contextmanager
-def applied(family: Family, candidate: Any, target: GpuTarget) -> Iterator[None]:
-    """Inside, the ops take the candidate for this target."""
-    table, key = (gemv.GEMV_CONFIGS, target.sm) if family.matrix else (family.table, family.key)
+def applied(family: Family, candidate: Any) -> Iterator[None]:
+    """Inside, the ops take the candidate."""
+    table, key = family.entries, family.key
     kept = table.get(key)
     table[key] = candidate
     try:
@@ -126,11 +132,11 @@ def applied(family: Family, candidate: Any, target: GpuTarget) -> Iterator[None]
 # ---- trials ----
 
 
-def compile_family(family: Family, arguments: dict[str, Tensors], target: GpuTarget) -> None:
+def compile_family(family: Family, arguments: dict[str, Tensors]) -> None:
     with bench.compiling_ahead():
         for case in family.cases:
             for candidate in family.candidates:
-                with applied(family, candidate, target):
+                with applied(family, candidate):
                     case.call(*arguments[case.name])
 
 
@@ -168,7 +174,7 @@ def run_family(family: Family, tuning: Tuning, target: GpuTarget, deadline: floa
     l2 = torch.cuda.get_device_properties().L2_cache_size
     arguments = {case.name: case.arguments(torch.Generator("cuda").manual_seed(bench.SEED)) for case in family.cases}
     if time.monotonic() < deadline:
-        compile_family(family, arguments, target)
+        compile_family(family, arguments)
     for case in family.cases:
         expected = case.reference(*arguments[case.name])
         copies = bench.cold_copies(case, arguments[case.name], torch.Generator("cuda").manual_seed(bench.SEED), l2, bench.free_memory())
@@ -177,7 +183,7 @@ def run_family(family: Family, tuning: Tuning, target: GpuTarget, deadline: floa
             if time.monotonic() > deadline:
                 tuning.skipped += 1
                 continue
-            with applied(family, candidate, target):
+            with applied(family, candidate):
                 launch = launch_of(family, candidate, target)
                 if launch in launches:
                     trial = replace(launches[launch], candidate=candidate)
@@ -247,6 +253,24 @@ def best_gemv(trials: list[Trial]) -> tuple[GemvConfig, dict[str, int], float] |
     return best
 
 
+def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
+    """For each table entry that was found: the file, the line to write there, and what it was chosen by."""
+    found = []
+    if products := best_gemv(trials):
+        config, groups, us = products
+        family = next(family for family in chosen if family.matrix)
+        by = f"{us / 1e3:.3f} ms for the products of a decode step, with GEMV_GROUPS {groups}"
+        found.append((family, config, by))
+    for family in chosen:
+        if not family.matrix and (best := best_tile(family, trials)):
+            found.append((family, best[0], f"{best[1]:.2f} us, geometric mean of {len(family.cases)}"))
+    lines = []
+    for family, entry, by in found:
+        module, table = family.table.split(".")
+        lines.append({"file": f"custom_ops/{module}.py", "table": table, "line": f"{family.key}: {entry},", "by": by})
+    return lines
+
+
 def tune(only: str, budget: float) -> dict:
     """Prints the best candidates of every case whose family's name contains `only`; the record of all trials."""
     began = time.monotonic()
@@ -255,15 +279,10 @@ def tune(only: str, budget: float) -> dict:
     for family in chosen:
         run_family(family, tuning, target, began + budget)
         torch.cuda.empty_cache()
-    print("\nbest together")
-    products = best_gemv(tuning.trials)
-    if products:
-        config, groups, us = products
-        print(f"GEMV_CONFIGS[{target.sm}] = {config}, GEMV_GROUPS {groups}: {us / 1e3:.3f} ms for the products of a decode step")
-    for family in chosen:
-        if family.table is not None and (found := best_tile(family, tuning.trials)):
-            print(f"{family.name} {family.key}: {found[0]}: {found[1]:.2f} us, geometric mean of {len(family.cases)}")
+    best = winners(chosen, tuning.trials)
+    for entry in best:
+        print(f"\n{entry['file']}, {entry['table']}: {entry['by']}\n    {entry['line']}")
     if tuning.skipped:
         print(f"{tuning.skipped} candidates not tried: {budget:.0f} s were over; raise --budget or narrow --only")
     print(f"{time.monotonic() - began:.0f} s")
-    return bench.machine(ceilings) | {"trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}
+    return bench.machine(ceilings) | {"winners": best, "trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}

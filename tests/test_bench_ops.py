@@ -15,6 +15,7 @@ from custom_ops import bench, flash, gemv, launch, tq4_attention, tq4_prefill, t
 from custom_ops.bench import all_cases
 from custom_ops.bench_attention import keys_attended
 from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_cases, gemv_cases
+from custom_ops.configs import pick
 from custom_ops.flash import Tile
 from custom_ops.gemv import GemvConfig
 from custom_ops.target import gpu_targets
@@ -163,15 +164,15 @@ def test_family(family):
         if family.matrix:
             m = family.matrix
             return gemv.launch(m.kind, 1, m.n, m.k, H200)
-        if family.table is tq4_prefill.PIECE_TILES:
+        if family.entries is tq4_prefill.PIECE_TILES:
             return tq4_prefill.piece_tile(H200, family.key[1])
-        return flash.pick(family.table, H200, family.key[1])
+        return pick(family.entries, H200, family.key[1])
 
     now = launch()
-    with tune.applied(family, family.candidates[0], H200):
+    with tune.applied(family, family.candidates[0]):
         assert launch() == now
     for candidate in family.candidates[1:]:
-        with tune.applied(family, candidate, H200):
+        with tune.applied(family, candidate):
             if family.matrix:
                 constants, splits, warps = launch()
                 assert constants["ROWS"] == candidate.rows and warps == candidate.warps
@@ -214,6 +215,22 @@ def test_best_tile():
     tile, mean = tune.best_tile(family, trials)
     assert tile == b and mean == pytest.approx(math.sqrt(300))
     assert tune.best_tile(family, trials[4:]) is None
+
+
+def test_winners_are_lines_of_the_tables():
+    """What is printed, written into the named table, is what was timed best there."""
+    families = [f for f in tune.families(H200, TINY) if f.name in ("tq4 decode", "sliding prefill") or f.matrix]
+    best = {f.name: f.candidates[-1] for f in families}
+    trials = [tune.Trial(f, case, c, us=1.0 if c == best[f.name] else 2.0) for f in families for case in f.cases for c in f.candidates]
+    found = {(row["file"], row["table"]): row["line"] for row in tune.winners(families, trials)}
+    names = {"GemvConfig": GemvConfig, "Tile": Tile}
+    entries = {place: eval(f"{{{line}}}", names) for place, line in found.items()}  # noqa: S307
+    assert entries.pop(("custom_ops/gemv.py", "GEMV_CONFIGS")) == {90: dataclasses.replace(best[families[0].name], groups=0)}
+    assert entries == {
+        ("custom_ops/tq4_attention.py", "DECODE_TILES"): {(90, 512): best["tq4 decode"]},
+        ("custom_ops/flash.py", "PREFILL_TILES"): {(90, 256): best["sliding prefill"]},
+    }
+    assert tune.winners(families, []) == []
 
 
 def test_report(capsys):
