@@ -7,7 +7,6 @@ Block formats: the tables of `custom_ops/layouts.py`; the files we read are read
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from gguf import GGUFValueType, LlamaFileType
 
 from custom_ops.layouts import LAYOUTS
 from exporter.errors import KilnError
+from exporter.files import replacing
 from exporter.gguf import GGUFFile, open_gguf
 from exporter.synth import MIXES, Tensor, _more_bits, gguf_header, key_value
 
@@ -259,18 +259,10 @@ def write_quantized(path_in: str | Path, path_out: str | Path, mix: str, workers
         except KilnError as e:
             raise KilnError(f"{file.path}: tensor {name}: {e}") from e
 
-    temporary = path_out.with_name(f".{path_out.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f, ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
-            f.write(header)
-            for offset, raw in zip(offsets, pool.map(blocks, plan), strict=True):
-                f.write(bytes(offset - f.tell()))
-                f.write(raw)
-            f.write(bytes(size - f.tell()))
-        os.replace(temporary, path_out)
-    except OSError as e:
-        raise KilnError(f"{path_out}: cannot write {size / 2**20:.0f} MiB: {e.strerror}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path_out, f"{size / 2**20:.0f} MiB") as f, ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        f.write(header)
+        for offset, raw in zip(offsets, pool.map(blocks, plan), strict=True):
+            f.write(bytes(offset - f.tell()))
+            f.write(raw)
+        f.write(bytes(size - f.tell()))
     return plan

@@ -7,7 +7,6 @@ Every byte is drawn: no slab is reused. The content of a tensor depends on the s
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import threading
@@ -24,6 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFil
 
 from exporter.config import LayerConfig, ModelConfig, expected_tensors
 from exporter.errors import KilnError
+from exporter.files import replacing
 from exporter.gguf import open_gguf
 
 ALIGN = 32
@@ -342,31 +342,22 @@ def write_synthetic(
     tensors = synth_plan(preset, mix, layers)
     header, offsets, size = gguf_header(_metadata(_config(preset, layers), _preset(preset), mix, vocab_from), tensors)
     total, done, lock = sum(tensor_bytes(shape, kind) for _, shape, kind in tensors), 0, threading.Lock()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
+        f.write(header)
+        f.truncate(size)
+        f.flush()
 
-    try:
-        with open(temporary, "wb") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
-            f.write(header)
-            f.truncate(size)
-            f.flush()
+        def write(tensor: Tensor, offset: int) -> None:
+            nonlocal done
+            for piece in _pieces(*tensor, seed, slab_bytes):
+                view = memoryview(piece)
+                while view:
+                    written = os.pwrite(f.fileno(), view, offset)
+                    view, offset = view[written:], offset + written
+                with lock:
+                    done += len(piece)
+                    if progress:
+                        progress(tensor[0], done, total)
 
-            def write(tensor: Tensor, offset: int) -> None:
-                nonlocal done
-                for piece in _pieces(*tensor, seed, slab_bytes):
-                    view = memoryview(piece)
-                    while view:
-                        written = os.pwrite(f.fileno(), view, offset)
-                        view, offset = view[written:], offset + written
-                    with lock:
-                        done += len(piece)
-                        if progress:
-                            progress(tensor[0], done, total)
-
-            for _ in pool.map(write, tensors, offsets) if not sparse else ():
-                pass
-        os.replace(temporary, path)
-    except OSError as e:
-        raise KilnError(f"{path}: cannot write {size / 2**30:.1f} GiB: {e.strerror}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for _ in pool.map(write, tensors, offsets) if not sparse else ():
+            pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import torch
 from custom_ops.layouts import LAYOUTS, pack
 from exporter.config import ModelConfig, expected_tensors
 from exporter.errors import KilnError
+from exporter.files import replacing
 from exporter.gguf import GGUFFile
 
 ALIGN = 256  # of every tensor's data in the file
@@ -281,33 +281,25 @@ def write_weights(
     header, offsets, size = _layout(specs)
     total, done = sum(spec.nbytes for spec in specs), 0
     digests: dict[str, Any] = {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    try:
+    with replacing(path, "the weights") as f, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as background:
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise KilnError(f"{path}: {size / 2**30:.1f} GiB are needed for the weights, {free / 2**30:.1f} GiB are free; make room")
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as background, open(temporary, "wb") as f:
-            f.write(header)
-            for spec, piece in _ahead(_pieces(gguf, config, plan, pool), background):
-                if spec.name not in digests:
-                    digests[spec.name] = hashlib.sha256()
-                    f.write(bytes(offsets[spec.name] - f.tell()))
-                data = memoryview(piece).cast("B")
-                digests[spec.name].update(data)
-                f.write(data)
-                done += len(data)
-                if progress:
-                    progress(spec.name, done, total)
-            if done != total or list(digests) != list(offsets):
-                raise AssertionError(f"{done} bytes of {len(digests)} constants written, {total} of {len(specs)} planned")
-            f.write(bytes(size - f.tell()))
-        os.replace(temporary, path)
-    except OSError as e:
-        raise KilnError(f"{path}: cannot write the weights: {e.strerror}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        f.write(header)
+        for spec, piece in _ahead(_pieces(gguf, config, plan, pool), background):
+            if spec.name not in digests:
+                digests[spec.name] = hashlib.sha256()
+                f.write(bytes(offsets[spec.name] - f.tell()))
+            data = memoryview(piece).cast("B")
+            digests[spec.name].update(data)
+            f.write(data)
+            done += len(data)
+            if progress:
+                progress(spec.name, done, total)
+        if done != total or list(digests) != list(offsets):
+            raise AssertionError(f"{done} bytes of {len(digests)} constants written, {total} of {len(specs)} planned")
+        f.write(bytes(size - f.tell()))
     return [
         {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": offsets[spec.name], "bytes": spec.nbytes,
          "sha256": digests[spec.name].hexdigest()}
