@@ -83,9 +83,9 @@ def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
     if not options["dry_run"] and options["gguf_path"].is_file():
-        from exporter.workers import prepare
+        from exporter.workers import AT_ONCE, prepare
 
-        prepare(min(2, os.cpu_count() or 1))  # they import PyTorch while this process does
+        prepare(AT_ONCE)  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
     cache = "bfloat16" if kv_cache == "bf16" else "float16"

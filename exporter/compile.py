@@ -16,7 +16,7 @@ from pathlib import Path
 from custom_ops.target import compiling_for, gpu_targets
 from exporter.errors import KilnError
 from exporter.export import ENTRIES, GraphSpec, lower
-from exporter.workers import take
+from exporter.workers import AT_ONCE, take
 from passes.edit import symbolic, user_input
 from passes.records import KVBuffer, PassReport
 
@@ -60,9 +60,8 @@ def compile_target(
     Raises KilnError when a compilation fails or constants were merged.
     """
     work = work.resolve()  # the compiler changes directory
-    at_once = min(len(ENTRIES), os.cpu_count() or 1)
     entries: list[CompiledEntry] = []
-    for some in (ENTRIES[i : i + at_once] for i in range(0, len(ENTRIES), at_once)):
+    for some in (ENTRIES[i : i + AT_ONCE] for i in range(0, len(ENTRIES), AT_ONCE)):
         workers = [take() for _ in some]
         for worker, entry in zip(workers, some, strict=True):
             worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)

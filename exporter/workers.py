@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from exporter.errors import KilnError
 
+AT_ONCE = min(2, os.cpu_count() or 1)  # compilations: a target has two graphs
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would inherit a parent's threads and its GPU
 _IMPORTS = ("torch._inductor.compile_fx", "exporter.compile")
 _waiting: list[Worker] = []
