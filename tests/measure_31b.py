@@ -18,6 +18,7 @@ import numpy as np
 
 from exporter.synth import write_synthetic
 from tests.rebuild import complete
+from tests.sessions import interleaved_equal_solo
 
 VOCAB = Path(__file__).parent / "fixtures" / "gemma4-vocab.gguf"
 
@@ -56,23 +57,8 @@ def peak_memory(artifact: Path, prompt: list[int]) -> int:
 def interleaved(artifact: Path, vocab: int) -> bool:
     import kiln
 
-    model = kiln.Model(str(artifact))
     prompts = [[2, *((np.arange(200 + 150 * i) * (37 + i)) % vocab).tolist()] for i in range(2)]
-
-    def solo(prompt: list[int]) -> list[int]:
-        session = kiln.Session(model)
-        session.prefill(prompt)
-        return [session.decode() for _ in range(12)]
-
-    expected = [solo(p) for p in prompts]
-    sessions = [kiln.Session(model) for _ in prompts]
-    for session, prompt in zip(sessions, prompts, strict=True):
-        session.prefill(prompt)
-    got: list[list[int]] = [[], []]
-    for _ in range(12):
-        for i, session in enumerate(sessions):
-            got[i].append(session.decode())
-    return got == expected
+    return interleaved_equal_solo(kiln.Model(str(artifact)), prompts, 12)
 
 
 def main() -> None:
