@@ -34,6 +34,7 @@ from custom_ops import (
     sample,
     tq4,
     tq4_attention,
+    tq4_decode,
     tq4_prefill,
 )
 from custom_ops.bench_attention import decode_attention_cases, prefill_attention_cases, tq4_write_case
@@ -57,7 +58,8 @@ LONG = 2.0  # milliseconds of a call above which a graph holds each copy once on
 LAUNCHES = 20  # of a graph of shorter calls
 CEILING_BYTES = 4_000_000_000
 # modules whose ops launch kernels
-LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention, tq4_prefill)
+LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention,
+             tq4_decode, tq4_prefill)  # fmt: skip
 SEED = 1
 
 
@@ -249,11 +251,11 @@ def group_lines(rows: list[dict]) -> list[str]:
 class _Compile:
     """What `launch.kernel` gives, but compiling instead of launching."""
 
-    def __init__(self, fn: Any):
-        self.fn = fn
+    def __init__(self, fn: Any, registers: int | None = None, x: torch.Tensor | None = None):
+        self.fn, self.limit = fn, {"maxnreg": registers} if registers else {}
 
     def __getitem__(self, grid: tuple) -> Callable[..., Any]:
-        return lambda *args, **options: self.fn.warmup(*args, grid=grid, **options)
+        return lambda *args, **options: self.fn.warmup(*args, grid=grid, **options, **self.limit)
 
 
 @contextlib.contextmanager

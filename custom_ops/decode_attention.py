@@ -37,15 +37,12 @@ def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: 
 
 
 @triton.jit
-def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps,
-                   splits, stride, v_splits, v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
-                   EARLY: tl.constexpr):
-    """One head of one token: RMSNorm and, for queries and keys, weight and rotary embedding. Grid (HEADS + 2 KV).
+def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
+                  HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+    """Both halves, float32 [D / 2], of head `head` of queries, keys and values: RMSNorm and, but for values, weight and rotary embedding.
 
     A projection is the sum of `splits` parts, `stride` elements apart (q and k alike).
-    RING > 0: keys and values go to the slot pos % RING of a ring [RING, KV, D], else to the first row of theirs.
     """
-    head = tl.program_id(0)
     H: tl.constexpr = D // 2
     dim = tl.arange(0, H)
     rotated = head < HEADS + KV
@@ -53,35 +50,52 @@ def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin
     weight0 = tl.load(weight, rotated, other=1.0)
     weight1 = tl.load(weight + H, rotated, other=1.0)
     wait_for_earlier_kernels(EARLY)
-    row = 0
-    if RING > 0:
-        row = (tl.load(pos_ptr).to(tl.int32) % RING) * (KV * D)
     parts = splits
     step = stride
     if head < HEADS:
         source = q_ptr + head * D
-        target = q_out_ptr + head * D
     elif rotated:
         source = k_ptr + (head - HEADS) * D
-        target = k_out_ptr + row + (head - HEADS) * D
     else:
         source = v_ptr + (head - HEADS - KV) * D
-        target = v_out_ptr + row + (head - HEADS - KV) * D
         parts = v_splits
         step = v_stride
-    TOGETHER: tl.constexpr = 16384 // D
-    whole = sum_splits(source + tl.arange(0, D), step, parts, None, D, TOGETHER)
+    whole = sum_splits(source + tl.arange(0, D), step, parts, None, D, TOGETHER=16)
     a, b = tl.split(tl.permute(tl.reshape(whole, [2, H]), [1, 0]))
     cos = tl.load(cos_ptr + dim, rotated, other=1.0)
     sin = tl.load(sin_ptr + dim, rotated, other=0.0)
     norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
     a = a * norm * weight0
     b = b * norm * weight1
-    tl.store(target + dim, a * cos - b * sin)
-    tl.store(target + H + dim, b * cos + a * sin)
+    return a * cos - b * sin, b * cos + a * sin
 
 
-def _check(op: str, q, k, v, q_weight, cos) -> None:
+@triton.jit
+def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps,
+                   splits, stride, v_splits, v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
+                   EARLY: tl.constexpr):
+    """`prepared_head` of one token. Grid (HEADS + 2 KV).
+
+    RING > 0: keys and values go to the slot pos % RING of a ring [RING, KV, D], else to the first row of theirs.
+    """
+    head = tl.program_id(0)
+    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
+                         HEADS, KV, D, EARLY)
+    row = 0
+    if RING > 0:
+        row = (tl.load(pos_ptr).to(tl.int32) % RING) * (KV * D)
+    if head < HEADS:
+        target = q_out_ptr + head * D
+    elif head < HEADS + KV:
+        target = k_out_ptr + row + (head - HEADS) * D
+    else:
+        target = v_out_ptr + row + (head - HEADS - KV) * D
+    dim = tl.arange(0, D // 2)
+    tl.store(target + dim, a)
+    tl.store(target + D // 2 + dim, b)
+
+
+def check_projections(op: str, q, k, v, q_weight, cos) -> None:
     dim = q_weight.shape[0]
     sizes = [x.shape[1] for x in (q, k, v)]
     if any(x.dtype != torch.float32 or x.stride(1) != 1 for x in (q, k, v)) or any(s % dim for s in sizes) or sizes[1] != sizes[2]:
@@ -132,7 +146,7 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     q and k: RMSNorm over D, times weight float32 [D], rotary embedding by cos, sin float32 [1, D / 2]; v: RMSNorm. ValueError when a shape
     does not fit.
     """
-    _check("prepare_qkv", q, k, v, q_weight, cos)
+    check_projections("prepare_qkv", q, k, v, q_weight, cos)
     if not use_triton(q):
         return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype)
     dim = q_weight.shape[0]
@@ -150,7 +164,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R = min(window, max_seq_len); pos [1] int64.
     Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
     """
-    _check("sliding_decode", q, k, v, q_weight, cos)
+    check_projections("sliding_decode", q, k, v, q_weight, cos)
     dim, slots = q_weight.shape[0], k_ring.shape[0]
     heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
     if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):

@@ -14,7 +14,7 @@ from custom_ops.target import GpuTarget, current_target
 # What these names begin has every thread block wait before it reads what an earlier kernel wrote, and before it writes.
 WAITING_KERNELS = (
     "gemv", "fix_kernel", "add_norm_kernel", "prepare_kernel", "rope_table_kernel", "flash_decode_kernel", "flash_merge_kernel",
-    "rotate_kernel", "tq4_write_kernel", "tq4_decode_kernel", "tq4_merge_kernel",
+    "rotate_kernel", "tq4_write_kernel", "tq4_prepare_kernel", "tq4_decode_kernel", "tq4_merge_kernel",
 )  # fmt: skip
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # cannot run assembly
 

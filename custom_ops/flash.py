@@ -158,7 +158,7 @@ def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HA
 @triton.jit
 def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constexpr, SPLITS_PAD: tl.constexpr):
     """Sum the `active` splits of a head: maximum, total weight, unnormalized output [D]."""
-    CHUNK: tl.constexpr = 32
+    CHUNK: tl.constexpr = 32 if SPLITS_PAD > 32 else SPLITS_PAD
     dim = tl.arange(0, D)
     every = tl.arange(0, SPLITS_PAD)
     maxima = tl.load(ml_ptr + (every * HEADS + head) * 2, mask=every < active, other=float("-inf"))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops import fixed_point
+from custom_ops.configs import nearest
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.fixed_point import GROUP, group_words, store_fixed
 from custom_ops.gemv_kernels import gemv
@@ -22,6 +23,7 @@ from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
 
 MAX_SPLITS = 64
+REGISTERS_PER_SM, MOST_REGISTERS = 1 << 16, 248
 COUNTERS = 1 << 13  # for one token: blocks of rows of the largest matrix
 
 
@@ -30,12 +32,17 @@ class GemvConfig:
     """How the GEMV is spread over one architecture."""
 
     rows: int = 64  # of a program
-    warps: int = 1
-    programs_per_sm: int = 32  # at most: more than run at once would wait for the first to end
+    warps: int = 4  # of a program, at most, each with its own share of K; of more than 128 rows only one
+    warps_per_sm: int = 28  # at most: more than run at once would wait for the first to end
     groups: int = 0  # of 32 elements a lane takes at a time; 0: the block type's
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, so that warps_per_sm fit: left alone, the assembler saves registers that the loads ahead need."""
+        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
 
-GEMV_CONFIGS: dict[int, GemvConfig] = {}  # by architecture; the others take the default
+
+GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
 # Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
 GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 2, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight
@@ -46,15 +53,20 @@ GLU_ROWS = 256  # the largest number of rows of a program
 
 def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
     """(constants of `gemv` beside the format's, number of splits of K, warps)."""
-    config = config or GEMV_CONFIGS.get(target.sm, GemvConfig())
+    config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
     groups = math.gcd(config.groups or GEMV_GROUPS[kind], k // GROUP)
-    steps = k // (GROUP * groups)
-    rows = config.rows
-    most = config.programs_per_sm * target.sm_count / (triton.cdiv(n, rows) * tokens)
-    # equal shares: no program waits for another's last step
-    splits = max([d for d in range(1, min(steps, MAX_SPLITS) + 1) if steps % d == 0 and d <= most], default=1)
-    return {"GROUPS": groups, "ROWS": rows, "EVEN": n % rows == 0, "EARLY": early(target),
-            "TOGETHER": TOGETHER}, splits, config.warps
+    steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
+    best = None
+    for warps in (1 << i for i in range(config.warps.bit_length())):
+        programs = config.warps_per_sm // warps * target.sm_count  # at once
+        each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * warps)  # steps of a warp
+        splits = triton.cdiv(steps, each * warps)
+        waves = triton.cdiv(blocks * splits, programs)
+        if best is None or (each * waves, waves) <= best[0]:
+            best = (each * waves, waves), splits, warps
+    _, splits, warps = best
+    return {"GROUPS": groups, "ROWS": config.rows, "SHARES": warps, "EVEN": n % config.rows == 0, "EARLY": early(target),
+            "REGISTERS": config.registers, "TOGETHER": TOGETHER}, splits, warps
 
 
 def terms_of(x: torch.Tensor) -> int:
@@ -97,8 +109,9 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
     grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
     if end != "split" and counters.numel() < grid[0] * tokens:
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
-    kernel(gemv)[grid](x, words, halves, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind),
-                       TERMS=terms, END=end, **constants, num_warps=warps)
+    kernel(gemv, constants["REGISTERS"], x)[grid](
+        x, words, halves, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind), TERMS=terms,
+        END=end, **constants, num_warps=warps)  # fmt: skip
     return out[0] if alone else out
 
 
@@ -178,8 +191,9 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
                 constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end}
+                options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
-                                  constants, {"num_warps": warps}, None if usual else USUAL_TARGETS, tuple(integers))
+                                  constants, options, None if usual else USUAL_TARGETS, tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
     constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}

@@ -1,8 +1,8 @@
 """The GEMV over packed weights (see `layouts`) and fixed-point activations (see `fixed_point`).
 
-A lane works on whole rows, four or eight neighbouring ones, so that every load is 16 bytes and no lane needs another's data. Quants are
-multiplied four at a time as bytes; K is split over enough programs to fill the card, and the last program of a block of rows adds the
-splits up in a fixed order.
+A lane works on whole rows, neighbouring ones, so that no lane needs another's data until the end. Quants are multiplied four at a time as
+bytes. K is split over the warps of a program and over enough programs to fill the card; a program adds its warps up, and the last program
+of a block of rows adds the programs up, both in a fixed order.
 """
 
 from __future__ import annotations
@@ -143,6 +143,15 @@ def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, MINIMUM: tl.
 
 
 @triton.jit
+def _warp(lanes, ROWS: tl.constexpr):
+    """The share of K that a lane works on: lanes / ROWS. A scalar that differs from warp to warp, for no lane of a warp has another's."""
+    if INTERPRETED:
+        return lanes // ROWS
+    return tl.inline_asm_elementwise("{ .reg .b32 thread; mov.u32 thread, %tid.x; shr.b32 $0, thread, 5; }", "=r,r", [ROWS], dtype=tl.int32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
 def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
     """The sum of source[s * stride] over splits, in a fixed order, TOGETHER loads in flight."""
     total = tl.zeros((ROWS,), tl.float32)
@@ -156,56 +165,52 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 
 
 @triton.jit
-def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
-         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
-         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-         TOGETHER: tl.constexpr = 16):
-    """The product of x[t] and every row. Grid (row blocks, splits, T).
-
-    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
-    a time; it divides k / 32 and is 1, 2 or 4. What becomes of the partial sums, float32 [splits, T, n], is END:
-    "split": they are the result, and counters and out are not touched; "sum": out[t, n] is their sum; "glu": the first half of the rows
-    are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and
-    zeros again at the end.
-    """
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    token = tl.program_id(2).to(tl.int64)
-    tokens = tl.num_programs(2)
-    rows = block * ROWS + tl.arange(0, ROWS)
+def _store_part(x, words, halves, partials, n, k, block, split, splits, token, tokens, stride: tl.constexpr, halves_stride: tl.constexpr,
+                BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
+                TERMS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
+                EARLY: tl.constexpr):
+    """One program's part of the product, see `gemv`: ROWS sums over its part of K."""
+    LANES: tl.constexpr = ROWS * SHARES
+    lanes = tl.arange(0, LANES)
+    rows = block * ROWS + lanes % ROWS
     mask = None if EVEN else rows < n
     X: tl.constexpr = 8 * TERMS + 4
     x += token * (k // 32) * X
-    acc = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((LANES,), tl.float32)
     PARTS: tl.constexpr = 2 if BITS == 6 else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     words += rows
     halves += rows
-    begin = split * steps // splits
-    end = (split + 1) * steps // splits
-    now = _loaded(words, halves, stride, halves_stride, mask, begin, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+    each = tl.cdiv(steps, splits * SHARES)
+    begin = split * (SHARES * each)
+    if SHARES > 1:
+        begin += _warp(lanes, ROWS) * each
+    end = tl.minimum(begin + each, steps)
+    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
     SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
     HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
-    for step in tl.range(begin, end):
+    for i in tl.range(0, each):
+        step = tl.minimum(begin + i, end - 1)
         following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
         coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+        before = acc
         if BLOCK == 256:
             first = step % STEPS * GROUPS if STEPS > 1 else 0
             scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, MINIMUM, GROUPS)
-            scaled = tl.zeros((ROWS,), tl.float32)  # the scale of the block is applied once
-            minima = tl.zeros((ROWS,), tl.float32)
-        for i in tl.static_range(GROUPS):
-            group_x = x + (step * GROUPS + i) * X
+            scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
+            minima = tl.zeros((LANES,), tl.float32)
+        for g in tl.static_range(GROUPS):
+            group_x = x + (step * GROUPS + g) * X
             values = _group(group_x, TERMS)
             for part in tl.static_range(PARTS):
-                c0 = tl.zeros((ROWS,), tl.int32)
-                c1 = tl.zeros((ROWS,), tl.int32)
-                c2 = tl.zeros((ROWS,), tl.int32)
+                c0 = tl.zeros((LANES,), tl.int32)
+                c1 = tl.zeros((LANES,), tl.int32)
+                c2 = tl.zeros((LANES,), tl.int32)
                 for o in tl.static_range(4 // PARTS):
-                    low, high = _octet_of(now, i * EACH, part * (4 // PARTS) + o, BITS)
+                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS)
                     c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
                     if TERMS > 1:
                         c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
@@ -222,28 +227,31 @@ def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.con
                 if not MINIMUM:  # a quant stands for itself less half its range
                     dot -= total * (1 << (BITS - 1))
                 if BLOCK == 256:
-                    scale, minimum = _scales(scale_words, minimum_words, first + i, i, part, MINIMUM, GROUPS)
+                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, MINIMUM, GROUPS)
                     scaled += scale * dot
                     if MINIMUM:
                         minima += minimum * total
                 else:
-                    acc += now[HALF + i * HALVES].to(tl.float32) * dot
+                    acc += now[HALF + g * HALVES].to(tl.float32) * dot
                     if MINIMUM:
-                        acc += now[HALF + i * HALVES + 1].to(tl.float32) * total
+                        acc += now[HALF + g * HALVES + 1].to(tl.float32) * total
         if BLOCK == 256:
             acc += now[HALF].to(tl.float32) * scaled
             if MINIMUM:
                 acc -= now[HALF + 1].to(tl.float32) * minima
+        acc = tl.where(begin + i < end, acc, before)  # the last shares may have less to do
         now = coming
 
+    if SHARES > 1:
+        acc = tl.sum(tl.reshape(acc, [SHARES, ROWS]), 0)
+        rows = block * ROWS + tl.arange(0, ROWS)
+        mask = None if EVEN else rows < n
     tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
-    if END != "split":
-        _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows, mask, TERMS, END, ROWS, TOGETHER)
 
 
 @triton.jit
-def _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows, mask, TERMS: tl.constexpr, END: tl.constexpr,
-            ROWS: tl.constexpr, TOGETHER: tl.constexpr):
+def _finish(partials, counters, out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr,
+            EVEN: tl.constexpr, TOGETHER: tl.constexpr):
     """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
     blocks = tl.num_programs(0)
     own = block % (blocks // 2) if END == "glu" else block
@@ -253,7 +261,9 @@ def _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows,
     if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
         tl.debug_barrier()
         tl.store(counter, 0)
-        source = partials + token * n + own * ROWS + tl.arange(0, ROWS)
+        rows = own * ROWS + tl.arange(0, ROWS)
+        mask = None if EVEN else rows < n
+        source = partials + token * n + rows
         total = sum_splits(source, tokens * n, splits, mask, ROWS, TOGETHER)
         if END == "glu":
             value = sum_splits(source + n // 2, tokens * n, splits, mask, ROWS, TOGETHER)
@@ -263,3 +273,27 @@ def _finish(partials, counters, out, acc, n, splits, block, token, tokens, rows,
             store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
         else:
             tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
+         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The product of x[t] and every row. Grid (row blocks, splits, T).
+
+    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
+    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
+    more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
+    What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
+    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
+    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    tokens = tl.num_programs(2)
+    _store_part(x, words, halves, partials, n, k, block, split, splits, token, tokens, stride, halves_stride, BITS, BLOCK, MINIMUM, WORDS,
+                HALVES, TERMS, GROUPS, ROWS, SHARES, EVEN, EARLY)
+    if END != "split":
+        _finish(partials, counters, out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER)

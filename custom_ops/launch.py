@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch.library import wrap_triton
@@ -13,6 +15,20 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or triton.knobs.runtime.interpret
 
 
-def kernel(fn):
-    """`kernel(fn)[grid](...)`: traceable by Inductor on CUDA, direct under the interpreter."""
-    return fn if isinstance(fn, InterpretedFunction) else wrap_triton(fn)
+class _Limited:
+    def __init__(self, fn, registers: int):
+        self.fn, self.registers = fn, registers
+
+    def __getitem__(self, grid):
+        return functools.partial(self.fn[grid], maxnreg=self.registers)
+
+
+def kernel(fn, registers: int | None = None, x: torch.Tensor | None = None):
+    """`kernel(fn)[grid](...)`: traceable by Inductor on CUDA, direct under the interpreter.
+
+    registers: of a thread, at most; x is then any tensor of the launch. A direct launch tells Triton; a traced one has no means to, and the
+    compiler of artifacts reads the kernel's constant REGISTERS.
+    """
+    if isinstance(fn, InterpretedFunction):
+        return fn
+    return _Limited(fn, registers) if registers and type(x) is torch.Tensor else wrap_triton(fn)

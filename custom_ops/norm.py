@@ -14,7 +14,8 @@ from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
 
-WARPS = 8
+WARPS = 4
+PIECE = 256  # elements that a program writes
 
 
 def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -33,35 +34,61 @@ def reference(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, 
 
 
 @triton.jit
+def _added(x, branch, i, keep, post, factor, root, BRANCH: tl.constexpr, SCALE: tl.constexpr):
+    """Elements i of x_out, float32; `root` is 1 / RMS(branch)."""
+    value = tl.load(x + i, keep, other=0.0)
+    if BRANCH:
+        value += tl.load(branch + i, keep, other=0.0) * root * post
+        if SCALE:
+            value *= factor
+    return value
+
+
+@triton.jit
 def add_norm_kernel(x, branch, post_weight, scale, weight, x_out, out, eps, D: tl.constexpr, BRANCH: tl.constexpr, SCALE: tl.constexpr,
-                    TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """One token: x_out = (x + RMSNorm(branch) post_weight) scale; out = RMSNorm(x_out) weight in fixed point."""
+                    TERMS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
+    """One token: x_out = (x + RMSNorm(branch) post_weight) scale; out = RMSNorm(x_out) weight in fixed point. Grid (D / PIECE).
+
+    Every program sums all of the row, which its neighbours do as well, and writes a piece of it: latency counts, not work.
+    """
     i = tl.arange(0, BLOCK)
     keep = i < D
-    w = tl.load(weight + i, keep, other=0.0)
+    own = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    own_keep = own < D
+    w = tl.load(weight + own, own_keep, other=0.0)
+    post = w
+    own_post = w
+    factor = 1.0
+    root = 1.0
     if BRANCH:
         post = tl.load(post_weight + i, keep, other=0.0)
+        own_post = tl.load(post_weight + own, own_keep, other=0.0)
     if SCALE:
         factor = tl.load(scale)
     wait_for_earlier_kernels(EARLY)
-    value = tl.load(x + i, keep, other=0.0).to(tl.float32)
     if BRANCH:
-        b = tl.load(branch + i, keep, other=0.0).to(tl.float32)
-        value += b * tl.rsqrt(tl.sum(b * b, 0) / D + eps) * post
-        if SCALE:
-            value *= factor
-        tl.store(x_out + i, value, keep)
-    store_fixed(value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * w, out, 0, D // 32, TERMS, BLOCK)
+        b = tl.load(branch + i, keep, other=0.0)
+        root = tl.rsqrt(tl.sum(b * b, 0) / D + eps)
+    value = _added(x, branch, i, keep, post, factor, root, BRANCH, SCALE)
+    own_value = _added(x, branch, own, own_keep, own_post, factor, root, BRANCH, SCALE)
+    if BRANCH:
+        tl.store(x_out + own, own_value, own_keep)
+    y = own_value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * w
+    store_fixed(y, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
+
+
+def _constants(d: int, branch: bool, scale: bool, terms: int, target: GpuTarget | None = None) -> dict[str, int | bool]:
+    return {"D": d, "BRANCH": branch, "SCALE": scale, "TERMS": terms, "BLOCK": triton.next_power_of_2(d), "PIECE": PIECE,
+            "EARLY": early(target)}  # fmt: skip
 
 
 def _launch(x, branch, post_weight, scale, weight, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
     d = x.shape[1]
     x_out = torch.empty_like(x) if branch is not None else x
     out = torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
-    constants = {"D": d, "BRANCH": branch is not None, "SCALE": scale is not None, "TERMS": terms, "BLOCK": triton.next_power_of_2(d)}
-    unused = weight
-    kernel(add_norm_kernel)[(1,)](x, unused if branch is None else branch, unused if post_weight is None else post_weight,
-                                  unused if scale is None else scale, weight, x_out, out, eps, **constants, EARLY=early(), num_warps=WARPS)
+    constants = _constants(d, branch is not None, scale is not None, terms)
+    given = [weight if t is None else t for t in (branch, post_weight, scale)]
+    kernel(add_norm_kernel)[(triton.cdiv(d, PIECE),)](x, *given, weight, x_out, out, eps, **constants, num_warps=WARPS)
     return x_out, out
 
 
@@ -104,6 +131,6 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
                  "out": "*i32", "eps": "fp32"}
     cases = []
     for name, branch, scale in (("add_norm scaled", True, True), ("add_norm", True, False), ("norm_fixed", False, False)):
-        constants = {"D": 5376, "BRANCH": branch, "SCALE": scale, "TERMS": 2, "BLOCK": 8192, "EARLY": early(target)}
+        constants = _constants(5376, branch, scale, 2, target)
         cases.append(KernelCase(f"{name} 5376", add_norm_kernel, signature, constants, {"num_warps": WARPS}))
     return cases

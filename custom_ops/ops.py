@@ -12,4 +12,5 @@ from custom_ops import (  # noqa: F401
     sliding_attention,
     tq4,
     tq4_attention,
+    tq4_decode,
 )

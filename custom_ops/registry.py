@@ -19,6 +19,7 @@ MODULES = (
     "global_attention",
     "tq4",
     "tq4_attention",
+    "tq4_decode",
 )
 
 
@@ -30,7 +31,7 @@ class KernelCase:
     fn: Any  # the triton.jit function
     signature: dict[str, str]  # run-time arguments: name -> Triton type, as "*bf16" or "i32"
     constexprs: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
+    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages, maxnreg
     targets: tuple[int, ...] | None = None  # architectures it is for; None: all
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
 

@@ -10,6 +10,7 @@ from torch.library import triton_op
 from custom_ops import tq4
 from custom_ops.configs import pick
 from custom_ops.early import early, wait_for_earlier_kernels
+from custom_ops.fixed_point import store_fixed
 from custom_ops.flash import (
     LOG2E,
     Tile,
@@ -54,16 +55,22 @@ def reference(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_
 
 
 @triton.jit
+def rotated_query(x, D: tl.constexpr):
+    """sqrt(D) R x / |x| of x, float32 [1, D], whose coordinates fit float16 whatever |x|, and the scale log2(e) |x| / sqrt(D)."""
+    norm = tl.sqrt(tl.sum(tl.sum(x * x, 1), 0))
+    y = hadamard_rows(x * sign_of(tl.arange(0, D))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
+    return y, norm * (LOG2E * D**-0.5)
+
+
+@triton.jit
 def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, EARLY: tl.constexpr):
-    """One query: out = sqrt(D) R x / |x|, whose coordinates fit float16 whatever |x|; scale = log2(e) |x| / sqrt(D)."""
+    """`rotated_query` of one query."""
     wait_for_earlier_kernels(EARLY)
     r = tl.program_id(0)
-    dim = tl.arange(0, D)
-    x = tl.load(x_ptr + r * D + dim).to(tl.float32)
-    norm = tl.sqrt(tl.sum(x * x, 0))
-    y = hadamard_rows((x * sign_of(dim))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
-    tl.store(out_ptr + r * D + dim[None, :], y)
-    tl.store(scale_ptr + r, norm * (LOG2E * D**-0.5))
+    dim = tl.arange(0, D)[None, :]
+    y, scale = rotated_query(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
+    tl.store(out_ptr + r * D + dim, y)
+    tl.store(scale_ptr + r, scale)
 
 
 @triton.jit
@@ -146,8 +153,8 @@ def tq4_decode_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr
 
 @triton.jit
 def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, out_ptr, HAS_LEN: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr):
-    """Merge one head's splits and rotate the sum back."""
+                     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
+    """Merge one head's splits and rotate the sum back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     dim = tl.arange(0, D)
@@ -155,7 +162,10 @@ def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, out_ptr, HAS_LEN: tl.const
     active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
     m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
     y = hadamard_rows((acc / total)[None, :], 1, D) * (sign_of(dim) * D**-0.5)[None, :]
-    tl.store(out_ptr + head * D + dim[None, :], y)
+    if TERMS > 0:
+        store_fixed(tl.reshape(y, [D]), out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
+    else:
+        tl.store(out_ptr + head * D + dim[None, :], y)
 
 
 @triton.jit
@@ -220,14 +230,14 @@ def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_pt
 
 
 def decode_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
-                  has_len: bool) -> tuple[Tile, dict, dict]:
+                  has_len: bool, terms: int = 0) -> tuple[Tile, dict, dict]:
     """The tile and the constants of `tq4_decode_kernel` and of `tq4_merge_kernel`."""
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     splits = split_count(target, tile, kv_heads, slots)
     shared = {"HAS_LEN": has_len, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys, "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
-    return tile, split, shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits)}
+    return tile, split, shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
 
 
 def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int) -> tuple[Tile, dict]:
@@ -235,6 +245,22 @@ def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_h
     tile = PREFILL_FLOAT32 if float32 else pick(PREFILL_TILES, target, dim)
     return tile, {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
                   "ASM": asm}
+
+
+def decode(rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor, kv_len: torch.Tensor | None,
+           out: torch.Tensor, terms: int = 0) -> None:
+    """Attention of one query, rotated [1, H, D] and scaled as `rotated_query` does, into `out`: [1, H, D], or a row in fixed point."""
+    (k_codes, *_), (_, heads, dim), target = caches, rotated.shape, current_target()
+    kv_heads, slots, _ = k_codes.shape
+    float32 = rotated.dtype == torch.float32
+    asm, has_len = rotated.is_cuda and not float32, kv_len is not None
+    tile, split, merge = decode_launch(float32, asm, target, heads, kv_heads, dim, slots, has_len, terms)
+    length = pos if kv_len is None else kv_len
+    part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=out.device)
+    sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=out.device)
+    kernel(tq4_decode_kernel)[(kv_heads, split["SPLITS"])](rotated, scale, *caches, pos, length, part, sums, **split, num_warps=tile.warps,
+                                                           num_stages=tile.stages)
+    kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=merge_warps(dim))
 
 
 @triton_op("kiln::tq4_attention", mutates_args=())
@@ -260,13 +286,7 @@ def tq4_attention(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor
     caches = (k_codes, k_scales, v_codes, v_scales)
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     if tokens == 1:
-        tile, split, merge = decode_launch(float32, asm, target, heads, kv_heads, dim, slots, kv_len is not None)
-        length = pos if kv_len is None else kv_len
-        part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
-        sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
-        kernel(tq4_decode_kernel)[(kv_heads, split["SPLITS"])](rotated, scale, *caches, pos, length, part, sums, **split,
-                                                               num_warps=tile.warps, num_stages=tile.stages)
-        kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, length, out, **merge, num_warps=merge_warps(dim))
+        decode(rotated, scale, caches, pos, kv_len, out)
     else:
         still_rotated = torch.empty_like(out)
         pieces = None if float32 else piece_tile(target, dim)
@@ -300,12 +320,14 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
         cases.append(KernelCase(f"{name} rotate {dim}", rotate_kernel, rotate, constants, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "out_ptr": kind}
         cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, {"D": dim}, {"num_warps": ROTATE_WARPS}))
-        for heads, kv_heads in ((32, 4), (16, 1)):
-            tile, split, merge = decode_launch(float32, not float32, target, heads, kv_heads, dim, slots, True)
-            signature = query | caches | position | parts
-            cases.append(KernelCase(f"{name} decode {heads}:{kv_heads}x{dim}", tq4_decode_kernel, signature, split, options(tile)))
-            signature = parts | position | {"out_ptr": kind}
-            cases.append(KernelCase(f"{name} merge {heads}:{kv_heads}x{dim}", tq4_merge_kernel, signature, merge,
+        for heads, kv_heads, terms in ((32, 4, 0), (32, 4, 2), (16, 1, 0)):
+            tile, split, merge = decode_launch(float32, not float32, target, heads, kv_heads, dim, slots, True, terms)
+            label = f"{heads}:{kv_heads}x{dim}"
+            if not terms:
+                signature = query | caches | position | parts
+                cases.append(KernelCase(f"{name} decode {label}", tq4_decode_kernel, signature, split, options(tile)))
+            signature = parts | position | {"out_ptr": "*i32" if terms else kind}
+            cases.append(KernelCase(f"{name} merge {label} {terms} bytes", tq4_merge_kernel, signature, merge,
                                     {"num_warps": merge_warps(dim)}))
         pieces = None if float32 else piece_tile(target, dim)
         if pieces is not None:

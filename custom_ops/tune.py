@@ -19,7 +19,7 @@ import torch
 from custom_ops import bench, gemv, tq4_prefill
 from custom_ops.bench_attention import global_case, sliding_case, tq4_case
 from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
-from custom_ops.configs import pick
+from custom_ops.configs import nearest, pick
 from custom_ops.flash import Tile
 from custom_ops.gemv import GemvConfig
 from custom_ops.target import GpuTarget, current_target
@@ -70,7 +70,7 @@ class Tuning:
 
 
 def gemv_current(target: GpuTarget, m: Matrix) -> GemvConfig:
-    config = gemv.GEMV_CONFIGS.get(target.sm, GemvConfig())
+    config = gemv.GEMV_CONFIGS[nearest(gemv.GEMV_CONFIGS, target)]
     return replace(config, groups=config.groups or gemv.GEMV_GROUPS[m.kind])
 
 
@@ -89,7 +89,7 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
     found = []
     for m, case in zip((*geometry.matrices, geometry.head), fixed_cases(geometry), strict=True):
-        grid = (GemvConfig(*choice) for choice in itertools.product((32, 64, 128, 256), (1, 2), (8, 16, 24, 32), (1, 2, 4)))
+        grid = (GemvConfig(*choice) for choice in itertools.product((64, 128), (1, 2, 4), (16, 24, 28, 32), (1, 2, 4)))
         found.append(Family(case.name, [case], first(gemv_current(target, m), grid), "gemv.GEMV_CONFIGS", target.sm, m))
 
     def tiled(name: str, table: str, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:

@@ -7,7 +7,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   1. `torch._dynamo.device_interface.register_interface_for_device`: device properties
   2. `triton.runtime.driver.set_active`, `CudaDriver.is_active`: target architecture, shared memory, no launches
   3. `torch.cuda.get_device_properties` and three more: asked directly by Inductor
-  4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them
+  4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them; and
+     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
   7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
@@ -359,6 +360,13 @@ def _wrapper() -> None:
                 kernel.save_gpu_kernel(stream="stream", launcher=launcher)
                 KERNELS.append(name)
 
+    options = CachingAutotuner._create_compile_options
+
+    def limited(self, config, meta):
+        registers = meta["constants"].get("REGISTERS")
+        return options(self, config, meta) | ({} if registers is None else {"maxnreg": registers})
+
+    CachingAutotuner._create_compile_options = limited
     common.init_backend_registration()
     old = common.device_codegens["cuda"]
     common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)

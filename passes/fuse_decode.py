@@ -168,6 +168,10 @@ class _Fuser:
                 self.ep.graph.erase_node(node)
             return self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, q.eps, self.terms)
         self.counts["global"] += 1
+        if edit.is_call(call, KILN.tq4_attention.default):
+            for node in write.nodes:
+                self.ep.graph.erase_node(node)
+            return self.emit(before, KILN.tq4_decode.default, *shared, *call.args[1:6], q.eps, self.terms, call.meta["val"].dtype)
         call.args = (*call.args[:-1], None)  # one token: its position bounds the cache as well as the length would, and is no kernel
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
         for i, old in enumerate((call.args[0], write.k, write.v)):

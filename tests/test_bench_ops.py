@@ -175,7 +175,8 @@ def test_family(family):
         with tune.applied(family, candidate):
             if family.matrix:
                 constants, splits, warps = launch()
-                assert constants["ROWS"] == candidate.rows and warps == candidate.warps
+                assert constants["ROWS"] == candidate.rows and constants["REGISTERS"] == candidate.registers
+                assert constants["SHARES"] == warps <= candidate.warps
                 assert constants["GROUPS"] == candidate.groups and splits >= 1
             else:
                 assert launch() == candidate
@@ -193,10 +194,10 @@ def test_best_gemv():
 
     def times(m, c):
         us = 10.0 + (c.rows != 128) + (c.groups != {"Q4_K": 4, "Q6_K": 2}[m.kind]) + (c.warps != 2)
-        return us + {"attn_qkv": 3.0 * (c.programs_per_sm != 8), "ffn_down": 5.0 * (c.programs_per_sm != 24)}.get(m.name, 0.0)
+        return us + {"attn_qkv": 3.0 * (c.warps_per_sm != 16), "ffn_down": 5.0 * (c.warps_per_sm != 24)}.get(m.name, 0.0)
 
     config, groups, us = tune.best_gemv(gemv_trials(times))
-    assert config == GemvConfig(rows=128, warps=2, programs_per_sm=24)
+    assert config == GemvConfig(rows=128, warps=2, warps_per_sm=24)
     assert groups == {"Q4_K": 4, "Q6_K": 2} and us == pytest.approx(2 * 13 + 3 * 10 + 10 + 10)
 
     def unfit(m, c):

@@ -114,22 +114,26 @@ def test_opaque_when_exported() -> None:
 
 @pytest.mark.parametrize("target", gpu_targets().values(), ids=lambda target: f"sm_{target.sm}")
 def test_launches_fill_the_card(target) -> None:
-    """Enough warps to hide memory's latency, no more than run at once where one wave can hold them; equal shares of K."""
+    """Enough warps to hide memory's latency, no more than run at once where one wave can hold them."""
     for kind in KINDS:
         for n, k, end in gemv._SHAPES:
             constants, splits, warps = launch(kind, 1, n, k, target)
             steps, blocks = k // (32 * constants["GROUPS"]), -(-n // constants["ROWS"])
-            assert steps % splits == 0 and 1 <= splits <= gemv.MAX_SPLITS and constants["EVEN"] == (n % constants["ROWS"] == 0)
+            assert 1 <= splits <= gemv.MAX_SPLITS and constants["EVEN"] == (n % constants["ROWS"] == 0) and constants["SHARES"] == warps
+            each = -(-steps // (splits * warps))
+            assert (splits - 1) * warps * each < steps  # no program without work
             assert LAYOUTS[kind].block == 32 or LAYOUTS[kind].block // 32 % constants["GROUPS"] == 0
-            programs = blocks * splits
-            assert programs * warps >= 6 * target.sm_count, (kind, n, k, splits)
-            assert splits == 1 or programs <= 32 * target.sm_count, (kind, n, k, splits)
+            running = blocks * splits * warps / target.sm_count
+            assert running >= 6, (kind, n, k, splits)
+            assert splits == 1 or running <= GemvConfig().warps_per_sm, (kind, n, k, splits)
             assert blocks <= gemv.COUNTERS and (end != "glu" or (n // 2) % constants["ROWS"] == 0)
 
 
 def test_launches_take_the_configuration() -> None:
-    constants, splits, warps = launch("Q4_K", 1, 5376, 8192, H200, GemvConfig(rows=128, warps=2, programs_per_sm=4, groups=4))
-    assert (constants["ROWS"], constants["GROUPS"], warps) == (128, 4, 2) and splits == 8  # of 64 steps; 42 blocks, at most 528 programs
+    constants, splits, warps = launch("Q4_K", 1, 5376, 8192, H200, GemvConfig(rows=128, warps=2, warps_per_sm=8, groups=4))
+    assert (constants["ROWS"], constants["GROUPS"], warps) == (128, 4, 2)
+    assert splits == 11  # 64 steps, 42 blocks, at most 528 programs: 12 splits of 3 steps a warp, and 11 do
+    assert constants["REGISTERS"] == 248 and GemvConfig(warps_per_sm=28).registers == 72
     assert launch("Q8_0", 1, 64, 96, H200, GemvConfig(groups=2))[0]["GROUPS"] == 1  # three groups: none by two
     assert launch("Q4_K", 8, 262144, 5376, H200)[1] == 1
     for kind in KINDS:
@@ -146,9 +150,9 @@ def test_glu_rows() -> None:
 # ---- under the interpreter ----
 
 
-def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0):
+def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0, warps: int = 1):
     """Inside, a card of one multiprocessor that takes `programs` at a time."""
-    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(rows=rows, programs_per_sm=programs, groups=groups))
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(rows=rows, warps=warps, warps_per_sm=programs * warps, groups=groups))
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
@@ -166,6 +170,20 @@ def interpreted_gemv(kind: str, monkeypatch) -> None:
         assert y.dtype == torch.float32 and not zeros.any()
         assert relative_error(y, x, matrix[cut]) < LOSS[terms]
         assert relative_error(y, fixed_point.dequantize(fixed), matrix[cut]) < KERNEL
+
+
+@pytest.mark.parametrize("kind, k, programs, warps, splits", [("Q4_K", 512, 4, 4, 2), ("Q6_K", 768, 2, 4, 1), ("Q4_0", 320, 4, 2, 2),
+                                                              ("Q8_0", 320, 2, 4, 1)])  # fmt: skip
+def interpreted_shares(kind: str, k: int, programs: int, warps: int, splits: int, monkeypatch) -> None:
+    """Warps share a program's part of K; where the steps are no multiple of the shares the last have fewer, or none."""
+    words, halves, matrix = random_weight(kind, 90, k)
+    cut = slice(5, 75)
+    fixed, zeros = gemv.fix(random_x(1, k, torch.float32), 3), counters(2)
+    with spread(monkeypatch, programs, warps=warps):
+        constants, found, _ = launch(kind, 1, 70, k, current_target())
+        assert (constants["SHARES"], found) == (warps, splits)
+        y = kiln.fixed_linear(fixed, words[:, :, cut], halves[:, :, cut], kind, zeros)
+    assert not zeros.any() and relative_error(y, fixed_point.dequantize(fixed), matrix[cut]) < KERNEL
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])

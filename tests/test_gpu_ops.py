@@ -277,6 +277,38 @@ def test_sliding_decode(target, dtype):
             assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("target", targets_that_differ(tq4_attention.DECODE_TILES))
+def test_tq4_decode(target, dtype):
+    """From projections in parts, over the codes that were written, garbage behind them."""
+    heads, kv_heads, dim = GLOBAL
+    g = torch.Generator("cuda").manual_seed(6)
+    weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
+    for length in LENGTHS:
+        qk = torch.randn(6, (heads + kv_heads) * dim, generator=g, device="cuda")
+        v = torch.randn(3, kv_heads * dim, generator=g, device="cuda")
+        angle = torch.rand(1, dim // 2, generator=g, device="cuda") * 6
+        raw = (qk[:, : heads * dim], qk[:, heads * dim :], v, *weights, angle.cos(), angle.sin())
+        past = torch.randn(2, length, kv_heads, dim, generator=g, device="cuda") * 0.3
+        caches = [t for x in past for t in tq4_cache(x, length + 77)[:2]]
+        kept, pos = [t.clone() for t in caches], torch.tensor([length - 1], device="cuda")
+        with compiling_for(gpu_targets()[target]):
+            out = kiln.tq4_decode(*raw, *caches, pos, 1e-6, 2, dtype)
+        prepared = decode_attention.prepare_reference(*raw, 1e-6, torch.float32)
+        k_values, v_values = (tq4.decode_rotated(caches[i][:, :length], caches[i + 1][:, :length]).transpose(0, 1) for i in (0, 2))
+        mask = torch.ones(1, length, dtype=torch.bool, device="cuda")
+        expected = tq4.unrotate(exact(tq4.rotate(prepared[0].double()), k_values, v_values, mask)).flatten(1)
+        error = relative(fixed_point.dequantize(out), expected)
+        print(f"tq4_decode {target} {dtype} at {length}: {error:.1e}")
+        assert error < {torch.float16: 2e-3, torch.float32: 1e-4}[dtype], length
+        for i, x in ((0, prepared[1]), (2, prepared[2])):
+            written = tq4.decode(caches[i][:, length - 1], caches[i + 1][:, length - 1])
+            assert relative(written, tq4.decode(*tq4.encode(x[0])).double()) < 5e-3  # a coordinate on a boundary may go either way
+            for t in (i, i + 1):
+                caches[t][:, length - 1] = kept[t][:, length - 1]
+                assert torch.equal(caches[t].view(torch.int16), kept[t].view(torch.int16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sm, dim", list(tq4_prefill.PIECE_TILES))
 def test_tq4_prefill_in_pieces(sm, dim, dtype):
