@@ -9,6 +9,7 @@ from custom_ops.bench_cases import EPS, PLAIN_STEP, ROUNDED, STEP, TERMS, Case, 
 from custom_ops.flash import attend
 
 SPREAD = 0.3  # of random queries, keys and values: scores of a few units, as after the norms of a real model
+PARTS = 4  # in which products leave what attention adds up
 LEAST_SLOTS = 8192  # of a cache, however little of it is filled: a decode kernel has as many splits as for a long one
 
 
@@ -64,19 +65,29 @@ def sliding_case(geometry: Geometry, tokens: int) -> Case:
     )
 
 
+def projections(g: torch.Generator, heads: Heads) -> Tensors:
+    """q, k, v of one token in parts, weights of the norms, cos and sin."""
+    qk = normal(g, PARTS, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
+    v = normal(g, PARTS, heads.kv * heads.dim, dtype=torch.float32)
+    weights = (normal(g, heads.dim, dtype=torch.float32, scale=SPREAD) for _ in range(2))
+    angle = normal(g, 1, heads.dim // 2, dtype=torch.float32)
+    columns = heads.queries * heads.dim
+    return (qk[:, :columns], qk[:, columns:], v, *weights, angle.cos(), angle.sin())
+
+
+def around_bytes(heads: Heads) -> int:
+    """What attention from projections reads and writes beside the cache."""
+    return 4 * PARTS * (heads.queries + 2 * heads.kv) * heads.dim + fixed_bytes(heads.queries * heads.dim)
+
+
 def sliding_decode_case(geometry: Geometry) -> Case:
     """From the projections, in as many parts as their products leave them, to the next product's activations."""
-    heads, window, parts = geometry.sliding, geometry.window, 4
+    heads, window = geometry.sliding, geometry.window
     start = 4 * window
 
     def arguments(g: torch.Generator) -> Tensors:
-        qk = normal(g, parts, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
-        v = normal(g, parts, heads.kv * heads.dim, dtype=torch.float32)
-        weights = (normal(g, heads.dim, dtype=torch.float32, scale=SPREAD) for _ in range(2))
-        angle = normal(g, 1, heads.dim // 2, dtype=torch.float32)
-        rings = (normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
-        columns = heads.queries * heads.dim
-        return (qk[:, :columns], qk[:, columns:], v, *weights, angle.cos(), angle.sin(), *rings, positions(g, start, start + 1))
+        raw = projections(g, heads)
+        return (*raw, *(normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2)), positions(g, start, start + 1))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
         *raw, k_ring, v_ring, pos = arguments
@@ -86,11 +97,10 @@ def sliding_decode_case(geometry: Geometry) -> Case:
         mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
         return attend(prepared[0].float(), keys, values, mask).flatten(1)
 
-    row = heads.kv * heads.dim
     return Case(
         op="sliding_decode",
         shape=f"1 over {window}",
-        bytes=2 * 2 * row * window + 4 * parts * (heads.queries * heads.dim + 2 * row) + fixed_bytes(heads.queries * heads.dim),
+        bytes=2 * 2 * heads.kv * heads.dim * window + around_bytes(heads),
         flops=attention_flops(heads, window),
         limit=ROUNDED,
         arguments=arguments,
@@ -144,18 +154,24 @@ def tq4_row_bytes(heads: Heads) -> int:
     return heads.kv * (heads.dim // 2 + 2)
 
 
+def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tensor]:
+    """k_codes, k_scales, v_codes, v_scales with `depth` vectors, and no numbers behind them."""
+    slots = max(depth, LEAST_SLOTS)
+    caches: list[torch.Tensor] = []
+    for _ in range(2):
+        shape = (heads.kv, depth, heads.dim // 4)
+        codes = torch.empty(heads.kv, slots, heads.dim // 4, dtype=torch.int16, device=g.device)
+        codes[:, :depth] = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=g, device=g.device)
+        scales = torch.full((heads.kv, slots), torch.nan, dtype=torch.float16, device=g.device)
+        scales[:, :depth].uniform_(0.5 * SPREAD, 1.5 * SPREAD, generator=g)
+        caches += [codes, scales]
+    return caches
+
+
 def tq4_case(heads: Heads, tokens: int, depth: int) -> Case:
     def arguments(g: torch.Generator) -> Tensors:
         q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
-        slots = max(depth, LEAST_SLOTS)
-        caches: list[torch.Tensor] = []
-        for _ in range(2):
-            shape = (heads.kv, depth, heads.dim // 4)
-            codes = torch.empty(heads.kv, slots, heads.dim // 4, dtype=torch.int16, device=g.device)
-            codes[:, :depth] = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=g, device=g.device)
-            scales = torch.full((heads.kv, slots), torch.nan, dtype=torch.float16, device=g.device)
-            scales[:, :depth].uniform_(0.5 * SPREAD, 1.5 * SPREAD, generator=g)
-            caches += [codes, scales]
+        caches = tq4_caches(g, heads, depth)
         pos = positions(g, depth - tokens, depth)
         return (q, *caches, pos, _kv_len(pos))
 
@@ -176,6 +192,35 @@ def tq4_case(heads: Heads, tokens: int, depth: int) -> Case:
         copy=clone(1, 2, 3, 4),
         result=lambda out, arguments: out[_some(tokens, out.device)],
         group=f"attention of a decode step at {depth}, global layers (TQ4)" if tokens == 1 else f"attention of {tokens} at {depth} (TQ4)",
+        count=heads.layers,
+    )
+
+
+def tq4_decode_case(heads: Heads, depth: int) -> Case:
+    """From the projections to the next product's activations; the token is the last of `depth`."""
+
+    def arguments(g: torch.Generator) -> Tensors:
+        raw = projections(g, heads)
+        return (*raw, *tq4_caches(g, heads, depth), positions(g, depth - 1, depth))
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        raw, caches, pos = arguments[:7], [c[:, :depth].clone() for c in arguments[7:11]], arguments[11]
+        q, k, v = decode_attention.prepare_reference(*raw, EPS, torch.float32)
+        tq4.reference_write(*caches, k, v, pos)
+        return tq4_attention.reference(q, *caches, pos, None).flatten(1)
+
+    return Case(
+        op="tq4_decode",
+        shape=f"1 at {depth}",
+        bytes=2 * depth * tq4_row_bytes(heads) + around_bytes(heads),
+        flops=attention_flops(heads, depth),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=lambda *a: kiln.tq4_decode(*a, EPS, TERMS, torch.bfloat16),
+        reference=reference,
+        copy=clone(7, 8, 9, 10),
+        result=lambda out, arguments: fixed_point.dequantize(out),
+        group=f"global layers of a fused decode step at {depth} (TQ4)",
         count=heads.layers,
     )
 
@@ -213,7 +258,7 @@ def tq4_write_case(heads: Heads, tokens: int) -> Case:
 
 def decode_attention_cases(geometry: Geometry) -> list[Case]:
     cases = [sliding_case(geometry, 1), sliding_decode_case(geometry)]
-    cases += [tq4_case(geometry.full, 1, depth) for depth in geometry.depths]
+    cases += [case(geometry.full, depth) for depth in geometry.depths for case in (tq4_decode_case, lambda heads, d: tq4_case(heads, 1, d))]
     return cases + [global_case(geometry.full, 1, depth) for depth in geometry.depths]
 
 
