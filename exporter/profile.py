@@ -219,7 +219,7 @@ def _trace(call: Callable[[], None], calls: int) -> dict:
 
     trace = {}
     for _ in range(2):  # the first one starts the profiler up and may miss kernels
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             for _ in range(calls):
                 call()
             torch.cuda.synchronize()

@@ -1,4 +1,5 @@
 // The Python module `kiln`: the same classes, exceptions as kiln.Error, the GIL released while the model runs.
+#include <dlfcn.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -76,6 +77,8 @@ py::dict memory(const Session& session) {
 }  // namespace
 
 PYBIND11_MODULE(kiln, m) {
+  // A host compiler may link libstdc++ statically into compiled models; its locales fail unless the process's own library comes first.
+  dlopen("libstdc++.so.6", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
   m.doc() = "Plays kiln artifacts: Model (an artifact on a device), Session (one timeline over it), Tokenizer.";
   m.attr("__version__") = kiln::version();
   py::register_exception<kiln::Error>(m, "Error");
