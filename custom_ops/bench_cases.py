@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import custom_ops.ops  # noqa: F401
-from custom_ops import fixed_point, norm, quantized_embedding, quantized_linear, sample
+from custom_ops import fixed_point, quantized_embedding, quantized_linear, sample
 from custom_ops.gemv import COUNTERS
 from custom_ops.layouts import LAYOUTS, dequantize
+from custom_ops.markers import rms_norm
 
 Tensors = tuple[torch.Tensor, ...]
 kiln = torch.ops.kiln
@@ -208,8 +209,8 @@ def add_norm_case(geometry: Geometry) -> Case:
 
     def reference(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weight: torch.Tensor,
                   scale: torch.Tensor) -> torch.Tensor:
-        stream = (x.double() + norm.rms(branch, EPS).double() * post_weight) * scale
-        return torch.cat((stream, norm.rms(stream, EPS).double() * weight))
+        stream = (x.double() + rms_norm(branch, post_weight, EPS, torch.float64)) * scale
+        return torch.cat((stream, rms_norm(stream, weight, EPS, torch.float64)))
 
     return Case(
         op="add_norm",

@@ -23,6 +23,7 @@ from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
 
 MAX_SPLITS = 64
+MOST_SHARED_ROWS = 128  # 4 to a lane: of more, the compiler's layout would give a warp rows of another's share
 REGISTERS_PER_SM, MOST_REGISTERS = 1 << 16, 248
 COUNTERS = 1 << 13  # for one token: blocks of rows of the largest matrix
 
@@ -32,9 +33,13 @@ class GemvConfig:
     """How the GEMV is spread over one architecture."""
 
     rows: int = 64  # of a program
-    warps: int = 4  # of a program, at most, each with its own share of K; of more than 128 rows only one
+    warps: int = 4  # of a program, at most, each with its own share of K
     warps_per_sm: int = 28  # at most: more than run at once would wait for the first to end
     groups: int = 0  # of 32 elements a lane takes at a time; 0: the block type's
+
+    def __post_init__(self) -> None:
+        if self.warps > 1 and self.rows > MOST_SHARED_ROWS:
+            raise ValueError(f"GemvConfig: {self.rows} rows and {self.warps} warps; with more than {MOST_SHARED_ROWS} rows one is all")
 
     @property
     def registers(self) -> int:

@@ -11,6 +11,7 @@ from custom_ops import fixed_point
 from custom_ops.early import early, wait_for_earlier_kernels
 from custom_ops.fixed_point import GROUP, group_words, store_fixed
 from custom_ops.launch import kernel, use_triton
+from custom_ops.markers import rms_norm
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
 
@@ -18,19 +19,13 @@ WARPS = 4
 PIECE = 256  # elements that a program writes
 
 
-def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
-    xf = x.float()
-    return xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
-
-
 def reference(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None, weight: torch.Tensor,
               eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `add_norm`."""
-    x = x + rms(branch, eps) * post_weight
+    x = x + rms_norm(branch, post_weight, eps, torch.float32)
     if scale is not None:
         x = x * scale
-    return x, fixed_point.quantize(rms(x, eps) * weight, terms)
+    return x, fixed_point.quantize(rms_norm(x, weight, eps, torch.float32), terms)
 
 
 @triton.jit
@@ -121,7 +116,7 @@ def norm_fixed(x: torch.Tensor, weight: torch.Tensor, eps: float, terms: int) ->
     """RMSNorm(x) * weight in fixed point of `terms` bytes; x float32 [1, D], D a multiple of 32. ValueError when it does not fit."""
     _check("norm_fixed", x, weight)
     if not use_triton(x):
-        return fixed_point.quantize(rms(x, eps) * weight, terms)
+        return fixed_point.quantize(rms_norm(x, weight, eps, torch.float32), terms)
     return _launch(x, None, None, None, weight, eps, terms)[1]
 
 

@@ -1,8 +1,8 @@
-"""Triton kernels over packed weights (see `layouts`): GEMV, the sum of its partial results, dequantization and row gathering.
+"""The Triton kernel that dequantizes packed weights (see `layouts`), all rows or some, and what it shares with the GEMV.
 
 A program works on ROWS neighbouring rows of the matrix [N, K], a lane on whole rows: loads are coalesced and no lane needs another's data.
 A block format is three constants: BITS of a quant, BLOCK elements (32 or 256), and MINIMUM, whether the format stores minima.
-A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, where offset = -2^(BITS - 1) * scale if there are no minima.
+A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - 2^(BITS - 1)) if there are no minima.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def octet(words, stride, rows, mask, g, j: tl.constexpr, BITS: tl.constexpr, BLO
 @triton.jit
 def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
            MINIMUM: tl.constexpr):
-    """(scale, offset) of group g, float32 [ROWS]; BITS = 6: of its first (half = 0) or last 16 elements."""
+    """(scale, offset) of group g, float32 [ROWS]; BITS = 6: of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
     scale = tl.load(halves + rows, mask).to(tl.float32)
+    offset = scale
     if MINIMUM:
         offset = tl.load(halves + halves_stride + rows, mask).to(tl.float32)
     if BLOCK == 256:
@@ -67,8 +68,6 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
         else:  # 16 signed bytes
             s = tl.load(words + (48 + g // 2) * stride + rows, mask)
             scale *= ((s << (24 - 16 * (g % 2) - 8 * half)) >> 24).to(tl.float32)
-    if not MINIMUM:
-        offset = scale * -(1 << (BITS - 1))
     return scale, offset
 
 
@@ -98,9 +97,9 @@ def dequantize_rows(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
         low2, high2 = octet(words, stride, source, mask, g, 2, BITS, BLOCK)
         low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK)
         scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM)
-        scale1, offset1 = scale0, offset0
+        scale1 = scale0
         if BITS == 6:
-            scale1, offset1 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM)
+            scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM)
         for e in tl.static_range(32):
             low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))
             high = high0 if e < 8 else (high1 if e < 16 else (high2 if e < 24 else high3))

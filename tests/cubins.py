@@ -41,13 +41,21 @@ def _images(data: bytes) -> list[bytes]:
     return images
 
 
-def architecture(image: bytes) -> str:
-    """`sm_90`, as cuobjdump reads it."""
+def _cuobjdump(image: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(image)
         f.flush()
-        out = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-elf", f.name], capture_output=True, text=True, check=True).stdout
-    return re.search(r"sm_\d+", out)[0]
+        return subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, f.name], capture_output=True, text=True, check=True).stdout
+
+
+def architecture(image: bytes) -> str:
+    """`sm_90`, as cuobjdump reads it."""
+    return re.search(r"sm_\d+", _cuobjdump(image, "-elf"))[0]
+
+
+def registers(image: bytes) -> dict[str, int]:
+    """Kernel -> registers of a thread."""
+    return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", _cuobjdump(image, "-res-usage"))}
 
 
 def digests(package: Path) -> dict[str, list[str]]:

@@ -7,9 +7,10 @@ import re
 
 import pytest
 
+from custom_ops.gemv import GemvConfig
 from exporter.synth import write_synthetic
 from tests.conftest import kiln
-from tests.cubins import architecture, cubins
+from tests.cubins import architecture, cubins, registers
 
 TARGETS = ("sm_90", "sm_120")
 
@@ -51,6 +52,14 @@ def test_code_of_the_right_architecture(export):
             assert len(found) > 20, entry
             assert {architecture(image) for image in found[:: len(found) // 4]} == {target}
     assert not set(images["decode"]) & set(cubins(artifact / "model.sm_90.pt2")["decode"])
+
+
+def test_products_have_the_registers_that_were_asked_for(export):
+    """Left alone the assembler takes 40 - 52 of them, and loads late."""
+    artifact, _ = export
+    images = cubins(artifact / "model.sm_90.pt2")["decode"]
+    found = [count for image in images for name, count in registers(image).items() if name.startswith("gemv")]
+    assert len(found) > 3 and min(found) >= 60 and max(found) <= GemvConfig().registers, found
 
 
 def test_memory_constants_and_paths(export):

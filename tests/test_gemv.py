@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from custom_ops.gemv import GemvConfig, launch
 from custom_ops.layouts import LAYOUTS, dequantize
 from custom_ops.target import compiling_for, current_target, gpu_targets
 from tests.interpret import interpreted
+from tests.test_kernel_resources import compile_case
 from tests.test_quantized_linear import random_weight, random_x, relative_error
 
 test_kernels_interpreted = interpreted(__file__)
@@ -138,6 +140,28 @@ def test_launches_take_the_configuration() -> None:
     assert launch("Q4_K", 8, 262144, 5376, H200)[1] == 1
     for kind in KINDS:
         assert gemv.GEMV_GROUPS[kind] in (1, 2, 4) and GemvConfig().groups == 0
+
+
+def test_more_rows_than_lanes_hold_take_one_warp() -> None:
+    assert GemvConfig(rows=256, warps=1).rows == 256
+    with pytest.raises(ValueError, match="GemvConfig: 256 rows and 2 warps; with more than 128 rows one is all"):
+        GemvConfig(rows=256, warps=2)
+
+
+@pytest.mark.parametrize("kind, n, k", [("Q4_K", 5376, 8192), ("Q6_K", 16384, 5376), ("Q8_0", 18432, 5376)])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_a_warp_works_on_one_share(kind: str, n: int, k: int, rows: int, monkeypatch) -> None:
+    """The kernel reads its share off the warp's number: the compiler's layout must give warp w the elements of share w, everywhere."""
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(rows=rows))
+    case = next(c for c in gemv.kernel_cases(H200) if c.name.startswith(f"gemv {kind} {n}x{k} 2 bytes"))
+    shares = case.constexprs["SHARES"]
+    assert shares > 1
+    text = compile_case(case, H200).asm["ttgir"]
+    layouts = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<\{(.*)\}>", text))
+    used = set(re.findall(rf"tensor<{rows * shares}x[^,>]*, (#\w+)>", text))
+    assert len(used) == 1
+    expected = f"sizePerThread = [{rows // 32}], threadsPerWarp = [32], warpsPerCTA = [{shares}], order = [0]"
+    assert layouts[used.pop()] == expected
 
 
 def test_glu_rows() -> None:
