@@ -49,7 +49,7 @@ class GemvConfig:
 
 GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
 # Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
-GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 2, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
+GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
