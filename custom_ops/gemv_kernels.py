@@ -165,11 +165,23 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 
 
 @triton.jit
-def _store_part(x, words, halves, partials, n, k, block, split, splits, token, tokens, stride: tl.constexpr, halves_stride: tl.constexpr,
-                BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
-                TERMS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
-                EARLY: tl.constexpr):
-    """One program's part of the product, see `gemv`: ROWS sums over its part of K."""
+def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
+         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The product of x[t] and every row. Grid (row blocks, splits, T).
+
+    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
+    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
+    more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
+    What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
+    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
+    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    tokens = tl.num_programs(2)
     LANES: tl.constexpr = ROWS * SHARES
     lanes = tl.arange(0, LANES)
     rows = block * ROWS + lanes % ROWS
@@ -247,6 +259,8 @@ def _store_part(x, words, halves, partials, n, k, block, split, splits, token, t
         rows = block * ROWS + tl.arange(0, ROWS)
         mask = None if EVEN else rows < n
     tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
+    if END != "split":
+        _finish(partials, counters, out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER)
 
 
 @triton.jit
@@ -273,27 +287,3 @@ def _finish(partials, counters, out, n, splits, block, token, tokens, TERMS: tl.
             store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
         else:
             tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
-
-
-@triton.jit
-def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
-         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
-         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr):
-    """The product of x[t] and every row. Grid (row blocks, splits, T).
-
-    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
-    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
-    more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
-    What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
-    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
-    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end.
-    """
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    token = tl.program_id(2).to(tl.int64)
-    tokens = tl.num_programs(2)
-    _store_part(x, words, halves, partials, n, k, block, split, splits, token, tokens, stride, halves_stride, BITS, BLOCK, MINIMUM, WORDS,
-                HALVES, TERMS, GROUPS, ROWS, SHARES, EVEN, EARLY)
-    if END != "split":
-        _finish(partials, counters, out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER)
