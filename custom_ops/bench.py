@@ -32,6 +32,7 @@ from custom_ops import (
     quantized_embedding,
     quantized_linear,
     sample,
+    sliding_decode,
     tq4,
     tq4_attention,
     tq4_decode,
@@ -58,7 +59,7 @@ LONG = 2.0  # milliseconds of a call above which a graph holds each copy once on
 LAUNCHES = 20  # of a graph of shorter calls
 CEILING_BYTES = 4_000_000_000
 # modules whose ops launch kernels
-LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, tq4, tq4_attention,
+LAUNCHING = (decode_attention, flash, gemv, norm, quantized_embedding, quantized_linear, sample, sliding_decode, tq4, tq4_attention,
              tq4_decode, tq4_prefill)  # fmt: skip
 SEED = 1
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import custom_ops.ops  # noqa: F401
-from custom_ops import fixed_point, quantized_embedding, quantized_linear, sample
+from custom_ops import fixed_point, norm, quantized_embedding, quantized_linear, sample
 from custom_ops.gemv import COUNTERS
 from custom_ops.layouts import LAYOUTS, dequantize
 from custom_ops.markers import rms_norm
@@ -156,27 +156,36 @@ def fixed_bytes(count: int) -> int:
 
 
 def fixed_case(m: Matrix) -> Case:
-    """The product as a fused decode step does it: summed by the kernel, gated, or left in parts to attention."""
-    end = "fixed_glu" if m.name == "ffn_gate_up" else "fixed_partials" if m.name in ("attn_qkv", "attn_qk", "attn_v") else "fixed_linear"
+    """The product as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
+    ends = {"ffn_gate_up": "fixed_glu", "token_embd": "fixed_linear"} | dict.fromkeys(("attn_output", "ffn_down"), "fixed_linear_squares")
+    end = ends.get(m.name, "fixed_partials")
 
     def arguments(g: torch.Generator) -> Tensors:
         x = fixed_point.quantize(normal(g, 1, m.k, dtype=torch.float32), TERMS)
-        return (x, *packed(m.kind, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device))
+        squares = normal(g, m.k // norm.PIECE, dtype=torch.float32).square()
+        return (x, *packed(m.kind, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device), squares)
 
-    def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor, squares: torch.Tensor) -> Any:
         if end == "fixed_partials":
-            return kiln.fixed_partials(x, words, halves, m.kind)
-        return getattr(kiln, end)(x, words, halves, m.kind, counters)
+            return kiln.fixed_partials(x, words, halves, m.kind, squares, EPS)
+        scaled = () if end == "fixed_linear_squares" else (squares, EPS)
+        return getattr(kiln, end)(x, words, halves, m.kind, counters, *scaled)
 
-    def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor,
+                  squares: torch.Tensor) -> torch.Tensor:
         parts = ((words[:, :, i : i + REFERENCE_ROWS], halves[:, :, i : i + REFERENCE_ROWS]) for i in range(0, m.n, REFERENCE_ROWS))
         y = torch.cat([fixed_point.dequantize(x) @ dequantize(m.kind, *part) for part in parts], 1)
+        if end == "fixed_linear_squares":
+            return torch.cat((y, y.square().sum(1, keepdim=True)), 1)
+        y = y * norm.root(squares, m.k, EPS)
         if end != "fixed_glu":
             return y
         gate, value = y.chunk(2, -1)
         return torch.nn.functional.gelu(gate, approximate="tanh") * value
 
-    def result(out: torch.Tensor, arguments: Tensors) -> torch.Tensor:
+    def result(out: Any, arguments: Tensors) -> torch.Tensor:
+        if end == "fixed_linear_squares":
+            return torch.cat((out[0], out[1].sum().view(1, 1)), 1)
         return fixed_point.dequantize(out) if end == "fixed_glu" else out.sum(0, keepdim=True) if end == "fixed_partials" else out
 
     written = fixed_bytes(m.n // 2) if end == "fixed_glu" else 4 * m.n
@@ -204,11 +213,19 @@ def add_norm_case(geometry: Geometry) -> Case:
     d = geometry.head.k
 
     def arguments(g: torch.Generator) -> Tensors:
-        vectors = (normal(g, *shape, dtype=torch.float32) for shape in ((1, d), (1, d), (d,), (d,)))
-        return (*vectors, torch.full((1,), 0.5, device=g.device))
+        vectors = [normal(g, *shape, dtype=torch.float32) for shape in ((1, d), (1, d), (d,), (d,))]
+        squares = vectors[1].square().unflatten(1, (-1, 64)).sum((0, 2))  # as the product before leaves them
+        return (*vectors, torch.full((1,), 0.5, device=g.device), squares)
+
+    def call(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+             squares: torch.Tensor) -> Tensors:
+        return kiln.add_norm(x, branch, squares, post_weight, scale, weight, EPS, TERMS)
+
+    def result(out: Tensors, arguments: Tensors) -> torch.Tensor:
+        return torch.cat((out[0], fixed_point.dequantize(out[1]) * norm.root(out[2], d, EPS)))
 
     def reference(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weight: torch.Tensor,
-                  scale: torch.Tensor) -> torch.Tensor:
+                  scale: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         stream = (x.double() + rms_norm(branch, post_weight, EPS, torch.float64)) * scale
         return torch.cat((stream, rms_norm(stream, weight, EPS, torch.float64)))
 
@@ -219,10 +236,10 @@ def add_norm_case(geometry: Geometry) -> Case:
         flops=0,
         limit=FIXED,
         arguments=arguments,
-        call=lambda x, branch, post_weight, weight, scale: kiln.add_norm(x, branch, post_weight, scale, weight, EPS, TERMS),
+        call=call,
         reference=reference,
         copy=clone(0, 1, 2, 3),
-        result=lambda out, arguments: torch.cat((out[0], fixed_point.dequantize(out[1]))),
+        result=result,
         group=STEP,
         count=2 * (geometry.sliding.layers + geometry.full.layers),
     )

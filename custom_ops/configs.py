@@ -18,6 +18,7 @@ TABLES = (
     ("gemv", "GEMV_CONFIGS"),
     ("flash", "DECODE_TILES"),
     ("flash", "PREFILL_TILES"),
+    ("sliding_decode", "SLIDING_TILES"),
     ("tq4_attention", "DECODE_TILES"),
     ("tq4_attention", "PREFILL_TILES"),
 )

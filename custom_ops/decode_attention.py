@@ -1,4 +1,4 @@
-"""Attention of one token from its raw projections: norms, rotary embedding, cache write, attention, fixed point for the next product."""
+"""What attention of one token takes, from its raw projections: norms and rotary embedding."""
 
 from __future__ import annotations
 
@@ -7,22 +7,12 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops import fixed_point, sliding_attention
 from custom_ops.early import early, wait_for_earlier_kernels
-from custom_ops.fixed_point import GROUP, group_words
-from custom_ops.flash import (
-    check_kernel_shapes,
-    decode_constants,
-    decode_tile,
-    flash_decode_kernel,
-    flash_merge_kernel,
-    merge_warps,
-)
 from custom_ops.gemv_kernels import sum_splits
 from custom_ops.launch import kernel, use_triton
 from custom_ops.markers import rms_norm, rope
 from custom_ops.registry import KernelCase
-from custom_ops.target import GpuTarget, current_target
+from custom_ops.target import GpuTarget
 
 PREPARE_WARPS = 8
 
@@ -71,25 +61,18 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 
 
 @triton.jit
-def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps,
-                   splits, stride, v_splits, v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
-                   EARLY: tl.constexpr):
-    """`prepared_head` of one token. Grid (HEADS + 2 KV).
-
-    RING > 0: keys and values go to the slot pos % RING of a ring [RING, KV, D], else to the first row of theirs.
-    """
+def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps, splits, stride,
+                   v_splits, v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+    """`prepared_head` of one token. Grid (HEADS + 2 KV)."""
     head = tl.program_id(0)
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
                          HEADS, KV, D, EARLY)
-    row = 0
-    if RING > 0:
-        row = (tl.load(pos_ptr).to(tl.int32) % RING) * (KV * D)
     if head < HEADS:
         target = q_out_ptr + head * D
     elif head < HEADS + KV:
-        target = k_out_ptr + row + (head - HEADS) * D
+        target = k_out_ptr + (head - HEADS) * D
     else:
-        target = v_out_ptr + row + (head - HEADS - KV) * D
+        target = v_out_ptr + (head - HEADS - KV) * D
     dim = tl.arange(0, D // 2)
     tl.store(target + dim, a)
     tl.store(target + D // 2 + dim, b)
@@ -104,14 +87,6 @@ def check_projections(op: str, q, k, v, q_weight, cos) -> None:
         raise ValueError(f"{op}: {sizes[0] // dim} heads to {sizes[1] // dim}, cos {tuple(cos.shape)}; expected [1, {dim // 2}]")
     if q.shape[0] != k.shape[0] or (q.shape[0] > 1 and q.stride(0) != k.stride(0)):
         raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
-
-
-def _prepare(q, k, v, q_weight, k_weight, cos, sin, pos, q_out, k_out, v_out, eps: float, ring: int) -> None:
-    dim = q_weight.shape[0]
-    heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
-    parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
-    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, pos, q_out, k_out, v_out, eps, *parts,
-                                                    HEADS=heads, KV=kv_heads, D=dim, RING=ring, EARLY=early(), num_warps=PREPARE_WARPS)
 
 
 @triton.jit
@@ -151,62 +126,18 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
         return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype)
     dim = q_weight.shape[0]
     outs = [torch.empty((1, x.shape[1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
-    _prepare(q, k, v, q_weight, k_weight, cos, sin, cos, *outs, eps, 0)
+    heads, kv_heads = (x.shape[1] for x in outs[:2])
+    parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
+    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, eps, *parts, HEADS=heads, KV=kv_heads,
+                                                    D=dim, EARLY=early(), num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
 
 
-@triton_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
-def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
-                   sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
-                   terms: int) -> torch.Tensor:
-    """`prepare_qkv`, then sliding-window attention, the token's key and value written to the rings first.
-
-    k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R = min(window, max_seq_len); pos [1] int64.
-    Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
-    """
-    check_projections("sliding_decode", q, k, v, q_weight, cos)
-    dim, slots = q_weight.shape[0], k_ring.shape[0]
-    heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
-    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
-        raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
-    if not use_triton(q):
-        prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype)
-        out = sliding_attention.reference(*prepared, k_ring, v_ring, pos, window)
-        slot = pos % slots
-        k_ring.index_copy_(0, slot, prepared[1])
-        v_ring.index_copy_(0, slot, prepared[2])
-        return fixed_point.quantize(out.flatten(1), terms)
-    check_kernel_shapes("sliding_decode", dim, k_ring)
-    target = current_target()
-    query = torch.empty((1, heads, dim), dtype=k_ring.dtype, device=q.device)
-    _prepare(q, k, v, q_weight, k_weight, cos, sin, pos, query, k_ring, v_ring, eps, slots)
-    tile = decode_tile(query.dtype, target, dim)
-    split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
-    part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
-    sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
-    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    kernel(flash_decode_kernel)[(kv_heads, split["SPLITS"])](query, k_ring, v_ring, pos, pos, part, sums, **split,
-                                                             num_warps=tile.warps, num_stages=tile.stages)
-    kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, query, query, query, out, **merge, num_warps=merge_warps(dim))
-    return out
-
-
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
+    """The kernel at the shape of the 31B's global layers."""
     raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     numbers = {"eps": "fp32"} | dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
-    cases = []
-    for heads, kv_heads, dim, ring in ((32, 16, 256, 1024), (32, 4, 512, 0)):
-        signature = raw | {"pos_ptr": "*i64" if ring else "*fp32"} | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16")
-        constants = {"HEADS": heads, "KV": kv_heads, "D": dim, "RING": ring, "EARLY": early(target)}
-        cases.append(KernelCase(f"prepare {heads}:{kv_heads}x{dim}", prepare_kernel, signature | numbers, constants,
-                                {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
-    tile = decode_tile(torch.float16, target, 256)
-    split, merge = decode_constants(tile, target, 32, 16, 256, 1024, 1024, False, own=True, terms=2)
-    position = {"pos_ptr": "*i64", "len_ptr": "*i64"}
-    inputs, parts = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
-    cases.append(KernelCase("sliding_decode 32:16x256", flash_decode_kernel, inputs | position | parts, split,
-                            {"num_warps": tile.warps, "num_stages": tile.stages}))
-    cases.append(KernelCase("sliding_decode merge 32:16x256", flash_merge_kernel, parts | position | inputs | {"out_ptr": "*i32"},
-                            merge, {"num_warps": merge_warps(256)}))
-    return cases
+    signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
+    constants = {"HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
+    return [KernelCase("prepare 32:4x512", prepare_kernel, signature, constants, {"num_warps": PREPARE_WARPS},
+                       aligned=("stride", "v_stride"))]

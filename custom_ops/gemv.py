@@ -18,6 +18,7 @@ from custom_ops.fixed_point import GROUP, group_words, store_fixed
 from custom_ops.gemv_kernels import gemv
 from custom_ops.launch import kernel, use_triton
 from custom_ops.layouts import LAYOUTS, dequantize
+from custom_ops.norm import PIECE, root, root_constants
 from custom_ops.packed import check_weight, format_constants
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
@@ -96,12 +97,20 @@ def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
     return out
 
 
+def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+              eps: float) -> torch.Tensor:
+    """The product in plain torch; arguments as `fixed_linear`."""
+    y = fixed_point.dequantize(x) @ dequantize(kind, words, halves)
+    return y if squares is None else y * root(squares, x.shape[1] * GROUP, eps)
+
+
 def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor, dtype: torch.dtype,
-             end: str = "sum") -> torch.Tensor:
-    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel."""
+             end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
+             leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares."""
     tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
     constants, splits, warps = launch(kind, tokens, n, k, current_target())
-    alone = splits == 1 and end == "sum" and dtype == torch.float32
+    alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
     if alone:
         end = "split"  # there is nothing to add up
     partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
@@ -112,19 +121,26 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
     else:
         out = partials
     grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
+    left = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
     if end != "split" and counters.numel() < grid[0] * tokens:
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
     kernel(gemv, constants["REGISTERS"], x)[grid](
-        x, words, halves, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1), **format_constants(kind), TERMS=terms,
-        END=end, **constants, num_warps=warps)  # fmt: skip
-    return out[0] if alone else out
+        x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, eps, words.stride(1),
+        halves.stride(1), **format_constants(kind), TERMS=terms, END=end, **constants,
+        **root_constants(squares), SQUARES=leave_squares, num_warps=warps)  # fmt: skip
+    return out[0] if alone else out, left
 
 
-def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> None:
+def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+           one: bool = False) -> None:
     check_weight(op, words, halves, kind)
     k = words.shape[0] * LAYOUTS[kind].block
     if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
         raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
+    if (one or squares is not None) and x.shape[0] != 1:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}; expected one token")
+    if squares is not None and (squares.dim() != 1 or not squares.numel() or squares.dtype != torch.float32):
+        raise ValueError(f"{op}: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [P]")
 
 
 @triton_op("kiln::fixed_point", mutates_args=())
@@ -136,41 +152,55 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
 
 
 @triton_op("kiln::fixed_linear", mutates_args=("counters",))
-def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor) -> torch.Tensor:
+def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+                 squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
-    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. Raises ValueError when a shape does not fit.
+    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
+    is multiplied by `norm.root` of them. Raises ValueError when a shape does not fit.
     """
-    _check("fixed_linear", x, words, halves, kind)
+    _check("fixed_linear", x, words, halves, kind, squares)
     if not use_triton(x):
-        return fixed_point.dequantize(x) @ dequantize(kind, words, halves)
-    return multiply(x, words, halves, kind, counters, torch.float32)
+        return reference(x, words, halves, kind, squares, eps)
+    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps)[0]
+
+
+@triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
+def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+                         squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fixed_linear` of one token, and float32 sums that add up to the sum of squares of it; how many is the kernel's choice."""
+    _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
+    if not use_triton(x):
+        y = reference(x, words, halves, kind, squares, eps)
+        return y, (y * y).sum(1)
+    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
 
 
 @triton_op("kiln::fixed_partials", mutates_args=())
-def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
+def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
+                   eps: float = 0.0) -> torch.Tensor:
     """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
-    _check("fixed_partials", x, words, halves, kind)
-    if x.shape[0] != 1:
-        raise ValueError(f"fixed_partials: x is {tuple(x.shape)}; expected one token")
+    _check("fixed_partials", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
-        return fixed_point.dequantize(x) @ dequantize(kind, words, halves)
-    return multiply(x, words, halves, kind, x, torch.float32, end="split").view(-1, words.shape[2])
+        return reference(x, words, halves, kind, squares, eps)
+    parts, _ = multiply(x, words, halves, kind, x, torch.float32, "split", squares, eps)
+    return parts.view(-1, words.shape[2])
 
 
 @triton_op("kiln::fixed_glu", mutates_args=("counters",))
-def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor) -> torch.Tensor:
+def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+              squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """gelu(gate) * value, of the product [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
 
     GELU is the one with tanh. N / 2 is a multiple of the rows of a program. Raises ValueError when a shape does not fit.
     """
-    _check("fixed_glu", x, words, halves, kind)
+    _check("fixed_glu", x, words, halves, kind, squares)
     if not glu_fits(words.shape[2]):
         raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
     if not use_triton(x):
-        gate, value = (fixed_point.dequantize(x) @ dequantize(kind, words, halves)).chunk(2, dim=-1)
+        gate, value = reference(x, words, halves, kind, squares, eps).chunk(2, dim=-1)
         return fixed_point.quantize(F.gelu(gate, approximate="tanh") * value, terms_of(x))
-    return multiply(x, words, halves, kind, counters, torch.float32, end="glu")
+    return multiply(x, words, halves, kind, counters, torch.float32, "glu", squares, eps)[0]
 
 
 def glu_fits(n: int) -> bool:
@@ -180,22 +210,25 @@ def glu_fits(n: int) -> bool:
 
 USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
 USUAL_TARGETS = (90, 120)
-# The matrices (N, K) of the 31B and how each ends: qkv, qk, attention output, gate and up, down, head.
-_SHAPES = ((16384, 5376, "split"), (18432, 5376, "split"), (5376, 8192, "sum"), (5376, 16384, "sum"), (43008, 5376, "glu"),
-           (5376, 21504, "sum"), (262144, 5376, "sum"))
+# The matrices (N, K) of the 31B, how each ends, and whether a norm is before it: qkv, qk, attention output, gate and up, down, head.
+_SHAPES = ((16384, 5376, "split", True), (18432, 5376, "split", True), (5376, 8192, "sum", False), (5376, 16384, "sum", False),
+           (43008, 5376, "glu", True), (5376, 21504, "sum", False), (262144, 5376, "sum", True))
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
-    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "partials": "*fp32", "counters": "*i32", "splits": "i32", **integers}
+    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", "eps": "fp32", **integers}
+    types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for kind in LAYOUTS:
         usual = kind in USUAL_KINDS
-        for n, k, end in _SHAPES:
+        for n, k, end, normed in _SHAPES:
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
-                constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end}
+                constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
+                                                                  "SQUARES": end == "sum" and not normed}
+                constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
                                   constants, options, None if usual else USUAL_TARGETS, tuple(integers))

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from custom_ops.early import INTERPRETED, wait_for_earlier_kernels
 from custom_ops.fixed_point import store_fixed
+from custom_ops.norm import load_root
 from custom_ops.quantized_kernels import unpack8
 
 
@@ -165,10 +166,11 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 
 
 @triton.jit
-def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, eps, stride: tl.constexpr,
+         halves_stride: tl.constexpr,
          BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
          END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr):
+         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SQUARES: tl.constexpr):
     """The product of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -176,7 +178,8 @@ def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.con
     more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
     What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
     "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
-    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end.
+    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one token: COUNT > 0 multiplies by
+    `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -201,6 +204,8 @@ def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.con
     end = tl.minimum(begin + each, steps)
     now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
+    if COUNT > 0:
+        root = load_root(squares, k, eps, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
     SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
     HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
@@ -258,14 +263,16 @@ def gemv(x, words, halves, partials, counters, out, n, k, splits, stride: tl.con
         acc = tl.sum(tl.reshape(acc, [SHARES, ROWS]), 0)
         rows = block * ROWS + tl.arange(0, ROWS)
         mask = None if EVEN else rows < n
+    if COUNT > 0:
+        acc *= root
     tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
     if END != "split":
-        _finish(partials, counters, out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER)
+        _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER, SQUARES)
 
 
 @triton.jit
-def _finish(partials, counters, out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr,
-            EVEN: tl.constexpr, TOGETHER: tl.constexpr):
+def _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr,
+            ROWS: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr):
     """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
     blocks = tl.num_programs(0)
     own = block % (blocks // 2) if END == "glu" else block
@@ -287,3 +294,5 @@ def _finish(partials, counters, out, n, splits, block, token, tokens, TERMS: tl.
             store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
         else:
             tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
+            if SQUARES:
+                tl.store(squares_out + own, tl.sum(total * total, 0))

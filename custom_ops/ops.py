@@ -10,6 +10,7 @@ from custom_ops import (  # noqa: F401
     quantized_linear,
     sample,
     sliding_attention,
+    sliding_decode,
     tq4,
     tq4_attention,
     tq4_decode,

@@ -71,7 +71,7 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
     x = x.contiguous()
     if isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS:
         counters = torch.zeros(COUNTERS * x.shape[0], dtype=torch.int32, device=x.device)
-        return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)
+        return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())
     # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does

@@ -16,6 +16,7 @@ MODULES = (
     "quantized_embedding",
     "sample",
     "sliding_attention",
+    "sliding_decode",
     "global_attention",
     "tq4",
     "tq4_attention",

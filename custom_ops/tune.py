@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from custom_ops import bench, gemv, tq4_prefill
-from custom_ops.bench_attention import global_case, sliding_case, tq4_case
+from custom_ops.bench_attention import global_case, sliding_case, sliding_decode_case, tq4_case
 from custom_ops.bench_cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
 from custom_ops.configs import nearest, pick
 from custom_ops.flash import Tile
@@ -107,6 +107,8 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     else:
         tiled("tq4 prefill", "tq4_attention.PREFILL_TILES", full.dim, [tq4_case(full, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
+    tiled("fused sliding decode", "sliding_decode.SLIDING_TILES", geometry.sliding.dim, [sliding_decode_case(geometry)],
+          **decode | {"stages": (1,)})  # fmt: skip
     tiled("sliding decode", "flash.DECODE_TILES", geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
     tiled("sliding prefill", "flash.PREFILL_TILES", geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
     tiled("global decode", "flash.DECODE_TILES", full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)

@@ -43,7 +43,7 @@ class _Fuser:
     def __init__(self, ep, terms: int):
         self.ep, self.terms = ep, terms
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
-        self.fixed: dict[Node, Node] = {}  # a node -> its value in fixed point
+        self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its products are scaled by
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
         self.partials: dict[Node, Node] = {}  # a product -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
@@ -60,7 +60,8 @@ class _Fuser:
 
     def rewrite(self, product: Node) -> None:
         x, words, halves, kind = product.args
-        new = self.emit(product, KILN.fixed_linear.default, self.to_fixed(x, product), words, halves, kind, self.counters)
+        fixed, *root = self.to_fixed(x, product)
+        new = self.emit(product, KILN.fixed_linear.default, fixed, words, halves, kind, self.counters, *root)
         self.made.append(new)
         dtype = product.meta["val"].dtype
         rounded = new if dtype == torch.float32 else self.emit(product, aten.to.dtype, new, dtype)
@@ -98,21 +99,32 @@ class _Fuser:
         if not edit.is_call(product, KILN.fixed_linear.default):
             return product
         if product not in self.partials:
-            self.partials[product] = self.emit(product, KILN.fixed_partials.default, *product.args[:-1])
+            fixed, words, halves, kind, _, *root = product.args
+            self.partials[product] = self.emit(product, KILN.fixed_partials.default, fixed, words, halves, kind, *root)
         return self.partials[product]
+
+    def with_squares(self, node: Node, before: Node) -> tuple[Node, Node]:
+        """`node` in float32 and the sums of its squares, which a product leaves beside its result."""
+        value = self.exact(node, before)
+        if not edit.is_call(value, KILN.fixed_linear.default):
+            return value, self.emit(before, aten.sum.dim_IntList, self.emit(before, aten.mul.Tensor, value, value), [1])
+        both = self.emit(value, KILN.fixed_linear_squares.default, *value.args)
+        return tuple(self.emit(value, operator.getitem, both, i) for i in range(2))
 
     # ---- values in fixed point ----
 
-    def to_fixed(self, x: Node, before: Node) -> Node:
+    def to_fixed(self, x: Node, before: Node) -> tuple[Node, ...]:
+        """x in fixed point, and (squares, eps) where its products are to be multiplied by their root."""
         if x not in self.fixed:
-            self.fixed[x] = self.norm(x, before) or self.gated(x, before) or self.attention(x, before) or self.converted(x, before)
+            others = (self.gated, self.attention, self.converted)
+            self.fixed[x] = self.norm(x, before) or (next(made for other in others if (made := other(x, before))),)
         return self.fixed[x]
 
     def converted(self, x: Node, before: Node) -> Node:
         self.counts["conversions"] += 1
         return self.emit(before, KILN.fixed_point.default, x, self.terms)
 
-    def norm(self, x: Node, before: Node) -> Node | None:
+    def norm(self, x: Node, before: Node) -> tuple[Node, Node, float] | None:
         if not edit.is_call(x, KILN.rms_norm.default) or x.args[1] is None:
             return None
         y, weight, eps, _ = x.args
@@ -121,12 +133,13 @@ class _Fuser:
         self.counts["norms"] += 1
         residual = None if y in self.float32 else _residual(y, eps)
         if residual is None:
-            return self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, eps, self.terms)
+            both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
+            return *(self.emit(before, operator.getitem, both, i) for i in range(2)), eps
         stream, branch, post_weight, scale = residual
-        stream, branch = self.exact(stream, before), self.exact(branch, before)
-        both = self.emit(before, KILN.add_norm.default, stream, branch, post_weight, scale, weight, eps, self.terms)
-        self.float32[y] = self.emit(before, operator.getitem, both, 0)
-        return self.emit(before, operator.getitem, both, 1)
+        stream, (branch, squares) = self.exact(stream, before), self.with_squares(branch, before)
+        all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
+        self.float32[y], *fixed = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
+        return *fixed, eps
 
     def gated(self, x: Node, before: Node) -> Node | None:
         if not edit.is_call(x, KILN.gelu_mul.default):

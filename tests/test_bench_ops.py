@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops import bench, flash, gemv, launch, tq4_attention, tq4_prefill, tune
+from custom_ops import bench, flash, gemv, launch, sliding_decode, tq4_attention, tq4_prefill, tune
 from custom_ops.bench import all_cases
 from custom_ops.bench_attention import keys_attended
 from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_cases, gemv_cases
@@ -155,8 +155,8 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
 @pytest.mark.parametrize("family", tune.families(H200), ids=lambda f: f.name)
 def test_family(family):
     """The first candidate is what the tables hold; applying one is seen by the launch and leaves no trace."""
-    tables = [gemv.GEMV_CONFIGS, gemv.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES, tq4_attention.DECODE_TILES,
-              tq4_attention.PREFILL_TILES, tq4_prefill.PIECE_TILES]  # fmt: skip
+    tables = [gemv.GEMV_CONFIGS, gemv.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
+              tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES, tq4_prefill.PIECE_TILES]  # fmt: skip
     before = [dict(table) for table in tables]
     assert len(set(family.candidates)) == len(family.candidates) > 10
 

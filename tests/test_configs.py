@@ -66,7 +66,8 @@ def test_what_is_borrowed_is_named():
     taken = borrowed(TARGETS["sm_89"])
     assert set(taken) <= {86, 90} and set(taken[86]) == {
         "flash.DECODE_TILES [256]", "flash.DECODE_TILES [512]", "flash.PREFILL_TILES [256]", "flash.PREFILL_TILES [512]",
-        "tq4_attention.DECODE_TILES [512]", "tq4_attention.PREFILL_TILES [512]",
+        "sliding_decode.SLIDING_TILES [256]", "sliding_decode.SLIDING_TILES [512]", "tq4_attention.DECODE_TILES [512]",
+        "tq4_attention.PREFILL_TILES [512]",
     }  # fmt: skip
     assert borrowed(TARGETS["sm_90"]) == {}
 

@@ -59,12 +59,31 @@ def test_on_a_cpu(kind: str, terms: int) -> None:
     out = kiln.fixed_glu(fixed, words, halves, kind, counters())
     assert out.dtype == torch.int32 and out.shape == (1, 8, fixed_point.group_words(terms))
     assert relative(fixed_point.dequantize(out), gelu_product(x, matrix)) < 3 * LOSS[terms]
+    check_roots(fixed, words, halves, kind, y)
+
+
+def check_roots(fixed: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, plain: torch.Tensor) -> None:
+    """Every op multiplies the product by the root of the sums of squares it is given; one leaves those of its own."""
+    squares, zeros, eps = torch.tensor([300.0, 5.0, 41.5]), counters(), 0.25
+    expected = plain.double() * (squares.double().sum() / (32 * fixed.shape[1]) + eps) ** -0.5
+    given = fixed, words, halves, kind
+    y, left = kiln.fixed_linear_squares(*given, zeros, squares, eps)
+    assert relative(kiln.fixed_linear(*given, zeros, squares, eps), expected) < KERNEL
+    assert relative(kiln.fixed_partials(*given, squares, eps).sum(0, keepdim=True), expected) < KERNEL
+    assert relative(y, expected) < KERNEL and left.dim() == 1
+    assert relative(left.sum(), expected.square().sum()) < KERNEL
+    alone, left = kiln.fixed_linear_squares(*given, zeros)
+    assert relative(alone, plain.double()) < KERNEL and relative(left.sum(), plain.double().square().sum()) < KERNEL
+    out = fixed_point.dequantize(kiln.fixed_glu(*given, zeros, squares, eps))
+    gate, value = expected.chunk(2, -1)
+    limit = LOSS[gemv.terms_of(fixed)]
+    assert relative(out, torch.nn.functional.gelu(gate, approximate="tanh") * value) < limit and not zeros.any()
 
 
 def test_wrong_arguments_are_named() -> None:
     words, halves, _ = random_weight("Q4_K", 512, 256)
     x = kiln.fixed_point(random_x(1, 256, torch.float32), 2)
-    for op in ("fixed_linear", "fixed_partials", "fixed_glu"):
+    for op in ("fixed_linear", "fixed_linear_squares", "fixed_partials", "fixed_glu"):
         extra = () if op == "fixed_partials" else (counters(),)
         for arguments, message in (
             ((x[:, :4], words, halves, "Q4_K"), rf"{op}: x is torch.int32 \(1, 4, 20\); expected int32 \[T, 8, 12, 20 or 28\]"),
@@ -79,6 +98,10 @@ def test_wrong_arguments_are_named() -> None:
                 getattr(kiln, op)(*arguments, *extra)
     with pytest.raises(ValueError, match=r"fixed_partials: x is \(2, 8, 20\); expected one token"):
         kiln.fixed_partials(x.repeat(2, 1, 1), words, halves, "Q4_K")
+    with pytest.raises(ValueError, match=r"fixed_linear: x is \(2, 8, 20\); expected one token"):
+        kiln.fixed_linear(x.repeat(2, 1, 1), words, halves, "Q4_K", counters(), torch.ones(1), 1e-6)
+    with pytest.raises(ValueError, match=r"fixed_linear: squares are torch.float32 \(0,\); expected float32 \[P\]"):
+        kiln.fixed_linear(x, words, halves, "Q4_K", counters(), torch.ones(0), 1e-6)
     with pytest.raises(ValueError, match="fixed_glu: 384 rows; expected twice a multiple of 256"):
         kiln.fixed_glu(x, words[:, :, :384], halves[:, :, :384], "Q4_K", counters())
 
@@ -118,7 +141,7 @@ def test_opaque_when_exported() -> None:
 def test_launches_fill_the_card(target) -> None:
     """Enough warps to hide memory's latency, no more than run at once where one wave can hold them."""
     for kind in KINDS:
-        for n, k, end in gemv._SHAPES:
+        for n, k, end, _ in gemv._SHAPES:
             constants, splits, warps = launch(kind, 1, n, k, target)
             steps, blocks = k // (32 * constants["GROUPS"]), -(-n // constants["ROWS"])
             assert 1 <= splits <= gemv.MAX_SPLITS and constants["EVEN"] == (n % constants["ROWS"] == 0) and constants["SHARES"] == warps
@@ -257,11 +280,24 @@ def interpreted_ends_agree(kind: str, monkeypatch) -> None:
             parts = kiln.fixed_partials(fixed, words, halves, kind)
             zeros = counters()
             y = kiln.fixed_linear(fixed, words, halves, kind, zeros)
-            rounded = gemv.multiply(fixed, words, halves, kind, zeros, torch.bfloat16)
+            rounded, _ = gemv.multiply(fixed, words, halves, kind, zeros, torch.bfloat16)
         assert parts.shape == (splits, 128) and not zeros.any()
         torch.testing.assert_close(parts.sum(0, keepdim=True), y, rtol=1e-5, atol=1e-5)
         assert y.shape == (1, 128) and relative_error(y, x, matrix) < LOSS[2]
         assert rounded.dtype == torch.bfloat16 and relative_error(rounded, x, matrix) < 8e-3  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("kind, programs", [("Q4_K", 64), ("Q8_0", 1)])
+def interpreted_roots(kind: str, programs: int, monkeypatch) -> None:
+    """Several splits and one, which has nothing to add up but leaves its sum of squares."""
+    words, halves, _ = random_weight(kind, 512, 256)
+    fixed = gemv.fix(random_x(1, 256, torch.float32), 2)
+    with spread(monkeypatch, programs):
+        assert (launch(kind, 1, 512, 256, current_target())[1] > 1) == (programs > 1)
+        check_roots(fixed, words, halves, kind, kiln.fixed_linear(fixed, words, halves, kind, counters()))
+        cut = slice(5, 75)  # a masked program
+        y, left = kiln.fixed_linear_squares(fixed, words[:, :, cut], halves[:, :, cut], kind, counters())
+    assert left.shape == (2,) and relative(left.sum(), y.double().square().sum()) < KERNEL
 
 
 def interpreted_too_few_counters_are_refused(monkeypatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import custom_ops.ops  # noqa: F401
-from custom_ops import decode_attention, fixed_point, flash, tq4, tq4_attention, tq4_prefill
+from custom_ops import decode_attention, fixed_point, flash, norm, sliding_decode, tq4, tq4_attention, tq4_prefill
 from custom_ops.gemv import COUNTERS, glu_fits
 from custom_ops.layouts import LAYOUTS, dequantize
 from custom_ops.packed import MINIMUM
@@ -212,17 +212,23 @@ def test_gemv(kind, terms):
         x = torch.randn(1, k, generator=g, device="cuda")
         fixed = kiln.fixed_point(x, terms)
         assert relative(fixed_point.dequantize(fixed), x.double()) < {1: 1e-2, 2: 4e-5, 3: 2e-7}[terms]
+        roots = torch.rand(21, generator=g, device="cuda")
         expected = product(fixed_point.dequantize(fixed), words, halves, kind)
         for target in ("sm_90", "sm_120"):
             with compiling_for(gpu_targets()[target]):
                 calls = [lambda: kiln.fixed_linear(fixed, words, halves, kind, counters),  # noqa: B023
-                         lambda: kiln.fixed_partials(fixed, words, halves, kind)]  # noqa: B023
+                         lambda: kiln.fixed_partials(fixed, words, halves, kind),  # noqa: B023
+                         lambda: kiln.fixed_linear_squares(fixed, words, halves, kind, counters, roots, 1e-6)]  # noqa: B023
                 first, *others = [calls[0]() for _ in range(20)]
                 parts = calls[1]()
                 assert all(torch.equal(first, other) for other in others) and torch.equal(parts, calls[1]())
                 error = relative(first, expected)
                 print(f"gemv {kind} {terms} bytes {target} {k} x {n}: {error:.1e}")
                 assert error < float32_limit(kind) and relative(parts.sum(0, keepdim=True), expected) < float32_limit(kind)
+                scaled, squares = calls[2]()
+                assert torch.equal(scaled, calls[2]()[0]) and torch.equal(squares, calls[2]()[1])
+                assert relative(scaled, expected * norm.root(roots.double(), k, 1e-6)) < float32_limit(kind)
+                assert relative(squares.sum(), scaled.double().square().sum()) < 1e-6
                 if glu_fits(n):
                     gate, value = expected.chunk(2, -1)
                     gated = torch.nn.functional.gelu(gate, approximate="tanh") * value
@@ -243,15 +249,16 @@ def test_add_norm(terms, scaled):
         stream = x.double() + branch.double() / (branch.double().square().mean() + 1e-6).sqrt() * post_weight.double()
         stream = stream * scale.double() if scaled else stream
         normed = stream / (stream.square().mean() + 1e-6).sqrt() * weight.double()
-        x_out, out = kiln.add_norm(x, branch, post_weight, scale, weight, 1e-6, terms)
+        squares = branch.square().unflatten(1, (-1, 32)).sum((0, 2))
+        x_out, out, left = kiln.add_norm(x, branch, squares, post_weight, scale, weight, 1e-6, terms)
         assert relative(x_out, stream) < 3e-7
-        assert relative(fixed_point.dequantize(out), normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
-        again = kiln.norm_fixed(x_out, weight, 1e-6, terms)
-        assert relative(fixed_point.dequantize(again), normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
+        for found, sums in ((out, left), kiln.norm_fixed(x_out, weight, terms)):
+            rooted = fixed_point.dequantize(found).double() * norm.root(sums.double(), d, 1e-6)
+            assert relative(rooted, normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES))
+@pytest.mark.parametrize("target", targets_that_differ(sliding_decode.SLIDING_TILES))
 def test_sliding_decode(target, dtype):
     """From projections in parts, before, at and past the wrap of the ring, NaN in every slot that no query may see."""
     heads, kv_heads, dim = SLIDING

@@ -1,4 +1,4 @@
-"""The fused norms of one token, against plain float64."""
+"""What lies between two products of one token, with its root left to the product after, against plain float64."""
 
 from __future__ import annotations
 
@@ -39,21 +39,32 @@ def exact(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weig
     return x, rms(x) * weight
 
 
+def squares(x: torch.Tensor, pieces: int = 3) -> torch.Tensor:
+    """Sums of squares of the pieces of a row."""
+    return torch.stack([p.square().sum() for p in x[0].tensor_split(pieces)])
+
+
+def with_root(out: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """The norm that `out` and the sums of squares beside it stand for, float64."""
+    assert left.dtype == torch.float32 and left.dim() == 1
+    return fixed_point.dequantize(out).double() * norm.root(left.double(), 32 * out.shape[1], EPS)
+
+
 def check(d: int, terms: int, scaled: bool) -> None:
     x, branch, post_weight, weight = inputs(d)
     before = x.clone()
     scale = torch.tensor([0.37]) if scaled else None
-    x_out, out = kiln.add_norm(x, branch, post_weight, scale, weight, EPS, terms)
+    x_out, *rest = kiln.add_norm(x, branch, squares(branch), post_weight, scale, weight, EPS, terms)
     x_exact, out_exact = exact(x, branch, post_weight, weight, scale)
     assert x_out.dtype == torch.float32 and x_out.shape == (1, d) and torch.equal(x, before)
     assert (x_out - x_exact).norm() / x_exact.norm() < 3e-7
-    assert out.dtype == torch.int32 and out.shape == (1, d // 32, fixed_point.group_words(terms))
-    assert (fixed_point.dequantize(out) - out_exact).norm() / out_exact.norm() < LOSS[terms]
+    assert rest[0].dtype == torch.int32 and rest[0].shape == (1, d // 32, fixed_point.group_words(terms))
+    assert (with_root(*rest) - out_exact).norm() / out_exact.norm() < LOSS[terms]
 
-    out = kiln.norm_fixed(x, weight, EPS, terms)
+    rest = kiln.norm_fixed(x, weight, terms)
     only = rms(x.double()) * weight
-    assert out.shape == (1, d // 32, fixed_point.group_words(terms))
-    assert (fixed_point.dequantize(out) - only).norm() / only.norm() < LOSS[terms]
+    assert rest[0].shape == (1, d // 32, fixed_point.group_words(terms))
+    assert (with_root(*rest) - only).norm() / only.norm() < LOSS[terms]
 
 
 CASES = pytest.mark.parametrize("d, terms, scaled", [(256, 2, True), (160, 1, False), (160, 3, True), (1344, 2, False), (32, 3, False)])
@@ -74,10 +85,10 @@ def interpreted_kernel(d: int, terms: int, scaled: bool) -> None:
 def check_small() -> None:
     """The epsilon is inside the root: a branch of zeros adds nothing, a small one is not blown up."""
     x, branch, post_weight, weight = inputs(64)
-    x_out, _ = kiln.add_norm(x, torch.zeros_like(branch), post_weight, None, weight, EPS, 2)
+    x_out, *_ = kiln.add_norm(x, torch.zeros_like(branch), torch.zeros(1), post_weight, None, weight, EPS, 2)
     assert torch.equal(x_out, x)
     small = branch * 1e-4
-    x_out, _ = kiln.add_norm(torch.zeros_like(x), small, post_weight, None, weight, EPS, 2)
+    x_out, *_ = kiln.add_norm(torch.zeros_like(x), small, squares(small), post_weight, None, weight, EPS, 2)
     torch.testing.assert_close(x_out, (rms(small.double()) * post_weight).float(), rtol=1e-5, atol=1e-9)
 
 
@@ -100,13 +111,15 @@ def test_wrong_arguments_are_named() -> None:
         (x[0], weight, r"x is torch.float32 \(64,\)"),
     ):
         with pytest.raises(ValueError, match=f"add_norm: .*{message}"):
-            kiln.add_norm(wrong, branch, post_weight, None, w, EPS, 2)
+            kiln.add_norm(wrong, branch, squares(branch), post_weight, None, w, EPS, 2)
         with pytest.raises(ValueError, match=f"norm_fixed: .*{message}"):
-            kiln.norm_fixed(wrong, w, EPS, 2)
+            kiln.norm_fixed(wrong, w, 2)
     with pytest.raises(ValueError, match=r"add_norm: branch \(1, 32\)"):
-        kiln.add_norm(x, branch[:, :32], post_weight, None, weight, EPS, 2)
+        kiln.add_norm(x, branch[:, :32], squares(branch), post_weight, None, weight, EPS, 2)
+    with pytest.raises(ValueError, match=r"add_norm: .* squares \(0,\)"):
+        kiln.add_norm(x, branch, torch.zeros(0), post_weight, None, weight, EPS, 2)
     with pytest.raises(ValueError, match=r"add_norm: .* scale \(64,\)"):
-        kiln.add_norm(x, branch, post_weight, weight, weight, EPS, 2)
+        kiln.add_norm(x, branch, squares(branch), post_weight, weight, weight, EPS, 2)
 
 
 class Norms(torch.nn.Module):
@@ -115,13 +128,14 @@ class Norms(torch.nn.Module):
         for name, tensor in zip(("post_weight", "weight"), inputs(64)[2:], strict=True):
             self.register_buffer(name, tensor)
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, fixed = kiln.add_norm(x, branch, self.post_weight, None, self.weight, EPS, 2)
-        return x, fixed, kiln.norm_fixed(x, self.weight, EPS, 2)
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, fixed, left = kiln.add_norm(x, branch, squares, self.post_weight, None, self.weight, EPS, 2)
+        return x, fixed, left, *kiln.norm_fixed(x, self.weight, 2)
 
 
 def test_opaque_when_exported() -> None:
-    arguments = tuple(inputs(64)[:2])
+    x, branch, *_ = inputs(64)
+    arguments = x, branch, squares(branch)
     program = torch.export.export(Norms(), arguments, strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert [t for t in targets if "getitem" not in t] == ["kiln.add_norm.default", "kiln.norm_fixed.default"]
