@@ -51,6 +51,7 @@ from custom_ops.bench_cases import (
     linear_cases,
     sample_case,
 )
+from custom_ops.target import current_target
 
 COLD = 4
 MOST_COPIES = 1024
@@ -319,18 +320,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench: error: no usable NVIDIA GPU here", file=sys.stderr)
         return 1
     if options.tune:
-        from custom_ops.tune import tune
+        from custom_ops.tune import families, tune
 
-        record = tune(options.only, options.budget)
-        failed = False
+    found = [c for c in (families(current_target()) if options.tune else all_cases()) if options.only in c.name]
+    if not found:
+        print(f"bench: error: nothing to time is called {options.only!r}; without --only everything is", file=sys.stderr)
+        return 2
+    if options.tune:
+        record, failed = tune(found, options.budget), False
     else:
-        cases = [case for case in all_cases() if options.only in case.name]
-        if not cases:
-            print(f"bench: error: no case contains {options.only!r}", file=sys.stderr)
-            return 1
-        rows, where = bench(cases)
-        record = where | {"rows": rows}
-        failed = not all(row["right"] for row in rows)
+        rows, where = bench(found)
+        record, failed = where | {"rows": rows}, not all(row["right"] for row in rows)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")

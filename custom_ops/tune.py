@@ -273,11 +273,10 @@ def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
     return lines
 
 
-def tune(only: str, budget: float) -> dict:
-    """Prints the best candidates of every case whose family's name contains `only`; the record of all trials."""
+def tune(chosen: list[Family], budget: float) -> dict:
+    """Prints the best candidates of every case of the families, trying none after `budget` seconds; the record of all trials."""
     began = time.monotonic()
     target, tuning, ceilings = current_target(), Tuning(), bench.measure_ceilings()
-    chosen = [family for family in families(target) if only in family.name]
     for family in chosen:
         run_family(family, tuning, target, began + budget)
         torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from custom_ops.bench_cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_ca
 from custom_ops.configs import pick
 from custom_ops.flash import Tile
 from custom_ops.gemv import GemvConfig
-from custom_ops.target import gpu_targets
+from custom_ops.target import compiling_for, gpu_targets
 from exporter.bench import keys_attended as closed_form
 from exporter.config import from_gguf
 from exporter.gguf import open_gguf
@@ -251,3 +251,11 @@ def test_no_gpu(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert bench.main([]) == 1 and "no usable NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [[], ["--tune"]])
+def test_nothing_of_that_name(mode, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with compiling_for(H200):
+        assert bench.main([*mode, "--only", "no such op"]) == 2
+    assert "nothing to time is called 'no such op'" in capsys.readouterr().err
