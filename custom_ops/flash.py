@@ -115,6 +115,37 @@ def split_size(start, end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                PAD: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr = None):
+    """One query token, one KV head, keys [low, high), into row `split` of o_ptr and ml_ptr as `flash_decode_kernel` describes them.
+
+    STAGES: of this loop; None: the launch's.
+    """
+    group = tl.arange(0, PAD)
+    dim = tl.arange(0, D)
+    heads = head * GROUP + group
+    q = tl.load(q_ptr + heads[None, :] * D + dim[:, None], mask=group[None, :] < GROUP, other=0.0)
+    m = tl.full([PAD], float("-inf"), tl.float32)
+    total = tl.zeros([PAD], tl.float32)
+    acc = tl.zeros([D, PAD], tl.float32)
+    for n in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        p = n + tl.arange(0, BLOCK_N)
+        row = p % RING if RING > 0 else p
+        offset = row[:, None] * (KV * D) + head * D + dim[None, :]
+        k = tl.load(k_ptr + offset, mask=(p < high)[:, None], other=0.0)
+        v = tl.load(v_ptr + offset, mask=(p < high)[:, None], other=0.0)
+        scores = tl.dot(k, q, input_precision="ieee") * LOG2E
+        scores = tl.where((p < high)[:, None], scores, float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 0)
+        total = total * scale + tl.sum(weights, 0)
+        acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
+    part = split * (KV * GROUP) + heads
+    tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
+    tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
+    tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
+
+
+@triton.jit
 def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
                         SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):
@@ -131,28 +162,7 @@ def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HA
     if low >= end:
         return  # the merge computes the same split size and does not read this one
     high = tl.minimum(low + size, end)
-    group = tl.arange(0, PAD)
-    dim = tl.arange(0, D)
-    heads = head * GROUP + group
-    q = tl.load(q_ptr + heads[None, :] * D + dim[:, None], mask=group[None, :] < GROUP, other=0.0)
-    m = tl.full([PAD], float("-inf"), tl.float32)
-    total = tl.zeros([PAD], tl.float32)
-    acc = tl.zeros([D, PAD], tl.float32)
-    for n in tl.range(low, high, BLOCK_N):
-        p = n + tl.arange(0, BLOCK_N)
-        row = p % RING if RING > 0 else p
-        offset = row[:, None] * (KV * D) + head * D + dim[None, :]
-        k = tl.load(k_ptr + offset, mask=(p < high)[:, None], other=0.0)
-        v = tl.load(v_ptr + offset, mask=(p < high)[:, None], other=0.0)
-        scores = tl.dot(k, q, input_precision="ieee") * LOG2E
-        scores = tl.where((p < high)[:, None], scores, float("-inf"))
-        weights, m, scale = softmax_step(scores, m, 0)
-        total = total * scale + tl.sum(weights, 0)
-        acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
-    part = split * (KV * GROUP) + heads
-    tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
-    tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
-    tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
+    decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING, KV, GROUP, PAD, D, BLOCK_N)
 
 
 @triton.jit
@@ -205,11 +215,13 @@ def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out
 
 
 @triton.jit
-def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, out_ptr, tokens, WINDOW: tl.constexpr, RING: tl.constexpr,
-                         KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, out_ptr, lse_ptr, tokens, WINDOW: tl.constexpr,
+                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr, LSE: tl.constexpr):
     """BLOCK_M rows of one KV head against its keys, a row being a (token, head of the group) pair, tokens major.
 
     RING = 0: k_ptr, v_ptr are a cache that holds the chunk. RING > 0: they are the chunk's own, and the past is in the ring.
+    LSE: the base-2 logarithm of every row's total weight goes to lse_ptr, float32 [KV, T * GROUP].
     """
     head = tl.program_id(1)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest sweeps start first
@@ -261,6 +273,8 @@ def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o
         total = total * scale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * scale[:, None], input_precision="ieee")
     tl.store(out_ptr + in_out, acc / total[:, None], mask=(token < tokens)[:, None])
+    if LSE:
+        tl.store(lse_ptr + head * tokens * GROUP + r, m + tl.log2(total), mask=token < tokens)
 
 
 def split_count(target: GpuTarget, tile: Tile, kv_heads: int, keys: int) -> int:
@@ -297,10 +311,10 @@ def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, d
             shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms})
 
 
-def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> dict:
+def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:
     """The constants of `flash_prefill_kernel`."""
     return {"WINDOW": window, "RING": slots if window else 0, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
-            "BLOCK_N": tile.keys}
+            "BLOCK_N": tile.keys, "LSE": lse}
 
 
 def check_kernel_shapes(op: str, dim: int, *caches: torch.Tensor) -> None:
@@ -312,16 +326,27 @@ def check_kernel_shapes(op: str, dim: int, *caches: torch.Tensor) -> None:
             raise ValueError(f"{op}: a cache of shape {tuple(cache.shape)} has 2^31 elements or more; export with a smaller maximum length")
 
 
+def flash_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored: torch.Tensor, v_stored: torch.Tensor, pos: torch.Tensor,
+                  window: int, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Launch `flash_prefill_kernel`: out [T, H, D], lse float32 [KV, T * H / KV] if given; the rest as `flash_attention`, contiguous."""
+    (tokens, heads, dim), (slots, kv_heads, _) = q.shape, k_stored.shape
+    tile = prefill_tile(q.dtype, current_target(), dim)
+    constants = prefill_constants(tile, heads, kv_heads, dim, slots, window, lse is not None)
+    blocks = (tokens * constants["GROUP"] + tile.rows - 1) // tile.rows
+    kernel(flash_prefill_kernel)[(blocks, kv_heads)](q, k, v, k_stored, v_stored, pos, out, pos if lse is None else lse, tokens,
+                                                     **constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
 def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored: torch.Tensor, v_stored: torch.Tensor, pos: torch.Tensor,
                     kv_len: torch.Tensor | None, window: int) -> torch.Tensor:
     """Launch the kernels. window > 0: k, v [T, KV, D] are the chunk's own and k_stored, v_stored a ring; 0: both are the same cache."""
     tokens, heads, dim = q.shape
     slots, kv_heads, _ = k_stored.shape
     check_kernel_shapes("attention", dim, k_stored)
-    target = current_target()
     q, k, v, k_stored, v_stored = (x.contiguous() for x in (q, k, v, k_stored, v_stored))
     out = torch.empty_like(q)
     if tokens == 1:
+        target = current_target()
         tile = decode_tile(q.dtype, target, dim)
         split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, kv_len is not None)
         length = pos if kv_len is None else kv_len
@@ -331,12 +356,18 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored:
                                                                  num_warps=tile.warps, num_stages=tile.stages)
         kernel(flash_merge_kernel)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=merge_warps(dim))
     else:
-        tile = prefill_tile(q.dtype, target, dim)
-        constants = prefill_constants(tile, heads, kv_heads, dim, slots, window)
-        blocks = (tokens * constants["GROUP"] + tile.rows - 1) // tile.rows
-        kernel(flash_prefill_kernel)[(blocks, kv_heads)](q, k, v, k_stored, v_stored, pos, out, tokens, **constants, num_warps=tile.warps,
-                                                         num_stages=tile.stages)
+        flash_prefill(q, k, v, k_stored, v_stored, pos, window, out)
     return out
+
+
+def prefill_case(name: str, dtype: torch.dtype, kind: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
+                 lse: bool = False) -> KernelCase:
+    """The compilation behind `flash_prefill`; kind: of a pointer to dtype."""
+    tile = prefill_tile(dtype, target, dim)
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_ring_ptr", "v_ring_ptr", "out_ptr"), kind)
+    signature |= {"pos_ptr": "*i64", "lse_ptr": "*fp32" if lse else "*i64", "tokens": "i32"}
+    return KernelCase(name, flash_prefill_kernel, signature, prefill_constants(tile, heads, kv_heads, dim, slots, window, lse),
+                      {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
 def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> list[KernelCase]:
@@ -353,9 +384,5 @@ def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: in
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
         cases.append(KernelCase(f"{label} merge", flash_merge_kernel, parts | position | inputs | {"out_ptr": kind}, merge,
                                 {"num_warps": merge_warps(dim)}))
-        tile = prefill_tile(dtype, target, dim)
-        signature = inputs | {"k_ring_ptr": kind, "v_ring_ptr": kind, "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        cases.append(KernelCase(f"{label} prefill", flash_prefill_kernel, signature,
-                                prefill_constants(tile, heads, kv_heads, dim, slots, window),
-                                {"num_warps": tile.warps, "num_stages": tile.stages}))
+        cases.append(prefill_case(f"{label} prefill", dtype, kind, target, heads, kv_heads, dim, slots, window))
     return cases

@@ -1,4 +1,4 @@
-"""Attention of a chunk of queries to a TQ4 cache whose codes are decompressed once for all queries, not once for each tile of them.
+"""Attention of a chunk of queries to the codes of a TQ4 cache, which are decompressed once for all queries, not once for each tile of them.
 
 The cache is walked in pieces. Two kernels for each piece: one writes its keys and values, scales included, to a float16 scratch; one
 continues every query's softmax over them. A piece that lies past the queries ends at its first instructions, so the launches depend on
@@ -39,16 +39,17 @@ RESTORED = tl.constexpr(16)  # rows of the state in one step
 
 
 @triton.jit
-def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start, SLOTS: tl.constexpr,
-                          PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
+                          RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                          ASM: tl.constexpr):
     """ROWS slots of one KV head, of the piece from slot `start`: k_ptr, v_ptr float16 [KV, PIECE, D], rotated and shrunk.
 
-    Program axes: block of slots, KV head, keys (0) or values (1). Slots past the last query become 0.
+    Program axes: block of slots, KV head, keys (0) or values (1). Slots past those that the last query reads become 0.
     """
     Q: tl.constexpr = D // 4
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
-    filled = tl.load(pos_ptr).to(tl.int32) + tokens - start
+    filled = tl.load(pos_ptr).to(tl.int32) + tokens - RESIDUAL - start
     if first >= filled:
         return
     row = first + tl.arange(0, ROWS)
@@ -75,17 +76,18 @@ def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, 
 
 
 @triton.jit
-def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, PIECE: tl.constexpr,
-                     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated.
+def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, RESIDUAL: tl.constexpr,
+                     PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr):
+    """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated, rows that read no code are undefined.
 
     A row is a (token, head of the group) pair, tokens major. Between pieces its state is the output so far, as the sum of two float16
-    (state_ptr [KV, blocks, 2, BLOCK_M, D]), and the logarithm of its total weight (lse_ptr float32).
+    (state_ptr [KV, blocks, 2, BLOCK_M, D]), and the base-2 logarithm of its total weight (lse_ptr float32 [KV, T * GROUP], a result, too).
     """
     blocks = tl.num_programs(0)
     block = blocks - 1 - tl.program_id(0)  # the longest sweeps start first
     head = tl.program_id(1)
-    pos = tl.load(pos_ptr).to(tl.int32) - start
+    pos = tl.load(pos_ptr).to(tl.int32) - RESIDUAL - start  # the first query reads codes up to here
     end = pos + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
     if end <= 0:
         return
@@ -98,7 +100,7 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
     q = tl.load(q_ptr + query[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0)
     q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0) * (1.0 / SHRINK)
     state_ptr += (head * blocks + block) * (2 * BLOCK_M * D)
-    lse_ptr += (head * blocks + block) * BLOCK_M
+    lse_ptr += head * tokens * GROUP + block * BLOCK_M
     k_ptr += head * (PIECE * D)
     v_ptr += head * (PIECE * D)
     m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of the piece
@@ -122,7 +124,7 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
         acc = tl.dot(weights, v, acc * scale[:, None])
 
     if start > 0:
-        before = tl.load(lse_ptr + row)
+        before = tl.load(lse_ptr + row, mask=keep, other=0.0)
         ratio = tl.exp2(tl.minimum(m - before, 60.0))  # beyond, the state is below float32's resolution
         m = tl.maximum(before, m - 60.0)
         total = total * ratio + 1.0
@@ -131,9 +133,9 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
         for r in tl.range(0, 2 * BLOCK_M, RESTORED, num_stages=2):  # + state, as a product with the identity: a plain load would spill
             identity = (row[:, None] == ((r + some) % BLOCK_M)[None, :]).to(tl.float16)
             acc = tl.dot(identity, tl.load(state_ptr + ((r + some)[:, None] * D + dim[None, :])), acc)
-    acc = acc * (1.0 / total)[:, None]
+    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]  # a NaN would pass from row to row in the product with the identity
+    tl.store(lse_ptr + row, m + tl.log2(total), mask=keep)
     if end > PIECE:
-        tl.store(lse_ptr + row, m + tl.log2(total))
         high = acc.to(tl.float16)
         state = state_ptr + (row[:, None] * D + dim[None, :])
         tl.store(state, high)
@@ -153,39 +155,39 @@ def piece_slots(tile: PrefillTile, slots: int) -> int:
     return min(tile.piece, triton.cdiv(slots, DECOMPRESS_ROWS) * DECOMPRESS_ROWS)
 
 
-def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, asm: bool) -> tuple[dict, dict]:
+def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int, asm: bool) -> tuple[dict, dict]:
     """The constants of `tq4_decompress_kernel` and of `tq4_piece_kernel`."""
-    shared = {"PIECE": piece_slots(tile, slots), "D": dim}
+    shared = {"PIECE": piece_slots(tile, slots), "D": dim, "RESIDUAL": residual}
     return (shared | {"SLOTS": slots, "ROWS": DECOMPRESS_ROWS, "ASM": asm},
             shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys})
 
 
 def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
-                     out: torch.Tensor, asm: bool) -> None:
-    """Launch the kernels: q float16 [T, H, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them, out [T, H, D], still rotated.
+                     residual: int, out: torch.Tensor, lse: torch.Tensor, asm: bool) -> None:
+    """Launch the kernels: q float16 [T, H, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them; a query at p reads codes up to
+    p - residual. out [T, H, D], still rotated; lse float32 [KV, T * H / KV].
 
     Scratch: 4 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
     """
     tokens, heads, dim = q.shape
     kv_heads, slots, _ = caches[0].shape
-    decompress, attend = constants(tile, heads, kv_heads, dim, slots, asm)
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, asm)
     piece = decompress["PIECE"]
     blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
     k = torch.empty(kv_heads, piece, dim, dtype=torch.float16, device=q.device)
     v = torch.empty_like(k)
-    kept = kv_heads * blocks * tile.rows if slots > piece else 1  # rows whose state passes from piece to piece
+    kept = kv_heads * blocks * tile.rows if slots - residual > piece else 1  # rows whose state passes from piece to piece
     state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
-    lse = torch.empty(kept, dtype=torch.float32, device=q.device)
-    for start in range(0, slots, piece):
+    for start in range(0, slots - residual, piece):
         kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](*caches, pos, k, v, tokens, start, **decompress,
                                                                                num_warps=DECOMPRESS_WARPS)
         kernel(tq4_piece_kernel)[(blocks, kv_heads)](q, q_scale, k, v, pos, state, lse, out, tokens, start, **attend,
                                                      num_warps=tile.warps, num_stages=tile.stages)
 
 
-def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int) -> list[KernelCase]:
+def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int) -> list[KernelCase]:
     """The compilations behind `attend_in_pieces`, for bfloat16 activations."""
-    decompress, attend = constants(tile, heads, kv_heads, dim, slots, True)
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, True)
     halves = dict.fromkeys(("k_ptr", "v_ptr"), "*fp16")
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16", "pos_ptr": "*i64"}
     inputs = {"q_ptr": "*fp16", "q_scale_ptr": "*fp32", "pos_ptr": "*i64"}

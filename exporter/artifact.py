@@ -129,6 +129,7 @@ def write_manifest(
         "prefill_chunk": spec.prefill_chunk,
         "activation_dtype": spec.activation_dtype,
         "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
+        "residual_length": spec.options.residual_length if spec.options.turboquant else None,
         "targets": [target_record(t) for t in targets],
         "passes": [r.to_dict() for r in targets[0].entries[-1].reports],
         "entry_points": entry_points(spec, waits),

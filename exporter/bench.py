@@ -34,11 +34,13 @@ def weight_bytes(manifest: dict) -> int:
 
 
 def kv_bytes(manifest: dict, position: int) -> int:
-    """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once."""
+    """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once, codes up to the residual."""
     total = 0
     for kv in manifest["kv"]:
-        slots = kv["shape"][0] if kv["kind"] == "ring" else manifest["max_seq_len"]
-        total += kv["bytes"] * min(position, slots) // slots
+        ring = kv["kind"] == "ring"
+        slots = kv["shape"][0] if ring else manifest["max_seq_len"]
+        read = position if ring else max(position - (manifest.get("residual_length") or 0), 0)
+        total += kv["bytes"] * min(read, slots) // slots
     return total
 
 

@@ -42,6 +42,7 @@ class ExportOptions:
     max_seq_len: int | None = None
     prefill_chunk: int = 2048
     turboquant: bool = False
+    residual_length: int = PassOptions.residual_length
     cache: str = "float16"
     targets: tuple[str, ...] = ()
     activation_dtype: str = "auto"
@@ -84,6 +85,8 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
         dtype = "float32" if cpu else "bfloat16"
     if options.decode_activations == "int8" and not options.fuse_decode:
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
+    if options.residual_length < 32 or options.residual_length % 32:
+        raise KilnError(f"--residual-length {options.residual_length}: give a multiple of 32, at least 32")
     spec = GraphSpec(
         cache=options.cache,
         config=config,
@@ -93,6 +96,7 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
         activation_dtype=dtype,
         options=PassOptions(
             turboquant=options.turboquant,
+            residual_length=options.residual_length,
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
@@ -148,7 +152,7 @@ def export_artifact(options: ExportOptions) -> None:
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
         clean(work)
-        planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options.turboquant)
+        planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
         write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)
@@ -184,7 +188,8 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
     print(f"weights     {size_text(memory.weights):>11}")
-    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers, {cache})")
+    newest = f" and the newest {spec.options.residual_length} of the global layers" if spec.options.turboquant else ""
+    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers{newest}, {cache})")
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

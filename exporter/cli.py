@@ -49,6 +49,12 @@ def main() -> None:
 )
 @click.option("--turboquant/--no-turboquant", default=None, help="Short for --kv-cache tq4 or f16.")
 @click.option(
+    "--residual-length",
+    type=click.IntRange(32),
+    metavar="N",
+    help="With tq4: the newest N keys and values of a global layer are read in 16 bits; a multiple of 32.  [default: 256]",
+)
+@click.option(
     "--target",
     "targets",
     multiple=True,
@@ -77,11 +83,18 @@ def main() -> None:
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
-def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options) -> None:
     """Compile a GGUF file into an artifact."""
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
+    tq4 = bool(turboquant) or kv_cache == "tq4"
+    if residual_length is not None:
+        if not tq4:
+            raise click.UsageError("--residual-length is part of the TQ4 cache; give --kv-cache tq4 with it")
+        if residual_length % 32:
+            raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
+        options["residual_length"] = residual_length
     if not options["dry_run"] and options["gguf_path"].is_file():
         from exporter.workers import AT_ONCE, prepare
 
@@ -89,7 +102,7 @@ def export(kv_cache: str | None, turboquant: bool | None, **options) -> None:
     from exporter.build import ExportOptions, export_artifact
 
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=bool(turboquant) or kv_cache == "tq4", cache=cache, **options))
+    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
 
 
 @main.command()

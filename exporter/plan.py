@@ -9,10 +9,10 @@ import torch
 from exporter.config import ModelConfig
 from exporter.export import GraphSpec
 from exporter.weights import weight_bytes
-from passes.records import KVBuffer
+from passes.records import KVBuffer, PassOptions
 
 
-def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, turboquant: bool) -> list[KVBuffer]:
+def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
     """The caches of the lowered graph, from the hyper-parameters alone."""
     plan = []
     for layer in config.layers:
@@ -20,8 +20,10 @@ def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, turboquan
         if layer.sliding:
             slots = min(config.sliding_window, max_seq_len)
             plan += [KVBuffer(f"{prefix}.{side}_ring", layer.index, "ring", dtype, (slots, heads, size)) for side in "kv"]
-        elif turboquant:
+        elif options.turboquant:
+            shape = (options.residual_length, heads, size)
             for side in "kv":
+                plan.append(KVBuffer(f"{prefix}.{side}_residual", layer.index, "ring", dtype, shape))
                 plan.append(KVBuffer(f"{prefix}.{side}_codes", layer.index, "global", torch.int16, (heads, max_seq_len, size // 4)))
                 plan.append(KVBuffer(f"{prefix}.{side}_scales", layer.index, "global", torch.float16, (heads, max_seq_len)))
         else:
@@ -45,7 +47,7 @@ class MemoryPlan:
 
 def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
-    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options.turboquant)
+    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     weights = weight_bytes(spec.config, spec.plan)
     widest = max(p.N for p in spec.plan if p.K)
     scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)

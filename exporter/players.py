@@ -130,7 +130,7 @@ class GraphPlayer:
 
     def __init__(self, graph: torch.nn.Module, caches: dict[str, Tensor], config: ModelConfig, max_seq_len: int, device: str):
         self.graph, self.device, self.max_seq_len, self.vocab_size = graph, device, max_seq_len, config.vocab_size
-        self._rings = [tensor for name, tensor in caches.items() if name.endswith("_ring")]
+        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_residual"))]
         self._sampling = [torch.zeros(1, dtype=dtype, device=device) for _, dtype in SAMPLING_INPUTS]
         self.position = 0
 

@@ -184,7 +184,7 @@ class _Fuser:
         if edit.is_call(call, KILN.tq4_attention.default):
             for node in write.nodes:
                 self.ep.graph.erase_node(node)
-            return self.emit(before, KILN.tq4_decode.default, *shared, *call.args[1:6], q.eps, self.terms, call.meta["val"].dtype)
+            return self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], q.eps, self.terms)
         call.args = (*call.args[:-1], None)  # one token: its position bounds the cache as well as the length would, and is no kernel
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
         for i, old in enumerate((call.args[0], write.k, write.v)):
@@ -239,21 +239,26 @@ class _Writes:
 
 
 def _write(call: Node) -> _Writes | None:
-    if edit.is_call(call, KILN.tq4_attention.default):
-        writes = [u for u in call.args[1].users if edit.is_call(u, KILN.tq4_write.default)]
-        return _Writes(writes, *writes[0].args[4:6]) if len(writes) == 1 else None
-    sliding = edit.is_call(call, KILN.sliding_attention.default)
-    caches = [edit.resolve(c) for c in (call.args[3:5] if sliding else call.args[1:3])]
+    tq4 = edit.is_call(call, KILN.tq4_attention.default)
+    ring = tq4 or edit.is_call(call, KILN.sliding_attention.default)
+    caches = [edit.resolve(c) for c in (call.args[7:9] if tq4 else call.args[3:5] if ring else call.args[1:3])]
     writes = [[u for u in c.users if edit.is_call(u, aten.index_copy_.default)] for c in caches]
     if [len(w) for w in writes] != [1, 1]:
         return None
     (k_write,), (v_write,) = writes
     k, v = k_write.args[3], v_write.args[3]
-    if sliding:
-        own = not k_write.users and not v_write.users and (_viewed(k), _viewed(v)) == tuple(call.args[1:3])
-        if not own or not all(_at_slot(w, call.args[5], caches[0].meta["val"].shape[0]) for w in (k_write, v_write)):
+    if ring:
+        own = not k_write.users and not v_write.users and (_viewed(k), _viewed(v)) == tuple(_viewed(x) for x in call.args[1:3])
+        pos = call.args[9 if tq4 else 5]
+        if not own or not all(_at_slot(w, pos, caches[0].meta["val"].shape[0]) for w in (k_write, v_write)):
             return None
-    return _Writes(sorted((k_write, v_write)), k, v)
+    nodes = [k_write, v_write]
+    if tq4:
+        encoded = [u for u in call.args[3].users if edit.is_call(u, KILN.tq4_write.default)]
+        if len(encoded) != 1 or tuple(encoded[0].args[4:6]) != tuple(call.args[1:3]):
+            return None
+        nodes += encoded
+    return _Writes(sorted(nodes), k, v)
 
 
 def _at_slot(write: Node, pos: Node, slots: int) -> bool:

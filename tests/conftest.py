@@ -23,14 +23,15 @@ def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory) -> dict[str, Path]:
-    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant).
+    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant, with a residual
+    shorter than the context).
 
     KILN_TEST_ARTIFACTS names a directory that keeps them from run to run.
     """
     kept = os.environ.get("KILN_TEST_ARTIFACTS")
     root = Path(kept) if kept else tmp_path_factory.mktemp("artifacts")
     common = ("--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
-    models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", "--turboquant")}
+    models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", "--turboquant", "--residual-length", 32)}
     for name, (gguf, *options) in models.items():
         if not (root / name).exists():
             kiln("export", "--gguf", FIXTURES / gguf, "--out", root / name, *options, *common)

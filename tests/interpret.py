@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 
@@ -36,3 +38,18 @@ def _accept_one_element_arrays_as_integers() -> None:
 
 
 _accept_one_element_arrays_as_integers()
+
+
+def _multiply_bfloat16_values() -> None:
+    """The interpreter keeps bfloat16 as 16-bit integers, and its dot of Triton 3.6 multiplies those."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widen(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest)
+
+
+_multiply_bfloat16_values()

@@ -6,19 +6,18 @@ checks it on every word.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
-import numpy as np
 import pytest
 import torch
 import triton
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 
 from custom_ops import flash, tq4, tq4_attention
 from custom_ops.global_attention import global_attention
 from custom_ops.sliding_attention import sliding_attention
 from custom_ops.target import compiling_for, gpu_targets
+from tests import tq4_cache
 from tests.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)
@@ -28,21 +27,6 @@ if triton.knobs.runtime.interpret:
 
 TARGETS = gpu_targets()
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # the interpreter truncates to bfloat16 instead of rounding
-
-
-def multiply_bfloat16_values() -> None:
-    """The interpreter keeps bfloat16 as 16-bit integers, and its dot of Triton 3.6 multiplies those."""
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def widen(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest)
-
-
-multiply_bfloat16_values()
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: list[int], visible) -> torch.Tensor:
@@ -161,40 +145,48 @@ def interpreted_sliding_every_configuration(target: str) -> None:
     check_sliding(target, torch.bfloat16, 256, 2, 1, 90, 90, 40, 100)
 
 
-def cache_of(x: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [N, KV, D] as a TQ4 cache of `slots`, the rest garbage: codes, scales, and the decoded vectors [N, KV, D] in float64."""
-    codes, scales = tq4.encode(x.transpose(0, 1))
-    all_codes = torch.full((x.shape[1], slots, x.shape[2] // 4), 0x7BDE, dtype=torch.int16)
-    all_scales = torch.full((x.shape[1], slots), float("nan"), dtype=torch.float16)
-    all_codes[:, : x.shape[0]], all_scales[:, : x.shape[0]] = codes, scales
-    return all_codes, all_scales, tq4.unrotate(tq4.decode_rotated(codes, scales).double()).transpose(0, 1)
-
-
 def check_tq4(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int,
-              with_len: bool) -> None:
+              with_len: bool, residual: int = 32) -> None:
     generator = torch.Generator().manual_seed(first + tokens)
     end = first + tokens
     q, k, v = (random(generator, dtype, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
     k = k * torch.linspace(0.1, 2, end)[:, None, None].to(dtype)  # scales that differ from key to key
     v = v * torch.linspace(3, 0.2, end)[:, None, None].to(dtype)
-    k_codes, k_scales, k_exact = cache_of(k, slots)
-    v_codes, v_scales, v_exact = cache_of(v, slots)
     kv_len = torch.tensor([end], dtype=torch.int32) if with_len else None
     with compiling_for(TARGETS[target]):
-        out = tq4_attention.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, torch.arange(first, end), kv_len)
-    assert error(out, exact(q, k_exact, v_exact, list(range(first, end)), lambda pq, pk: pk <= pq)) < TOLERANCE[dtype]
+        out = tq4_attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, residual), torch.arange(first, end), kv_len)
+    assert error(out, tq4_cache.exact(q, k, v, first, residual)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def interpreted_tq4_decode_lengths(length: int) -> None:
+    """Below the residual's length, at it, and past it."""
     check_tq4("sm_86", torch.float32, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 0)
     check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 100, length - 1, 1, with_len=length % 2 == 1)
 
 
-@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (5, 2), (31, 33), (50, 17)])
+@pytest.mark.parametrize("residual", [32, 64, 96])
+def interpreted_tq4_decode_residual_in_splits(residual: int) -> None:
+    """On sm_90 the residual of one KV head has a program for every 32 keys; on a small card one or two for all of them."""
+    for sms in (1, 4, 132):
+        target = dataclasses.replace(TARGETS["sm_90"], sm_count=sms)
+        split = tq4_attention.decode_launch(torch.float32, False, target, 2, 1, 64, 200, residual)[1]
+        assert split["EXACT"] == {1: 1, 4: 1, 132: residual // 32}[sms] and split["EXACT"] + split["SPLITS"] <= max(sms, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(TARGETS, "small", target)
+            for first in (40, residual - 1, residual, 150):
+                check_tq4("small", torch.float32, 64, 2, 1, 200, first, 1, False, residual)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (5, 2), (31, 33), (50, 17), (30, 2), (31, 2), (32, 2), (0, 33), (0, 90)])
 def interpreted_tq4_prefill_chunks(first: int, tokens: int) -> None:
     check_tq4("sm_86", torch.float32, 64, 4, 2, 96, first, tokens, with_len=True)
     check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 96, first, tokens, with_len=False)
+
+
+def interpreted_tq4_residual_longer_than_the_cache() -> None:
+    for first, tokens in ((0, 1), (39, 1), (0, 40), (17, 5)):
+        check_tq4("sm_86", torch.float32, 64, 4, 2, 40, first, tokens, True, residual=64)
 
 
 @pytest.mark.parametrize("target", distinct_targets(tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES))

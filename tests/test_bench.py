@@ -17,6 +17,7 @@ from exporter.gguf import open_gguf
 from exporter.plan import kv_plan
 from exporter.synth import write_synthetic
 from exporter.weights import constants, plan_weights
+from passes.records import PassOptions
 from tests.conftest import kiln
 
 RUNNER = Path(sys.executable).parent / "kiln-run"
@@ -57,7 +58,7 @@ def test_rates(record):
 
 
 def test_costs_of_the_artifact(record, artifacts):
-    """The tied head is read with everything else; a ring of 16 slots is full at every depth."""
+    """The tied head is read with everything else; a ring of 16 slots is full at every depth, the residual of 32 from the second on."""
     manifest = json.loads((artifacts["tq4"] / "manifest.json").read_text())
     memory = record["memory"]
     assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
@@ -66,7 +67,10 @@ def test_costs_of_the_artifact(record, artifacts):
     for row in record["depths"]:
         assert row["decode"]["weight_bytes"] == memory["weights"]
         middle = row["decode"]["start"] + 4
-        assert row["decode"]["kv_bytes"] == ring + memory["kv_global"] * middle // 96
+        residual = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_residual"))
+        assert manifest["residual_length"] == 32 and 0 < residual < ring
+        read = memory["kv_global"] * max(middle - 32, 0) // 96 + residual * min(middle, 32) // 32
+        assert row["decode"]["kv_bytes"] == ring - residual + read
 
 
 def test_table_and_default_depths(artifacts):
@@ -121,7 +125,7 @@ def big(tmp_path_factory) -> dict:
     write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)
     gguf = open_gguf(path)
     config = from_gguf(gguf)
-    plan = plan_weights(config, gguf)
+    plan, options = plan_weights(config, gguf), PassOptions(turboquant=True)
     path.unlink()
     sizes = {c.name: torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(config, plan)}
     return {
@@ -129,16 +133,18 @@ def big(tmp_path_factory) -> dict:
         "quantization": [{"name": p.name, "type": p.kind, "shape": [p.N, p.K]} for p in plan if p.K],
         "config": config.to_dict(),
         "max_seq_len": SLOTS,
-        "kv": [{"kind": b.kind, "shape": list(b.shape), "bytes": b.nbytes} for b in kv_plan(config, SLOTS, torch.bfloat16, True)],
+        "residual_length": 256,
+        "kv": [{"kind": b.kind, "shape": list(b.shape), "bytes": b.nbytes} for b in kv_plan(config, SLOTS, torch.bfloat16, options)],
     }
 
 
 def test_costs_of_the_31b(big):
     """Against counts made by hand: 10 global layers of 4 x 512, 50 sliding ones of 16 x 256."""
     assert bench.weight_bytes(big) == pytest.approx(18.67e9, rel=1e-3)
-    ring = 50 * 2 * 1024 * 16 * 256 * 2
-    assert bench.kv_bytes(big, SLOTS) == ring + 10 * 2 * SLOTS * 4 * (256 + 2)
-    assert bench.kv_bytes(big, 512) == ring // 2 + 10 * 2 * 512 * 4 * (256 + 2)
+    ring, residual = 50 * 2 * 1024 * 16 * 256 * 2, 10 * 2 * 256 * 4 * 512 * 2
+    assert bench.kv_bytes(big, SLOTS) == ring + residual + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 512) == ring // 2 + residual + 10 * 2 * 256 * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 128) == ring // 8 + residual // 2
     layers = 2 * 5376 * (50 * (16384 + 8192) + 10 * (18432 + 16384) + 60 * 3 * 21504)
     head = 2 * 262144 * 5376
     sliding, full = 50 * 4 * 32 * 256, 10 * 4 * 32 * 512

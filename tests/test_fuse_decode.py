@@ -23,6 +23,7 @@ from tests.timeline import FIXTURES, GREEDY, WINDOW, fixture_tokens, graph_spec,
 aten, kiln = torch.ops.aten, torch.ops.kiln
 NAME = "gemma4-tiny-dense-wide-Q4_K_M"  # 4 sliding layers, 2 global; V of another type than Q and K in some
 STEPS = 2 * WINDOW + 4  # the ring wraps twice
+RESIDUAL = 8
 TOKENS = fixture_tokens("gemma4-tiny-dense-wide")[:STEPS]
 PLAIN = (kiln.quantized_linear.default, kiln.rms_norm.default, kiln.rope.default, kiln.gelu_mul.default, kiln.sliding_attention.default)
 
@@ -54,16 +55,16 @@ def state(tmp_path_factory) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def plain(state) -> dict[bool, torch.Tensor]:
     """Logits of the graph that is not fused, in float32; with and without TurboQuant."""
-    specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq) for tq in (False, True)}
+    specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL) for tq in (False, True)}
     return {tq: decoded(lower(spec, "decode", "cpu"), state, TOKENS) for tq, spec in specs.items()}
 
 
 def test_the_pattern_is_gone() -> None:
     for tq in (False, True):
-        before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq), "decode", "cpu")
+        before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL), "decode", "cpu")
         assert [count(before.program, target) for target in PLAIN] == [27, 43, 12, 6, 4]
         assert report(before).status == "off"
-        after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, decode_bytes=2), "decode", "cpu")
+        after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=2), "decode", "cpu")
         assert [count(after.program, target) for target in PLAIN] == [0] * 5
         assert (report(after).status, report(after).matches) == ("applied", 27)
         assert report(after).note == f"2 bytes an activation; 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
@@ -72,6 +73,7 @@ def test_the_pattern_is_gone() -> None:
                     "sliding_decode": 4, "rope_table": 2, "tq4_decode": 2 if tq else 0, "tq4_attention": 0, "tq4_write": 0} | dict.fromkeys(
                         ("prepare_qkv", "global_attention", "fixed_point"), 0 if tq else 2)  # fmt: skip
         assert {name: count(after.program, getattr(kiln, name).default) for name in expected} == expected
+        assert count(after.program, aten.index_copy_.default) == (0 if tq else 4)  # the caches of the global layers, which TQ4 has none of
         assert not count(after.program, aten.cos.default, aten.sin.default)
         assert [b.name for b in after.kv] == [b.name for b in before.kv]
 
@@ -82,7 +84,7 @@ LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 7e-2), (3, True, 2e-2),
 
 @pytest.mark.parametrize("terms, tq, limit", LIMITS)
 def test_outputs(terms: int, tq: bool, limit: float, state, plain) -> None:
-    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, decode_bytes=terms)
+    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=terms)
     found = error(decoded(lower(spec, "decode", "cpu"), state, TOKENS), plain[tq])
     print(f"{terms} bytes, TurboQuant {tq}: {found:.1e}")
     assert found < limit

@@ -17,6 +17,7 @@ from passes.edit import PassError
 from passes.pipeline import PIPELINE, run_pipeline
 from passes.records import Lowered, PassOptions
 from passes.verifier import verify
+from tests import tq4_cache
 from tests.timeline import FIXTURES, GREEDY, graph_spec, weights
 
 aten, kiln = torch.ops.aten, torch.ops.kiln
@@ -121,42 +122,52 @@ def test_index_copy_without_a_cache_write_is_an_error():
 
 
 class Attention(nn.Module):
-    def __init__(self, head_dim=64, also_read=False):
+    def __init__(self, head_dim=64, also_read=False, shift=0):
         super().__init__()
-        self.also_read = also_read
+        self.also_read, self.shift = also_read, shift
         self.cache = nn.Module()
         self.cache.register_buffer("k_cache", torch.zeros(32, 2, head_dim))
         self.cache.register_buffer("v_cache", torch.zeros(32, 2, head_dim))
 
     def forward(self, q, k, v, pos):
-        self.cache.k_cache.index_copy_(0, pos, k)
-        self.cache.v_cache.index_copy_(0, pos, v)
+        slot = pos + self.shift if self.shift else pos
+        self.cache.k_cache.index_copy_(0, slot, k)
+        self.cache.v_cache.index_copy_(0, slot, v)
         out = kiln.global_attention(q, self.cache.k_cache, self.cache.v_cache, pos, None)
         return out + self.cache.k_cache.sum() if self.also_read else out + 0
 
 
-def attention_inputs(head_dim=64):
-    return ((3, 4, head_dim), torch.float32), ((3, 2, head_dim), torch.float32), ((3, 2, head_dim), torch.float32), ((3,), torch.int64)
+def attention_inputs(head_dim=64, tokens=3):
+    shapes = ((tokens, heads, head_dim) for heads in (4, 2, 2))
+    return *((shape, torch.float32) for shape in shapes), ((tokens,), torch.int64)
 
 
-def test_turboquant():
-    torch.manual_seed(0)
-    program = export(Attention, *attention_inputs())
-    args = torch.randn(3, 4, 64), torch.randn(3, 2, 64), torch.randn(3, 2, 64), torch.arange(3)
-    exact = runnable(program, {k: torch.zeros(32, 2, 64) for k in ("cache.k_cache", "cache.v_cache")})(*args)
-    _, report = run(turboquant, program, turboquant=True)
-    assert report.matches == 1
-    assert count(program, kiln.global_attention.default, aten.index_copy_.default) == 0
-    assert count(program, kiln.tq4_write.default) == count(program, kiln.tq4_attention.default) == 1
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+def test_turboquant(tokens):
+    """Chunks shorter than the residual of 4, as long, and longer, over which it wraps: the newest 4 keys are exact, the others coded."""
+    program = export(Attention, *attention_inputs(tokens=tokens))
+    _, report = run(turboquant, program, turboquant=True, residual_length=4)
+    assert (report.matches, report.note) == (1, "residual length 4")
+    assert count(program, kiln.global_attention.default) == 0
+    order = [n.target for n in program.graph.nodes if edit.written_args(n) or edit.is_call(n, kiln.tq4_attention.default)]
+    assert order == [kiln.tq4_write.default, kiln.tq4_attention.default] + [aten.index_copy_.default] * 2
     state = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in program.state_dict.items()}
-    assert sorted(state) == [f"cache.{s}_{w}" for s in "kv" for w in ("codes", "scales")]
-    got = runnable(program, state)(*args)
-    # the reference: attention over what the codec makes of K and V
-    from custom_ops.tq4 import decode, encode
-
-    k, v = (decode(*encode(x)) for x in args[1:3])
-    want = kiln.global_attention(args[0], k, v, args[3], None)
-    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(got, exact, atol=1e-3)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == {
+        f"cache.{side}_{what}": found
+        for side in "kv"
+        for what, found in {
+            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "residual": ((4, 2, 64), torch.float32)
+        }.items()
+    }  # fmt: skip
+    g = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(18, heads, 64, generator=g) for heads in (4, 2, 2))
+    layer = runnable(program, state)
+    outs = [layer(q[pos], k[pos], v[pos], pos).clone() for pos in torch.arange(18).split(tokens) if len(pos) == tokens]
+    end = len(outs) * tokens
+    torch.testing.assert_close(torch.cat(outs).double(), tq4_cache.exact(q[:end], k[:end], v[:end], 0, 4), rtol=1e-5, atol=1e-5)
+    newest = torch.arange(end - 4, end)
+    for side, x in (("k", k), ("v", v)):
+        assert torch.equal(state[f"cache.{side}_residual"][newest % 4], x[newest])
 
 
 def test_turboquant_near_miss_and_errors():
@@ -164,8 +175,13 @@ def test_turboquant_near_miss_and_errors():
     with pytest.raises(PassError, match="no global attention"):
         run(turboquant, program, turboquant=True)
     assert count(program, kiln.global_attention.default) == 1
+    program = export(lambda: Attention(shift=1), *attention_inputs())  # written elsewhere than where it is read
+    with pytest.raises(PassError, match="no global attention"):
+        run(turboquant, program, turboquant=True)
     with pytest.raises(PassError, match="head size 96"):
         run(turboquant, export(lambda: Attention(96), *attention_inputs(96)), turboquant=True)
+    with pytest.raises(PassError, match="residual length 0; expected at least 1"):
+        run(turboquant, export(Attention, *attention_inputs()), turboquant=True, residual_length=0)
     _, report = run(turboquant, export(Attention, *attention_inputs()))
     assert report.status == "off"
 
@@ -261,12 +277,12 @@ def test_pipeline_on_the_decoder(tmp_path):
     state = weights(WIDE, tmp_path)
     outputs = {}
     for tq in (False, True):
-        spec = graph_spec(WIDE, turboquant=tq, materialized_head_budget=64 << 10)
+        spec = graph_spec(WIDE, turboquant=tq, residual_length=8, materialized_head_budget=64 << 10)
         for entry in ("decode", "prefill"):
             lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
             assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
-            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 16 if tq else 12]
-        plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, tq)
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 20 if tq else 12]
+        plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))
         assert len(list((tmp_path / str(tq) / "prefill").iterdir())) == 7
         tokens = torch.arange(40) % 512

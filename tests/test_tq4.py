@@ -8,8 +8,10 @@ import torch
 from scipy.stats import norm
 
 from custom_ops import tq4
+from custom_ops.flash import attend
 from custom_ops.tq4 import tq4_write
 from custom_ops.tq4_attention import tq4_attention
+from tests import tq4_cache
 from tests.opaque import check_whole
 
 DIMS = (64, 128, 256, 512)
@@ -129,64 +131,87 @@ def test_write_touches_its_slots_only() -> None:
         assert torch.equal(c[:, :4], b[:, :4]) and torch.equal(c[:, 7:], b[:, 7:])
 
 
-def filled(kv_heads: int = 2, slots: int = 24, dim: int = 64, used: int = 20) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """A cache holding `used` positions, and the keys and values it decodes to, [used, KV, D] in float64."""
-    cache = empty_cache(kv_heads, slots, dim)
-    tq4_write(*cache, random(3, used, kv_heads, dim), random(4, used, kv_heads, dim), torch.arange(used))
-    k, v = (tq4.decode(c[:, :used], s[:, :used]).transpose(0, 1).double() for c, s in (cache[:2], cache[2:]))
-    return cache, k, v
+RESIDUAL = 8
+
+
+def vectors_of(heads: int, kv_heads: int, tokens: int, end: int, dim: int = 64) -> tuple[torch.Tensor, ...]:
+    """q [tokens, heads, dim], k and v [end, kv_heads, dim]."""
+    return random(5, tokens, heads, dim), random(3, end, kv_heads, dim), random(4, end, kv_heads, dim)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (6, 1)])
-def test_attention_over_the_decoded_vectors(heads: int, kv_heads: int) -> None:
-    cache, k, v = filled(kv_heads)
-    q = random(5, 3, heads, 64)
-    out = tq4_attention(q, *cache, torch.arange(17, 20), None)
-    for t in range(3):
-        for h in range(heads):
-            kv = h // (heads // kv_heads)
-            weights = torch.softmax(k[: 18 + t, kv] @ q[t, h].double(), 0)
-            torch.testing.assert_close(out[t, h].double(), weights @ v[: 18 + t, kv], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("first, tokens", [(0, 1), (0, 8), (0, 9), (0, 20), (6, 1), (7, 1), (8, 1), (6, 3), (17, 3), (19, 5), (22, 1)])
+def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int) -> None:
+    """Garbage in every slot that is not read."""
+    q, k, v = vectors_of(heads, kv_heads, tokens, first + tokens)
+    out = tq4_attention(q, *tq4_cache.state(k, v, 24, first, RESIDUAL), torch.arange(first, first + tokens), None)
+    torch.testing.assert_close(out.double(), tq4_cache.exact(q, k, v, first, RESIDUAL), rtol=1e-5, atol=2e-6)
+
+
+def test_a_residual_longer_than_the_sequence_is_exact_attention() -> None:
+    q, k, v = vectors_of(4, 2, 12, 12)
+    out = tq4_attention(q, *tq4_cache.state(k, v, 16, 0, 32), torch.arange(12), None)
+    torch.testing.assert_close(out, attend(q, k, v, torch.ones(12, 12).tril().bool()), rtol=1e-5, atol=2e-6)
 
 
 def test_attention_is_close_to_that_over_the_original_vectors() -> None:
     """4 bits cost about 10 % of each value's length, which averaging over keys reduces."""
-    k, v, q = random(3, 20, 2, 64), random(4, 20, 2, 64), random(5, 1, 2, 64)
-    cache, *_ = filled()
-    out = tq4_attention(q, *cache, torch.tensor([19]), None)
+    q, k, v = vectors_of(2, 2, 1, 20)
+    out = tq4_attention(q, *tq4_cache.state(k, v, 24, 19, 4), torch.tensor([19]), None)
     expected = torch.stack([torch.softmax(k[:, h] @ q[0, h], 0) @ v[:, h] for h in range(2)])
     assert 0.001 < (out[0] - expected).norm() / expected.norm() < 0.15
 
 
-def test_garbage_past_the_end_and_kv_len_change_nothing() -> None:
-    cache, *_ = filled()
-    q, pos = random(6, 3, 4, 64), torch.arange(17, 20)
-    expected = tq4_attention(q, *cache, pos, None)
-    assert torch.equal(tq4_attention(q, *cache, pos, torch.tensor([20], dtype=torch.int32)), expected)
+def test_garbage_and_kv_len_change_nothing() -> None:
+    q, k, v = vectors_of(4, 2, 3, 20)
+    pos, kv_len = torch.arange(17, 20), torch.tensor([20], dtype=torch.int32)
+    own_k, own_v, *caches, k_ring, v_ring = tq4_cache.state(k, v, 24, 17, RESIDUAL)
+    expected = tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, None)
+    assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, kv_len), expected)
     for value in (1000.0, float("nan"), float("inf")):
-        for c in cache:
-            c[:, 20:] = 0x5A5A if c.dtype == torch.int16 else value
-        assert torch.equal(tq4_attention(q, *cache, pos, torch.tensor([20], dtype=torch.int32)), expected)
-        assert torch.equal(tq4_attention(q, *cache, pos, None), expected)
+        for c in caches:
+            c[:, 12:] = 0x5A5A if c.dtype == torch.int16 else value
+        for ring in (k_ring, v_ring):
+            ring[17 % RESIDUAL] = value  # position 9, which the query at 17 reads in code
+        assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, kv_len), expected)
+        assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, None), expected)
 
 
-def test_a_chunk_equals_its_tokens_one_by_one() -> None:
-    k, v, q = random(3, 12, 2, 64), random(4, 12, 2, 64), random(5, 12, 4, 64)
-    whole, single = empty_cache(2, 16, 64), empty_cache(2, 16, 64)
-    tq4_write(*whole, k, v, torch.arange(12))
-    out = tq4_attention(q, *whole, torch.arange(12), None)
-    for t in range(12):
-        pos = torch.tensor([t])
-        tq4_write(*single, k[t : t + 1], v[t : t + 1], pos)
-        torch.testing.assert_close(tq4_attention(q[t : t + 1], *single, pos, None)[0], out[t], rtol=1e-5, atol=1e-6)
-    for a, b in zip(whole, single, strict=True):
+def play(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output of every query, fed in chunks as the lowered graph does, and the caches in the end."""
+    caches, rings = empty_cache(2, 32, 64), [torch.full((RESIDUAL, 2, 64), float("nan")) for _ in range(2)]
+    outs, start = [], 0
+    for size in chunks:
+        pos = torch.arange(start, start + size)
+        own = k[pos], v[pos]
+        tq4_write(*caches, *own, pos)
+        outs.append(tq4_attention(q[pos], *own, *caches, *rings, pos, None))
+        for ring, x in zip(rings, own, strict=True):
+            for i in range(size):
+                ring[(start + i) % RESIDUAL] = x[i]
+        start += size
+    return torch.cat(outs), caches + rings
+
+
+@pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 13, 8], [8, 8, 14], [9, 21], [29, 1], [3, 27]])
+def test_chunks_of_any_size_give_the_same(chunks: list[int]) -> None:
+    q, k, v = vectors_of(4, 2, 30, 30)
+    expected, state = play(q, k, v, [30])
+    out, other = play(q, k, v, chunks)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    for a, b in zip(state, other, strict=True):
         assert torch.equal(a, b)
 
 
-def test_wrong_shapes_are_refused() -> None:
-    cache, *_ = filled()
+def test_wrong_arguments_are_refused() -> None:
+    cache, (q, k, v) = empty_cache(2, 24, 64), vectors_of(4, 2, 1, 1)
+    rings, pos = (torch.zeros(8, 2, 64), torch.zeros(8, 2, 64)), torch.tensor([0])
     with pytest.raises(ValueError, match="tq4_attention: q is"):
-        tq4_attention(random(1, 1, 3, 64), *cache, torch.tensor([0]), None)
+        tq4_attention(q[:, :3], k, v, *cache, *rings, pos, None)
+    with pytest.raises(ValueError, match=r"tq4_attention: residual \(8, 2, 64\), \(7, 2, 64\); expected \[R, 2, 64\]"):
+        tq4_attention(q, k, v, *cache, rings[0], rings[1][:7], pos, None)
+    with pytest.raises(ValueError, match="tq4_attention: q, k, v are torch.float32, .* the residual torch.float16; expected one dtype"):
+        tq4_attention(q, k, v, *cache, rings[0].half(), rings[1].half(), pos, None)
     with pytest.raises(ValueError, match="head dimension 96"):
         tq4.encode(random(1, 2, 96))
     with pytest.raises(ValueError, match="tq4_write: k is"):
@@ -200,11 +225,13 @@ class Model(torch.nn.Module):
         super().__init__()
         for name, tensor in zip(("k_codes", "k_scales", "v_codes", "v_scales"), empty_cache(2, 16, 64), strict=True):
             self.register_buffer(name, tensor)
+        for name in ("k_residual", "v_residual"):
+            self.register_buffer(name, torch.zeros(4, 2, 64))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         caches = (self.k_codes, self.k_scales, self.v_codes, self.v_scales)
         torch.ops.kiln.tq4_write(*caches, k, v, pos)
-        return torch.ops.kiln.tq4_attention(q, *caches, pos, (pos[-1:] + 1).to(torch.int32))
+        return torch.ops.kiln.tq4_attention(q, k, v, *caches, self.k_residual, self.v_residual, pos, (pos[-1:] + 1).to(torch.int32))
 
 
 def test_export_keeps_the_ops_whole() -> None:

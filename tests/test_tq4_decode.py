@@ -10,6 +10,7 @@ import triton
 
 from custom_ops import decode_attention, fixed_point, tq4, tq4_attention, tq4_decode
 from custom_ops.target import compiling_for, gpu_targets
+from tests import tq4_cache
 from tests.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)
@@ -18,7 +19,7 @@ if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
 
 EPS = 1e-6
-SLOTS = 40
+SLOTS, RESIDUAL = 90, 32
 H200 = gpu_targets()["sm_90"]
 LOSS = {1: 1.2e-2, 2: 6e-5, 3: 3e-6}  # relative, of the output in so many bytes
 kiln = torch.ops.kiln
@@ -34,28 +35,29 @@ def projections(heads: int, kv_heads: int, dim: int, parts: int, v_parts: int, s
     return qk[:, : heads * dim], qk[:, heads * dim :], v, *weights, angle.cos(), angle.sin()
 
 
-def cache(kv_heads: int, dim: int, length: int, seed: int) -> list[torch.Tensor]:
-    """k_codes, k_scales, v_codes, v_scales with `length` vectors, and garbage behind them."""
+def cache(kv_heads: int, dim: int, length: int, seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Codes, scales and residual with `length` vectors, garbage elsewhere."""
     g = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(2):
-        codes = torch.randint(-(1 << 15), 1 << 15, (kv_heads, SLOTS, dim // 4), generator=g).to(torch.int16)
-        scales = torch.full((kv_heads, SLOTS), float("nan"), dtype=torch.float16)
-        codes[:, :length], scales[:, :length] = tq4.encode(torch.randn(kv_heads, length, dim, generator=g) * dim**-0.25)
-        found += [codes, scales]
-    return found
+    k, v = ((torch.randn(length, kv_heads, dim, generator=g) * dim**-0.25).to(dtype) for _ in range(2))
+    return [t for x in (k, v) for t in tq4_cache.codes_of(x, SLOTS, length)] + [tq4_cache.ring_of(x, length, RESIDUAL) for x in (k, v)]
 
 
-def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: int, terms: int) -> None:
-    """Against norm, rotary embedding, encoding and attention in plain torch, over the codes that were written."""
-    raw, caches = projections(heads, kv_heads, dim, parts, v_parts, pos), cache(kv_heads, dim, pos, pos)
-    before = [t.clone() for t in caches]
-    out = kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, terms, torch.float32)
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: int, terms: int, dtype: torch.dtype = torch.float32) -> None:
+    """Against norm, rotary embedding, encoding and attention in plain torch, over the codes and the residual that were written."""
+    raw, caches = projections(heads, kv_heads, dim, parts, v_parts, pos), cache(kv_heads, dim, pos, pos, dtype)
+    before, at = [t.clone() for t in caches], torch.tensor([pos])
+    out = kiln.tq4_decode(*raw, *caches, at, EPS, terms)
     q, *written = decode_attention.prepare_reference(*raw, EPS, torch.float32)
     assert out.dtype == torch.int32 and out.shape == (1, heads * dim // 32, fixed_point.group_words(terms))
-    expected = tq4_attention.reference(q.double(), *caches, torch.tensor([pos]), None).flatten(1)
+    stored = [ring[at % RESIDUAL].clone() for ring in caches[4:]]
+    expected = tq4_attention.reference(q.double(), *stored, *caches[:4], *before[4:], at, None).flatten(1)
     found = fixed_point.dequantize(out).double()
-    assert torch.isfinite(found).all() and (found - expected).norm() / expected.norm() < LOSS[terms]
+    limit, rounding = {torch.float32: (LOSS[terms], 1e-5), torch.float16: (1e-3, 1e-3), torch.bfloat16: (1e-2, 8e-3)}[dtype]
+    assert torch.isfinite(found).all() and (found - expected).norm() / expected.norm() < limit
     others = [s for s in range(SLOTS) if s != pos]
     for i, x in enumerate(written):
         codes, scales = caches[2 * i], caches[2 * i + 1]
@@ -63,12 +65,16 @@ def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: in
         # a coordinate beside a boundary may go either way
         assert (tq4.decode(codes[:, pos], scales[:, pos]) - exact).norm() / exact.norm() < 5e-3
         assert torch.equal(codes[:, others], before[2 * i][:, others])
-        assert torch.equal(scales[:, others].view(torch.int16), before[2 * i + 1][:, others].view(torch.int16))
+        assert torch.equal(bits(scales[:, others]), bits(before[2 * i + 1][:, others]))
+    others = [s for s in range(RESIDUAL) if s != pos % RESIDUAL]
+    for ring, old, x in zip(caches[4:], before[4:], written, strict=True):
+        torch.testing.assert_close(ring[pos % RESIDUAL].float(), x[0], rtol=rounding, atol=1e-5)
+        assert torch.equal(bits(ring[others]), bits(old[others]))
 
 
 SHAPES = pytest.mark.parametrize("heads, kv_heads, dim, parts, v_parts, terms",
                                  [(4, 2, 64, 1, 1, 2), (8, 1, 64, 5, 3, 3), (2, 1, 128, 3, 9, 1)])  # fmt: skip
-POSITIONS = pytest.mark.parametrize("pos", [0, 1, 15, 16, 37])
+POSITIONS = pytest.mark.parametrize("pos", [0, 1, 16, 30, 31, 32, 33, 63, 64, 85])
 
 
 @POSITIONS
@@ -86,25 +92,38 @@ def interpreted_kernels(heads: int, kv_heads: int, dim: int, parts: int, v_parts
             check(heads, kv_heads, dim, pos, parts, v_parts, terms)
 
 
+@pytest.mark.parametrize("pos", [0, 31, 70])
+def interpreted_residual_of_16_bits(pos: int) -> None:
+    for sms in (1, 8):
+        with compiling_for(dataclasses.replace(H200, sm_count=sms)):
+            for dtype in (torch.float16, torch.bfloat16):
+                check(4, 2, 64, pos, 3, 1, 2, dtype)
+
+
 def test_wrong_arguments_are_named() -> None:
     raw, caches, pos = projections(4, 2, 64, 1, 1, 0), cache(2, 64, 3, 0), torch.tensor([3])
     with pytest.raises(ValueError, match=r"tq4_decode: q, k, v have \[256, 64, 128\] elements"):
-        kiln.tq4_decode(raw[0], raw[1][:, :64], *raw[2:], *caches, pos, EPS, 2, torch.float32)
-    with pytest.raises(ValueError, match=r"tq4_decode: k has 128 elements, k_codes is \(1, 40, 16\); expected \[KV, S, D/4\], D 64"):
-        kiln.tq4_decode(*raw, *(t[:1] for t in caches), pos, EPS, 2, torch.float32)
+        kiln.tq4_decode(raw[0], raw[1][:, :64], *raw[2:], *caches, pos, EPS, 2)
+    with pytest.raises(ValueError, match=r"tq4_decode: k has 128 elements, k_codes is \(1, 90, 16\); expected \[KV, S, D/4\], D 64"):
+        kiln.tq4_decode(*raw, *(t[:1] for t in caches), pos, EPS, 2)
+    with pytest.raises(ValueError, match=r"tq4_decode: residual \(32, 1, 64\), \(32, 2, 64\); expected \[R, 2, 64\]"):
+        kiln.tq4_decode(*raw, *caches[:4], caches[4][:, :1], caches[5], pos, EPS, 2)
     with pytest.raises(ValueError, match="tq4: head dimension 32; expected 64, 128, 256 or 512"):
-        kiln.tq4_decode(*projections(4, 2, 32, 1, 1, 0), *cache(2, 64, 3, 0), pos, EPS, 2, torch.float32)
+        kiln.tq4_decode(*projections(4, 2, 32, 1, 1, 0), *cache(2, 64, 3, 0), pos, EPS, 2)
+
+
+NAMES = ("k_codes", "k_scales", "v_codes", "v_scales", "k_residual", "v_residual")
 
 
 class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        for name, tensor in zip(("k_codes", "k_scales", "v_codes", "v_scales"), cache(2, 64, 3, 0), strict=True):
+        for name, tensor in zip(NAMES, cache(2, 64, 3, 0), strict=True):
             self.register_buffer(name, tensor)
 
     def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
         *raw, pos = arguments
-        return kiln.tq4_decode(*raw, self.k_codes, self.k_scales, self.v_codes, self.v_scales, pos, EPS, 2, torch.bfloat16)
+        return kiln.tq4_decode(*raw, *(getattr(self, name) for name in NAMES), pos, EPS, 2)
 
 
 def test_opaque_when_exported() -> None:
