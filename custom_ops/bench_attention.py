@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops import decode_attention, fixed_point, tq4, tq4_attention
+from custom_ops import decode_attention, fixed_point, tq4
 from custom_ops.bench_cases import EPS, PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Geometry, Heads, Tensors, clone, fixed_bytes, kiln, normal
 from custom_ops.flash import attend
 
@@ -168,57 +168,87 @@ def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tenso
     return caches
 
 
-def tq4_case(heads: Heads, tokens: int, depth: int) -> Case:
+def tq4_rings(g: torch.Generator, geometry: Geometry, end: int) -> list[torch.Tensor]:
+    """The residual before position `end`: no numbers in slots that a query there does not read."""
+    heads, rings = geometry.full, []
+    for _ in range(2):
+        ring = torch.full((geometry.residual, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
+        past = torch.arange(max(end - geometry.residual + 1, 0), end, device=g.device)
+        ring[past % geometry.residual] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
+        rings.append(ring)
+    return rings
+
+
+def tq4_bytes(geometry: Geometry, tokens: int, depth: int) -> int:
+    """Bytes of the keys and values that `tokens` queries up to `depth` read: in code, and of the newest ones exactly."""
+    heads, residual = geometry.full, geometry.residual
+    return 2 * max(depth - residual, 0) * tq4_row_bytes(heads) + 2 * min(depth, residual - 1 + tokens) * heads.kv * heads.dim * 2
+
+
+def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int) -> torch.Tensor:
+    """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest R as they are."""
+    residual, end = rings[0].shape[0], start + own[0].shape[0]
+    newest = torch.arange(max(start - residual + 1, 0), end, device=q.device)
+    past = newest[newest < start]
+    sides = []
+    for i in range(2):
+        coded = tq4.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
+        sides.append(torch.cat([coded, rings[i][past % residual].float(), own[i].float()]))
+    distance = pos[:, None] - newest
+    old = torch.arange(end, device=q.device) <= pos[:, None] - residual
+    return attend(q.float(), *sides, torch.cat([old, (distance >= 0) & (distance < residual)], 1))
+
+
+def tq4_case(geometry: Geometry, tokens: int, depth: int) -> Case:
+    heads, start = geometry.full, depth - tokens
+
     def arguments(g: torch.Generator) -> Tensors:
         q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
-        caches = tq4_caches(g, heads, depth)
-        pos = positions(g, depth - tokens, depth)
-        return (q, *caches, pos, _kv_len(pos))
+        own = (normal(g, tokens, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
+        pos = positions(g, start, depth)
+        return (q, *own, *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), pos, _kv_len(pos))
 
     def reference(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        caches, pos = rest[:4], rest[4]
         some = _some(tokens, q.device)
-        return tq4_attention.reference(q[some].float(), *(c[:, :depth] for c in caches), pos[some], None)
+        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start)
 
     return Case(
         op="tq4 decode" if tokens == 1 else "tq4 prefill",
         shape=f"{tokens} at {depth}",
-        bytes=2 * depth * tq4_row_bytes(heads) + 4 * tokens * heads.queries * heads.dim,
-        flops=attention_flops(heads, keys_attended(depth - tokens, tokens)),
+        bytes=tq4_bytes(geometry, tokens, depth) + 4 * tokens * heads.queries * heads.dim,
+        flops=attention_flops(heads, keys_attended(start, tokens)),
         limit=ROUNDED,
         arguments=arguments,
         call=kiln.tq4_attention,
         reference=reference,
-        copy=clone(1, 2, 3, 4),
+        copy=clone(*range(3, 9)),
         result=lambda out, arguments: out[_some(tokens, out.device)],
         group=f"attention of a decode step at {depth}, global layers (TQ4)" if tokens == 1 else f"attention of {tokens} at {depth} (TQ4)",
         count=heads.layers,
     )
 
 
-def tq4_decode_case(heads: Heads, depth: int) -> Case:
+def tq4_decode_case(geometry: Geometry, depth: int) -> Case:
     """From the projections to the next product's activations; the token is the last of `depth`."""
+    heads, start = geometry.full, depth - 1
 
     def arguments(g: torch.Generator) -> Tensors:
-        raw = projections(g, heads)
-        return (*raw, *tq4_caches(g, heads, depth), positions(g, depth - 1, depth))
+        return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), positions(g, start, depth))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        raw, caches, pos = arguments[:7], [c[:, :depth].clone() for c in arguments[7:11]], arguments[11]
-        q, k, v = decode_attention.prepare_reference(*raw, EPS, torch.float32)
-        tq4.reference_write(*caches, k, v, pos)
-        return tq4_attention.reference(q, *caches, pos, None).flatten(1)
+        q, *own = decode_attention.prepare_reference(*arguments[:7], EPS, torch.float32)
+        return tq4_expected(q, own, arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
 
     return Case(
         op="tq4_decode",
         shape=f"1 at {depth}",
-        bytes=2 * depth * tq4_row_bytes(heads) + around_bytes(heads),
+        bytes=tq4_bytes(geometry, 1, depth) + around_bytes(heads),
         flops=attention_flops(heads, depth),
         limit=ROUNDED,
         arguments=arguments,
-        call=lambda *a: kiln.tq4_decode(*a, EPS, TERMS, torch.bfloat16),
+        call=lambda *a: kiln.tq4_decode(*a, EPS, TERMS),
         reference=reference,
-        copy=clone(7, 8, 9, 10),
+        copy=clone(*range(7, 13)),
         result=lambda out, arguments: fixed_point.dequantize(out),
         group=f"global layers of a fused decode step at {depth} (TQ4)",
         count=heads.layers,
@@ -258,7 +288,8 @@ def tq4_write_case(heads: Heads, tokens: int) -> Case:
 
 def decode_attention_cases(geometry: Geometry) -> list[Case]:
     cases = [sliding_case(geometry, 1), sliding_decode_case(geometry)]
-    cases += [case(geometry.full, depth) for depth in geometry.depths for case in (tq4_decode_case, lambda heads, d: tq4_case(heads, 1, d))]
+    for depth in geometry.depths:
+        cases += [tq4_decode_case(geometry, depth), tq4_case(geometry, 1, depth)]
     return cases + [global_case(geometry.full, 1, depth) for depth in geometry.depths]
 
 
@@ -267,6 +298,6 @@ def prefill_attention_cases(geometry: Geometry) -> list[Case]:
     depths = [depth for depth in geometry.depths if depth >= chunk]
     return [
         sliding_case(geometry, chunk),
-        *(tq4_case(geometry.full, chunk, depth) for depth in depths),
+        *(tq4_case(geometry, chunk, depth) for depth in depths),
         *(global_case(geometry.full, chunk, depth) for depth in depths),
     ]

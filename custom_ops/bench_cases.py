@@ -80,6 +80,7 @@ class Geometry:
     full: Heads  # the global layers
     depths: tuple[int, ...]  # of decode; every second one, and the last, of prefill
     chunks: tuple[int, ...]  # tokens of a prefill call; the last one is used for attention
+    residual: int = 256  # of the TQ4 caches
 
 
 # Gemma 4 31B as the Q4_K_M mix has it: where V is Q6_K it stands apart from Q and K.

@@ -100,12 +100,12 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
 
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
-    tiled("tq4 decode", "tq4_attention.DECODE_TILES", full.dim, [tq4_case(full, 1, short), tq4_case(full, 1, long)], **decode)
+    tiled("tq4 decode", "tq4_attention.DECODE_TILES", full.dim, [tq4_case(geometry, 1, short), tq4_case(geometry, 1, long)], **decode)
     if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
         pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        tiled("tq4 prefill", "tq4_prefill.PIECE_TILES", full.dim, [tq4_case(full, chunk, far)], **pieces)
+        tiled("tq4 prefill", "tq4_prefill.PIECE_TILES", full.dim, [tq4_case(geometry, chunk, far)], **pieces)
     else:
-        tiled("tq4 prefill", "tq4_attention.PREFILL_TILES", full.dim, [tq4_case(full, chunk, far)], **prefill)
+        tiled("tq4 prefill", "tq4_attention.PREFILL_TILES", full.dim, [tq4_case(geometry, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
     tiled("fused sliding decode", "sliding_decode.SLIDING_TILES", geometry.sliding.dim, [sliding_decode_case(geometry)],
           **decode | {"stages": (1,)})  # fmt: skip

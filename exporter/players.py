@@ -158,7 +158,8 @@ class GraphPlayer:
             ring.copy_(kept)
 
 
-def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None) -> GraphPlayer:
+def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None,
+                 residual_length: int = PassOptions.residual_length) -> GraphPlayer:
     """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
 
     Without `activation_dtype` a cache that is not quantized names the activations, float32 or bfloat16; with TQ4 they are float32 on a CPU
@@ -168,7 +169,7 @@ def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, a
     wide = device == "cpu" if kv_cache == "tq4" else kv_cache == "f32"
     dtype = activation_dtype or ("float32" if wide else "bfloat16")
     plan = tuple(plan_weights(config, gguf))
-    options = PassOptions(turboquant=kv_cache == "tq4", materializes_head=device == "cpu")
+    options = PassOptions(turboquant=kv_cache == "tq4", residual_length=residual_length, materializes_head=device == "cpu")
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
     spec = AllPositionsSpec(config, plan, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
     if kv_cache != "tq4" and dtype_name(spec.cache_dtype) != KV_CACHES[kv_cache]:

@@ -33,6 +33,7 @@ TINY = Geometry(
     full=Heads(8, 2, 64, 1),
     depths=(8, 24, 64),
     chunks=(12, 40),
+    residual=16,
 )
 CASES = {case.name: case for case in all_cases(TINY)}
 CEILINGS = bench.Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0)

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from exporter import build
 from exporter.cli import main
 from exporter.config import from_gguf
+from exporter.errors import KilnError
 from exporter.gguf import open_gguf
+from exporter.plan import memory_plan
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 
@@ -132,6 +134,44 @@ def test_kv_cache_options_that_contradict(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--kv-cache", "fp8", match="'fp8' is not one of 'f16', 'bf16', 'tq4'", code=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "newest"),
+    [
+        ((), ""),
+        (("--turboquant",), " and the newest 256 of the global layers"),
+        (("--kv-cache", "tq4", "--residual-length", "64"), " and the newest 64 of the global layers"),
+    ],
+)
+def test_residual_length(tmp_path, options, newest):
+    arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("KV ring"))
+    assert line.endswith(f"(sliding layers{newest}, float32)"), line
+
+
+def test_the_plan_counts_the_residual():
+    """Keys and values of the newest positions of every global layer, in float32 on a CPU, among the rings."""
+    plans = {}
+    for turboquant in (False, True):
+        options = build.ExportOptions(TINY, Path(), turboquant=turboquant, residual_length=64)
+        spec = build.graph_spec(options, open_gguf(TINY), ("cpu",))
+        plans[turboquant] = memory_plan(spec)
+    elements = sum(layer.num_kv_heads * layer.head_dim for layer in spec.config.layers if not layer.sliding)
+    assert elements and plans[True].kv_ring == plans[False].kv_ring + 2 * 64 * elements * 4
+
+
+def test_residual_lengths_that_do_not_go(tmp_path):
+    alone = "--residual-length is part of the TQ4 cache; give --kv-cache tq4 with it"
+    for options in ((), ("--kv-cache", "f16"), ("--no-turboquant",)):
+        fails(tmp_path, "--gguf", TINY, *options, "--residual-length", "64", match=alone, code=2)
+    odd = "--residual-length 100 is not a multiple of 32"
+    fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", "100", match=odd, code=2)
+    for length in ("0", "31", "-32"):
+        fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", length, match="is not in the range x>=32", code=2)
+    with pytest.raises(KilnError, match="--residual-length 100: give a multiple of 32, at least 32"):
+        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), open_gguf(TINY), ("cpu",))
+
+
 def test_an_existing_artifact_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").write_text("mine")
@@ -170,7 +210,7 @@ def test_dry_run_of_the_31b(tmp_path):
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
     assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
-    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.78, abs=0.01)
+    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the residual
     assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
     assert not (tmp_path / "out").exists()
     if peak > before:  # the largest child so far was this one

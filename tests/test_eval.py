@@ -1,7 +1,7 @@
 """`kiln eval` on the small trained model: its measures against outside figures, and what TQ4 may cost. All eager, on the CPU.
 
-Bounds stand about a factor of two from what is measured: TQ4 gives KL 3.4e-6 and a lowest cosine of 0.9992 on the context below, a scale
-5 % off 1.4e-5 and 0.994, no rotation 7.5e-5 and 0.993.
+Bounds stand about a factor of two from what is measured: TQ4 gives KL 4.0e-7 and a lowest cosine of 0.99977 on the context below, a
+scale 5 % off 2.0e-5 and 0.988, no rotation 4.1e-5 and 0.995. The cosine is held to what is promised of every token, 0.999.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NANO = Path(__file__).parent / "nano"
 GGUF, HELD_OUT = NANO / "gemma4-nano-Q4_K_M.gguf", NANO / "held_out.txt"
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
 SLOTS, DEPTH, NEEDLES = 800, 700, 6
-KLD_BOUND, COSINE_BOUND = 7e-6, 0.998
+KLD_BOUND, COSINE_BOUND = 1e-6, 0.999
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_caches_are_what_is_asked_for(kv_cache: str) -> None:
     file = "gemma4-tiny-dense-wide-Q4_K_M.gguf" if kv_cache == "tq4" else "gemma4-tiny-dense.gguf"
     player = pl.graph_player(open_gguf(FIXTURES / file), kv_cache, 32, "cpu")
     rings = {ring.dtype for ring in player._rings}
+    assert len(player._rings) == (12 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the residual of 2 global ones
     assert rings == {{"f16": torch.float16, "bf16": torch.bfloat16}.get(kv_cache, torch.float32)}
     with pytest.raises(KilnError, match="a bfloat16 cache does not go with float32 activations"):
         pl.graph_player(open_gguf(TINY), "bf16", 32, "cpu", "float32")
@@ -139,8 +140,8 @@ def test_perplexity(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, ids: list[
     reference, tq4_caches = (ev.perplexity(scores[key])["perplexity"] for key in ("reference_nll", "nll"))
     assert reference == pytest.approx(1.7721, rel=0.005)
     assert tq4_caches == pytest.approx(reference, rel=0.001)
-    row = ev.divergence_by_position(scores)
-    assert 2e-7 < row["kld"] < 4e-6 and row["top1"] > 0.98
+    row = ev.divergence_by_position(scores)  # 2.2e-8, 1, 0.99987
+    assert 2e-9 < row["kld"] < 1e-7 and row["top1"] > 0.99 and row["cosine_min"] > COSINE_BOUND
 
 
 def deep(quantized: pl.GraphPlayer, exact: pl.GraphPlayer, stack: ev.Haystack) -> dict:
@@ -150,9 +151,9 @@ def deep(quantized: pl.GraphPlayer, exact: pl.GraphPlayer, stack: ev.Haystack) -
 
 def test_divergence_of_tq4(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack) -> None:
     row = deep(quantized, exact, stack)
-    assert row["kld"] > 5e-7, "the caches are not quantized"
+    assert row["kld"] > 1e-7, "the caches are not quantized"
     assert row["kld"] + row["ci95"] < KLD_BOUND
-    assert row["cosine_min"] > COSINE_BOUND and row["top1"] > 0.97
+    assert row["cosine_min"] > COSINE_BOUND and row["top1"] > 0.99
 
 
 @pytest.mark.parametrize("fault", ["scale", "rotation"])
@@ -175,9 +176,9 @@ def test_the_bounds_notice(fault: str, exact: pl.GraphPlayer, quantized: pl.Grap
 def test_passkeys(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
     assert all(ev.retrieve(exact, stack))
     assert all(ev.retrieve(quantized, stack))
-    encode = tq4.encode  # a cache that forgets: the answers are not in the question
+    encode = tq4.encode  # a cache that forgets: the answers are not in the question, two are in the residual
     monkeypatch.setattr(tq4, "encode", lambda x: encode(torch.ones_like(x)))
-    assert sum(ev.retrieve(quantized, stack)) <= 1
+    assert sum(ev.retrieve(quantized, stack)) == 2
 
 
 # ---- the command ----
@@ -195,12 +196,14 @@ def test_command(tmp_path: Path) -> None:
 
 def test_command_on_the_trained_model() -> None:
     """What CI holds the shipped file to: perplexity, divergence from fp32 and passkeys, with TQ4 caches."""
-    options = ["--suite", "ppl,kld,needle", "--kv-cache", "tq4", "--tokens", "300", "--depths", "500", "--needles", "4"]
+    options = ["--suite", "ppl,kld,needle", "--kv-cache", "tq4", "--tokens", "600", "--depths", "500", "--needles", "4"]
     result = CliRunner().invoke(main, ["eval", str(GGUF), "--text", str(HELD_OUT), "--device", "cpu", "--json", *options])
     record = json.loads(result.stdout)
-    assert record["ppl"]["reference_perplexity"] == pytest.approx(1.7800, rel=0.005)
+    assert record["ppl"]["reference_perplexity"] == pytest.approx(1.8518, rel=0.005)
     assert record["ppl"]["perplexity"] == pytest.approx(record["ppl"]["reference_perplexity"], rel=0.001)
-    assert 1e-7 < record["kld"]["kld"] < 4e-6 and record["kld"]["cosine_min"] > COSINE_BOUND and record["kld"]["top1"] > 0.98
+    found = record["kld"]  # 1.2e-7, 0.99987
+    assert 2e-8 < found["kld"] < 4e-7 and found["cosine_min"] > COSINE_BOUND and found["top1"] > 0.99
+    assert found["buckets"][0]["kld"] < 1e-11  # up to 128 tokens nothing is read in code
     assert record["needle"] == [{"depth": 500, "keys": 4, "accuracy": 1.0, "right": [True] * 4}]
 
 

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 kiln = torch.ops.kiln
 
 LENGTHS = (1, 15, 16, 17, 1023, 1024, 1025, 4096, 131072)
-LIMIT = {torch.bfloat16: 6e-3, torch.float32: 2e-5}  # relative error: rounding of the output and of the weights p
+LIMIT = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 2e-5}  # relative error: rounding of the output and of the weights p
 GLOBAL, SLIDING = (32, 4, 512), (32, 16, 256)  # heads, KV heads, head size
-WINDOW = 1024
+WINDOW, RESIDUAL = 1024, 256
 
 
 def targets_that_differ(*tables: dict) -> list[str]:
@@ -115,32 +115,69 @@ def test_sliding(target, dtype, tokens):
         assert error < LIMIT[dtype], first
 
 
-def tq4_cache(x, slots: int):
-    codes, scales = tq4.encode(x.transpose(0, 1))  # [KV, N, D/4], [KV, N]
-    kv_heads, n = scales.shape
-    all_codes = torch.randint(-(1 << 15), 1 << 15, (kv_heads, slots, codes.shape[2]), device=x.device).to(torch.int16)
+def tq4_codes(x, slots: int, used: int):
+    """codes and scales of x [N, KV, D], garbage from slot `used` on."""
+    codes, scales = tq4.encode(x[:used].transpose(0, 1))  # [KV, used, D/4], [KV, used]
+    kv_heads = x.shape[1]
+    all_codes = torch.randint(-(1 << 15), 1 << 15, (kv_heads, slots, x.shape[2] // 4), device=x.device).to(torch.int16)
     all_scales = torch.full((kv_heads, slots), float("nan"), device=x.device, dtype=torch.float16)
-    all_codes[:, :n], all_scales[:, :n] = codes, scales
-    return all_codes, all_scales, tq4.decode_rotated(codes, scales).transpose(0, 1)
+    all_codes[:, :used], all_scales[:, :used] = codes, scales
+    return [all_codes, all_scales]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def tq4_rings(k, v, first: int, residual: int):
+    """The residual before position `first`, NaN in every slot that a query there does not read."""
+    rings = [torch.full((residual, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype) for x in (k, v)]
+    past = torch.arange(max(first - residual + 1, 0), first, device=k.device)
+    for ring, x in zip(rings, (k, v), strict=True):
+        ring[past % residual] = x[past]
+    return rings
+
+
+def tq4_state(k, v, slots: int, first: int, residual: int):
+    """What `tq4_attention` takes between q and pos for the positions from `first` on of k, v [N, KV, D]."""
+    codes = [t for x in (k, v) for t in tq4_codes(x, slots, max(k.shape[0] - residual, 0))]
+    return k[first:].contiguous(), v[first:].contiguous(), *codes, *tq4_rings(k, v, first, residual)
+
+
+def tq4_exact(q, k, v, first: int, residual: int):
+    """Over what the codec makes of older keys and values, and over the newest as they are."""
+    distance = torch.arange(first, k.shape[0], device=q.device)[:, None] - torch.arange(k.shape[0], device=q.device)
+    mask = torch.cat([distance >= residual, (distance >= 0) & (distance < residual)], 1)
+    return exact(q, *(torch.cat([tq4.decode(*tq4.encode(x)), x.float()]) for x in (k, v)), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", targets_that_differ(tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES))
-@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("tokens", [1, 70, 700])
 def test_tq4_attention(target, dtype, tokens):
-    lengths = LENGTHS if tokens == 1 else (70, 1023, 1025, 4096, *((131072,) if dtype == torch.bfloat16 else ()))
+    """Within the residual, from its end on, and far beyond; chunks longer than it included."""
+    if tokens == 1:
+        lengths = (*LENGTHS, 255, 256, 257, 258)
+    elif tokens == 70:
+        lengths = (70, 256, 257, 326, 1023, 1025, 4096, *((131072,) if dtype == torch.bfloat16 else ()))
+    else:
+        lengths = (700, 955, 2000)
     for length in lengths:
         q, k, v = tensors(GLOBAL, dtype, tokens, length, length, scale=0.3)
-        k_codes, k_scales, k_values = tq4_cache(k, length + 77)
-        v_codes, v_scales, v_values = tq4_cache(v, length + 77)
         pos = torch.arange(length - tokens, length, device="cuda")
         with compiling_for(gpu_targets()[target]):
-            out = kiln.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, pos, pos[-1:].to(torch.int32) + 1)
-        mask = torch.arange(length, device="cuda")[None] <= pos[:, None]
-        expected = tq4.unrotate(exact(tq4.rotate(q.double()), k_values, v_values, mask))
-        error = relative(out, expected)
+            out = kiln.tq4_attention(q, *tq4_state(k, v, length + 77, length - tokens, RESIDUAL), pos, pos[-1:].to(torch.int32) + 1)
+        error = relative(out, tq4_exact(q, k, v, length - tokens, RESIDUAL))
         print(f"tq4 {target} {dtype} of {tokens} up to {length}: {error:.1e}")
         assert error < LIMIT[dtype], length
+
+
+@pytest.mark.parametrize("residual", [32, 96, 1024])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_tq4_attention_other_residuals(tokens, residual):
+    for length in (70, 96, 97, 1024, 1025, 3000):
+        q, k, v = tensors(GLOBAL, torch.float16, tokens, length, length, scale=0.3)
+        pos = torch.arange(length - tokens, length, device="cuda")
+        out = kiln.tq4_attention(q, *tq4_state(k, v, length + 77, length - tokens, residual), pos, None)
+        error = relative(out, tq4_exact(q, k, v, length - tokens, residual))
+        print(f"tq4 residual {residual}, {tokens} up to {length}: {error:.1e}")
+        assert error < LIMIT[torch.float16], length
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -289,55 +326,58 @@ def test_sliding_decode(target, dtype):
             assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", targets_that_differ(tq4_attention.DECODE_TILES))
 def test_tq4_decode(target, dtype):
-    """From projections in parts, over the codes that were written, garbage behind them."""
+    """From projections in parts, over the codes and the residual of `dtype` that were written, garbage behind them."""
     heads, kv_heads, dim = GLOBAL
     g = torch.Generator("cuda").manual_seed(6)
     weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
-    for length in LENGTHS:
+    for length in (*LENGTHS, 255, 256, 257, 258):
         qk = torch.randn(6, (heads + kv_heads) * dim, generator=g, device="cuda")
         v = torch.randn(3, kv_heads * dim, generator=g, device="cuda")
         angle = torch.rand(1, dim // 2, generator=g, device="cuda") * 6
         raw = (qk[:, : heads * dim], qk[:, heads * dim :], v, *weights, angle.cos(), angle.sin())
-        past = torch.randn(2, length, kv_heads, dim, generator=g, device="cuda") * 0.3
-        caches = [t for x in past for t in tq4_cache(x, length + 77)[:2]]
-        kept, pos = [t.clone() for t in caches], torch.tensor([length - 1], device="cuda")
+        last = length - 1
+        past = [(torch.randn(last, kv_heads, dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
+        codes = [t for x in past for t in tq4_codes(x, length + 77, last)]
+        rings = tq4_rings(*past, last, RESIDUAL)
+        kept, pos = [t.clone() for t in (*codes, *rings)], torch.tensor([last], device="cuda")
         with compiling_for(gpu_targets()[target]):
-            out = kiln.tq4_decode(*raw, *caches, pos, 1e-6, 2, dtype)
+            out = kiln.tq4_decode(*raw, *codes, *rings, pos, 1e-6, 2)
         prepared = decode_attention.prepare_reference(*raw, 1e-6, torch.float32)
-        k_values, v_values = (tq4.decode_rotated(caches[i][:, :length], caches[i + 1][:, :length]).transpose(0, 1) for i in (0, 2))
-        mask = torch.ones(1, length, dtype=torch.bool, device="cuda")
-        expected = tq4.unrotate(exact(tq4.rotate(prepared[0].double()), k_values, v_values, mask)).flatten(1)
-        error = relative(fixed_point.dequantize(out), expected)
+        keys, values = (torch.cat([x, own.to(dtype)]) for x, own in zip(past, prepared[1:], strict=True))
+        error = relative(fixed_point.dequantize(out), tq4_exact(prepared[0], keys, values, last, RESIDUAL).flatten(1))
         print(f"tq4_decode {target} {dtype} at {length}: {error:.1e}")
-        assert error < {torch.float16: 2e-3, torch.float32: 1e-4}[dtype], length
+        assert error < {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-4}[dtype], length
         for i, x in ((0, prepared[1]), (2, prepared[2])):
-            written = tq4.decode(caches[i][:, length - 1], caches[i + 1][:, length - 1])
+            written = tq4.decode(codes[i][:, last], codes[i + 1][:, last])
             assert relative(written, tq4.decode(*tq4.encode(x[0])).double()) < 5e-3  # a coordinate on a boundary may go either way
             for t in (i, i + 1):
-                caches[t][:, length - 1] = kept[t][:, length - 1]
-                assert torch.equal(caches[t].view(torch.int16), kept[t].view(torch.int16))
+                codes[t][:, last] = kept[t][:, last]
+                assert torch.equal(codes[t].view(torch.int16), kept[t].view(torch.int16))
+        slot = last % RESIDUAL
+        for ring, old, own in zip(rings, kept[4:], prepared[1:], strict=True):
+            assert relative(ring[slot], own[0]) < {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-6}[dtype]
+            ring[slot] = old[slot]
+            assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sm, dim", list(tq4_prefill.PIECE_TILES))
 def test_tq4_prefill_in_pieces(sm, dim, dtype):
-    """Chunks within a piece, up to its end, across it, and after several."""
+    """Chunks without codes, within a piece of codes, up to its end, across it, and after several."""
     piece = tq4_prefill.PIECE_TILES[sm, dim].piece
-    for slots, end, tokens in ((4096, 300, 300), (piece, piece, 70), (131072, piece + 5, 70), (131072, piece + 70, 70),
-                               (131072, 2 * piece + 1, 33), (131072, 131072, 70)):  # fmt: skip
+    for slots, end, tokens in ((4096, 200, 200), (4096, 300, 300), (piece, piece, 70), (131072, piece + RESIDUAL, 70),
+                               (131072, piece + RESIDUAL + 5, 70), (131072, piece + RESIDUAL + 70, 70),
+                               (131072, 2 * piece + RESIDUAL + 1, 33), (131072, 131072, 70)):  # fmt: skip
         q, k, v = tensors((32, 4, dim), dtype, tokens, end, end, scale=0.3)
-        k_codes, k_scales, k_values = tq4_cache(k, slots)
-        v_codes, v_scales, v_values = tq4_cache(v, slots)
-        pos = torch.arange(end - tokens, end, device="cuda")
+        pos, state = torch.arange(end - tokens, end, device="cuda"), tq4_state(k, v, slots, end - tokens, RESIDUAL)
         with compiling_for(gpu_targets()[f"sm_{sm}"]):
-            out, again = (kiln.tq4_attention(q, k_codes, k_scales, v_codes, v_scales, pos, None) for _ in range(2))
-        mask = torch.arange(end, device="cuda")[None] <= pos[:, None]
-        error = relative(out, tq4.unrotate(exact(tq4.rotate(q.double()), k_values, v_values, mask)))
+            out, again = (kiln.tq4_attention(q, *state, pos, None) for _ in range(2))
+        error = relative(out, tq4_exact(q, k, v, end - tokens, RESIDUAL))
         print(f"tq4 prefill of {tokens} up to {end} of {slots}, {dtype}: {error:.1e}")
-        assert error < LIMIT[torch.bfloat16] and torch.equal(out, again)
+        assert error < LIMIT[dtype] and torch.equal(out, again)
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))

@@ -28,12 +28,14 @@ from exporter import players as pl
 from exporter.config import LayerConfig
 from exporter.gguf import open_gguf
 from exporter.quantize import write_quantized
+from passes.records import PassOptions
 from tests.nano import data, vocabulary
 from tests.nano.evals import joined, retrieve
 from tests.nano.model import Cache, Nano, load_gguf
 
 HELD_OUT = Path(__file__).parent / "held_out.txt"
-BASE, SHIPPED = "bf16", "TQ4"
+RESIDUAL = PassOptions.residual_length
+BASE, TQ4, SHIPPED = "bf16", "TQ4", f"TQ4, newest {RESIDUAL} exact"
 LEVELS_3BIT = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max of N(0, 1), 8 levels
 GEOMETRY_31B = (10, 4, 512)  # global layers, KV heads, head size
 MIXES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q8_0")
@@ -124,12 +126,12 @@ def dense_rotation(seed: int) -> tuple[Map, Map]:
 
 
 def codecs(seed: int) -> list[Codec]:
-    """The base first, what ships second."""
+    """The base first, what ships, but for its residual, second."""
     hadamard = (tq4.rotate, tq4.unrotate)
     plain = (identity, identity)
     return [
         Codec(BASE, identity, lambda d: 2 * d),  # every hook rounds to bfloat16 first
-        Codec(SHIPPED, lambda x: tq4.decode(*tq4.encode(x)), lambda d: d / 2 + 2, True),
+        Codec(TQ4, lambda x: tq4.decode(*tq4.encode(x)), lambda d: d / 2 + 2, True),
         Codec("TQ4, length not corrected", lloyd_max(tq4.LEVELS, *hadamard, corrected=False), lambda d: d / 2 + 2),
         Codec("TQ4, dense random rotation", lloyd_max(tq4.LEVELS, *dense_rotation(seed)), lambda d: d / 2 + 2),
         Codec("TQ4, no rotation", lloyd_max(tq4.LEVELS, *plain), lambda d: d / 2 + 2),
@@ -145,17 +147,21 @@ def codecs(seed: int) -> list[Codec]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A codec on keys, values or both; the other side stays bfloat16."""
+    """A codec on keys, values or both; the other side stays bfloat16, and so do the newest `residual` positions."""
 
     name: str
     k: Codec
     v: Codec
+    residual: int = 0
 
     def write_unrounded(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if layer.sliding else (self.k.apply(k), self.v.apply(v))
 
     def write(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.write_unrounded(layer, k.bfloat16().float(), v.bfloat16().float())
+        return self.write_unrounded(layer, *self.newest(layer, k, v))
+
+    def newest(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k.bfloat16().float(), v.bfloat16().float()
 
     @property
     def bytes_per_token_31b(self) -> float:
@@ -165,7 +171,9 @@ class Setting:
 
 def settings(seed: int) -> list[Setting]:
     every = codecs(seed)
-    base, rows = every[0], [Setting(c.name, c, c) for c in every]
+    base, tq4_codec = every[:2]
+    rows = [Setting(c.name, c, c) for c in every]
+    rows.insert(1, Setting(SHIPPED, tq4_codec, tq4_codec, RESIDUAL))
     for c in every:
         if c.one_side:
             rows += [Setting(f"{c.name}, K only", c, base), Setting(f"{c.name}, V only", base, c)]
@@ -224,7 +232,7 @@ class Study:
     # -- codecs --
 
     def cache(self, model: Nano, setting: Setting, slots: int) -> Cache:
-        return Cache(model.config, slots, torch.float32, self.device, setting.write)
+        return Cache(model.config, slots, torch.float32, self.device, setting.write, setting.residual, setting.newest)
 
     def states(self, model: Nano, ids: list[int], cache: Cache) -> Tensor:
         """[len(ids), D]"""
@@ -278,11 +286,11 @@ class Study:
     # -- product --
 
     def product(self) -> None:
-        """The shipped ops: equal to the codec of the table, and how far from exact caches."""
+        """The shipped ops: equal to the codec of the table with the same residual, and how far from exact caches."""
         depth = max(d for d in self.sizes.depths if d <= self.sizes.float32_depth)
         model, setting = load_gguf(self.a.gguf, self.device), next(s for s in settings(self.a.seed) if s.name == SHIPPED)
         ids = self.stacks[depth][0].context
-        h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded))
+        h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded, setting.residual))
         player = pl.graph_player(self.gguf, "tq4", depth, self.device, "float32")
         scores = joined(
             measure(model.logits(h[at : at + len(rows)]), rows, ids[at + 1 : at + len(rows) + 1]) for at, rows in scored(player, ids[:-1])
@@ -372,7 +380,7 @@ def table(record: dict[str, Any]) -> str:
         f"# The KV cache of the global layers, {record['gguf']}",
         "",
         f"{record['device']}, torch {record['torch']}, {record['seconds']:.0f} s. KL in nats, cosine of logits, 95% half widths. "
-        "Bytes a token: 10 layers of 4 heads of 512, K and V.",
+        "Bytes a token: 10 layers of 4 heads of 512, K and V; a residual does not grow with the context.",
         "",
     ]
     if record["codecs"]:
@@ -397,7 +405,7 @@ def table(record: dict[str, Any]) -> str:
             lines += ["", f"{SHIPPED} by position:", ""] + by_position(shipped["deep"])
     product = record["product"]
     if "tq4_float32_vs_codec" in product:
-        lines += ["", "## The shipped ops", "", "TQ4 write and attention in float32 against the same codec in the plain forward:", ""]
+        lines += ["", "## The shipped ops", "", "TQ4 in float32 against the same codec and residual in the plain forward:", ""]
         lines += by_position(product["tq4_float32_vs_codec"])
     if "tq4_vs_exact" in product:
         lines += ["", f"TQ4 against exact caches, both lowered, {product['tq4_vs_exact']['activations']} activations:", ""]

@@ -82,19 +82,28 @@ def attend_banded(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int) -> 
 
 
 class Cache:
-    """Keys and values of one sequence. `write(layer, k, v)` sees what is stored and may change it (a quantizer, say)."""
+    """Keys and values of one sequence. `write(layer, k, v)` sees what is stored and may change it (a quantizer, say).
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: str, write: Callable | None = None):
-        self.config, self.length, self.write = config, 0, write
+    With a `residual` a query of a full layer reads those less than that many positions before it as `newest(layer, k, v)` leaves them.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: str, write: Callable | None = None, residual: int = 0,
+                 newest: Callable | None = None):  # fmt: skip
+        self.config, self.length, self.write, self.residual, self.newest = config, 0, write, residual, newest
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
+        self.tails: dict[int, list[Tensor]] = {}  # full layer -> the newest keys and values, residual - 1 at most
         for layer in config.layers:
             kept = 0 if layer.sliding else slots
             for store in (self.k, self.v):
                 store.append(torch.zeros(1, layer.num_kv_heads, kept, layer.head_dim, dtype=dtype, device=device))
 
     def update(self, layer: LayerConfig, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores k and v [1, KV, T, hd] of positions start .. start + T - 1 and returns what the chunk attends to, with its positions."""
+        """Stores k and v [1, KV, T, hd] of positions start .. start + T - 1 and returns what the chunk attends to, with its positions.
+
+        With a residual those of a full layer are the start + T stored ones, then the newest again.
+        """
+        newest = self.newest(layer, k, v) if self.newest else (k, v)
         if self.write:
             k, v = self.write(layer, k, v)
         i, end = layer.index, start + k.shape[2]
@@ -107,12 +116,19 @@ class Cache:
             return k, v, torch.arange(start - held, end, device=k.device)
         self.k[i][:, :, start:end] = k.to(self.k[i].dtype)
         self.v[i][:, :, start:end] = v.to(self.v[i].dtype)
-        return self.k[i][:, :, :end].to(k.dtype), self.v[i][:, :, :end].to(v.dtype), torch.arange(end, device=k.device)
+        stored, pos = [x[i][:, :, :end].to(k.dtype) for x in (self.k, self.v)], torch.arange(end, device=k.device)
+        if not self.residual:
+            return *stored, pos
+        before = self.tails.get(i, [x[:, :, :0] for x in newest])
+        newest = [torch.cat(pair, 2) for pair in zip(before, newest, strict=True)]
+        self.tails[i] = [x[:, :, -(self.residual - 1) :] for x in newest]
+        again = torch.arange(end - newest[0].shape[2], end, device=k.device)
+        return *(torch.cat(pair, 2) for pair in zip(stored, newest, strict=True)), torch.cat((pos, again))
 
     def fork(self) -> Cache:
         """A cache that goes on from here; the full layers' slots are shared, so forks are used one after another."""
         other = object.__new__(Cache)
-        other.__dict__ = {**self.__dict__, "k": list(self.k), "v": list(self.v)}
+        other.__dict__ = {**self.__dict__, "k": list(self.k), "v": list(self.v), "tails": dict(self.tails)}
         return other
 
 
@@ -163,6 +179,9 @@ class Layer(nn.Module):
         else:
             distance = pos[:, None, :, None] - key_pos[:, None, None, :]
             seen = (distance >= 0) & (distance < self.window) if c.sliding else distance >= 0
+            if cache is not None and cache.residual and not c.sliding:
+                stored = torch.arange(k.shape[2], device=k.device) < start + q.shape[2]
+                seen &= stored == (distance >= cache.residual)
             out = attend(q, k, v, seen)
         x = x + norm(F.linear(out.transpose(1, 2).flatten(2), self.attn_output.weight), self.post_attention_norm.weight, self.eps)
         h = norm(x, self.ffn_norm.weight, self.eps)
