@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,10 @@ def test_manifest(artifacts):
     assert [p["name"] for p in record["passes"]] == [name for name, _ in PIPELINE]
     assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "off", "applied"]
     assert record["format_version"] == 1 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
-    assert "pass    turboquant" in kiln("inspect", artifacts["tq4"]).stdout
+    assert record["residual_length"] == 32 and json.loads((artifacts["plain"] / "manifest.json").read_text())["residual_length"] is None
+    rings = [kv for kv in record["kv"] if kv["name"].endswith("_residual")]
+    assert [(kv["kind"], kv["dtype"], kv["shape"][0]) for kv in rings] == [("ring", "float32", 32)] * 4
+    assert re.search("pass    turboquant .* residual length 32\n", kiln("inspect", artifacts["tq4"]).stdout)
     fused = {q["name"]: q for q in record["quantization"]}
     qkv = fused["blk.0.attn_qkv"]
     assert qkv["sources"] == [f"blk.0.attn_{x}.weight" for x in "qkv"] and qkv["bits_per_weight"] == 4.5

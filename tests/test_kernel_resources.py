@@ -88,7 +88,7 @@ def test_an_oversize_configuration_is_named() -> None:
 
 def test_an_empty_kernel_is_named() -> None:
     """Of this tile the compiler makes one on sm_100, which is why the table has another there."""
-    constants = tq4_attention.prefill_launch(False, True, TARGETS["sm_90"], 32, 4, 512, 131072)[1]
+    constants = tq4_attention.prefill_launch(False, True, TARGETS["sm_90"], 32, 4, 512, 131072, 256)[1]
     case = next(c for c in all_cases(TARGETS["sm_100"]) if c.fn is tq4_attention.tq4_prefill_kernel and "bf16" in c.name)
     assert examine(case, TARGETS["sm_100"])[1] == []
     _, problems = examine(dataclasses.replace(case, constexprs=constants), TARGETS["sm_100"])
