@@ -27,8 +27,8 @@ def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: 
 
 
 @triton.jit
-def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
-                  HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
     """Both halves, float32 [D / 2], of head `head` of queries, keys and values: RMSNorm and, but for values, weight and rotary embedding.
 
     A projection is the sum of `splits` parts, `stride` elements apart (q and k alike).
@@ -54,19 +54,19 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     a, b = tl.split(tl.permute(tl.reshape(whole, [2, H]), [1, 0]))
     cos = tl.load(cos_ptr + dim, rotated, other=1.0)
     sin = tl.load(sin_ptr + dim, rotated, other=0.0)
-    norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+    norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + EPS)
     a = a * norm * weight0
     b = b * norm * weight1
     return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
-def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps, splits, stride,
-                   v_splits, v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
+                   v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Grid (HEADS + 2 KV)."""
     head = tl.program_id(0)
-    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
-                         HEADS, KV, D, EARLY)
+    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                         EPS, HEADS, KV, D, EARLY)
     if head < HEADS:
         target = q_out_ptr + head * D
     elif head < HEADS + KV:
@@ -128,7 +128,7 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     outs = [torch.empty((1, x.shape[1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
     heads, kv_heads = (x.shape[1] for x in outs[:2])
     parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
-    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, eps, *parts, HEADS=heads, KV=kv_heads,
+    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
                                                     D=dim, EARLY=early(), num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
 
@@ -136,8 +136,8 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """The kernel at the shape of the 31B's global layers."""
     raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-    numbers = {"eps": "fp32"} | dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
+    numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
-    constants = {"HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
+    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
     return [KernelCase("prepare 32:4x512", prepare_kernel, signature, constants, {"num_warps": PREPARE_WARPS},
                        aligned=("stride", "v_stride"))]

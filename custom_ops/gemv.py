@@ -125,9 +125,9 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
     if end != "split" and counters.numel() < grid[0] * tokens:
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
     kernel(gemv, constants["REGISTERS"], x)[grid](
-        x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, eps, words.stride(1),
+        x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
         halves.stride(1), **format_constants(kind), TERMS=terms, END=end, **constants,
-        **root_constants(squares), SQUARES=leave_squares, num_warps=warps)  # fmt: skip
+        **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
     return out[0] if alone else out, left
 
 
@@ -219,7 +219,7 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
-    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", "eps": "fp32", **integers}
+    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for kind in LAYOUTS:
         usual = kind in USUAL_KINDS
@@ -227,7 +227,8 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
                 constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
-                                                                  "SQUARES": end == "sum" and not normed}
+                                                                  "SQUARES": end == "sum" and not normed,
+                                                                  "EPS": 1e-6 if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},

@@ -166,11 +166,11 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 
 
 @triton.jit
-def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, eps, stride: tl.constexpr,
-         halves_stride: tl.constexpr,
+def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
          BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
          END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SQUARES: tl.constexpr):
+         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
+         SQUARES: tl.constexpr):
     """The product of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -205,7 +205,7 @@ def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, 
     now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     if COUNT > 0:
-        root = load_root(squares, k, eps, COUNT, PAD)
+        root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
     SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
     HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin

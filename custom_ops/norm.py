@@ -43,16 +43,16 @@ def norm_reference(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[t
 
 
 @triton.jit
-def load_root(squares, k, eps, COUNT: tl.constexpr, PAD: tl.constexpr):
+def load_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr):
     """1 / RMS of a row of k elements from the COUNT sums of squares of its pieces; PAD: COUNT rounded up to a power of two."""
     i = tl.arange(0, PAD)
-    return tl.rsqrt(tl.sum(tl.load(squares + i, i < COUNT, other=0.0), 0) / k + eps)
+    return tl.rsqrt(tl.sum(tl.load(squares + i, i < COUNT, other=0.0), 0) / k + EPS)
 
 
 @triton.jit
-def add_norm_kernel(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, eps, D: tl.constexpr, BRANCH: tl.constexpr,
-                    COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr, PIECE: tl.constexpr,
-                    EARLY: tl.constexpr):
+def add_norm_kernel(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
+                    BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr,
+                    PIECE: tl.constexpr, EARLY: tl.constexpr):
     """PIECE elements of one token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
     squares of x_out. Grid (D / PIECE). COUNT, PAD: of `branch_squares`, see `load_root`.
     """
@@ -68,7 +68,7 @@ def add_norm_kernel(x, branch, branch_squares, post_weight, scale, weight, x_out
     wait_for_earlier_kernels(EARLY)
     value = tl.load(x + i, keep, other=0.0)
     if BRANCH:
-        value += tl.load(branch + i, keep, other=0.0) * load_root(branch_squares, D, eps, COUNT, PAD) * post
+        value += tl.load(branch + i, keep, other=0.0) * load_root(branch_squares, D, EPS, COUNT, PAD) * post
         if SCALE:
             value *= factor
         tl.store(x_out + i, value, keep)
@@ -96,7 +96,7 @@ def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
     squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
     constants = _constants(d, branch_squares, scale is not None, terms)
     given = [weight if t is None else t for t in (branch, branch_squares, post_weight, scale)]
-    kernel(add_norm_kernel)[(pieces,)](x, *given, weight, x_out, out, squares, eps, **constants, num_warps=WARPS)
+    kernel(add_norm_kernel)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
     return x_out, out, squares
 
 
@@ -141,6 +141,6 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     cases = []
     squares = torch.empty(84)  # of the product before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = _constants(5376, given, scale, 2, target)
-        cases.append(KernelCase(f"{name} 5376", add_norm_kernel, floats | {"out": "*i32", "eps": "fp32"}, constants, {"num_warps": WARPS}))
+        constants = {"EPS": 1e-6} | _constants(5376, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} 5376", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

@@ -49,10 +49,10 @@ def _parts(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.c
 
 
 @triton.jit
-def _normed(parts, eps, ROWS: tl.constexpr, D: tl.constexpr):
+def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
     """Both halves, float32 [ROWS, D / 2], of RMSNorm of the sum of parts [PAD, ROWS * D]."""
     halves = tl.reshape(tl.sum(parts, 0), [ROWS, 2, D // 2])
-    norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + eps)
+    norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + EPS)
     return tl.split(tl.permute(_settled(halves * norm[:, None, None]), [0, 2, 1]))
 
 
@@ -100,7 +100,7 @@ def _step(q0, q1, k0, k1, v, held, m, total, acc):
 
 @triton.jit
 def sliding_decode_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr, ml_ptr,
-                          eps, stride, v_stride, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
+                          stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
                           V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                           ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
                           AHEAD: tl.constexpr, EARLY: tl.constexpr):
@@ -135,9 +135,9 @@ def sliding_decode_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_p
     v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
-    q0, q1 = _rotated(_normed(q_parts, eps, ROWS, D), q_weight0, q_weight1, cos, sin, DTYPE)
-    own_k0, own_k1 = _rotated(_normed(k_parts, eps, 1, D), k_weight0, k_weight1, cos, sin, DTYPE)
-    v0, v1 = _normed(v_parts, eps, 1, D)
+    q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D), q_weight0, q_weight1, cos, sin, DTYPE)
+    own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D), k_weight0, k_weight1, cos, sin, DTYPE)
+    v0, v1 = _normed(v_parts, EPS, 1, D)
     own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
     dim = tl.arange(0, D)
     slot = ((end - 1) % RING) * (KV * D) + head * D
@@ -209,7 +209,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
     kernel(sliding_decode_kernel)[(kv_heads, split["SPLITS"])](
-        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, eps, q.stride(0), v.stride(0), **split,
+        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0), v.stride(0), EPS=eps, **split,
         num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
     kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, q, q, q, out, **merge, num_warps=merge_warps(dim))
     return out
@@ -218,15 +218,16 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """The kernels at the shapes of the 31B: V from the product of q and k, and from its own."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
-    signature |= {"pos_ptr": "*i64", "eps": "fp32", "stride": "i32", "v_stride": "i32"}
+    signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
     cases = []
     for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         tile = _tile(dtype, target, 256)
         rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
         for parts, v_parts in ((3, 3), (4, 14)):
             split, merge = _constants(tile, target, 32, 16, 256, 1024, 1024, parts, v_parts, 2)
-            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} 32:16x256", sliding_decode_kernel, signature | rings, split,
-                                    {"num_warps": tile.warps, "num_stages": tile.stages}, aligned=("stride", "v_stride")))
+            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} 32:16x256", sliding_decode_kernel, signature | rings,
+                                    {"EPS": 1e-6} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
+                                    aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
         cases.append(KernelCase(f"sliding_decode {kind} merge 32:16x256", flash_merge_kernel, inputs | {"out_ptr": "*i32"}, merge,
                                 {"num_warps": merge_warps(256)}))

@@ -304,7 +304,7 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
     block = decode_tile(dtype, target, dim).keys
     wave = target.sm_count * tile.splits_per_sm // kv_heads
     exact = max(1, min(triton.cdiv(residual, max(block, RESIDUAL_KEYS)), wave // 4))
-    splits = max(1, min(wave - exact, triton.cdiv(slots, tile.keys)))
+    splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))  # those of the residual come first, and are over when it matters
     shared = {"RESIDUAL": residual, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}

@@ -21,15 +21,15 @@ from custom_ops.tq4_attention import rotated_query
 
 @triton.jit
 def tq4_prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
-                       k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, eps, splits, stride, v_splits,
-                       v_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, RESIDUAL: tl.constexpr,
-                       EARLY: tl.constexpr):
+                       k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
+                       EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+                       RESIDUAL: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % RESIDUAL of a ring
     [RESIDUAL, KV, D], and encoded to slot pos. Grid (HEADS + 2 KV).
     """
     head = tl.program_id(0)
-    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, eps, splits, stride, v_splits, v_stride,
-                         HEADS, KV, D, EARLY)
+    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                         EPS, HEADS, KV, D, EARLY)
     pos = tl.load(pos_ptr).to(tl.int32)
     row = pos % RESIDUAL * KV
     if head < HEADS:
@@ -84,8 +84,9 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
     scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
     kernel(tq4_prepare_kernel)[(heads + 2 * kv_heads,)](
-        q, k, v, q_weight, k_weight, cos, sin, pos, plain, rotated, scale, *caches, *rings, eps, q.shape[0], q.stride(0), v.shape[0],
-        v.stride(0), HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, RESIDUAL=residual, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+        q, k, v, q_weight, k_weight, cos, sin, pos, plain, rotated, scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0],
+        v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, RESIDUAL=residual, EARLY=early(),
+        num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
     tq4_attention.decode(plain, rotated, scale, caches, rings, pos, out, terms)
     return out
@@ -94,9 +95,9 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """The kernel at the shapes of the 31B, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr"), "*fp32")
-    types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16",
-              "eps": "fp32"} | dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")  # fmt: skip
-    constants = {"HEADS": 32, "KV": 4, "D": 512, "SLOTS": 131072, "RESIDUAL": 256, "EARLY": early(target)}
+    types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
+    types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
+    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "SLOTS": 131072, "RESIDUAL": 256, "EARLY": early(target)}
     cases = []
     for residual in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if residual == "*fp32" else "*fp16"}

@@ -363,6 +363,9 @@ def _wrapper() -> None:
     options = CachingAutotuner._create_compile_options
 
     def limited(self, config, meta):
+        doubles = [name for name, kind in meta["signature"].items() if kind == "fp64"]
+        if doubles:  # a Python float: in a kernel's own tests it is float32
+            raise KilnError(f"a kernel would take {', '.join(doubles)} as float64; make it a constant of the kernel")
         registers = meta["constants"].get("REGISTERS")
         return options(self, config, meta) | ({} if registers is None else {"maxnreg": registers})
 
