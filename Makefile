@@ -28,8 +28,7 @@ build: $(SETUP)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
 
 demo: build
-	$(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --turboquant --residual-length 64 \
-	  --force
+	$(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --force
 	$(PY) -m exporter run $(BUILD)/demo --prompt "Why is the sky blue?"
 	$(PY) -m exporter run $(BUILD)/demo --prompt-file tests/nano/demo_passkey.txt
 
