@@ -148,7 +148,7 @@ def decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING
 @triton.jit
 def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
-                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):
+                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr):
     """One query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2].
 
     Products are transposed, S^T = K Q^T and O^T = V^T P^T, because a group of 8 heads fills the N of a tensor-core tile, but half its M.
@@ -156,7 +156,7 @@ def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HA
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     split = tl.program_id(1)
-    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
+    start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
     size = split_size(start, end, SPLITS, BLOCK_N)
     low = start + split * size
     if low >= end:
@@ -189,7 +189,7 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
 def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
                        BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
-    """Merge one head's splits and, for a ring (WINDOW > 0) that does not hold them yet, the query's own key and value.
+    """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value unless a split has them already (OWN).
 
     TERMS > 0: out_ptr is a row of H * D elements in fixed point.
     """
@@ -302,13 +302,13 @@ def prefill_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
                      has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
-    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`, where OWN and TERMS are explained."""
+    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`, whose are `own` and `terms`."""
     group = heads // kv_heads
     splits = split_count(target, tile, kv_heads, slots)
-    shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys, "OWN": own,
+    shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,
               "EARLY": early(target)}
     return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads)},
-            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms})
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms})
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:

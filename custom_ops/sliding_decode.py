@@ -174,7 +174,7 @@ def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: in
                terms: int) -> tuple[dict, dict]:
     """The constants of `sliding_decode_kernel` and of `flash_merge_kernel`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
-    del split["HAS_LEN"], split["OWN"]
+    del split["HAS_LEN"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
     ahead = tile is not DECODE_FLOAT32  # its products, out of registers, leave none for keys ahead
     return split | pads | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts, "ROWS": triton.next_power_of_2(heads // kv_heads)}, merge
