@@ -4,7 +4,8 @@ A vector x of D elements (a power of two, 64..512) becomes D nibbles and one flo
   z = sqrt(D) R x / |x|, R = H_D diag(s) / sqrt(D), the randomized Hadamard rotation: every coordinate of z is nearly a standard normal
   nibble = the nearest of the 16 Lloyd-Max levels of N(0, 1): bit 3 the sign, bits 0..2 the magnitude LEVELS[i]
   scale = |x| / |c|, c the chosen levels, so that the decoded vector R^T (scale c) has exactly the length of x
-Nibble j (bits 4j..4j+3) of the int16 word w belongs to rotated coordinate j * D/4 + w.
+The int16 word w holds rotated coordinates j * D/4 + w, j = 0..3: magnitudes in bits 4j..4j+2, signs in bits 7, 15, 3, 11, where one
+shift brings two of them to the tops of their bytes.
 Scales of 2^-14..65504 keep float16's full precision, which is |x| of about 2^-14 sqrt(D) .. 65504 sqrt(D); longer vectors are clamped
 to 65504, shorter ones lose precision and end at 0. A zero vector has scale 0.
 """
@@ -25,6 +26,7 @@ from custom_ops.target import GpuTarget
 
 LEVELS = (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896)
 BOUNDARIES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
+SIGN_BITS = (7, 15, 3, 11)
 MAX_SCALE = 65504.0
 WRITE_ROWS, WRITE_WARPS = 1, 4  # of a program of the write kernel
 
@@ -86,7 +88,9 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nibble = nibble + (size > b).to(torch.int32)
     scale = norm / torch.linalg.vector_norm(levels(nibble), dim=-1, keepdim=True)
     quarter = nibble.unflatten(-1, (4, dim // 4))
-    word = quarter[..., 0, :] | quarter[..., 1, :] << 4 | quarter[..., 2, :] << 8 | quarter[..., 3, :] << 12
+    word = torch.zeros_like(quarter[..., 0, :])
+    for j in range(4):
+        word = word | (quarter[..., j, :] & 7) << 4 * j | quarter[..., j, :] >> 3 << SIGN_BITS[j]
     word = word - ((word & 0x8000) << 1)  # into int16's range: what a narrowing cast does outside it is not fixed
     return word.to(torch.int16), scale.squeeze(-1).clamp(max=MAX_SCALE).to(torch.float16)
 
@@ -103,7 +107,7 @@ def levels(nibble: torch.Tensor) -> torch.Tensor:
 def decode_rotated(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """codes int16 [..., D/4], scale [...] -> scale * c float32 [..., D], still rotated."""
     word = codes.to(torch.int32)
-    nibbles = torch.cat([(word >> shift) & 15 for shift in (0, 4, 8, 12)], dim=-1)
+    nibbles = torch.cat([(word >> 4 * j) & 7 | (word >> SIGN_BITS[j] & 1) << 3 for j in range(4)], dim=-1)
     return levels(nibbles) * scale.to(torch.float32).unsqueeze(-1)
 
 
@@ -127,19 +131,21 @@ MAX_SCALE_F16 = tl.constexpr(MAX_SCALE)
 
 
 def _planes_asm(pair: int) -> str:
-    """PTX for two words in one register, $2, to the float16 levels of their nibbles 2 pair, $0, and 2 pair + 1, $1.
+    """PTX for two words in one register, $2, to the float16 levels of their coordinates 2 pair, $0, and 2 pair + 1, $1.
 
-    Eleven instructions for 4 levels: prmt looks four magnitudes up at once, as nibbles with their sign bits cleared are its selectors,
-    and 8 table bytes its two sources.
+    Seven or eight instructions for 4 levels: prmt looks four magnitudes up at once, as nibbles with their sign bits cleared are its
+    selectors, and 8 table bytes its two sources.
     """
     half = [struct.pack("<e", level) for level in LEVELS]
     low = [hex(int.from_bytes(bytes(h[0] for h in half[i : i + 4]), "little")) for i in (0, 4)]
     high = [hex(int.from_bytes(bytes(h[1] for h in half[i : i + 4]), "little")) for i in (0, 4)]
-    lines = [".reg .b32 s, l, h;", "and.b32 s, $2, 0x77777777;", f"prmt.b32 s, s, s, {('0x20', '0x31')[pair]};"]
-    lines += [f"prmt.b32 l, {low[0]}, {low[1]}, s;", f"prmt.b32 h, {high[0]}, {high[1]}, s;"]
-    for odd, merge in enumerate(("0x6240", "0x7351")):
-        lines += [f"prmt.b32 ${odd}, l, h, {merge};", f"shl.b32 s, $2, {12 - 8 * pair - 4 * odd};"]
-        lines += [f"lop3.b32 ${odd}, s, 0x80008000, ${odd}, 0xEA;"]  # (s & sign bits) | magnitudes
+    lines = [".reg .b32 s, l, h, t, u;"]
+    # t = 0, unknown to the assembler, which then keeps t | constant in a register; a constant it would fetch again for every lookup
+    lines += ["mov.u32 t, %lanemask_lt;", "shr.u32 t, t, 31;", f"or.b32 u, t, {high[0]};", f"or.b32 t, t, {low[0]};"]
+    lines += ["and.b32 s, $2, 0x77777777;", f"prmt.b32 s, s, s, {('0x20', '0x31')[pair]};"]
+    lines += [f"prmt.b32 l, t, {low[1]}, s;", f"prmt.b32 h, u, {high[1]}, s;"]
+    lines += [f"shl.b32 s, $2, {4 * pair};", "lop3.b32 h, s, 0x80808080, h, 0xEA;"]  # (s & sign bits) | magnitudes
+    lines += ["prmt.b32 $0, l, h, 0x6240;", "prmt.b32 $1, l, h, 0x7351;"]
     return "{" + " ".join(lines) + "}"
 
 
@@ -158,13 +164,14 @@ def level_of(nibble):
 
 @triton.jit
 def plane_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The levels of nibbles 2 PAIR and 2 PAIR + 1 of int16 `words`, in DTYPE, each of words' shape. ASM needs float16 and real hardware."""
+    """Levels 2 PAIR and 2 PAIR + 1 of int16 `words`, in DTYPE, each of words' shape. ASM needs float16 and real hardware."""
     if ASM:
         a, b = tl.inline_asm_elementwise(PLANES_ASM[PAIR], "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
     else:
-        w = words.to(tl.int32) >> (8 * PAIR)
-        a = level_of(w & 15).to(DTYPE)
-        b = level_of((w >> 4) & 15).to(DTYPE)
+        w = words.to(tl.int32)
+        signs = w << (4 * PAIR)  # those of the pair in bits 7 and 15
+        a = level_of((w >> (8 * PAIR)) & 7 | (signs >> 4) & 8).to(DTYPE)
+        b = level_of((w >> (8 * PAIR + 4)) & 7 | (signs >> 12) & 8).to(DTYPE)
     return a, b
 
 
@@ -200,8 +207,10 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
         nibble += (size > BOUNDARY_TABLE[i]).to(tl.int32)
     level = level_of(nibble)
     scale = tl.minimum(norm / tl.sqrt(tl.sum(level * level, 1)), MAX_SCALE_F16)
-    quarter = tl.reshape(nibble, (ROWS, 4, D // 4)) << (4 * tl.arange(0, 4))[None, :, None]
-    word = tl.sum(quarter, 1)  # disjoint bits: the sum is the union
+    quarter = tl.reshape(nibble, (ROWS, 4, D // 4))
+    j = tl.arange(0, 4)[None, :, None]
+    bits = (quarter & 7) << (4 * j) | (quarter >> 3) << ((7 + 8 * j) % 20)
+    word = tl.sum(bits, 1)  # disjoint bits: the sum is the union
     tl.store(codes_ptr + slot[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :], word.to(tl.int16), mask=keep[:, None])
     tl.store(scales_ptr + slot, scale.to(tl.float16), mask=keep)
 

@@ -50,7 +50,7 @@ PREFILL_TILES = {
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
-RESIDUAL_KEYS = 32  # of a split of the residual, at least: with few, it ends when the splits of the codes do
+RESIDUAL_KEYS = 32  # of a split of the residual, at least
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
@@ -123,28 +123,30 @@ def tq4_decode_kernel(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_co
                       o_ptr, ml_ptr, RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
                       D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                       ASM: tl.constexpr, EARLY: tl.constexpr):
-    """One query token, one KV head, one split: o_ptr float32 [EXACT + SPLITS, H, D], unnormalized, ml_ptr float32 [EXACT + SPLITS, H, 2].
+    """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
-    The first EXACT splits are of the ring, which holds the query's own key, for the query as it is, x_ptr; the others of the codes, for the
-    rotated one, and stay rotated. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
+    The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
+    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     split = tl.program_id(1)
-    if split < EXACT:
-        start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
-        size = split_size(start, end, EXACT, BLOCK_R)
-        low = start + split * size
+    end = coded_end(pos_ptr, RESIDUAL)
+    size = split_size(0, end, SPLITS, BLOCK_N)
+    if size == BLOCK_N:
+        split = (split + SPLITS) % (SPLITS + EXACT)  # the residual is the longest work: it starts first, otherwise it fills gaps at the end
+    if split < SPLITS:
+        low = split * size
         if low < end:  # the merge computes the same split size and does not read the others
-            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RESIDUAL, KV, GROUP,
-                        PAD, D, BLOCK_R, 1)
-    else:
-        end = coded_end(pos_ptr, RESIDUAL)
-        size = split_size(0, end, SPLITS, BLOCK_N)
-        low = (split - EXACT) * size
-        if low < end:
             decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, o_ptr, ml_ptr, head, split, low,
                          tl.minimum(low + size, end), SLOTS, KV, GROUP, PAD, D, BLOCK_N, ASM)
+    else:
+        start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
+        size = split_size(start, end, EXACT, BLOCK_R)
+        low = start + (split - SPLITS) * size
+        if low < end:
+            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RESIDUAL, KV, GROUP,
+                        PAD, D, BLOCK_R, 1)
 
 
 @triton.jit
@@ -153,6 +155,7 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
                  ASM: tl.constexpr):
     """One rotated query token, one KV head, the codes of positions [low, high), into row `split` of o_ptr and ml_ptr."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    WHOLE: tl.constexpr = SLOTS % BLOCK_N == 0  # then every block lies in the cache: whatever codes it holds, their levels are finite
     Q: tl.constexpr = D // 4
     word = tl.arange(0, Q)
     group = tl.arange(0, PAD)
@@ -174,17 +177,17 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
         p = n + tl.arange(0, BLOCK_N)
         held = p < high
         row = head * SLOTS + p
-        kw = tl.load(k_codes_ptr + row[:, None] * Q + word[None, :], mask=held[:, None], other=0)
+        kw = tl.load(k_codes_ptr + row[:, None] * Q + word[None, :], mask=None if WHOLE else held[:, None], other=None if WHOLE else 0)
         k_scale = tl.load(k_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
-        vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=held[None, :], other=0)
+        vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=None if WHOLE else held[None, :], other=None if WHOLE else 0)
         v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
         k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
-        scores = tl.dot(k0, q0, input_precision="ieee")
-        scores = tl.dot(k1, q1, scores, input_precision="ieee")
+        even = tl.dot(k0, q0, input_precision="ieee")
+        odd = tl.dot(k1, q1, input_precision="ieee")  # two chains of dependent products
         k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
-        scores = tl.dot(k2, q2, scores, input_precision="ieee")
-        scores = tl.dot(k3, q3, scores, input_precision="ieee")
-        scores = tl.where(held[:, None], scores * k_scale[:, None] * q_scale[None, :], float("-inf"))
+        even = tl.dot(k2, q2, even, input_precision="ieee")
+        odd = tl.dot(k3, q3, odd, input_precision="ieee")
+        scores = tl.where(held[:, None], (even + odd) * k_scale[:, None] * q_scale[None, :], float("-inf"))
         weights, m, scale = softmax_step(scores, m, 0)
         total = total * scale + tl.sum(weights, 0)
         weights = (weights * v_scale[:, None]).to(DTYPE)
@@ -214,11 +217,10 @@ def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HE
     dim = tl.arange(0, D)
     end = coded_end(pos_ptr, RESIDUAL)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
-    m_codes, total_codes, acc_codes = merge_splits(o_ptr + EXACT * HEADS * D, ml_ptr + EXACT * HEADS * 2, head, active, HEADS, D,
-                                                   SPLITS_PAD)
+    m_codes, total_codes, acc_codes = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
     start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
     active = tl.cdiv(end - start, split_size(start, end, EXACT, BLOCK_R))
-    m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, EXACT_PAD)
+    m, total, acc = merge_splits(o_ptr + SPLITS * HEADS * D, ml_ptr + SPLITS * HEADS * 2, head, active, HEADS, D, EXACT_PAD)
     new = tl.maximum(m, m_codes)  # the query's own key is exact: never -inf
     scale = tl.exp2(m - new)
     scale_codes = tl.exp2(m_codes - new)
@@ -304,7 +306,7 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
     block = decode_tile(dtype, target, dim).keys
     wave = target.sm_count * tile.splits_per_sm // kv_heads
     exact = max(1, min(triton.cdiv(residual, max(block, RESIDUAL_KEYS)), wave // 4))
-    splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))  # those of the residual come first, and are over when it matters
+    splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
     shared = {"RESIDUAL": residual, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
@@ -330,7 +332,7 @@ def decode(q: torch.Tensor, rotated: torch.Tensor, scale: torch.Tensor, caches: 
     (kv_heads, slots, _), residual = k_codes.shape, rings[0].shape[0]
     asm = rotated.is_cuda and rotated.dtype != torch.float32
     tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, residual, terms)
-    splits = split["EXACT"] + split["SPLITS"]
+    splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
     kernel(tq4_decode_kernel)[(kv_heads, splits)](rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,

@@ -224,12 +224,12 @@ def interpreted_tq4_write(dim: int, dtype: torch.dtype) -> None:
         assert ((decoded - x.float()).norm() / x.float().norm()) < 0.11
 
 
-PTX = re.compile(r"(\w+)\.b32 ([^;]+);")
+PTX = re.compile(r"(\w+)\.[bu]32 ([^;]+);")
 
 
 def run_ptx(text: str, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The few PTX instructions of the planes, on int64 tensors that hold 32-bit registers; $2 is the input."""
-    registers = {"$2": word}
+    registers = {"$2": word, "%lanemask_lt": torch.full_like(word, 0x7FFFFFFF)}  # the highest lane's
 
     def value(name: str) -> torch.Tensor:
         return registers[name] if name in registers else torch.full_like(word, int(name, 0))
@@ -244,18 +244,24 @@ def run_ptx(text: str, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             out |= picked << (8 * byte)
         return out
 
-    for name, operands in PTX.findall(text.split("h;", 1)[1]):
+    for name, operands in PTX.findall(text.split(";", 1)[1]):
         target, *sources = (x.strip() for x in operands.split(","))
-        a, b = value(sources[0]), value(sources[1])
-        if name == "and":
+        a, b = value(sources[0]), value(sources[-1])
+        if name == "mov":
+            registers[target] = a
+        elif name == "and":
             registers[target] = a & b
+        elif name == "or":
+            registers[target] = a | b
         elif name == "shl":
             registers[target] = a << b & 0xFFFFFFFF
+        elif name == "shr":
+            registers[target] = a >> b
         elif name == "prmt":
-            registers[target] = permute(a, b, value(sources[2]))
+            registers[target] = permute(a, value(sources[1]), b)
         else:
             assert (name, sources[3]) == ("lop3", "0xEA")
-            registers[target] = a & b | value(sources[2])
+            registers[target] = a & value(sources[1]) | value(sources[2])
     return registers["$0"], registers["$1"]
 
 
@@ -266,5 +272,6 @@ def test_planes_ptx_decodes_every_word(pair: int) -> None:
     out = run_ptx(tq4.PLANES_ASM.value[pair], first | second << 16)
     for plane, register in zip((2 * pair, 2 * pair + 1), out, strict=True):
         for half, word in ((register & 0xFFFF, first), (register >> 16, second)):
-            expected = tq4.levels((word >> 4 * plane & 15).to(torch.int32)).to(torch.float16)
+            nibble = word >> 4 * plane & 7 | (word >> tq4.SIGN_BITS[plane] & 1) << 3
+            expected = tq4.levels(nibble.to(torch.int32)).to(torch.float16)
             assert torch.equal(half, expected.view(torch.int16).to(torch.int64) & 0xFFFF)

@@ -92,9 +92,9 @@ def test_extreme_vectors() -> None:
 
 
 def test_nibble_places() -> None:
-    """Nibble j of word w is rotated coordinate j * D/4 + w: bit 3 the sign, bits 0..2 the magnitude."""
+    """Word w holds rotated coordinates j * D/4 + w: the magnitude in the low bits of nibble j, the sign in bit 7, 15, 3 or 11."""
     word = torch.zeros(16, dtype=torch.int16)
-    word[5] = 0xF203 - 0x10000  # from the lowest: 3, 0, 2, 15
+    word[5] = 0x7203 | 1 << 11  # magnitudes from the lowest: 3, 0, 2, 7, the last of them negative
     expected = torch.full((64,), 2 * tq4.LEVELS[0])
     expected[5::16] = 2 * torch.tensor([tq4.LEVELS[3], tq4.LEVELS[0], tq4.LEVELS[2], -tq4.LEVELS[7]])
     torch.testing.assert_close(tq4.decode_rotated(word, torch.tensor(2.0)), expected, rtol=1e-6, atol=0)
@@ -104,7 +104,7 @@ def test_encode_takes_the_nearest_level() -> None:
     x = vectors(64, 50).double()
     table = torch.tensor([*tq4.LEVELS, *(-level for level in tq4.LEVELS)], dtype=torch.float64)
     nearest = (tq4.rotate(x)[..., None] - table).abs().argmin(-1).view(50, 4, 16)
-    words = sum(nearest[:, j] << 4 * j for j in range(4))
+    words = sum((nearest[:, j] & 7) << 4 * j | nearest[:, j] >> 3 << tq4.SIGN_BITS[j] for j in range(4))
     codes, scale = tq4.encode(x)
     assert torch.equal(codes.to(torch.int64) & 0xFFFF, words)
     torch.testing.assert_close(scale.double(), 8 / table[nearest].flatten(1).norm(dim=1), rtol=2**-11, atol=0)
