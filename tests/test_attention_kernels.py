@@ -160,7 +160,8 @@ def check_tq4(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: i
 
 @pytest.mark.parametrize("length", LENGTHS)
 def interpreted_tq4_decode_lengths(length: int) -> None:
-    """Below the residual's length, at it, and past it."""
+    """Below the residual's length, at it, and past it; caches of whole blocks of keys and others."""
+    check_tq4("sm_86", torch.float32, 64, 4, 2, 112, length - 1, 1, with_len=True)
     check_tq4("sm_86", torch.float32, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 0)
     check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 100, length - 1, 1, with_len=length % 2 == 1)
 
@@ -192,6 +193,7 @@ def interpreted_tq4_residual_longer_than_the_cache() -> None:
 @pytest.mark.parametrize("target", distinct_targets(tq4_attention.DECODE_TILES, tq4_attention.PREFILL_TILES))
 def interpreted_tq4_every_configuration(target: str) -> None:
     check_tq4(target, torch.bfloat16, 512, 4, 1, 150, 139, 1, with_len=True)
+    check_tq4(target, torch.bfloat16, 512, 4, 1, 256, 139, 1, with_len=True)
     check_tq4(target, torch.bfloat16, 512, 16, 1, 150, 139, 1, with_len=True)
     check_tq4(target, torch.bfloat16, 512, 4, 1, 150, 120, 19, with_len=True)
 

@@ -125,6 +125,11 @@ def tq4_codes(x, slots: int, used: int):
     return [all_codes, all_scales]
 
 
+def slots_for(length: int) -> int:
+    """Of a cache that holds `length` positions and more: whole blocks of any kernel for some lengths, for others not."""
+    return -(-length // 128) * 128 if length % 2 else length + 77
+
+
 def tq4_rings(k, v, first: int, residual: int):
     """The residual before position `first`, NaN in every slot that a query there does not read."""
     rings = [torch.full((residual, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype) for x in (k, v)]
@@ -162,7 +167,7 @@ def test_tq4_attention(target, dtype, tokens):
         q, k, v = tensors(GLOBAL, dtype, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
         with compiling_for(gpu_targets()[target]):
-            out = kiln.tq4_attention(q, *tq4_state(k, v, length + 77, length - tokens, RESIDUAL), pos, pos[-1:].to(torch.int32) + 1)
+            out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, RESIDUAL), pos, pos[-1:].to(torch.int32) + 1)
         error = relative(out, tq4_exact(q, k, v, length - tokens, RESIDUAL))
         print(f"tq4 {target} {dtype} of {tokens} up to {length}: {error:.1e}")
         assert error < LIMIT[dtype], length
@@ -174,7 +179,7 @@ def test_tq4_attention_other_residuals(tokens, residual):
     for length in (70, 96, 97, 1024, 1025, 3000):
         q, k, v = tensors(GLOBAL, torch.float16, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
-        out = kiln.tq4_attention(q, *tq4_state(k, v, length + 77, length - tokens, residual), pos, None)
+        out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, residual), pos, None)
         error = relative(out, tq4_exact(q, k, v, length - tokens, residual))
         print(f"tq4 residual {residual}, {tokens} up to {length}: {error:.1e}")
         assert error < LIMIT[torch.float16], length
@@ -340,7 +345,7 @@ def test_tq4_decode(target, dtype):
         raw = (qk[:, : heads * dim], qk[:, heads * dim :], v, *weights, angle.cos(), angle.sin())
         last = length - 1
         past = [(torch.randn(last, kv_heads, dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
-        codes = [t for x in past for t in tq4_codes(x, length + 77, last)]
+        codes = [t for x in past for t in tq4_codes(x, slots_for(length), last)]
         rings = tq4_rings(*past, last, RESIDUAL)
         kept, pos = [t.clone() for t in (*codes, *rings)], torch.tensor([last], device="cuda")
         with compiling_for(gpu_targets()[target]):
