@@ -47,7 +47,7 @@ PREFILL_TILES = {
     (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
     (100, 512): Tile(rows=32, keys=64, warps=8, stages=2),  # of 64 rows the compiler makes an empty kernel
 }
-DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=1, splits_per_sm=1)
+DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
 RESIDUAL_KEYS = 32  # of a split of the residual, at least
@@ -156,6 +156,7 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
     """One rotated query token, one KV head, the codes of positions [low, high), into row `split` of o_ptr and ml_ptr."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     WHOLE: tl.constexpr = SLOTS % BLOCK_N == 0  # then every block lies in the cache: whatever codes it holds, their levels are finite
+    TWO: tl.constexpr = DTYPE != tl.float32  # chains of dependent products; float32 has no registers left for a second
     Q: tl.constexpr = D // 4
     word = tl.arange(0, Q)
     group = tl.arange(0, PAD)
@@ -182,12 +183,12 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
         vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=None if WHOLE else held[None, :], other=None if WHOLE else 0)
         v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
         k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
-        even = tl.dot(k0, q0, input_precision="ieee")
-        odd = tl.dot(k1, q1, input_precision="ieee")  # two chains of dependent products
+        scores = tl.dot(k0, q0, input_precision="ieee")
+        other = tl.dot(k1, q1, input_precision="ieee") if TWO else tl.dot(k1, q1, scores, input_precision="ieee")
         k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
-        even = tl.dot(k2, q2, even, input_precision="ieee")
-        odd = tl.dot(k3, q3, odd, input_precision="ieee")
-        scores = tl.where(held[:, None], (even + odd) * k_scale[:, None] * q_scale[None, :], float("-inf"))
+        scores = tl.dot(k2, q2, scores if TWO else other, input_precision="ieee")
+        scores = scores + tl.dot(k3, q3, other, input_precision="ieee") if TWO else tl.dot(k3, q3, scores, input_precision="ieee")
+        scores = tl.where(held[:, None], scores * k_scale[:, None] * q_scale[None, :], float("-inf"))
         weights, m, scale = softmax_step(scores, m, 0)
         total = total * scale + tl.sum(weights, 0)
         weights = (weights * v_scale[:, None]).to(DTYPE)
