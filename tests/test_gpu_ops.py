@@ -126,8 +126,9 @@ def tq4_codes(x, slots: int, used: int):
 
 
 def slots_for(length: int) -> int:
-    """Of a cache that holds `length` positions and more: whole blocks of any kernel for some lengths, for others not."""
-    return -(-length // 128) * 128 if length % 2 else length + 77
+    """Of a cache that holds `length` positions: one of four, for each of which kernels compile anew, whole blocks of any kernel or not."""
+    whole = 5120 if length <= 5120 else 131072
+    return whole if length % 2 else whole + 77
 
 
 def tq4_rings(k, v, first: int, residual: int):
