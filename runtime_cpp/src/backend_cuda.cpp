@@ -6,14 +6,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <condition_variable>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <thread>
 
@@ -26,6 +23,7 @@ namespace kiln {
 namespace {
 
 constexpr uint64_t kStagingBytes = 64 << 20;
+constexpr unsigned kReaders = 4;  // threads that fill a staging buffer
 constexpr size_t kStackBytes = 128;  // of a GPU thread; the driver grows it for a kernel that needs more
 
 void check(cudaError_t code, const char* what) {
@@ -101,7 +99,7 @@ class CudaTimeline : public Timeline {
   uint64_t graph_bytes_ = 0;
 };
 
-// Reads a file front to back into two buffers by turns, on its own thread, ahead of the consumer.
+// Reads a file front to back into two buffers by turns, on threads of its own, ahead of the consumer.
 class Reader {
  public:
   Reader(const MappedFile& file, uint64_t offset, uint64_t bytes, char* first, char* second)
@@ -138,7 +136,12 @@ class Reader {
         changed_.wait(lock, [&] { return i < released_ + 2 || stop_; });
         if (stop_) return;
       }
-      std::string error = fill(buffers_[i % 2], offset_ + i * kStagingBytes, std::min(kStagingBytes, bytes_ - i * kStagingBytes));
+      std::string error;
+      try {
+        file_.read(offset_ + i * kStagingBytes, std::min(kStagingBytes, bytes_ - i * kStagingBytes), buffers_[i % 2], kReaders);
+      } catch (const std::exception& e) {
+        error = e.what();
+      }
       {
         std::lock_guard<std::mutex> lock(mutex_);
         error_ = error;
@@ -147,16 +150,6 @@ class Reader {
       changed_.notify_all();
       if (!error.empty()) return;
     }
-  }
-
-  std::string fill(char* to, uint64_t at, uint64_t n) const {
-    while (n > 0) {
-      ssize_t got = pread(file_.fd(), to, n, static_cast<off_t>(at));
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) return file_.path() + ": cannot read byte " + std::to_string(at) + ": " + (got < 0 ? std::strerror(errno) : "the file ended");
-      to += got, at += static_cast<uint64_t>(got), n -= static_cast<uint64_t>(got);
-    }
-    return "";
   }
 
   const MappedFile& file_;

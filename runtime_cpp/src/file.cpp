@@ -7,6 +7,9 @@
 
 #include <cerrno>
 #include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 namespace kiln {
 
@@ -22,6 +25,17 @@ int open_file(const std::string& path, uint64_t* size) {
   }
   *size = static_cast<uint64_t>(st.st_size);
   return fd;
+}
+
+// What went wrong, or nothing.
+std::string read_part(int fd, uint64_t at, uint64_t bytes, char* to) {
+  while (bytes > 0) {
+    ssize_t got = pread(fd, to, bytes, static_cast<off_t>(at));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return "cannot read byte " + std::to_string(at) + ": " + (got < 0 ? std::strerror(errno) : "the file ended");
+    to += got, at += static_cast<uint64_t>(got), bytes -= static_cast<uint64_t>(got);
+  }
+  return "";
 }
 
 }  // namespace
@@ -68,6 +82,26 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     fail(path, ": cannot map ", size_, " bytes: ", std::strerror(code));
   }
   data_ = static_cast<const char*>(p);
+}
+
+void MappedFile::read(uint64_t offset, uint64_t bytes, char* to, unsigned threads) const {
+  std::vector<std::string> errors(threads);
+  auto part = [&](unsigned i) {
+    uint64_t low = bytes * i / threads, high = bytes * (i + 1) / threads;
+    errors[i] = read_part(fd_, offset + low, high - low, to + low);
+  };
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < threads; ++i) {
+    try {
+      others.emplace_back(part, i);
+    } catch (const std::system_error&) {  // no thread to be had
+      part(i);
+    }
+  }
+  part(0);
+  for (std::thread& other : others) other.join();
+  for (const std::string& error : errors)
+    if (!error.empty()) fail(path_, ": ", error);
 }
 
 MappedFile::~MappedFile() {
