@@ -302,7 +302,7 @@ def prefill_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
                      has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
-    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`, whose are `own` and `terms`."""
+    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`; own, terms: the latter's OWN and TERMS."""
     group = heads // kv_heads
     splits = split_count(target, tile, kv_heads, slots)
     shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,

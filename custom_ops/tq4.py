@@ -88,9 +88,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nibble = nibble + (size > b).to(torch.int32)
     scale = norm / torch.linalg.vector_norm(levels(nibble), dim=-1, keepdim=True)
     quarter = nibble.unflatten(-1, (4, dim // 4))
-    word = torch.zeros_like(quarter[..., 0, :])
-    for j in range(4):
-        word = word | (quarter[..., j, :] & 7) << 4 * j | quarter[..., j, :] >> 3 << SIGN_BITS[j]
+    word = sum((quarter[..., j, :] & 7) << 4 * j | quarter[..., j, :] >> 3 << SIGN_BITS[j] for j in range(4))  # disjoint bits
     word = word - ((word & 0x8000) << 1)  # into int16's range: what a narrowing cast does outside it is not fixed
     return word.to(torch.int16), scale.squeeze(-1).clamp(max=MAX_SCALE).to(torch.float16)
 
@@ -209,7 +207,7 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
     scale = tl.minimum(norm / tl.sqrt(tl.sum(level * level, 1)), MAX_SCALE_F16)
     quarter = tl.reshape(nibble, (ROWS, 4, D // 4))
     j = tl.arange(0, 4)[None, :, None]
-    bits = (quarter & 7) << (4 * j) | (quarter >> 3) << ((7 + 8 * j) % 20)
+    bits = (quarter & 7) << (4 * j) | (quarter >> 3) << ((7 + 8 * j) % 20)  # SIGN_BITS[j]
     word = tl.sum(bits, 1)  # disjoint bits: the sum is the union
     tl.store(codes_ptr + slot[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :], word.to(tl.int16), mask=keep[:, None])
     tl.store(scales_ptr + slot, scale.to(tl.float16), mask=keep)

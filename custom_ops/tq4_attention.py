@@ -156,7 +156,6 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
     """One rotated query token, one KV head, the codes of positions [low, high), into row `split` of o_ptr and ml_ptr."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     WHOLE: tl.constexpr = SLOTS % BLOCK_N == 0  # then every block lies in the cache: whatever codes it holds, their levels are finite
-    TWO: tl.constexpr = DTYPE != tl.float32  # chains of dependent products; float32 has no registers left for a second
     Q: tl.constexpr = D // 4
     word = tl.arange(0, Q)
     group = tl.arange(0, PAD)
@@ -183,11 +182,13 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
         vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=None if WHOLE else held[None, :], other=None if WHOLE else 0)
         v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
         k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
-        scores = tl.dot(k0, q0, input_precision="ieee")
-        other = tl.dot(k1, q1, input_precision="ieee") if TWO else tl.dot(k1, q1, scores, input_precision="ieee")
         k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
-        scores = tl.dot(k2, q2, scores if TWO else other, input_precision="ieee")
-        scores = scores + tl.dot(k3, q3, other, input_precision="ieee") if TWO else tl.dot(k3, q3, scores, input_precision="ieee")
+        scores = tl.dot(k2, q2, tl.dot(k0, q0, input_precision="ieee"), input_precision="ieee")
+        if DTYPE == tl.float32:
+            scores = tl.dot(k1, q1, scores, input_precision="ieee")
+            scores = tl.dot(k3, q3, scores, input_precision="ieee")
+        else:  # a second chain of dependent products, for which float32 has no registers left
+            scores += tl.dot(k3, q3, tl.dot(k1, q1, input_precision="ieee"), input_precision="ieee")
         scores = tl.where(held[:, None], scores * k_scale[:, None] * q_scale[None, :], float("-inf"))
         weights, m, scale = softmax_step(scores, m, 0)
         total = total * scale + tl.sum(weights, 0)

@@ -116,8 +116,7 @@ class _Fuser:
     def to_fixed(self, x: Node, before: Node) -> tuple[Node, ...]:
         """x in fixed point, and (squares, eps) where its products are to be multiplied by their root."""
         if x not in self.fixed:
-            others = (self.gated, self.attention, self.converted)
-            self.fixed[x] = self.norm(x, before) or (next(made for other in others if (made := other(x, before))),)
+            self.fixed[x] = self.norm(x, before) or (self.gated(x, before) or self.attention(x, before) or self.converted(x, before),)
         return self.fixed[x]
 
     def converted(self, x: Node, before: Node) -> Node:

@@ -41,7 +41,7 @@ def test_rotation_is_orthogonal_and_fixed(dim: int) -> None:
     assert tq4.signs(16).tolist() == SIGNS
 
 
-SIGNS = [-1, -1, 1, -1, 1, -1, -1, 1, -1, 1, -1, 1, 1, 1, 1, -1]  # a cache written by one version must be readable by the next
+SIGNS = [-1, -1, 1, -1, 1, -1, -1, 1, -1, 1, -1, 1, 1, 1, 1, -1]  # prefill and decode, compiled apart, share a cache
 
 
 def vectors(dim: int, count: int = 2000, outliers: bool = False) -> torch.Tensor:

@@ -44,17 +44,9 @@ std::string read_file(const std::string& path) {
   uint64_t size = 0;
   int fd = open_file(path, &size);
   std::string text(size, '\0');
-  uint64_t done = 0;
-  while (done < size) {
-    ssize_t n = read(fd, &text[done], size - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) {
-      close(fd);
-      fail(path, ": read ", done, " of ", size, " bytes: ", n < 0 ? std::strerror(errno) : "the file ended");
-    }
-    done += static_cast<uint64_t>(n);
-  }
+  std::string error = read_part(fd, 0, size, text.data());
   close(fd);
+  if (!error.empty()) fail(path, ": ", error);
   return text;
 }
 
