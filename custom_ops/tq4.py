@@ -1,13 +1,16 @@
 """TQ4, TurboQuant at 4 bits: the codec of a KV cache, and the op that writes into one.
 
 A vector x of D elements (a power of two, 64..512) becomes D nibbles and one float16:
-  z = sqrt(D) R x / |x|, R = H_D diag(s) / sqrt(D), the randomized Hadamard rotation: every coordinate of z is nearly a standard normal
-  nibble = the nearest of the 16 Lloyd-Max levels of N(0, 1): bit 3 the sign, bits 0..2 the magnitude LEVELS[i]
+  z = SPREAD sqrt(D) R x / |x|, R = H_D diag(s) / sqrt(D), the randomized Hadamard rotation: every coordinate of z is nearly normal
+  nibble = the nearest of 16 levels: bit 3 the sign, bits 0..2 the magnitude LEVELS[i]
   scale = |x| / |c|, c the chosen levels, so that the decoded vector R^T (scale c) has exactly the length of x
 The int16 word w holds rotated coordinates j * D/4 + w, j = 0..3: magnitudes in bits 4j..4j+2, signs in bits 7, 15, 3, 11, where one
 shift brings two of them to the tops of their bytes.
 Scales of 2^-14..65504 keep float16's full precision, which is |x| of about 2^-14 sqrt(D) .. 65504 sqrt(D); longer vectors are clamped
 to 65504, shorter ones lose precision and end at 0. A zero vector has scale 0.
+
+The levels are the Lloyd-Max levels of N(0, SPREAD^2), rounded to multiples of 1 / LEVEL_UNIT: exact in every 16-bit format, 8-bit integers
+times LEVEL_UNIT, at 0.06 % more error than the optimum.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
 
-LEVELS = (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896)
+LEVEL_UNIT = tl.constexpr(32)
+LEVELS = tuple(n / LEVEL_UNIT.value for n in (5, 15, 25, 36, 48, 62, 79, 104))
+SPREAD = tl.constexpr(1.19185)
 BOUNDARIES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
 SIGN_BITS = (7, 15, 3, 11)
 MAX_SCALE = 65504.0
@@ -81,7 +86,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_dim(dim)
     x = x.to(torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    z = rotate(x) * torch.where(norm > 0, dim**0.5 / norm, 0.0)
+    z = rotate(x) * torch.where(norm > 0, SPREAD.value * dim**0.5 / norm, 0.0)
     size = z.abs()
     nibble = (z < 0).to(torch.int32) * 8
     for b in BOUNDARIES:
@@ -198,7 +203,7 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
     """Encode rows of x, float32 [ROWS, D], into the vectors `slot` of a cache, where `keep`."""
     dim = tl.arange(0, D)
     norm = tl.sqrt(tl.sum(x * x, 1))
-    z = hadamard_rows(x * sign_of(dim)[None, :], ROWS, D) * tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
+    z = hadamard_rows(x * sign_of(dim)[None, :], ROWS, D) * tl.where(norm > 0, SPREAD / norm, 0.0)[:, None]
     size = tl.abs(z)
     nibble = (z < 0).to(tl.int32) * 8
     for i in tl.static_range(7):

@@ -14,7 +14,7 @@ from torch.library import triton_op
 from custom_ops import tq4
 from custom_ops.configs import pick
 from custom_ops.early import early, wait_for_earlier_kernels
-from custom_ops.fixed_point import store_fixed
+from custom_ops.fixed_point import largest, store_fixed
 from custom_ops.flash import (
     LOG2E,
     Tile,
@@ -36,7 +36,7 @@ from custom_ops.global_attention import causal_mask
 from custom_ops.launch import kernel, use_triton
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget, current_target
-from custom_ops.tq4 import hadamard_rows, plane_pair, sign_of
+from custom_ops.tq4 import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from custom_ops.tq4_prefill import attend_in_pieces, piece_cases, piece_tile
 
 # By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
@@ -51,6 +51,8 @@ DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: wi
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
 RESIDUAL_KEYS = 32  # of a split of the residual, at least
+
+LARGEST = tl.constexpr(largest(2))
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
@@ -79,13 +81,23 @@ def rotated_query(x, D: tl.constexpr):
 
 
 @triton.jit
-def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, EARLY: tl.constexpr):
-    """`rotated_query` of one query."""
+def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
+    """`rotated_query` of one query. BYTES: as integers 256 a + b, out_ptr int8 [queries, 2, D] a, then b, and the scale of their products
+    with levels times LEVEL_UNIT.
+    """
     wait_for_earlier_kernels(EARLY)
     r = tl.program_id(0)
     dim = tl.arange(0, D)[None, :]
     y, scale = rotated_query(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
-    tl.store(out_ptr + r * D + dim, y)
+    if BYTES:
+        high = tl.max(tl.max(tl.abs(y), 1), 0)
+        v = tl.floor(y * tl.where(high > 0, LARGEST / high, 0.0) + 0.5).to(tl.int32)
+        a = (v + 128) >> 8
+        tl.store(out_ptr + r * 2 * D + dim, a.to(tl.int8))
+        tl.store(out_ptr + r * 2 * D + D + dim, (v - a * 256).to(tl.int8))
+        scale *= high * (1.0 / (LARGEST * LEVEL_UNIT))
+    else:
+        tl.store(out_ptr + r * D + dim, y)
     tl.store(scale_ptr + r, scale)
 
 
@@ -324,39 +336,51 @@ def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_h
                   "BLOCK_N": tile.keys, "ASM": asm}
 
 
-def decode(q: torch.Tensor, rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
+def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
            pos: torch.Tensor, out: torch.Tensor, terms: int = 0) -> None:
     """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
 
     Into `out`: [1, H, D], or a row in fixed point.
     """
-    (k_codes, *_), (_, heads, dim), target = caches, rotated.shape, current_target()
+    (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
     (kv_heads, slots, _), residual = k_codes.shape, rings[0].shape[0]
-    asm = rotated.is_cuda and rotated.dtype != torch.float32
+    asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
     tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, residual, terms)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
-    kernel(tq4_decode_kernel)[(kv_heads, splits)](rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
+    kernel(tq4_decode_kernel)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
                                                   num_stages=tile.stages)
     kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, out, **merge, num_warps=merge_warps(dim))
 
 
-def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...],
-            rings: tuple[torch.Tensor, ...], pos: torch.Tensor, out: torch.Tensor) -> None:
+def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `rotate_kernel`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]."""
+    tokens, heads, dim = q.shape
+    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if as_bytes:
+        out = torch.empty(tokens, heads, 2, dim, dtype=torch.int8, device=q.device)
+    else:
+        out = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
+    kernel(rotate_kernel)[(tokens * heads,)](q, out, scale, D=dim, BYTES=as_bytes, EARLY=early(), num_warps=ROTATE_WARPS)
+    return out, scale
+
+
+def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
+            pos: torch.Tensor, out: torch.Tensor) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
     (tokens, heads, dim), (kv_heads, slots, _), residual = q.shape, caches[0].shape, rings[0].shape[0]
-    target, float32, asm = current_target(), rotated.dtype == torch.float32, rotated.is_cuda and rotated.dtype != torch.float32
+    target, float32, asm = current_target(), q.dtype == torch.float32, q.is_cuda and q.dtype != torch.float32
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
     flash_prefill(q, k, v, *rings, pos, residual, out, lse)
     still_rotated = torch.empty_like(out)
     pieces = None if float32 else piece_tile(target, dim)
     if pieces is not None:
-        attend_in_pieces(pieces, rotated, scale, caches, pos, residual, still_rotated, codes_lse, asm)
+        attend_in_pieces(pieces, *rotated(q, True), caches, pos, residual, still_rotated, codes_lse, asm)
     else:
         tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots, residual)
         blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
-        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](rotated, scale, *caches, pos, still_rotated, codes_lse, tokens, **constants,
+        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens, **constants,
                                                        num_warps=tile.warps, num_stages=tile.stages)
     kernel(unrotate_kernel)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
                                                GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
@@ -385,17 +409,14 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    rotated = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
-    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    kernel(rotate_kernel)[(tokens * heads,)](q, rotated, scale, D=dim, EARLY=early(), num_warps=ROTATE_WARPS)
     caches, rings = (k_codes, k_scales, v_codes, v_scales), (k_residual, v_residual)
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     if tokens == 1:
         slot = pos % k_residual.shape[0]
         rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
-        decode(q, rotated, scale, caches, rings, pos, out)
+        decode(q, *rotated(q), caches, rings, pos, out)
     else:
-        prefill(q, k, v, rotated, scale, caches, rings, pos, out)
+        prefill(q, k, v, caches, rings, pos, out)
     return out
 
 
@@ -419,9 +440,10 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
         name, float32 = f"tq4_attention {kind[1:]}", kind == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
         rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), kind)
-        rotate = {"x_ptr": kind, "out_ptr": inner, "scale_ptr": "*fp32"}
-        constants = {"D": dim, "EARLY": early(target)}
-        cases.append(KernelCase(f"{name} rotate {dim}", rotate_kernel, rotate, constants, {"num_warps": ROTATE_WARPS}))
+        rotate = {"x_ptr": kind, "scale_ptr": "*fp32"}
+        for kind_out in (inner,) if float32 else (inner, "*i8"):
+            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", rotate_kernel, rotate | {"out_ptr": kind_out},
+                                    {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
         constants = {"RESIDUAL": residual, "HEADS": 32, "GROUP": 8, "D": dim}
         cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))

@@ -1,8 +1,11 @@
 """Attention of a chunk of queries to the codes of a TQ4 cache, which are decompressed once for all queries, not once for each tile of them.
 
-The cache is walked in pieces. Two kernels for each piece: one writes its keys and values, scales included, to a float16 scratch; one
-continues every query's softmax over them. A piece that lies past the queries ends at its first instructions, so the launches depend on
-the number of slots alone and the host never reads a position.
+The cache is walked in pieces. Two kernels for each piece: one writes its keys, as the 8-bit integers that their levels are, and its values,
+scales included, to a scratch; one continues every query's softmax over them. A piece that lies past the queries ends at its first
+instructions, so the launches depend on the number of slots alone and the host never reads a position.
+
+Queries are 16-bit integers, 256 a + b of signed bytes, so that a product with keys is two of 8 bits, exact: they cost a tensor core what
+one of 16 bits does, and keys are half the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import triton.language as tl
 from custom_ops.launch import kernel
 from custom_ops.registry import KernelCase
 from custom_ops.target import GpuTarget
-from custom_ops.tq4 import plane_pair
+from custom_ops.tq4 import LEVEL_UNIT, plane_pair
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,21 @@ class PrefillTile:
 
 
 # By (architecture, head dimension), 16-bit activations. What is not here decompresses tile by tile (`tq4_attention.PREFILL_TILES`).
-PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, warps=8, stages=2)}
+PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, warps=8, stages=3)}
 DECOMPRESS_ROWS, DECOMPRESS_WARPS = 64, 8  # a multiple of every tile's keys: whole blocks are defined
 
-SHRINK = tl.constexpr(0.25)  # of keys and values in the scratch: the largest level times the largest scale would not fit float16
+SHRINK = tl.constexpr(0.25)  # of values in the scratch: the largest level times the largest scale would not fit float16
 RESTORED = tl.constexpr(16)  # rows of the state in one step
 
 
 @triton.jit
-def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
+def tq4_decompress_kernel(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
                           RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
                           ASM: tl.constexpr):
-    """ROWS slots of one KV head, of the piece from slot `start`: k_ptr, v_ptr float16 [KV, PIECE, D], rotated and shrunk.
+    """ROWS slots of one KV head, of the piece from slot `start`, still rotated: k_ptr int8 [KV, PIECE, D], levels times LEVEL_UNIT; v_ptr
+    float16 [KV, PIECE, D], shrunk.
 
-    Program axes: block of slots, KV head, keys (0) or values (1). Slots past those that the last query reads become 0.
+    Program axes: block of slots, KV head, keys (0) or values (1). Slots past those that the last query reads become finite.
     """
     Q: tl.constexpr = D // 4
     first = tl.program_id(0) * ROWS
@@ -57,32 +61,39 @@ def tq4_decompress_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, 
     word = tl.arange(0, Q)
     slot = head * SLOTS + start + row
     codes_at = slot[:, None] * Q + word[None, :]
+    out = (head * PIECE + row[:, None]) * D + word[None, :]
     if tl.program_id(2) == 0:
         codes = tl.load(k_codes_ptr + codes_at, mask=held[:, None], other=0)
-        scale = tl.load(k_scales_ptr + slot, mask=held, other=0.0)
-        out = k_ptr
+        for pair in tl.static_range(2):
+            a, b = plane_pair(codes, pair, tl.float16, ASM)
+            tl.store(k_ptr + out + 2 * pair * Q, (a * LEVEL_UNIT).to(tl.int8))
+            tl.store(k_ptr + out + 2 * pair * Q + Q, (b * LEVEL_UNIT).to(tl.int8))
     else:
         codes = tl.load(v_codes_ptr + codes_at, mask=held[:, None], other=0)
         scale = tl.load(v_scales_ptr + slot, mask=held, other=0.0)
-        out = v_ptr
-    scale = (scale.to(tl.float32) * SHRINK).to(tl.float16)[:, None]
-    out += (head * PIECE + row[:, None]) * D + word[None, :]
-    a, b = plane_pair(codes, 0, tl.float16, ASM)
-    tl.store(out, a * scale)
-    tl.store(out + Q, b * scale)
-    a, b = plane_pair(codes, 1, tl.float16, ASM)
-    tl.store(out + 2 * Q, a * scale)
-    tl.store(out + 3 * Q, b * scale)
+        scale = (scale.to(tl.float32) * SHRINK).to(tl.float16)[:, None]
+        for pair in tl.static_range(2):
+            a, b = plane_pair(codes, pair, tl.float16, ASM)
+            tl.store(v_ptr + out + 2 * pair * Q, a * scale)
+            tl.store(v_ptr + out + 2 * pair * Q + Q, b * scale)
 
 
 @triton.jit
-def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, RESIDUAL: tl.constexpr,
-                     PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                     BLOCK_N: tl.constexpr):
+def scales_of(k_scales_ptr, n, start, SLOTS: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scales of the keys n .. of a piece, of its last block where n lies past it."""
+    p = tl.minimum(n, PIECE - BLOCK_N) + tl.arange(0, BLOCK_N)
+    return tl.load(k_scales_ptr + p, mask=None if SLOTS % PIECE == 0 else start + p < SLOTS, other=None if SLOTS % PIECE == 0 else 0.0)
+
+
+@triton.jit
+def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start,
+                     RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated, rows that read no code are undefined.
 
-    A row is a (token, head of the group) pair, tokens major. Between pieces its state is the output so far, as the sum of two float16
-    (state_ptr [KV, blocks, 2, BLOCK_M, D]), and the base-2 logarithm of its total weight (lse_ptr float32 [KV, T * GROUP], a result, too).
+    q_ptr int8 [T, H, 2, D]: high bytes, low bytes; q_scale_ptr: of products of those integers with levels times LEVEL_UNIT. A row is a
+    (token, head of the group) pair, tokens major. Between pieces its state is the output so far, as the sum of two float16 (state_ptr
+    [KV, blocks, 2, BLOCK_M, D]), and the base-2 logarithm of its total weight (lse_ptr float32 [KV, T * GROUP], a result, too).
     """
     blocks = tl.num_programs(0)
     block = blocks - 1 - tl.program_id(0)  # the longest sweeps start first
@@ -97,31 +108,41 @@ def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, v_ptr, pos_ptr, state_ptr, lse_p
     keep = token < tokens
     dim = tl.arange(0, D)
     key = tl.arange(0, BLOCK_N)
-    q = tl.load(q_ptr + query[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0)
-    q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0) * (1.0 / SHRINK)
+    # of 16 rows of the operand, 8 queries' high bytes and the same queries' low bytes: products that one thread gets
+    pair = tl.arange(0, 2 * BLOCK_M)
+    byte_row = block * BLOCK_M + pair // 16 * 8 + pair % 8
+    byte = (byte_row // GROUP * (KV * GROUP) + head * GROUP + byte_row % GROUP) * 2 + pair // 8 % 2
+    q = tl.load(q_ptr + byte[:, None] * D + dim[None, :], mask=(byte_row // GROUP < tokens)[:, None], other=0)
+    q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0)
     state_ptr += (head * blocks + block) * (2 * BLOCK_M * D)
     lse_ptr += head * tokens * GROUP + block * BLOCK_M
     k_ptr += head * (PIECE * D)
     v_ptr += head * (PIECE * D)
+    k_scales_ptr += head * SLOTS + start
     m = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of the piece
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # added up after the loop: within it that would be an exchange between threads
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     offset = key[:, None] * D + dim[None, :]
 
     # each step multiplies the next block's keys while it weighs its own block's scores; the first only multiplies
     scores = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    k_scale = scales_of(k_scales_ptr, 0, start, SLOTS, PIECE, BLOCK_N)
     for n in tl.range(-BLOCK_N, tl.minimum(end, PIECE), BLOCK_N):
         new = tl.maximum(m, tl.max(scores, 1))
         weights = tl.exp2(scores - new[:, None])
         scale = tl.exp2(m - new)
         m = new
-        total = total * scale + tl.sum(weights, 1)
+        total = total * scale[:, None] + weights
         weights = weights.to(tl.float16)
         products = tl.dot(q, tl.trans(tl.load(k_ptr + tl.minimum(n + BLOCK_N, PIECE - BLOCK_N) * D + offset)))
+        high, low = tl.split(tl.permute(tl.reshape(products.to(tl.float32), (BLOCK_M // 8, 2, 8, BLOCK_N)), (0, 2, 3, 1)))
+        products = tl.reshape(high * 256.0 + low, (BLOCK_M, BLOCK_N)) * q_scale[:, None] * k_scale.to(tl.float32)[None, :]
         # masked here, not where they are read: were the product itself carried on, ptxas would make the next step wait for both products
-        scores = tl.where((n + BLOCK_N + key)[None, :] <= (pos + token)[:, None], products * q_scale[:, None], float("-inf"))
+        scores = tl.where((n + BLOCK_N + key)[None, :] <= (pos + token)[:, None], products, float("-inf"))
+        k_scale = scales_of(k_scales_ptr, n + 2 * BLOCK_N, start, SLOTS, PIECE, BLOCK_N)  # a step ahead: its latency would show
         v = tl.load(v_ptr + tl.maximum(n, 0) * D + offset)
         acc = tl.dot(weights, v, acc * scale[:, None])
+    total = tl.sum(total, 1)
 
     if start > 0:
         before = tl.load(lse_ptr + row, mask=keep, other=0.0)
@@ -157,45 +178,46 @@ def piece_slots(tile: PrefillTile, slots: int) -> int:
 
 def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int, asm: bool) -> tuple[dict, dict]:
     """The constants of `tq4_decompress_kernel` and of `tq4_piece_kernel`."""
-    shared = {"PIECE": piece_slots(tile, slots), "D": dim, "RESIDUAL": residual}
-    return (shared | {"SLOTS": slots, "ROWS": DECOMPRESS_ROWS, "ASM": asm},
+    shared = {"PIECE": piece_slots(tile, slots), "SLOTS": slots, "D": dim, "RESIDUAL": residual}
+    return (shared | {"ROWS": DECOMPRESS_ROWS, "ASM": asm},
             shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys})
 
 
 def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
                      residual: int, out: torch.Tensor, lse: torch.Tensor, asm: bool) -> None:
-    """Launch the kernels: q float16 [T, H, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them; a query at p reads codes up to
+    """Launch the kernels: q int8 [T, H, 2, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them; a query at p reads codes up to
     p - residual. out [T, H, D], still rotated; lse float32 [KV, T * H / KV].
 
-    Scratch: 4 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
+    Scratch: 3 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
     """
-    tokens, heads, dim = q.shape
-    kv_heads, slots, _ = caches[0].shape
+    tokens, heads, _, dim = q.shape
+    k_codes, k_scales, v_codes, v_scales = caches
+    kv_heads, slots, _ = k_codes.shape
     decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, asm)
     piece = decompress["PIECE"]
     blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
-    k = torch.empty(kv_heads, piece, dim, dtype=torch.float16, device=q.device)
-    v = torch.empty_like(k)
+    k = torch.empty(kv_heads, piece, dim, dtype=torch.int8, device=q.device)
+    v = torch.empty(kv_heads, piece, dim, dtype=torch.float16, device=q.device)
     kept = kv_heads * blocks * tile.rows if slots - residual > piece else 1  # rows whose state passes from piece to piece
     state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
     for start in range(0, slots - residual, piece):
-        kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](*caches, pos, k, v, tokens, start, **decompress,
-                                                                               num_warps=DECOMPRESS_WARPS)
-        kernel(tq4_piece_kernel)[(blocks, kv_heads)](q, q_scale, k, v, pos, state, lse, out, tokens, start, **attend,
+        kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](k_codes, v_codes, v_scales, pos, k, v, tokens, start,
+                                                                               **decompress, num_warps=DECOMPRESS_WARPS)
+        kernel(tq4_piece_kernel)[(blocks, kv_heads)](q, q_scale, k, k_scales, v, pos, state, lse, out, tokens, start, **attend,
                                                      num_warps=tile.warps, num_stages=tile.stages)
 
 
 def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int) -> list[KernelCase]:
     """The compilations behind `attend_in_pieces`, for bfloat16 activations."""
     decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, True)
-    halves = dict.fromkeys(("k_ptr", "v_ptr"), "*fp16")
-    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16", "pos_ptr": "*i64"}
-    inputs = {"q_ptr": "*fp16", "q_scale_ptr": "*fp32", "pos_ptr": "*i64"}
+    scratch = {"k_ptr": "*i8", "v_ptr": "*fp16", "pos_ptr": "*i64"}
+    caches = {"k_codes_ptr": "*i16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
+    inputs = {"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_scales_ptr": "*fp16"}
     integers = {"tokens": "i32", "start": "i32"}
     return [
-        KernelCase(f"{name} decompress {kv_heads}x{dim}", tq4_decompress_kernel, caches | halves | integers, decompress,
+        KernelCase(f"{name} decompress {kv_heads}x{dim}", tq4_decompress_kernel, caches | scratch | integers, decompress,
                    {"num_warps": DECOMPRESS_WARPS}, aligned=("start",)),
         KernelCase(f"{name} piece {heads}:{kv_heads}x{dim}", tq4_piece_kernel,
-                   inputs | halves | {"state_ptr": "*fp16", "lse_ptr": "*fp32", "out_ptr": "*bf16"} | integers, attend,
+                   inputs | scratch | {"state_ptr": "*fp16", "lse_ptr": "*fp32", "out_ptr": "*bf16"} | integers, attend,
                    {"num_warps": tile.warps, "num_stages": tile.stages}, aligned=("start",)),
     ]

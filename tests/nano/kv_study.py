@@ -36,6 +36,7 @@ from tests.nano.model import Cache, Nano, load_gguf
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 RESIDUAL = PassOptions.residual_length
 BASE, TQ4, SHIPPED = "bf16", "TQ4", f"TQ4, newest {RESIDUAL} exact"
+LEVELS_4BIT = tuple(level / tq4.SPREAD.value for level in tq4.LEVELS)
 LEVELS_3BIT = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max of N(0, 1), 8 levels
 GEOMETRY_31B = (10, 4, 512)  # global layers, KV heads, head size
 MIXES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q8_0")
@@ -132,9 +133,9 @@ def codecs(seed: int) -> list[Codec]:
     return [
         Codec(BASE, identity, lambda d: 2 * d),  # every hook rounds to bfloat16 first
         Codec(TQ4, lambda x: tq4.decode(*tq4.encode(x)), lambda d: d / 2 + 2, True),
-        Codec("TQ4, length not corrected", lloyd_max(tq4.LEVELS, *hadamard, corrected=False), lambda d: d / 2 + 2),
-        Codec("TQ4, dense random rotation", lloyd_max(tq4.LEVELS, *dense_rotation(seed)), lambda d: d / 2 + 2),
-        Codec("TQ4, no rotation", lloyd_max(tq4.LEVELS, *plain), lambda d: d / 2 + 2),
+        Codec("TQ4, length not corrected", lloyd_max(LEVELS_4BIT, *hadamard, corrected=False), lambda d: d / 2 + 2),
+        Codec("TQ4, dense random rotation", lloyd_max(LEVELS_4BIT, *dense_rotation(seed)), lambda d: d / 2 + 2),
+        Codec("TQ4, no rotation", lloyd_max(LEVELS_4BIT, *plain), lambda d: d / 2 + 2),
         Codec("int4 symmetric, rotated", int4_symmetric(*hadamard), lambda d: d / 2 + 2, True),
         Codec("int4 affine, rotated", int4_affine(*hadamard), lambda d: d / 2 + 4),
         Codec("int4 in blocks of 32, rotated", int4_symmetric(*hadamard, block=32), lambda d: d / 2 + d / 16),
