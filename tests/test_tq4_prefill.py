@@ -75,6 +75,14 @@ def interpreted_small_and_large_values(size: float) -> None:
     check(SMALL, 64, 2, 1, 128, 90, 5, size)
 
 
+def interpreted_a_query_of_zeros() -> None:
+    """It has no scale; every key weighs the same."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (random(generator, torch.float32, n, h, 64) for n, h in ((5, 2), (130, 1), (130, 1)))
+    q[1, 0] = 0
+    compare(SMALL, q, k, v, 192, 125)
+
+
 @pytest.mark.parametrize("strong", [{3: 4}, {70: 4}, {140: 4}, {175: 4}, {3: 3, 70: 4}, {70: 4, 140: 3}, {3: 4, 175: 3}])
 def interpreted_scores_beyond_the_resolution_of_float32(strong: dict[int, float]) -> None:
     """One key takes all the weight, in the first piece, a middle one, the last or the residual, with or without a runner-up elsewhere."""
