@@ -143,8 +143,8 @@ def _planes_asm(pair: int) -> str:
     low = [hex(int.from_bytes(bytes(h[0] for h in half[i : i + 4]), "little")) for i in (0, 4)]
     high = [hex(int.from_bytes(bytes(h[1] for h in half[i : i + 4]), "little")) for i in (0, 4)]
     lines = [".reg .b32 s, l, h, t, u;"]
-    # t = 0, unknown to the assembler, which then keeps t | constant in a register; a constant it would fetch again for every lookup
-    lines += ["mov.u32 t, %lanemask_lt;", "shr.u32 t, t, 31;", f"or.b32 u, t, {high[0]};", f"or.b32 t, t, {low[0]};"]
+    # t = 0, unknown to the assembler, which then keeps t ^ constant in a register; a constant it would fetch again for every lookup
+    lines += ["mov.u32 t, %lanemask_lt;", "shr.u32 t, t, 31;", f"xor.b32 u, t, {high[0]};", f"xor.b32 t, t, {low[0]};"]
     lines += ["and.b32 s, $2, 0x77777777;", f"prmt.b32 s, s, s, {('0x20', '0x31')[pair]};"]
     lines += [f"prmt.b32 l, t, {low[1]}, s;", f"prmt.b32 h, u, {high[1]}, s;"]
     lines += [f"shl.b32 s, $2, {4 * pair};", "lop3.b32 h, s, 0x80808080, h, 0xEA;"]  # (s & sign bits) | magnitudes

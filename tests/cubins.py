@@ -41,7 +41,7 @@ def _images(data: bytes) -> list[bytes]:
     return images
 
 
-def _cuobjdump(image: bytes, option: str) -> str:
+def cuobjdump(image: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(image)
         f.flush()
@@ -50,12 +50,12 @@ def _cuobjdump(image: bytes, option: str) -> str:
 
 def architecture(image: bytes) -> str:
     """`sm_90`, as cuobjdump reads it."""
-    return re.search(r"sm_\d+", _cuobjdump(image, "-elf"))[0]
+    return re.search(r"sm_\d+", cuobjdump(image, "-elf"))[0]
 
 
 def registers(image: bytes) -> dict[str, int]:
     """Kernel -> registers of a thread."""
-    return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", _cuobjdump(image, "-res-usage"))}
+    return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", cuobjdump(image, "-res-usage"))}
 
 
 def digests(package: Path) -> dict[str, list[str]]:

@@ -253,8 +253,8 @@ def run_ptx(text: str, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             registers[target] = a
         elif name == "and":
             registers[target] = a & b
-        elif name == "or":
-            registers[target] = a | b
+        elif name == "xor":
+            registers[target] = a ^ b
         elif name == "shl":
             registers[target] = a << b & 0xFFFFFFFF
         elif name == "shr":
