@@ -52,7 +52,7 @@ PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
 RESIDUAL_KEYS = 32  # of a split of the residual, at least
 
-LARGEST = tl.constexpr(largest(2))
+LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,

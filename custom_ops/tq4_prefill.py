@@ -81,8 +81,9 @@ def tq4_decompress_kernel(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr
 @triton.jit
 def scales_of(k_scales_ptr, n, start, SLOTS: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Scales of the keys n .. of a piece, of its last block where n lies past it."""
+    WHOLE: tl.constexpr = SLOTS % PIECE == 0  # then every piece lies in the cache
     p = tl.minimum(n, PIECE - BLOCK_N) + tl.arange(0, BLOCK_N)
-    return tl.load(k_scales_ptr + p, mask=None if SLOTS % PIECE == 0 else start + p < SLOTS, other=None if SLOTS % PIECE == 0 else 0.0)
+    return tl.load(k_scales_ptr + p, mask=None if WHOLE else start + p < SLOTS, other=None if WHOLE else 0.0)
 
 
 @triton.jit
