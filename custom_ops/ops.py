@@ -1,17 +1,7 @@
 """Importing this module registers every `torch.ops.kiln` operator."""
 
-from custom_ops import (  # noqa: F401
-    decode_attention,
-    gemv,
-    global_attention,
-    markers,
-    norm,
-    quantized_embedding,
-    quantized_linear,
-    sample,
-    sliding_attention,
-    sliding_decode,
-    tq4,
-    tq4_attention,
-    tq4_decode,
-)
+from custom_ops import markers  # noqa: F401
+from custom_ops.attention import global_attention, prepare, sliding_attention, sliding_decode  # noqa: F401
+from custom_ops.step import add_norm, sample  # noqa: F401
+from custom_ops.tq4 import attention, codec, decode  # noqa: F401
+from custom_ops.weights import embedding, gemv, linear  # noqa: F401

@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from custom_ops.configs import borrowed
-from custom_ops.early import WAITING_KERNELS
-from custom_ops.fixed_point import TERMS
-from custom_ops.target import gpu_targets
-from exporter.artifact import dtype_name, staged, write_manifest
-from exporter.compile import CompiledEntry, available_targets, clean, compile_target, native_target
-from exporter.config import ModelConfig, check_tensors, from_gguf
+from custom_ops.gpu.early import WAITING_KERNELS
+from custom_ops.gpu.tables import borrowed
+from custom_ops.gpu.target import gpu_targets
+from custom_ops.weights.fixed_point import TERMS
+from exporter.artifact.manifest import dtype_name, staged, write_manifest
+from exporter.artifact.memory import kv_plan, memory_plan
+from exporter.artifact.weights import plan_weights, write_weights
+from exporter.compiler.compile import CompiledEntry, available_targets, clean, compile_target, native_target
+from exporter.compiler.torch_private import check_versions
+from exporter.compiler.trace import DTYPES, GraphSpec
 from exporter.errors import KilnError
-from exporter.export import DTYPES, GraphSpec
-from exporter.gguf import GGUFFile, open_gguf
-from exporter.plan import kv_plan, memory_plan
 from exporter.progress import bar, say, size_text
-from exporter.quantize import to_float
-from exporter.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
-from exporter.torch_private import check_versions
-from exporter.weights import plan_weights, write_weights
+from exporter.source.config import ModelConfig, check_tensors, from_gguf
+from exporter.source.gguf import GGUFFile, open_gguf
+from exporter.source.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
+from exporter.tools.quantize import to_float
 from passes.records import PassOptions
 
 GIB = 2**30

@@ -96,7 +96,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
     if not options["dry_run"] and options["gguf_path"].is_file():
-        from exporter.workers import AT_ONCE, prepare
+        from exporter.compiler.workers import AT_ONCE, prepare
 
         prepare(AT_ONCE)  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
@@ -111,7 +111,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
 @click.option("--verify", is_flag=True, help="Recompute every checksum of an artifact.")
 def inspect(path: Path, as_json: bool, verify: bool) -> None:
     """Show what a GGUF file or an artifact holds."""
-    from exporter import inspect as show
+    from exporter.artifact import show as show
 
     record = show.artifact(path, verify) if path.is_dir() else show.gguf(path)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
@@ -121,7 +121,7 @@ def inspect(path: Path, as_json: bool, verify: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
-    from exporter.runner import runner
+    from exporter.measure.runner import runner
 
     binary = runner()
     os.execv(binary, [binary, *arguments])
@@ -140,7 +140,7 @@ def run(arguments: tuple[str, ...]) -> None:
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
 def bench(as_json: bool, **options) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
-    from exporter.bench import bench as measure
+    from exporter.measure.bench import bench as measure
 
     record, text = measure(**options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
@@ -157,7 +157,7 @@ def bench(as_json: bool, **options) -> None:
 def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab_from: Path | None, sparse: bool) -> None:
     """Write a GGUF file of random, well-scaled weights in a real geometry."""
     from exporter.progress import bar, size_text
-    from exporter.synth import write_synthetic
+    from exporter.tools.synth import write_synthetic
 
     with bar("writing") as progress:
         write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress, sparse=sparse)
@@ -179,7 +179,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
 def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **options) -> None:
     """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
-    from exporter import evaluate as ev
+    from exporter.measure import evaluate as ev
 
     try:
         lengths = tuple(int(depth) for depth in depths.split(","))

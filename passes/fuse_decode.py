@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 import passes.edit as edit
-from custom_ops.gemv import COUNTERS, glu_fits
+from custom_ops.weights.gemv import COUNTERS, glu_fits
 from passes.edit import KILN
 from passes.records import Lowered, PassOptions, PassReport
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.config import from_gguf
-from exporter.export import GraphSpec
-from exporter.gguf import open_gguf
-from exporter.weights import load_weights, plan_weights, write_weights
+from exporter.artifact.weights import load_weights, plan_weights, write_weights
+from exporter.compiler.trace import GraphSpec
+from exporter.source.config import from_gguf
+from exporter.source.gguf import open_gguf
 from passes.records import PassOptions
 
 FIXTURES = Path(__file__).parent / "fixtures"

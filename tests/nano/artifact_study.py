@@ -21,10 +21,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from exporter import evaluate as ev
-from exporter.artifact import read_manifest
+from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
-from exporter.players import ArtifactPlayer
+from exporter.measure import evaluate as ev
+from exporter.measure.players import ArtifactPlayer
 from tests.nano import data
 from tests.nano.grammar import passkeys
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter import evaluate as ev
+from exporter.measure import evaluate as ev
 from tests.nano import data
 from tests.nano.model import Cache, Nano
 from tests.nano.vocabulary import BOS, EOS

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import tq4
-from exporter import evaluate as ev
-from exporter import players as pl
-from exporter.config import LayerConfig
-from exporter.gguf import open_gguf
-from exporter.quantize import write_quantized
+from custom_ops.tq4 import codec
+from exporter.measure import evaluate as ev
+from exporter.measure import players as pl
+from exporter.source.config import LayerConfig
+from exporter.source.gguf import open_gguf
+from exporter.tools.quantize import write_quantized
 from passes.records import PassOptions
 from tests.nano import data, vocabulary
 from tests.nano.evals import joined, retrieve
@@ -36,7 +36,7 @@ from tests.nano.model import Cache, Nano, load_gguf
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 RESIDUAL = PassOptions.residual_length
 BASE, TQ4, SHIPPED = "bf16", "TQ4", f"TQ4, newest {RESIDUAL} exact"
-LEVELS_4BIT = tuple(level / tq4.SPREAD.value for level in tq4.LEVELS)
+LEVELS_4BIT = tuple(level / codec.SPREAD.value for level in codec.LEVELS)
 LEVELS_3BIT = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max of N(0, 1), 8 levels
 GEOMETRY_31B = (10, 4, 512)  # global layers, KV heads, head size
 MIXES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q8_0")
@@ -128,11 +128,11 @@ def dense_rotation(seed: int) -> tuple[Map, Map]:
 
 def codecs(seed: int) -> list[Codec]:
     """The base first, what ships, but for its residual, second."""
-    hadamard = (tq4.rotate, tq4.unrotate)
+    hadamard = (codec.rotate, codec.unrotate)
     plain = (identity, identity)
     return [
         Codec(BASE, identity, lambda d: 2 * d),  # every hook rounds to bfloat16 first
-        Codec(TQ4, lambda x: tq4.decode(*tq4.encode(x)), lambda d: d / 2 + 2, True),
+        Codec(TQ4, lambda x: codec.decode(*codec.encode(x)), lambda d: d / 2 + 2, True),
         Codec("TQ4, length not corrected", lloyd_max(LEVELS_4BIT, *hadamard, corrected=False), lambda d: d / 2 + 2),
         Codec("TQ4, dense random rotation", lloyd_max(LEVELS_4BIT, *dense_rotation(seed)), lambda d: d / 2 + 2),
         Codec("TQ4, no rotation", lloyd_max(LEVELS_4BIT, *plain), lambda d: d / 2 + 2),

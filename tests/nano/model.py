@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from gguf import GGUFValueType
 from torch import Tensor, nn
 
-from exporter import synth
-from exporter.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
-from exporter.gguf import open_gguf
-from exporter.quantize import quantize, to_float
-from exporter.weights import derived_constants
+from exporter.artifact.weights import derived_constants
+from exporter.source.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
+from exporter.source.gguf import open_gguf
+from exporter.tools import synth
+from exporter.tools.quantize import quantize, to_float
 
 NAME = "gemma4-nano"
 FAR = 1 << 30  # the position of a key that is not there: after every query

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exporter.errors import KilnError
-from exporter.gguf import open_gguf
+from exporter.source.gguf import open_gguf
 from tests.nano import artifact_study as study
 from tests.nano import data, vocabulary
 

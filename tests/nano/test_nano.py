@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops import tq4
-from exporter.export import lower, make_kv, runnable
-from exporter.quantize import write_quantized
+from custom_ops.tq4 import codec
+from exporter.compiler.trace import lower, make_kv, runnable
+from exporter.tools.quantize import write_quantized
 from tests.nano import data, vocabulary
 from tests.nano.evals import STOP
 from tests.nano.grammar import passkeys
@@ -75,7 +75,7 @@ def test_same_residual_as_the_product(model: Nano, file: Path, ids: torch.Tensor
     rows = feed(runnable(lowered.program, state), None, ids, len(ids) // 3)
 
     def write(layer, k, v):
-        return (k, v) if layer.sliding else tuple(tq4.decode(*tq4.encode(x)) for x in (k, v))
+        return (k, v) if layer.sliding else tuple(codec.decode(*codec.encode(x)) for x in (k, v))
 
     errors = {}
     for residual, chunk in ((32, 1000), (32, 40), (32, 1), (31, 1000), (0, 1000)):

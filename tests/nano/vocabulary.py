@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from exporter.tokenizer import SPACE, write_tokenizer
+from exporter.source.tokenizer import SPACE, write_tokenizer
 
 SPECIAL = (  # text, GGUF token type (3 control, 4 user-defined); ids are the positions, the first five as in Gemma
     ("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 3), ("<mask>", 3), ("<|turn>", 3), ("<turn|>", 3), ("<|tool_response>", 4),

@@ -1,0 +1,143 @@
+"""What attention of one token takes, from its raw projections: norms and rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.target import GpuTarget
+from custom_ops.markers import rms_norm, rope
+from custom_ops.weights.gemv_kernels import sum_splits
+
+PREPARE_WARPS = 8
+
+
+def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The op in plain torch; arguments as `prepare_qkv`."""
+    dim = q_weight.shape[0]
+    q, k, v = (x.sum(0).view(1, -1, dim) for x in (q, k, v))
+    q = rope(rms_norm(q, q_weight, eps, torch.float32), cos, sin)
+    k = rope(rms_norm(k, k_weight, eps, torch.float32), cos, sin)
+    return q.to(dtype), k.to(dtype), rms_norm(v, None, eps, dtype)
+
+
+@triton.jit
+def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+    """Both halves, float32 [D / 2], of head `head` of queries, keys and values: RMSNorm and, but for values, weight and rotary embedding.
+
+    A projection is the sum of `splits` parts, `stride` elements apart (q and k alike).
+    """
+    H: tl.constexpr = D // 2
+    dim = tl.arange(0, H)
+    rotated = head < HEADS + KV
+    weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr) + dim
+    weight0 = tl.load(weight, rotated, other=1.0)
+    weight1 = tl.load(weight + H, rotated, other=1.0)
+    wait_for_earlier_kernels(EARLY)
+    parts = splits
+    step = stride
+    if head < HEADS:
+        source = q_ptr + head * D
+    elif rotated:
+        source = k_ptr + (head - HEADS) * D
+    else:
+        source = v_ptr + (head - HEADS - KV) * D
+        parts = v_splits
+        step = v_stride
+    whole = sum_splits(source + tl.arange(0, D), step, parts, None, D, TOGETHER=16)
+    a, b = tl.split(tl.permute(tl.reshape(whole, [2, H]), [1, 0]))
+    cos = tl.load(cos_ptr + dim, rotated, other=1.0)
+    sin = tl.load(sin_ptr + dim, rotated, other=0.0)
+    norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + EPS)
+    a = a * norm * weight0
+    b = b * norm * weight1
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
+                   v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+    """`prepared_head` of one token. Grid (HEADS + 2 KV)."""
+    head = tl.program_id(0)
+    a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                         EPS, HEADS, KV, D, EARLY)
+    if head < HEADS:
+        target = q_out_ptr + head * D
+    elif head < HEADS + KV:
+        target = k_out_ptr + (head - HEADS) * D
+    else:
+        target = v_out_ptr + (head - HEADS - KV) * D
+    dim = tl.arange(0, D // 2)
+    tl.store(target + dim, a)
+    tl.store(target + D // 2 + dim, b)
+
+
+def check_projections(op: str, q, k, v, q_weight, cos) -> None:
+    dim = q_weight.shape[0]
+    sizes = [x.shape[1] for x in (q, k, v)]
+    if any(x.dtype != torch.float32 or x.stride(1) != 1 for x in (q, k, v)) or any(s % dim for s in sizes) or sizes[1] != sizes[2]:
+        raise ValueError(f"{op}: q, k, v have {sizes} elements; expected float32, whole heads of {dim}, as many keys as values")
+    if sizes[0] % sizes[1] or cos.shape != (1, dim // 2):
+        raise ValueError(f"{op}: {sizes[0] // dim} heads to {sizes[1] // dim}, cos {tuple(cos.shape)}; expected [1, {dim // 2}]")
+    if q.shape[0] != k.shape[0] or (q.shape[0] > 1 and q.stride(0) != k.stride(0)):
+        raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
+
+
+@triton.jit
+def rope_table_kernel(pos_ptr, inv_freq_ptr, cos_ptr, sin_ptr, half, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """cos and sin of pos * inv_freq, float32 [half]."""
+    i = tl.arange(0, BLOCK)
+    inv_freq = tl.load(inv_freq_ptr + i, i < half, other=0.0)
+    wait_for_earlier_kernels(EARLY)
+    angle = tl.load(pos_ptr).to(tl.float32) * inv_freq
+    tl.store(cos_ptr + i, tl.cos(angle), i < half)
+    tl.store(sin_ptr + i, tl.sin(angle), i < half)
+
+
+@triton_op("kiln::rope_table", mutates_args=())
+def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of pos * inv_freq, computed once: pos int64 [1], inv_freq float32 [H] -> float32 [1, H] each."""
+    if not use_triton(inv_freq):
+        angle = pos.float()[:, None] * inv_freq
+        return angle.cos(), angle.sin()
+    half = inv_freq.shape[0]
+    cos = torch.empty((1, half), dtype=torch.float32, device=inv_freq.device)
+    sin = torch.empty_like(cos)
+    kernel(rope_table_kernel)[(1,)](pos, inv_freq, cos, sin, half, BLOCK=triton.next_power_of_2(half), EARLY=early(), num_warps=1)
+    return cos, sin
+
+
+@triton_op("kiln::prepare_qkv", mutates_args=())
+def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
+                sin: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token's projections, float32 [S, heads * D] to be summed over S, to what attention takes: [1, heads, D] in dtype each.
+
+    q and k: RMSNorm over D, times weight float32 [D], rotary embedding by cos, sin float32 [1, D / 2]; v: RMSNorm. ValueError when a shape
+    does not fit.
+    """
+    check_projections("prepare_qkv", q, k, v, q_weight, cos)
+    if not use_triton(q):
+        return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype)
+    dim = q_weight.shape[0]
+    outs = [torch.empty((1, x.shape[1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
+    heads, kv_heads = (x.shape[1] for x in outs[:2])
+    parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
+    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
+                                                    D=dim, EARLY=early(), num_warps=PREPARE_WARPS)
+    return outs[0], outs[1], outs[2]
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernel at the shape of the 31B's global layers."""
+    raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+    numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
+    signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
+    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
+    return [KernelCase("prepare 32:4x512", prepare_kernel, signature, constants, {"num_warps": PREPARE_WARPS},
+                       aligned=("stride", "v_stride"))]

@@ -1,0 +1,235 @@
+"""Sliding-window attention of one token from its raw projections: norms, rotary embedding, cache write, attention, fixed point.
+
+Two kernels. Every program of the first prepares the queries it needs itself, from the parts that the product left, and reads its keys and
+values before that: they are of earlier tokens, so they need not wait for the product. The second merges the splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops.attention import sliding_attention
+from custom_ops.attention.flash import (
+    DECODE_FLOAT32,
+    LOG2E,
+    Tile,
+    check_kernel_shapes,
+    decode_constants,
+    decode_range,
+    flash_merge_kernel,
+    merge_warps,
+    softmax_step,
+    split_size,
+)
+from custom_ops.attention.prepare import check_projections, prepare_reference
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.tables import pick
+from custom_ops.gpu.target import GpuTarget, current_target
+from custom_ops.weights import fixed_point
+from custom_ops.weights.fixed_point import GROUP, group_words
+
+# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+SLIDING_TILES = {
+    (86, 256): Tile(keys=32, warps=8, stages=1),
+    (86, 512): Tile(keys=16, warps=8, stages=1),
+    (90, 256): Tile(keys=64, warps=4, stages=1),
+    (90, 512): Tile(keys=32, warps=8, stages=1),
+}
+
+
+@triton.jit
+def _parts(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.constexpr):
+    """PARTS rows of N elements `stride` apart, float32 [PAD, N], in one load."""
+    part = tl.arange(0, PAD)[:, None]
+    return tl.load(source + part.to(tl.int64) * stride + tl.arange(0, N)[None, :], (part < PARTS) & mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Both halves, float32 [ROWS, D / 2], of RMSNorm of the sum of parts [PAD, ROWS * D]."""
+    halves = tl.reshape(tl.sum(parts, 0), [ROWS, 2, D // 2])
+    norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + EPS)
+    return tl.split(tl.permute(_settled(halves * norm[:, None, None]), [0, 2, 1]))
+
+
+@triton.jit
+def _rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr):
+    """The rotary embedding of the weighted halves, each [ROWS, D / 2]."""
+    a = halves[0] * weight0[None, :]
+    b = halves[1] * weight1[None, :]
+    return _settled(a * cos[None, :] - b * sin[None, :]).to(DTYPE), _settled(b * cos[None, :] + a * sin[None, :]).to(DTYPE)
+
+
+@triton.jit
+def _settled(x):
+    """x, float32, in the layout it was computed in: else the compiler computes it again in every layout that a reader likes."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _columns(rows, ROWS: tl.constexpr, PAD: tl.constexpr, H: tl.constexpr):
+    """[ROWS, H] repeated to [H, PAD]: a tensor-core tile has more columns than a KV head has queries."""
+    return tl.trans(tl.reshape(tl.broadcast_to(rows[None, :, :], [PAD // ROWS, ROWS, H]), [PAD, H]))
+
+
+@triton.jit
+def _keys(k_ring, v_ring, p, end, head, RING: tl.constexpr, KV: tl.constexpr, D: tl.constexpr):
+    """Both halves of the keys at positions p, and the values; zeros from `end` on."""
+    half = tl.arange(0, D // 2)[None, :]
+    row = (p % RING)[:, None] * (KV * D) + head * D
+    held = (p < end)[:, None]
+    k0 = tl.load(k_ring + row + half, held, other=0.0)
+    k1 = tl.load(k_ring + row + D // 2 + half, held, other=0.0)
+    return k0, k1, tl.load(v_ring + row + tl.arange(0, D)[None, :], held, other=0.0)
+
+
+@triton.jit
+def _step(q0, q1, k0, k1, v, held, m, total, acc):
+    """One block of keys of the online softmax."""
+    scores = tl.dot(k1, q1, tl.dot(k0, q0, input_precision="ieee"), input_precision="ieee") * LOG2E
+    weights, m, scale = softmax_step(tl.where(held[:, None], scores, float("-inf")), m, 0)
+    total = total * scale + tl.sum(weights, 0)
+    return m, total, tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
+
+
+@triton.jit
+def sliding_decode_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr, ml_ptr,
+                          stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
+                          V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                          ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+                          AHEAD: tl.constexpr, EARLY: tl.constexpr):
+    """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
+
+    q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
+    tensor-core tile takes; products are transposed as in `flash_decode_kernel`. The split of the last key writes it to the rings.
+    """
+    H: tl.constexpr = D // 2
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    half = tl.arange(0, H)
+    q_weight0 = tl.load(q_weight_ptr + half)
+    q_weight1 = tl.load(q_weight_ptr + H + half)
+    k_weight0 = tl.load(k_weight_ptr + half)
+    k_weight1 = tl.load(k_weight_ptr + H + half)
+    start, end = decode_range(pos_ptr, pos_ptr, False, WINDOW, True)  # the position was written before this step
+    size = split_size(start, end, SPLITS, BLOCK_N)
+    low = start + split * size
+    if low >= end:
+        return  # the merge computes the same split size and does not read this one
+    stored = tl.minimum(low + size, end - 1)  # the token's own key and value come from the product
+    p = low + tl.arange(0, BLOCK_N)
+    if AHEAD:
+        k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
+    wait_for_earlier_kernels(EARLY)
+
+    owner = low + size >= end
+    DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
+    q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
+    k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
+    v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
+    cos = tl.load(cos_ptr + half)
+    sin = tl.load(sin_ptr + half)
+    q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D), q_weight0, q_weight1, cos, sin, DTYPE)
+    own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D), k_weight0, k_weight1, cos, sin, DTYPE)
+    v0, v1 = _normed(v_parts, EPS, 1, D)
+    own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
+    dim = tl.arange(0, D)
+    slot = ((end - 1) % RING) * (KV * D) + head * D
+    tl.store(k_ring_ptr + slot + half[None, :], own_k0, owner)
+    tl.store(k_ring_ptr + slot + H + half[None, :], own_k1, owner)
+    tl.store(v_ring_ptr + slot + dim, own_v, owner)
+
+    # the softmax begins with the token's own key
+    score = tl.sum(q0.to(tl.float32) * own_k0.to(tl.float32) + q1.to(tl.float32) * own_k1.to(tl.float32), 1) * LOG2E
+    m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
+    total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
+    acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]  # of other splits zeros, the norm of no parts
+    q0 = _columns(q0, ROWS, PAD, H)
+    q1 = _columns(q1, ROWS, PAD, H)
+    if AHEAD:
+        m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
+        low += BLOCK_N
+    for n in tl.range(low, stored, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
+        m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
+    group = tl.arange(0, PAD)
+    part = split * (KV * GROUP) + head * GROUP + group
+    tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
+    tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
+    tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
+
+
+def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
+    return DECODE_FLOAT32 if dtype == torch.float32 else pick(SLIDING_TILES, target, dim)
+
+
+def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
+               terms: int) -> tuple[dict, dict]:
+    """The constants of `sliding_decode_kernel` and of `flash_merge_kernel`."""
+    split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
+    del split["HAS_LEN"]
+    pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
+    ahead = tile is not DECODE_FLOAT32  # its products, out of registers, leave none for keys ahead
+    return split | pads | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts, "ROWS": triton.next_power_of_2(heads // kv_heads)}, merge
+
+
+@triton_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
+def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
+                   sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
+                   terms: int) -> torch.Tensor:
+    """`prepare_qkv`, then sliding-window attention, the token's key and value written to the rings.
+
+    k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R = min(window, max_seq_len); pos [1] int64.
+    Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
+    """
+    check_projections("sliding_decode", q, k, v, q_weight, cos)
+    dim, slots = q_weight.shape[0], k_ring.shape[0]
+    heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
+    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
+        raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
+    if not use_triton(q):
+        prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype)
+        out = sliding_attention.reference(*prepared, k_ring, v_ring, pos, window)
+        slot = pos % slots
+        k_ring.index_copy_(0, slot, prepared[1])
+        v_ring.index_copy_(0, slot, prepared[2])
+        return fixed_point.quantize(out.flatten(1), terms)
+    check_kernel_shapes("sliding_decode", dim, k_ring)
+    target = current_target()
+    tile = _tile(k_ring.dtype, target, dim)
+    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms)
+    part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    kernel(sliding_decode_kernel)[(kv_heads, split["SPLITS"])](
+        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0), v.stride(0), EPS=eps, **split,
+        num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+    kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, q, q, q, out, **merge, num_warps=merge_warps(dim))
+    return out
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B: V from the product of q and k, and from its own."""
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
+    signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
+    cases = []
+    for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        tile = _tile(dtype, target, 256)
+        rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
+        for parts, v_parts in ((3, 3), (4, 14)):
+            split, merge = _constants(tile, target, 32, 16, 256, 1024, 1024, parts, v_parts, 2)
+            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} 32:16x256", sliding_decode_kernel, signature | rings,
+                                    {"EPS": 1e-6} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
+                                    aligned=("stride", "v_stride")))
+        inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
+        cases.append(KernelCase(f"sliding_decode {kind} merge 32:16x256", flash_merge_kernel, inputs | {"out_ptr": "*i32"}, merge,
+                                {"num_warps": merge_warps(256)}))
+    return cases

@@ -1,0 +1,1 @@
+"""Measuring and tuning of every op on a GPU."""

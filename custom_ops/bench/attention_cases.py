@@ -1,0 +1,306 @@
+"""Benchmark cases of the ops that read or write caches; see `bench_cases`."""
+
+from __future__ import annotations
+
+import torch
+
+from custom_ops.attention import prepare
+from custom_ops.attention.flash import attend
+from custom_ops.bench.cases import EPS, PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Geometry, Heads, Tensors, clone, fixed_bytes, kiln, normal
+from custom_ops.tq4 import codec
+from custom_ops.weights import fixed_point
+
+SPREAD = 0.3  # of random queries, keys and values: scores of a few units, as after the norms of a real model
+PARTS = 4  # in which products leave what attention adds up
+LEAST_SLOTS = 8192  # of a cache, however little of it is filled: a decode kernel has as many splits as for a long one
+
+
+def positions(g: torch.Generator, start: int, end: int) -> torch.Tensor:
+    return torch.arange(start, end, device=g.device)
+
+
+def _some(tokens: int, device: torch.device) -> torch.Tensor:
+    """The queries of a chunk that are compared: a reference of all would not fit into memory."""
+    return torch.linspace(0, tokens - 1, min(tokens, 16), device=device).long().unique()
+
+
+def keys_attended(start: int, tokens: int, window: int | None = None) -> int:
+    return sum(min(p + 1, window or p + 1) for p in range(start, start + tokens))
+
+
+def attention_flops(heads: Heads, keys: int) -> int:
+    return 4 * heads.queries * heads.dim * keys
+
+
+def sliding_case(geometry: Geometry, tokens: int) -> Case:
+    heads, window = geometry.sliding, geometry.window
+    start = 4 * window  # the ring is full
+
+    def arguments(g: torch.Generator) -> Tensors:
+        q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
+        k, v = (normal(g, tokens, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
+        rings = (normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
+        return (q, k, v, *rings, positions(g, start, start + tokens))
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor,
+                  pos: torch.Tensor) -> torch.Tensor:
+        some = _some(tokens, q.device)
+        past = torch.arange(start - window, start, device=q.device)
+        distance = pos[some][:, None] - torch.cat([past, pos])[None, :]
+        keys, values = torch.cat([k_ring[past % window], k]), torch.cat([v_ring[past % window], v])
+        return attend(q[some].float(), keys, values, (distance >= 0) & (distance < window))
+
+    row = heads.kv * heads.dim * 2
+    return Case(
+        op="sliding decode" if tokens == 1 else "sliding prefill",
+        shape=f"{tokens} over {window}",
+        bytes=2 * row * (window - 1 + tokens) + 4 * tokens * heads.queries * heads.dim,
+        flops=attention_flops(heads, keys_attended(start, tokens, window)),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=lambda *a: kiln.sliding_attention(*a, window),
+        reference=reference,
+        copy=clone(3, 4),
+        result=lambda out, arguments: out[_some(tokens, out.device)],
+        group=PLAIN_STEP if tokens == 1 else "",
+        count=heads.layers,
+    )
+
+
+def projections(g: torch.Generator, heads: Heads) -> Tensors:
+    """q, k, v of one token in parts, weights of the norms, cos and sin."""
+    qk = normal(g, PARTS, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
+    v = normal(g, PARTS, heads.kv * heads.dim, dtype=torch.float32)
+    weights = (normal(g, heads.dim, dtype=torch.float32, scale=SPREAD) for _ in range(2))
+    angle = normal(g, 1, heads.dim // 2, dtype=torch.float32)
+    columns = heads.queries * heads.dim
+    return (qk[:, :columns], qk[:, columns:], v, *weights, angle.cos(), angle.sin())
+
+
+def around_bytes(heads: Heads) -> int:
+    """What attention from projections reads and writes beside the cache."""
+    return 4 * PARTS * (heads.queries + 2 * heads.kv) * heads.dim + fixed_bytes(heads.queries * heads.dim)
+
+
+def sliding_decode_case(geometry: Geometry) -> Case:
+    """From the projections, in as many parts as their products leave them, to the next product's activations."""
+    heads, window = geometry.sliding, geometry.window
+    start = 4 * window
+
+    def arguments(g: torch.Generator) -> Tensors:
+        raw = projections(g, heads)
+        return (*raw, *(normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2)), positions(g, start, start + 1))
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        *raw, k_ring, v_ring, pos = arguments
+        prepared = prepare.prepare_reference(*raw, EPS, k_ring.dtype)
+        past = torch.arange(start - window + 1, start, device=pos.device) % window
+        keys, values = (torch.cat([ring[past], own]) for ring, own in zip((k_ring, v_ring), prepared[1:], strict=True))
+        mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
+        return attend(prepared[0].float(), keys, values, mask).flatten(1)
+
+    return Case(
+        op="sliding_decode",
+        shape=f"1 over {window}",
+        bytes=2 * 2 * heads.kv * heads.dim * window + around_bytes(heads),
+        flops=attention_flops(heads, window),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=lambda *a: kiln.sliding_decode(*a, window, EPS, TERMS),
+        reference=reference,
+        copy=clone(7, 8),
+        result=lambda out, arguments: fixed_point.dequantize(out),
+        group=STEP,
+        count=heads.layers,
+    )
+
+
+def _kv_len(pos: torch.Tensor) -> torch.Tensor:
+    return pos[-1:].to(torch.int32) + 1
+
+
+def global_case(heads: Heads, tokens: int, depth: int) -> Case:
+    def arguments(g: torch.Generator) -> Tensors:
+        q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
+        slots = max(depth, LEAST_SLOTS)
+        caches = []
+        for _ in range(2):
+            cache = torch.empty(slots, heads.kv, heads.dim, dtype=torch.bfloat16, device=g.device)
+            cache[:depth] = normal(g, depth, heads.kv, heads.dim, scale=SPREAD)
+            cache[depth:] = torch.nan
+            caches.append(cache)
+        pos = positions(g, depth - tokens, depth)
+        return (q, *caches, pos, _kv_len(pos))
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, kv_len: torch.Tensor) -> torch.Tensor:
+        some = _some(tokens, q.device)
+        mask = torch.arange(depth, device=q.device)[None, :] <= pos[some][:, None]
+        return attend(q[some].float(), k[:depth], v[:depth], mask)
+
+    return Case(
+        op="global decode" if tokens == 1 else "global prefill",
+        shape=f"{tokens} at {depth}",
+        bytes=2 * depth * heads.kv * heads.dim * 2 + 4 * tokens * heads.queries * heads.dim,
+        flops=attention_flops(heads, keys_attended(depth - tokens, tokens)),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=kiln.global_attention,
+        reference=reference,
+        copy=clone(1, 2),
+        result=lambda out, arguments: out[_some(tokens, out.device)],
+    )
+
+
+def tq4_row_bytes(heads: Heads) -> int:
+    """Bytes of one token's key, or value, in a TQ4 cache."""
+    return heads.kv * (heads.dim // 2 + 2)
+
+
+def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tensor]:
+    """k_codes, k_scales, v_codes, v_scales with `depth` vectors, and no numbers behind them."""
+    slots = max(depth, LEAST_SLOTS)
+    caches: list[torch.Tensor] = []
+    for _ in range(2):
+        shape = (heads.kv, depth, heads.dim // 4)
+        codes = torch.empty(heads.kv, slots, heads.dim // 4, dtype=torch.int16, device=g.device)
+        codes[:, :depth] = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=g, device=g.device)
+        scales = torch.full((heads.kv, slots), torch.nan, dtype=torch.float16, device=g.device)
+        scales[:, :depth].uniform_(0.5 * SPREAD, 1.5 * SPREAD, generator=g)
+        caches += [codes, scales]
+    return caches
+
+
+def tq4_rings(g: torch.Generator, geometry: Geometry, end: int) -> list[torch.Tensor]:
+    """The residual before position `end`: no numbers in slots that a query there does not read."""
+    heads, rings = geometry.full, []
+    for _ in range(2):
+        ring = torch.full((geometry.residual, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
+        past = torch.arange(max(end - geometry.residual + 1, 0), end, device=g.device)
+        ring[past % geometry.residual] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
+        rings.append(ring)
+    return rings
+
+
+def tq4_bytes(geometry: Geometry, tokens: int, depth: int) -> int:
+    """Bytes of the keys and values that `tokens` queries up to `depth` read: in code, and of the newest ones exactly."""
+    heads, residual = geometry.full, geometry.residual
+    return 2 * max(depth - residual, 0) * tq4_row_bytes(heads) + 2 * min(depth, residual - 1 + tokens) * heads.kv * heads.dim * 2
+
+
+def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int) -> torch.Tensor:
+    """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest R as they are."""
+    residual, end = rings[0].shape[0], start + own[0].shape[0]
+    newest = torch.arange(max(start - residual + 1, 0), end, device=q.device)
+    past = newest[newest < start]
+    sides = []
+    for i in range(2):
+        coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
+        sides.append(torch.cat([coded, rings[i][past % residual].float(), own[i].float()]))
+    distance = pos[:, None] - newest
+    old = torch.arange(end, device=q.device) <= pos[:, None] - residual
+    return attend(q.float(), *sides, torch.cat([old, (distance >= 0) & (distance < residual)], 1))
+
+
+def tq4_case(geometry: Geometry, tokens: int, depth: int) -> Case:
+    heads, start = geometry.full, depth - tokens
+
+    def arguments(g: torch.Generator) -> Tensors:
+        q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
+        own = (normal(g, tokens, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
+        pos = positions(g, start, depth)
+        return (q, *own, *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), pos, _kv_len(pos))
+
+    def reference(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        some = _some(tokens, q.device)
+        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start)
+
+    return Case(
+        op="tq4 decode" if tokens == 1 else "tq4 prefill",
+        shape=f"{tokens} at {depth}",
+        bytes=tq4_bytes(geometry, tokens, depth) + 4 * tokens * heads.queries * heads.dim,
+        flops=attention_flops(heads, keys_attended(start, tokens)),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=kiln.tq4_attention,
+        reference=reference,
+        copy=clone(*range(3, 9)),
+        result=lambda out, arguments: out[_some(tokens, out.device)],
+        group=f"attention of a decode step at {depth}, global layers (TQ4)" if tokens == 1 else f"attention of {tokens} at {depth} (TQ4)",
+        count=heads.layers,
+    )
+
+
+def tq4_decode_case(geometry: Geometry, depth: int) -> Case:
+    """From the projections to the next product's activations; the token is the last of `depth`."""
+    heads, start = geometry.full, depth - 1
+
+    def arguments(g: torch.Generator) -> Tensors:
+        return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), positions(g, start, depth))
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        q, *own = prepare.prepare_reference(*arguments[:7], EPS, torch.float32)
+        return tq4_expected(q, own, arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
+
+    return Case(
+        op="tq4_decode",
+        shape=f"1 at {depth}",
+        bytes=tq4_bytes(geometry, 1, depth) + around_bytes(heads),
+        flops=attention_flops(heads, depth),
+        limit=ROUNDED,
+        arguments=arguments,
+        call=lambda *a: kiln.tq4_decode(*a, EPS, TERMS),
+        reference=reference,
+        copy=clone(*range(7, 13)),
+        result=lambda out, arguments: fixed_point.dequantize(out),
+        group=f"global layers of a fused decode step at {depth} (TQ4)",
+        count=heads.layers,
+    )
+
+
+def tq4_write_case(heads: Heads, tokens: int) -> Case:
+    def arguments(g: torch.Generator) -> Tensors:
+        slots = max(tokens, LEAST_SLOTS)
+        codes = [torch.zeros(heads.kv, slots, heads.dim // 4, dtype=torch.int16, device=g.device) for _ in range(2)]
+        scales = [torch.full((heads.kv, slots), torch.nan, dtype=torch.float16, device=g.device) for _ in range(2)]
+        k, v = (normal(g, tokens, heads.kv, heads.dim) for _ in range(2))
+        return (codes[0], scales[0], codes[1], scales[1], k, v, positions(g, slots - tokens, slots))
+
+    def result(out: None, arguments: Tensors) -> torch.Tensor:
+        k_codes, k_scales, v_codes, v_scales, _, _, pos = arguments
+        sides = (k_codes, k_scales), (v_codes, v_scales)
+        return torch.stack([codec.decode_rotated(codes[:, pos], scales[:, pos]) for codes, scales in sides])
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        return torch.stack([codec.decode_rotated(*codec.encode(x.transpose(0, 1))) for x in arguments[4:6]])
+
+    return Case(
+        op="tq4 write",
+        shape=f"{tokens} tokens",
+        bytes=2 * tokens * (2 * heads.kv * heads.dim + tq4_row_bytes(heads)),
+        flops=0,
+        limit=5e-3,  # a coordinate on a boundary may go either way
+        arguments=arguments,
+        call=kiln.tq4_write,
+        reference=reference,
+        copy=clone(4, 5),
+        result=result,
+        group=PLAIN_STEP if tokens == 1 else "",
+        count=heads.layers,
+    )
+
+
+def decode_attention_cases(geometry: Geometry) -> list[Case]:
+    cases = [sliding_case(geometry, 1), sliding_decode_case(geometry)]
+    for depth in geometry.depths:
+        cases += [tq4_decode_case(geometry, depth), tq4_case(geometry, 1, depth)]
+    return cases + [global_case(geometry.full, 1, depth) for depth in geometry.depths]
+
+
+def prefill_attention_cases(geometry: Geometry) -> list[Case]:
+    chunk = geometry.chunks[-1]
+    depths = [depth for depth in geometry.depths if depth >= chunk]
+    return [
+        sliding_case(geometry, chunk),
+        *(tq4_case(geometry, chunk, depth) for depth in depths),
+        *(global_case(geometry.full, chunk, depth) for depth in depths),
+    ]

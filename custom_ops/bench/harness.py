@@ -1,0 +1,293 @@
+"""Times ops on this machine's GPU at the shapes of the 31B.
+
+A row is timed only after its result agreed with the reference. Data is cold, as in a model, where other weights come in between: a CUDA
+graph runs over copies that are together more than COLD times the L2 cache. Shares are of ceilings measured in the same process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from custom_ops.attention import flash, prepare, sliding_decode
+from custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
+from custom_ops.bench.cases import (
+    GEMMA4_31B,
+    Case,
+    Geometry,
+    Tensors,
+    add_norm_case,
+    embedding_case,
+    fixed_cases,
+    gemv_cases,
+    linear_cases,
+    sample_case,
+)
+from custom_ops.step import add_norm, sample
+from custom_ops.tq4 import attention, codec, decode, prefill
+from custom_ops.weights import embedding, gemv, linear
+
+COLD = 4
+MOST_COPIES = 1024
+REPLAYS = 21
+LONG = 2.0  # milliseconds of a call above which a graph holds each copy once only
+LAUNCHES = 20  # of a graph of shorter calls
+CEILING_BYTES = 4_000_000_000
+# modules whose ops launch kernels
+LAUNCHING = (prepare, flash, gemv, add_norm, embedding, linear, sample, sliding_decode, codec, attention, decode, prefill)
+SEED = 1
+
+
+def all_cases(geometry: Geometry = GEMMA4_31B) -> list[Case]:
+    chunk, vocab = geometry.chunks[-1], geometry.head.n
+    return [
+        *fixed_cases(geometry),
+        add_norm_case(geometry),
+        *gemv_cases(geometry),
+        *linear_cases(geometry),
+        embedding_case(geometry.head, 1),
+        embedding_case(geometry.head, chunk),
+        *decode_attention_cases(geometry),
+        *prefill_attention_cases(geometry),
+        tq4_write_case(geometry.full, 1),
+        tq4_write_case(geometry.full, chunk),
+        sample_case(vocab, "greedy", 0.0, 0, 1.0),
+        sample_case(vocab, "top-k 64, top-p 0.95", 1.0, 64, 0.95),
+        sample_case(vocab, "no limits", 1.0, 0, 1.0),
+    ]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU does at best."""
+
+    copy_gb_s: float  # device to device, bytes read + bytes written
+    read_gb_s: float
+    matmul_tflop_s: float  # bfloat16, 8192^3
+
+    @property
+    def gb_s(self) -> float:
+        return max(self.copy_gb_s, self.read_gb_s)
+
+    def floor_us(self, moved: int, flops: int) -> float:
+        """No kernel that moves and computes this much takes less."""
+        return max(moved / self.gb_s / 1e3, flops / self.matmul_tflop_s / 1e6)
+
+
+def call_time(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call, launching included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def graph_time(call: Callable[[int], Any], copies: int, replays: int = REPLAYS,
+               summary: Callable[[list[float]], float] = statistics.median) -> float:
+    """Microseconds of call(i), i going round 0 .. copies - 1: the median (or `summary`) over replays of one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)  # loads the kernels and makes the libraries' workspaces
+        rounds = 1 if call_time(lambda: call(copies - 1)) > LONG else math.ceil(LAUNCHES / copies)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(copies * rounds):
+            call(i % copies)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return summary(times) * 1e3 / (copies * rounds)
+
+
+@triton.jit
+def read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """out[program] = the sum of its BLOCKS * BLOCK elements of x."""
+    first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for i in tl.static_range(BLOCKS):
+        total += tl.load(x_ptr + first + i * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+def memory_rates(size: int) -> tuple[float, float]:
+    """GB/s of a copy, bytes read + bytes written, and of a plain read of `size` bytes."""
+    block, blocks = 2048, 8
+    programs = size // 4 // (block * blocks)
+    x = torch.randint(1 << 16, (programs * block * blocks,), dtype=torch.int32, device="cuda")
+    y, sums = torch.empty_like(x), torch.empty(programs, dtype=torch.int32, device="cuda")
+    copy = graph_time(lambda i: y.copy_(x), 1, summary=min)
+    read = graph_time(lambda i: read_kernel[(programs,)](x, sums, BLOCK=block, BLOCKS=blocks, num_warps=4), 1, summary=min)
+    if sums.sum() != x.sum():
+        raise RuntimeError("the read kernel gave a wrong sum: its time means nothing")
+    return 2 * x.nbytes / copy / 1e3, x.nbytes / read / 1e3
+
+
+def measure_ceilings() -> Ceilings:
+    """The best of several, on random data: zeros take less power and run faster."""
+    copy, read = memory_rates(min(CEILING_BYTES, torch.cuda.mem_get_info()[0] // 3))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    c = torch.empty_like(a)
+    product = graph_time(lambda i: torch.mm(a, b, out=c), 1, summary=min)
+    return Ceilings(copy, read, 2 * 8192**3 / product / 1e6)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected|; NaN where anything is not finite or the shapes differ."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return math.nan
+    expected = expected.double()
+    difference = (found.double() - expected).norm().item()
+    norm = expected.norm().item()
+    return difference / norm if norm else difference
+
+
+def check(case: Case, arguments: Tensors, expected: torch.Tensor) -> float:
+    """The relative error of a call whose output most likely lies in memory full of NaN or of -1."""
+    first = case.call(*arguments)
+    if isinstance(first, torch.Tensor):
+        first.fill_(math.nan if first.is_floating_point() else -1)
+        del first  # the allocator hands its memory to the next call
+    return relative_error(case.result(case.call(*arguments), arguments), expected)
+
+
+def cold_copies(case: Case, arguments: Tensors, g: torch.Generator, l2: int, memory: int) -> list[Tensors]:
+    """Arguments for calls in turn, so that a copy has left the cache when its turn comes again; fewer where `memory` ends."""
+    fresh = case.copy(arguments, g)
+    size = sum(new.nbytes for new, old in zip(fresh, arguments, strict=True) if new is not old)
+    copies = min(math.ceil(COLD * l2 / case.bytes), MOST_COPIES, max(1, memory // size))
+    return [arguments, fresh, *(case.copy(arguments, g) for _ in range(copies - 2))][:copies]
+
+
+def measure(case: Case, ceilings: Ceilings, l2: int, memory: int, device: str = "cuda",
+            timer: Callable[[Callable[[int], Any], int], float] = graph_time) -> dict:
+    """Checks a case and, if it is right, times it. A row for the table and the record."""
+    g = torch.Generator(device).manual_seed(SEED)
+    arguments = case.arguments(g)
+    expected = case.reference(*arguments)
+    error = check(case, arguments, expected)
+    del expected
+    row = {
+        "op": case.op,
+        "shape": case.shape,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "error": error if math.isfinite(error) else None,
+        "limit": case.limit,
+        "group": case.group,
+        "count": case.count,
+        "right": error <= case.limit,
+    }
+    if not row["right"]:
+        return row
+    copies = cold_copies(case, arguments, g, l2, memory)
+    us = timer(lambda i: case.call(*copies[i]), len(copies))
+    return row | {
+        "us": us,
+        "gb_s": case.bytes / us / 1e3,
+        "tflop_s": case.flops / us / 1e6,
+        "percent": 100 * ceilings.floor_us(case.bytes, case.flops) / us,
+        "cold": len(copies) * case.bytes / l2,  # times the L2 cache that all copies together are
+    }
+
+
+HEADER = f"{'op':18} {'shape':28} {'us':>9} {'GB/s':>7} {'TFLOP/s':>8} {'of max':>7} {'error':>8} {'x L2':>5}"
+
+
+def line(row: dict) -> str:
+    name = f"{row['op']:18} {row['shape']:28}"
+    if not row["right"]:
+        error = "not finite" if row["error"] is None else f"{row['error']:.2e}"
+        return f"{name} WRONG: error {error}, limit {row['limit']:.0e}; not timed"
+    rates = f"{row['us']:9.2f} {row['gb_s']:7.0f} {row['tflop_s']:8.2f} {row['percent']:5.1f} %"
+    return f"{name} {rates} {row['error']:8.1e} {row['cold']:5.1f}"
+
+
+def group_lines(rows: list[dict]) -> list[str]:
+    """Sums of the groups all of whose rows were timed."""
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows if row["group"]):
+        members = [row for row in rows if row["group"] == group]
+        if all("us" in row for row in members):
+            us = sum(row["us"] * row["count"] for row in members)
+            moved, flops = (sum(row[what] * row["count"] for row in members) for what in ("bytes", "flops"))
+            lines.append(f"{group}: {us / 1e3:.3f} ms, {moved / us / 1e3:.0f} GB/s, {flops / us / 1e6:.1f} TFLOP/s")
+    return lines
+
+
+class _Compile:
+    """What `launch.kernel` gives, but compiling instead of launching."""
+
+    def __init__(self, fn: Any, registers: int | None = None, x: torch.Tensor | None = None):
+        self.fn, self.limit = fn, {"maxnreg": registers} if registers else {}
+
+    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
+        return lambda *args, **options: self.fn.warmup(*args, grid=grid, **options, **self.limit)
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, the ops launch nothing: their kernels are compiled, on all cores, until the block ends. A failure shows at the launch."""
+    kept = [(module, module.kernel) for module in LAUNCHING]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        try:
+            for module, _ in kept:
+                module.kernel = _Compile
+            yield
+        finally:
+            for module, launch in kept:
+                module.kernel = launch
+
+
+def compile_cases(cases: list[Case], device: str = "cuda") -> None:
+    with compiling_ahead():
+        for case in cases:
+            case.call(*case.arguments(torch.Generator(device).manual_seed(SEED)))
+
+
+def free_memory() -> int:
+    """Bytes that copies may take: half of what is free, the allocator's cache included."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] // 2
+
+
+def machine(ceilings: Ceilings) -> dict:
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "ceilings": asdict(ceilings)}
+
+
+def bench(cases: list[Case]) -> tuple[list[dict], dict]:
+    """Prints the table; the rows and what they were measured on."""
+    began = time.monotonic()
+    compile_cases(cases)
+    compiled = time.monotonic()
+    ceilings, l2 = measure_ceilings(), torch.cuda.get_device_properties().L2_cache_size
+    print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy_gb_s:.0f} GB/s, read {ceilings.read_gb_s:.0f} GB/s, "
+          f"bfloat16 matmul {ceilings.matmul_tflop_s:.0f} TFLOP/s; {len(cases)} cases, compiled in {compiled - began:.0f} s")  # fmt: skip
+    print(HEADER, flush=True)
+    rows = []
+    for case in cases:
+        rows.append(measure(case, ceilings, l2, free_memory()))
+        print(line(rows[-1]), flush=True)
+    for text in group_lines(rows):
+        print(text)
+    print(f"{time.monotonic() - began:.0f} s")
+    return rows, machine(ceilings)

@@ -1,0 +1,53 @@
+"""Kernel configurations by architecture: tables beside their kernels, entries found by `make tune` on a GPU and checked in.
+
+An architecture without an entry takes that of the nearest. A table's keys are (architecture, largest head dimension), or architectures.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import TypeVar
+
+from custom_ops.gpu.target import GpuTarget, gpu_targets
+
+T = TypeVar("T")
+
+# Module and name of every table whose gaps the nearest architecture fills.
+TABLES = (
+    ("weights.gemv", "GEMV_CONFIGS"),
+    ("attention.flash", "DECODE_TILES"),
+    ("attention.flash", "PREFILL_TILES"),
+    ("attention.sliding_decode", "SLIDING_TILES"),
+    ("tq4.attention", "DECODE_TILES"),
+    ("tq4.attention", "PREFILL_TILES"),
+)
+
+
+def nearest(architectures: Iterable[int], target: GpuTarget) -> int:
+    """The target's own architecture, else the nearest older one, else the nearest; one with more shared memory only for want of another."""
+
+    def order(sm: int) -> tuple[bool, bool, int]:
+        return gpu_targets()[f"sm_{sm}"].smem_optin > target.smem_optin, sm > target.sm, abs(sm - target.sm)
+
+    return min(architectures, key=order)
+
+
+def pick(table: dict[tuple[int, int], T], target: GpuTarget, dim: int) -> T:
+    """The table's entry for the smallest head dimension that holds `dim`, of the nearest architecture."""
+    size = min(d for _, d in table if d >= dim)
+    return table[nearest((sm for sm, d in table if d == size), target), size]
+
+
+def borrowed(target: GpuTarget) -> dict[int, list[str]]:
+    """What the target takes from other architectures: architecture -> names of tables, as `attention.flash.DECODE_TILES [256]`."""
+    found: dict[int, list[str]] = {}
+    for module, name in TABLES:
+        by_size: dict[str, list[int]] = {}
+        for key in getattr(importlib.import_module(f"custom_ops.{module}"), name):
+            sm, size = (key, "") if isinstance(key, int) else (key[0], f" [{key[1]}]")
+            by_size.setdefault(size, []).append(sm)
+        for size, architectures in by_size.items():
+            if (taken := nearest(architectures, target)) != target.sm:
+                found.setdefault(taken, []).append(f"{module}.{name}{size}")
+    return found

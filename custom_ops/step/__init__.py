@@ -1,0 +1,1 @@
+"""What a step does beside matmuls and attention: norms and sampling."""

@@ -1,0 +1,146 @@
+"""What lies between two products of one token in one kernel: residual, post-norm, layer scale, the next norm's weight and fixed point.
+
+A root mean square needs a whole row, which no program has: so the sums of squares of pieces of a row go from kernel to kernel. The product
+before leaves those of its result (`fixed_linear_squares`); what follows here leaves those of its own, and the product after multiplies by
+the root, which commutes with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.target import GpuTarget
+from custom_ops.weights import fixed_point
+from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+
+WARPS = 4
+PIECE = 256  # elements of a program
+
+
+def root(squares: torch.Tensor, k: int, eps: float) -> torch.Tensor:
+    """1 / RMS of a row of k elements whose squares sum to the sum of `squares`."""
+    return torch.rsqrt(squares.sum() / k + eps)
+
+
+def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None,
+              weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op in plain torch; arguments as `add_norm`."""
+    x = x + branch * root(branch_squares, x.shape[1], eps) * post_weight
+    if scale is not None:
+        x = x * scale
+    return x, *norm_reference(x, weight, terms)
+
+
+def norm_reference(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op in plain torch; arguments as `norm_fixed`."""
+    return fixed_point.quantize(x * weight, terms), (x * x).sum(1)
+
+
+@triton.jit
+def load_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr):
+    """1 / RMS of a row of k elements from the COUNT sums of squares of its pieces; PAD: COUNT rounded up to a power of two."""
+    i = tl.arange(0, PAD)
+    return tl.rsqrt(tl.sum(tl.load(squares + i, i < COUNT, other=0.0), 0) / k + EPS)
+
+
+@triton.jit
+def add_norm_kernel(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
+                    BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr,
+                    PIECE: tl.constexpr, EARLY: tl.constexpr):
+    """PIECE elements of one token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
+    squares of x_out. Grid (D / PIECE). COUNT, PAD: of `branch_squares`, see `load_root`.
+    """
+    i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    keep = i < D
+    w = tl.load(weight + i, keep, other=0.0)
+    post = w
+    factor = 1.0
+    if BRANCH:
+        post = tl.load(post_weight + i, keep, other=0.0)
+    if SCALE:
+        factor = tl.load(scale)
+    wait_for_earlier_kernels(EARLY)
+    value = tl.load(x + i, keep, other=0.0)
+    if BRANCH:
+        value += tl.load(branch + i, keep, other=0.0) * load_root(branch_squares, D, EPS, COUNT, PAD) * post
+        if SCALE:
+            value *= factor
+        tl.store(x_out + i, value, keep)
+    tl.store(squares + tl.program_id(0), tl.sum(value * value, 0))
+    store_fixed(value * w, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
+
+
+def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
+    """COUNT and PAD of `load_root`; COUNT 0 without squares."""
+    count = 0 if squares is None else squares.shape[0]
+    return {"COUNT": count, "PAD": triton.next_power_of_2(max(count, 1))}
+
+
+def _constants(d: int, branch_squares: torch.Tensor | None, scale: bool, terms: int, target: GpuTarget | None = None) -> dict:
+    return {"D": d, "BRANCH": branch_squares is not None, **root_constants(branch_squares), "SCALE": scale, "TERMS": terms, "PIECE": PIECE,
+            "EARLY": early(target)}  # fmt: skip
+
+
+def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
+            terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d = x.shape[1]
+    pieces = triton.cdiv(d, PIECE)
+    x_out = torch.empty_like(x) if branch is not None else x
+    out = torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
+    constants = _constants(d, branch_squares, scale is not None, terms)
+    given = [weight if t is None else t for t in (branch, branch_squares, post_weight, scale)]
+    kernel(add_norm_kernel)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
+    return x_out, out, squares
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() != 2 or x.shape[0] != 1 or x.shape[1] % GROUP or x.dtype != torch.float32 or weight.shape != x.shape[1:]:
+        shapes = f"x is {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"{op}: {shapes}; expected float32 [1, D] and [D], D a multiple of 32")
+
+
+@triton_op("kiln::add_norm", mutates_args=())
+def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None,
+             weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x' = (x + RMSNorm(branch) * post_weight) * scale, x' * weight in fixed point of `terms` bytes, and sums that add up to x' . x'.
+
+    A product with the second times `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32;
+    branch_squares float32 [P], which add up to branch . branch; weights float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
+    int32 [1, D / 32, 8 terms + 4] and float32 [P'], P' the kernel's choice. Raises ValueError when a shape or dtype does not fit.
+    """
+    _check("add_norm", x, weight)
+    fits = branch.shape == x.shape and branch_squares.dim() == 1 and branch_squares.numel() and post_weight.shape == weight.shape
+    if not fits or (scale is not None and scale.shape != (1,)):
+        shapes = ["none" if t is None else tuple(t.shape) for t in (branch, branch_squares, post_weight, scale)]
+        given = "branch {}, squares {}, post_weight {}, scale {}".format(*shapes)
+        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, (P,), {tuple(weight.shape)}, (1,) or none")
+    if not use_triton(x):
+        return reference(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
+    return _launch(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
+
+
+@triton_op("kiln::norm_fixed", mutates_args=())
+def norm_fixed(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * weight in fixed point and sums of squares of x, as `add_norm` leaves them; x float32 [1, D]. ValueError when it does not fit."""
+    _check("norm_fixed", x, weight)
+    if not use_triton(x):
+        return norm_reference(x, weight, terms)
+    return _launch(x, None, None, None, None, weight, 0.0, terms)[1:]
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the 31B's hidden size."""
+    floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
+    cases = []
+    squares = torch.empty(84)  # of the product before, by blocks of rows
+    for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
+        constants = {"EPS": 1e-6} | _constants(5376, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} 5376", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
+    return cases

@@ -1,0 +1,115 @@
+"""Choosing the next token on the device: greedy, or temperature, top-k, top-p and Gumbel noise from a counter-based hash.
+
+- Order: temperature, then top-k, then top-p over what top-k left.
+- Tokens as probable as the last one kept are kept too, by top-k and by top-p: the kept set is {logit >= cut}.
+- Probability mass is counted in integers, floor(2^40 exp((logit - max) / temperature)), so that a sum does not depend on its order.
+  A token more than 27.8 nats below the best has mass 0; the noise, within -2.9 .. 16.7, could not make it win either.
+- The noise depends on (seed, position, token id) alone: the same seed gives the same tokens on every target.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.library import triton_op
+
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.target import GpuTarget
+from custom_ops.step.sample_kernels import choose, row_maxima, settle_bins, weigh_bins
+
+CHUNK, WARPS = 1024, 4  # tokens and warps of a program that passes over the vocabulary
+TILE, CHOOSE_WARPS = 512, 8  # listed tokens taken at a time, and warps, of the one program that chooses
+BINS = 64
+MASS_ONE = 1 << 40  # the mass of the best token; times 2^18 tokens it is far below 2^63
+_LOW = 0xFFFFFFFF
+
+
+def hash32(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit integers that mixes every bit into every other. int64 in 0 .. 2^32 - 1, and so is the result."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW  # both multipliers are below 2^31: no product overflows int64
+    return x ^ (x >> 15)
+
+
+def noise_bits(seed: torch.Tensor, pos: torch.Tensor, tokens: int) -> torch.Tensor:
+    """32 random bits for each token id, int64 [tokens], from seed [1] and pos [1]."""
+    key = hash32((seed & _LOW) ^ 0x1E3779B9)
+    key = hash32(key ^ (seed >> 32 & _LOW))
+    key = hash32(key ^ (pos & _LOW))
+    # The key goes in twice, or else two streams would be permutations of each other.
+    return hash32(hash32(torch.arange(tokens, device=seed.device) ^ key) ^ key)
+
+
+def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
+              pos: torch.Tensor) -> torch.Tensor:
+    """The op in plain torch; arguments as `sample`."""
+    row = logits[0]  # [V]
+    vocab = row.shape[0]
+    rate = 1.0 / torch.where(temperature > 0, temperature, 1.0)
+
+    ordered = torch.sort(row, descending=True).values
+    k = torch.where((top_k <= 0) | (top_k > vocab), vocab, top_k).to(torch.int64)
+    in_top_k = ordered >= ordered[k - 1]
+    mass = (torch.exp((ordered - ordered[0]) * rate) * MASS_ONE).to(torch.int64)
+    mass = torch.where(in_top_k, mass, 0)
+    above = torch.cumsum(mass, 0) - mass  # the mass of the more probable tokens
+    target = (mass.sum() * top_p.to(torch.float64)).to(torch.int64).clamp(min=1)
+    in_top_p = (above < target) | (top_p >= 1)
+    cut = torch.where(in_top_k & in_top_p, ordered, ordered[0]).min()
+
+    uniform = ((noise_bits(seed, pos, vocab) >> 9).to(torch.float32) + 0.5) * 2.0**-23  # exact, never 0 or 1
+    score = (row - ordered[0]) * rate - torch.log(-torch.log(uniform))
+    sampled = torch.where(row >= cut, score, -torch.inf).argmax()
+    return torch.where(temperature > 0, sampled, row.argmax())
+
+
+@triton_op("kiln::sample", mutates_args=())
+def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
+           pos: torch.Tensor) -> torch.Tensor:
+    """One token id, int64 [1], from logits [1, V] float32; -inf forbids a token.
+
+    temperature [1] float32: 0 or less takes the most probable token, of equals the lowest id.
+    top_k [1] int32: 0 or less, or V or more, is off. top_p [1] float32: 1 or more is off; else the fewest most probable tokens
+    whose mass reaches it, at least one. seed [1] int64; pos [1] int64, the position the logits belong to.
+    None of them is read on the host. Raises ValueError when a shape or dtype is another.
+    """
+    if logits.dim() != 2 or logits.shape[0] != 1 or logits.dtype != torch.float32:
+        raise ValueError(f"sample: logits is {logits.dtype} {tuple(logits.shape)}; expected float32 [1, V]")
+    for name, value, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
+                               ("seed", seed, torch.int64), ("pos", pos, torch.int64)):
+        if value.dtype != dtype or value.shape != (1,):
+            raise ValueError(f"sample: {name} is {value.dtype} {tuple(value.shape)}; expected {dtype} (1,)")
+    if not use_triton(logits):
+        return reference(logits, temperature, top_k, top_p, seed, pos)
+    device, vocab = logits.device, logits.shape[1]
+    chunks = triton.cdiv(vocab, CHUNK)
+    best, sampled, masses, keys = (torch.empty(n, dtype=torch.int64, device=device) for n in (chunks, chunks, BINS, vocab))
+    counts, listed, tokens = (torch.empty(n, dtype=torch.int32, device=device) for n in (BINS, 1, vocab))
+    out = torch.empty(1, dtype=torch.int64, device=device)
+    logits = logits.contiguous()
+    whole = {"BINS": BINS, "CHUNKS": triton.next_power_of_2(chunks)}
+    limits = (temperature, top_k, top_p)
+    kernel(row_maxima)[(chunks,)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(weigh_bins)[(chunks,)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(settle_bins)[(chunks,)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks, **whole,
+                                   CHUNK=CHUNK, num_warps=WARPS)
+    kernel(choose)[(1,)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole, TILE=TILE,
+                         num_warps=CHOOSE_WARPS)
+    return out
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The four launches for a vocabulary of 262144."""
+    types = {
+        "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
+        "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
+        "vocab": "i32", "chunks": "i32",
+    }
+    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": 262144 // CHUNK, "TILE": TILE}
+    cases = []
+    for fn, warps in ((row_maxima, WARPS), (weigh_bins, WARPS), (settle_bins, WARPS), (choose, CHOOSE_WARPS)):
+        signature = {name: types[name] for name in fn.arg_names if name in types}
+        constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
+        cases.append(KernelCase(f"{fn.__name__} 262144", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+    return cases

@@ -1,0 +1,1 @@
+"""TQ4, the 4-bit KV cache: codec and attention."""

@@ -1,0 +1,466 @@
+"""Causal attention over a TQ4 cache (`custom_ops/tq4.py`) whose newest keys and values are kept exact beside the codes, the residual.
+
+Two attentions, one of a sliding window over a ring and one over the codes of what is older, are merged by their total weights. For the
+second, queries and output are rotated once, cached vectors never.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops.attention.flash import (
+    LOG2E,
+    Tile,
+    attend,
+    check_heads,
+    check_kernel_shapes,
+    decode_keys,
+    decode_range,
+    decode_tile,
+    flash_prefill,
+    merge_splits,
+    merge_warps,
+    padded_group,
+    prefill_case,
+    softmax_step,
+    split_size,
+)
+from custom_ops.attention.global_attention import causal_mask
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.tables import pick
+from custom_ops.gpu.target import GpuTarget, current_target
+from custom_ops.tq4 import codec
+from custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
+from custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
+from custom_ops.weights.fixed_point import largest, store_fixed
+
+# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
+DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
+WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
+PREFILL_TILES = {
+    (86, 512): Tile(rows=32, keys=64, warps=8, stages=2),
+    (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
+    (100, 512): Tile(rows=32, keys=64, warps=8, stages=2),  # of 64 rows the compiler makes an empty kernel
+}
+DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
+PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
+ROTATE_WARPS = 4
+RESIDUAL_KEYS = 32  # of a split of the residual, at least
+
+LARGEST = tl.constexpr(largest(2))  # of a query's integers
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
+              v_scales: torch.Tensor, k_residual: torch.Tensor, v_residual: torch.Tensor, pos: torch.Tensor,
+              kv_len: torch.Tensor | None) -> torch.Tensor:
+    """The op in plain torch; arguments as `tq4_attention`. In float32, float64 for float64 q; exact keys and values are rotated as well."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    slots, residual = k_codes.shape[1], k_residual.shape[0]
+    past = torch.arange(residual, device=pos.device) - residual + pos[0]  # position order
+    sides = []
+    for codes, scales, ring, own in ((k_codes, k_scales, k_residual, k), (v_codes, v_scales, v_residual, v)):
+        coded = codec.decode_rotated(codes, scales).transpose(0, 1).to(compute)
+        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % residual], own]).to(compute))]))
+    newest = torch.cat([past, pos])
+    distance = pos[:, None] - newest[None, :]
+    mask = torch.cat([causal_mask(slots, pos - residual, kv_len), (distance >= 0) & (distance < residual) & (newest >= 0)], 1)
+    return codec.unrotate(attend(codec.rotate(q.to(compute)), *sides, mask)).to(q.dtype)
+
+
+@triton.jit
+def rotated_query(x, D: tl.constexpr):
+    """sqrt(D) R x / |x| of x, float32 [1, D], whose coordinates fit float16 whatever |x|, and the scale log2(e) |x| / sqrt(D)."""
+    norm = tl.sqrt(tl.sum(tl.sum(x * x, 1), 0))
+    y = hadamard_rows(x * sign_of(tl.arange(0, D))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
+    return y, norm * (LOG2E * D**-0.5)
+
+
+@triton.jit
+def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
+    """`rotated_query` of one query. BYTES: as integers 256 a + b, out_ptr int8 [queries, 2, D] a, then b, and the scale of their products
+    with levels times LEVEL_UNIT.
+    """
+    wait_for_earlier_kernels(EARLY)
+    r = tl.program_id(0)
+    dim = tl.arange(0, D)[None, :]
+    y, scale = rotated_query(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
+    if BYTES:
+        high = tl.max(tl.max(tl.abs(y), 1), 0)
+        v = tl.floor(y * tl.where(high > 0, LARGEST / high, 0.0) + 0.5).to(tl.int32)
+        a = (v + 128) >> 8
+        tl.store(out_ptr + r * 2 * D + dim, a.to(tl.int8))
+        tl.store(out_ptr + r * 2 * D + D + dim, (v - a * 256).to(tl.int8))
+        scale *= high * (1.0 / (LARGEST * LEVEL_UNIT))
+    else:
+        tl.store(out_ptr + r * D + dim, y)
+    tl.store(scale_ptr + r, scale)
+
+
+@triton.jit
+def unrotated(x, D: tl.constexpr):
+    """R^T x of x, float32 [D] -> [1, D]."""
+    return hadamard_rows(x[None, :], 1, D) * (sign_of(tl.arange(0, D)) * D**-0.5)[None, :]
+
+
+@triton.jit
+def unrotate_kernel(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                    D: tl.constexpr):
+    """One row of out, attention to exact keys, merged with R^T x, that to codes, by the logarithms of their total weights."""
+    r = tl.program_id(0)
+    token = r // HEADS
+    head = r % HEADS
+    if tl.load(pos_ptr).to(tl.int32) + token < RESIDUAL:
+        return  # this query reads no code
+    dim = tl.arange(0, D)
+    y = unrotated(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
+    weight = head // GROUP * tokens * GROUP + token * GROUP + head % GROUP
+    share = 1.0 / (1.0 + tl.exp2(tl.load(lse_ptr + weight) - tl.load(x_lse_ptr + weight)))
+    out = out_ptr + r * D + dim[None, :]
+    tl.store(out, y * share + tl.load(out).to(tl.float32) * (1.0 - share))
+
+
+@triton.jit
+def coded_end(pos_ptr, RESIDUAL: tl.constexpr):
+    """The codes of positions below this are what one query attends to."""
+    return tl.maximum(tl.load(pos_ptr).to(tl.int32) + 1 - RESIDUAL, 0)
+
+
+@triton.jit
+def tq4_decode_kernel(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
+                      o_ptr, ml_ptr, RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
+                      D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                      ASM: tl.constexpr, EARLY: tl.constexpr):
+    """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
+
+    The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
+    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
+    """
+    wait_for_earlier_kernels(EARLY)
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    end = coded_end(pos_ptr, RESIDUAL)
+    size = split_size(0, end, SPLITS, BLOCK_N)
+    if size == BLOCK_N:
+        split = (split + SPLITS) % (SPLITS + EXACT)  # the residual is the longest work: it starts first, otherwise it fills gaps at the end
+    if split < SPLITS:
+        low = split * size
+        if low < end:  # the merge computes the same split size and does not read the others
+            decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, o_ptr, ml_ptr, head, split, low,
+                         tl.minimum(low + size, end), SLOTS, KV, GROUP, PAD, D, BLOCK_N, ASM)
+    else:
+        start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
+        size = split_size(start, end, EXACT, BLOCK_R)
+        low = start + (split - SPLITS) * size
+        if low < end:
+            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RESIDUAL, KV, GROUP,
+                        PAD, D, BLOCK_R, 1)
+
+
+@triton.jit
+def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, o_ptr, ml_ptr, head, split, low, high,
+                 SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+                 ASM: tl.constexpr):
+    """One rotated query token, one KV head, the codes of positions [low, high), into row `split` of o_ptr and ml_ptr."""
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    WHOLE: tl.constexpr = SLOTS % BLOCK_N == 0  # then every block lies in the cache: whatever codes it holds, their levels are finite
+    Q: tl.constexpr = D // 4
+    word = tl.arange(0, Q)
+    group = tl.arange(0, PAD)
+    heads = head * GROUP + group
+    keep = group < GROUP
+    q = q_ptr + heads[None, :] * D + word[:, None]
+    q0 = tl.load(q, mask=keep[None, :], other=0.0)
+    q1 = tl.load(q + Q, mask=keep[None, :], other=0.0)
+    q2 = tl.load(q + 2 * Q, mask=keep[None, :], other=0.0)
+    q3 = tl.load(q + 3 * Q, mask=keep[None, :], other=0.0)
+    q_scale = tl.load(q_scale_ptr + heads, mask=keep, other=0.0)
+    m = tl.full([PAD], float("-inf"), tl.float32)
+    total = tl.zeros([PAD], tl.float32)
+    o0 = tl.zeros([Q, PAD], tl.float32)
+    o1 = tl.zeros([Q, PAD], tl.float32)
+    o2 = tl.zeros([Q, PAD], tl.float32)
+    o3 = tl.zeros([Q, PAD], tl.float32)
+    for n in tl.range(low, high, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        held = p < high
+        row = head * SLOTS + p
+        kw = tl.load(k_codes_ptr + row[:, None] * Q + word[None, :], mask=None if WHOLE else held[:, None], other=None if WHOLE else 0)
+        k_scale = tl.load(k_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        vw = tl.load(v_codes_ptr + row[None, :] * Q + word[:, None], mask=None if WHOLE else held[None, :], other=None if WHOLE else 0)
+        v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
+        k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
+        scores = tl.dot(k2, q2, tl.dot(k0, q0, input_precision="ieee"), input_precision="ieee")
+        if DTYPE == tl.float32:
+            scores = tl.dot(k1, q1, scores, input_precision="ieee")
+            scores = tl.dot(k3, q3, scores, input_precision="ieee")
+        else:  # a second chain of dependent products, for which float32 has no registers left
+            scores += tl.dot(k3, q3, tl.dot(k1, q1, input_precision="ieee"), input_precision="ieee")
+        scores = tl.where(held[:, None], scores * k_scale[:, None] * q_scale[None, :], float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 0)
+        total = total * scale + tl.sum(weights, 0)
+        weights = (weights * v_scale[:, None]).to(DTYPE)
+        v0, v1 = plane_pair(vw, 0, DTYPE, ASM)
+        o0 = tl.dot(v0, weights, o0 * scale[None, :], input_precision="ieee")
+        o1 = tl.dot(v1, weights, o1 * scale[None, :], input_precision="ieee")
+        v2, v3 = plane_pair(vw, 1, DTYPE, ASM)
+        o2 = tl.dot(v2, weights, o2 * scale[None, :], input_precision="ieee")
+        o3 = tl.dot(v3, weights, o3 * scale[None, :], input_precision="ieee")
+    part = split * (KV * GROUP) + heads
+    o = o_ptr + part[None, :] * D + word[:, None]
+    tl.store(o, o0, mask=keep[None, :])
+    tl.store(o + Q, o1, mask=keep[None, :])
+    tl.store(o + 2 * Q, o2, mask=keep[None, :])
+    tl.store(o + 3 * Q, o3, mask=keep[None, :])
+    tl.store(ml_ptr + part * 2, m, mask=keep)
+    tl.store(ml_ptr + part * 2 + 1, total, mask=keep)
+
+
+@triton.jit
+def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
+                     EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                     TERMS: tl.constexpr, EARLY: tl.constexpr):
+    """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
+    wait_for_earlier_kernels(EARLY)
+    head = tl.program_id(0)
+    dim = tl.arange(0, D)
+    end = coded_end(pos_ptr, RESIDUAL)
+    active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
+    m_codes, total_codes, acc_codes = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
+    start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
+    active = tl.cdiv(end - start, split_size(start, end, EXACT, BLOCK_R))
+    m, total, acc = merge_splits(o_ptr + SPLITS * HEADS * D, ml_ptr + SPLITS * HEADS * 2, head, active, HEADS, D, EXACT_PAD)
+    new = tl.maximum(m, m_codes)  # the query's own key is exact: never -inf
+    scale = tl.exp2(m - new)
+    scale_codes = tl.exp2(m_codes - new)
+    total = total * scale + total_codes * scale_codes
+    y = unrotated(acc_codes * (scale_codes / total), D) + (acc * (scale / total))[None, :]
+    if TERMS > 0:
+        store_fixed(tl.reshape(y, [D]), out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
+    else:
+        tl.store(out_ptr + head * D + dim[None, :], y)
+
+
+@triton.jit
+def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, out_ptr, lse_ptr, tokens,
+                       RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """BLOCK_M rows of one KV head, a row being a (token, head of the group) pair, tokens major; the output stays rotated, and is undefined
+    in rows that read no code. lse_ptr float32 [KV, T * GROUP]: the base-2 logarithm of every row's total weight.
+    """
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    Q: tl.constexpr = D // 4
+    head = tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest sweeps start first
+    word = tl.arange(0, Q)
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = r // GROUP
+    query = token * (KV * GROUP) + head * GROUP + r % GROUP
+    keep = token < tokens
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    pos = tl.load(pos_ptr).to(tl.int32) - RESIDUAL  # the first query reads codes up to here
+    end = pos + last + 1
+    if end <= 0:
+        return
+    in_out = query[:, None] * D + word[None, :]
+    q0 = tl.load(q_ptr + in_out, mask=keep[:, None], other=0.0)
+    q1 = tl.load(q_ptr + in_out + Q, mask=keep[:, None], other=0.0)
+    q2 = tl.load(q_ptr + in_out + 2 * Q, mask=keep[:, None], other=0.0)
+    q3 = tl.load(q_ptr + in_out + 3 * Q, mask=keep[:, None], other=0.0)
+    q_scale = tl.load(q_scale_ptr + query, mask=keep, other=0.0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o1 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o2 = tl.zeros([BLOCK_M, Q], tl.float32)
+    o3 = tl.zeros([BLOCK_M, Q], tl.float32)
+    for n in tl.range(0, end, BLOCK_N):
+        p = n + tl.arange(0, BLOCK_N)
+        held = p < end
+        row = head * SLOTS + p
+        kw = tl.load(k_codes_ptr + row[None, :] * Q + word[:, None], mask=held[None, :], other=0)
+        k_scale = tl.load(k_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        vw = tl.load(v_codes_ptr + row[:, None] * Q + word[None, :], mask=held[:, None], other=0)
+        v_scale = tl.load(v_scales_ptr + row, mask=held, other=0.0).to(tl.float32)
+        k0, k1 = plane_pair(kw, 0, DTYPE, ASM)
+        scores = tl.dot(q0, k0, input_precision="ieee")
+        scores = tl.dot(q1, k1, scores, input_precision="ieee")
+        k2, k3 = plane_pair(kw, 1, DTYPE, ASM)
+        scores = tl.dot(q2, k2, scores, input_precision="ieee")
+        scores = tl.dot(q3, k3, scores, input_precision="ieee")
+        scores = scores * q_scale[:, None] * k_scale[None, :]
+        scores = tl.where(p[None, :] <= (pos + token)[:, None], scores, float("-inf"))
+        weights, m, scale = softmax_step(scores, m, 1)
+        total = total * scale + tl.sum(weights, 1)
+        weights = (weights * v_scale[None, :]).to(DTYPE)
+        v0, v1 = plane_pair(vw, 0, DTYPE, ASM)
+        o0 = tl.dot(weights, v0, o0 * scale[:, None], input_precision="ieee")
+        o1 = tl.dot(weights, v1, o1 * scale[:, None], input_precision="ieee")
+        v2, v3 = plane_pair(vw, 1, DTYPE, ASM)
+        o2 = tl.dot(weights, v2, o2 * scale[:, None], input_precision="ieee")
+        o3 = tl.dot(weights, v3, o3 * scale[:, None], input_precision="ieee")
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    tl.store(out_ptr + in_out, o0 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + Q, o1 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + 2 * Q, o2 * inverse, mask=keep[:, None])
+    tl.store(out_ptr + in_out + 3 * Q, o3 * inverse, mask=keep[:, None])
+    tl.store(lse_ptr + head * tokens * GROUP + r, m + tl.log2(total), mask=keep)
+
+
+def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, residual: int,
+                  terms: int = 0) -> tuple[Tile, dict, dict]:
+    """The tile and the constants of `tq4_decode_kernel` and of `tq4_merge_kernel`; dtype: of the residual."""
+    pad = padded_group(heads, kv_heads)
+    tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
+    block = decode_tile(dtype, target, dim).keys
+    wave = target.sm_count * tile.splits_per_sm // kv_heads
+    exact = max(1, min(triton.cdiv(residual, max(block, RESIDUAL_KEYS)), wave // 4))
+    splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
+    shared = {"RESIDUAL": residual, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
+              "EARLY": early(target)}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
+    return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
+                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
+
+
+def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
+                   residual: int) -> tuple[Tile, dict]:
+    """The tile and the constants of `tq4_prefill_kernel`."""
+    tile = PREFILL_FLOAT32 if float32 else pick(PREFILL_TILES, target, dim)
+    return tile, {"RESIDUAL": residual, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
+                  "BLOCK_N": tile.keys, "ASM": asm}
+
+
+def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
+           pos: torch.Tensor, out: torch.Tensor, terms: int = 0) -> None:
+    """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
+
+    Into `out`: [1, H, D], or a row in fixed point.
+    """
+    (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
+    (kv_heads, slots, _), residual = k_codes.shape, rings[0].shape[0]
+    asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, residual, terms)
+    splits = split["SPLITS"] + split["EXACT"]
+    part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
+    sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
+    kernel(tq4_decode_kernel)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
+                                                  num_stages=tile.stages)
+    kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, out, **merge, num_warps=merge_warps(dim))
+
+
+def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `rotate_kernel`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]."""
+    tokens, heads, dim = q.shape
+    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if as_bytes:
+        out = torch.empty(tokens, heads, 2, dim, dtype=torch.int8, device=q.device)
+    else:
+        out = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
+    kernel(rotate_kernel)[(tokens * heads,)](q, out, scale, D=dim, BYTES=as_bytes, EARLY=early(), num_warps=ROTATE_WARPS)
+    return out, scale
+
+
+def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
+            pos: torch.Tensor, out: torch.Tensor) -> None:
+    """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
+    (tokens, heads, dim), (kv_heads, slots, _), residual = q.shape, caches[0].shape, rings[0].shape[0]
+    target, float32, asm = current_target(), q.dtype == torch.float32, q.is_cuda and q.dtype != torch.float32
+    lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
+    flash_prefill(q, k, v, *rings, pos, residual, out, lse)
+    still_rotated = torch.empty_like(out)
+    pieces = None if float32 else piece_tile(target, dim)
+    if pieces is not None:
+        attend_in_pieces(pieces, *rotated(q, True), caches, pos, residual, still_rotated, codes_lse, asm)
+    else:
+        tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots, residual)
+        blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
+        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens, **constants,
+                                                       num_warps=tile.warps, num_stages=tile.stages)
+    kernel(unrotate_kernel)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
+                                               GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
+
+
+@triton_op("kiln::tq4_attention", mutates_args=())
+def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
+                  v_scales: torch.Tensor, k_residual: torch.Tensor, v_residual: torch.Tensor, pos: torch.Tensor,
+                  kv_len: torch.Tensor | None) -> torch.Tensor:
+    """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < R, else in code.
+
+    q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
+    chunk already; k_residual, v_residual [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
+    p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
+    it changes no result. Nothing is written. Slots of codes past pos[-1] - R may hold anything. Returns [T, H, D] in q's dtype.
+    Raises ValueError when head counts, dimensions or dtypes do not fit.
+    """
+    kv_heads, slots, _ = k_codes.shape
+    check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
+    codec.check_dim(q.shape[2])
+    check_residual("tq4_attention", k_residual, v_residual, kv_heads, q.shape[2])
+    if not q.dtype == k.dtype == v.dtype == k_residual.dtype:
+        raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, the residual {k_residual.dtype}; expected one dtype")
+    if not use_triton(q):
+        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_residual, v_residual, pos, kv_len)
+    tokens, heads, dim = q.shape
+    check_kernel_shapes("tq4_attention", dim, k_codes)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    caches, rings = (k_codes, k_scales, v_codes, v_scales), (k_residual, v_residual)
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    if tokens == 1:
+        slot = pos % k_residual.shape[0]
+        rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
+        decode(q, *rotated(q), caches, rings, pos, out)
+    else:
+        prefill(q, k, v, caches, rings, pos, out)
+    return out
+
+
+def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, kv_heads: int, dim: int) -> None:
+    """ValueError unless both are [R, KV, D]."""
+    if not k_residual.shape == v_residual.shape == (k_residual.shape[0], kv_heads, dim):
+        raise ValueError(f"{op}: residual {tuple(k_residual.shape)}, {tuple(v_residual.shape)}; expected [R, {kv_heads}, {dim}]")
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """The kernels at the shapes of the 31B, and decode at those of the 12B, whose group is wide."""
+    dim, slots, residual = 512, 131072, 256
+    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
+    parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
+
+    def options(tile: Tile) -> dict[str, int]:
+        return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+    cases = []
+    for dtype, kind, inner in ((torch.bfloat16, "*bf16", "*fp16"), (torch.float32, "*fp32", "*fp32")):
+        name, float32 = f"tq4_attention {kind[1:]}", kind == "*fp32"
+        query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
+        rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), kind)
+        rotate = {"x_ptr": kind, "scale_ptr": "*fp32"}
+        for kind_out in (inner,) if float32 else (inner, "*i8"):
+            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", rotate_kernel, rotate | {"out_ptr": kind_out},
+                                    {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
+        unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
+        constants = {"RESIDUAL": residual, "HEADS": 32, "GROUP": 8, "D": dim}
+        cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        for heads, kv_heads, terms in ((32, 4, 0), (32, 4, 2), (16, 1, 0)):
+            tile, split, merge = decode_launch(dtype, not float32, target, heads, kv_heads, dim, slots, residual, terms)
+            label = f"{heads}:{kv_heads}x{dim}"
+            if not terms:
+                cases.append(KernelCase(f"{name} decode {label}", tq4_decode_kernel, query | rings | caches | parts, split, options(tile)))
+            signature = parts | {"out_ptr": "*i32" if terms else kind}
+            cases.append(KernelCase(f"{name} merge {label} {terms} bytes", tq4_merge_kernel, signature, merge,
+                                    {"num_warps": merge_warps(dim)}))
+        cases.append(prefill_case(f"{name} prefill of the residual 32:4x{dim}", dtype, kind, target, 32, 4, dim, residual, residual, True))
+        pieces = None if float32 else piece_tile(target, dim)
+        if pieces is not None:
+            cases += piece_cases(name, pieces, 32, 4, dim, slots, residual)
+            continue
+        tile, constants = prefill_launch(float32, not float32, target, 32, 4, dim, slots, residual)
+        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
+        cases.append(KernelCase(f"{name} prefill 32:4x{dim}", tq4_prefill_kernel, signature, constants, options(tile)))
+    return cases

@@ -1,0 +1,1 @@
+"""Packed weights: layouts, dequantization, and the matmuls and embeddings that read them."""

@@ -1,0 +1,239 @@
+"""Products of a few tokens with packed weights: fixed-point activations in, one kernel, every weight read once at its own bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.tables import nearest
+from custom_ops.gpu.target import GpuTarget, current_target
+from custom_ops.step.add_norm import PIECE, root, root_constants
+from custom_ops.weights import fixed_point
+from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from custom_ops.weights.gemv_kernels import gemv
+from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.packed import check_weight, format_constants
+
+MAX_SPLITS = 64
+MOST_SHARED_ROWS = 128  # 4 to a lane: of more, the compiler's layout would give a warp rows of another's share
+REGISTERS_PER_SM, MOST_REGISTERS = 1 << 16, 248
+COUNTERS = 1 << 13  # for one token: blocks of rows of the largest matrix
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """How the GEMV is spread over one architecture."""
+
+    rows: int = 64  # of a program
+    warps: int = 4  # of a program, at most, each with its own share of K
+    warps_per_sm: int = 28  # at most: more than run at once would wait for the first to end
+    groups: int = 0  # of 32 elements a lane takes at a time; 0: the block type's
+
+    def __post_init__(self) -> None:
+        if self.warps > 1 and self.rows > MOST_SHARED_ROWS:
+            raise ValueError(f"GemvConfig: {self.rows} rows and {self.warps} warps; with more than {MOST_SHARED_ROWS} rows one is all")
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, so that warps_per_sm fit: left alone, the assembler saves registers that the loads ahead need."""
+        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
+
+
+GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
+# Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
+GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
+TOGETHER = 16  # partial sums in flight
+FIXED_WARPS = 4
+FIXED_BLOCK = 1024
+GLU_ROWS = 256  # the largest number of rows of a program
+
+
+def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
+    """(constants of `gemv` beside the format's, number of splits of K, warps)."""
+    config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
+    groups = math.gcd(config.groups or GEMV_GROUPS[kind], k // GROUP)
+    steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
+    best = None
+    for warps in (1 << i for i in range(config.warps.bit_length())):
+        programs = config.warps_per_sm // warps * target.sm_count  # at once
+        each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * warps)  # steps of a warp
+        splits = triton.cdiv(steps, each * warps)
+        waves = triton.cdiv(blocks * splits, programs)
+        if best is None or (each * waves, waves) <= best[0]:
+            best = (each * waves, waves), splits, warps
+    _, splits, warps = best
+    return {"GROUPS": groups, "ROWS": config.rows, "SHARES": warps, "EVEN": n % config.rows == 0, "EARLY": early(target),
+            "REGISTERS": config.registers, "TOGETHER": TOGETHER}, splits, warps
+
+
+def terms_of(x: torch.Tensor) -> int:
+    """Bytes of an activation of a fixed-point row."""
+    return (x.shape[2] - 4) // 8
+
+
+@triton.jit
+def fix_kernel(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """x [n] to fixed point. Grid (n / BLOCK)."""
+    wait_for_earlier_kernels(EARLY)
+    first = tl.program_id(0) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    store_fixed(tl.load(x + i, i < n, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK)
+
+
+def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
+    """x [T, K], K a multiple of 32 -> fixed point, int32 [T, K / 32, 8 terms + 4]; kernels only."""
+    out = torch.empty((x.shape[0], x.shape[1] // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    kernel(fix_kernel)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, BLOCK=FIXED_BLOCK, EARLY=early(),
+                                                               num_warps=FIXED_WARPS)
+    return out
+
+
+def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+              eps: float) -> torch.Tensor:
+    """The product in plain torch; arguments as `fixed_linear`."""
+    y = fixed_point.dequantize(x) @ dequantize(kind, words, halves)
+    return y if squares is None else y * root(squares, x.shape[1] * GROUP, eps)
+
+
+def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor, dtype: torch.dtype,
+             end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
+             leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares."""
+    tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
+    constants, splits, warps = launch(kind, tokens, n, k, current_target())
+    alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
+    if alone:
+        end = "split"  # there is nothing to add up
+    partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
+    if end == "glu":
+        out = torch.empty((tokens, n // 64, group_words(terms)), dtype=torch.int32, device=x.device)
+    elif end == "sum":
+        out = torch.empty((tokens, n), dtype=dtype, device=x.device)
+    else:
+        out = partials
+    grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
+    left = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
+    if end != "split" and counters.numel() < grid[0] * tokens:
+        raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
+    kernel(gemv, constants["REGISTERS"], x)[grid](
+        x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
+        halves.stride(1), **format_constants(kind), TERMS=terms, END=end, **constants,
+        **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
+    return out[0] if alone else out, left
+
+
+def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+           one: bool = False) -> None:
+    check_weight(op, words, halves, kind)
+    k = words.shape[0] * LAYOUTS[kind].block
+    if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
+        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
+    if (one or squares is not None) and x.shape[0] != 1:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}; expected one token")
+    if squares is not None and (squares.dim() != 1 or not squares.numel() or squares.dtype != torch.float32):
+        raise ValueError(f"{op}: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [P]")
+
+
+@triton_op("kiln::fixed_point", mutates_args=())
+def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
+    """x [T, K] -> fixed point of `terms` bytes, int32 [T, K / 32, 8 terms + 4] (see `fixed_point`). ValueError when it does not fit."""
+    if x.dim() != 2 or x.shape[1] % GROUP or terms not in (1, 2, 3):
+        raise ValueError(f"fixed_point: x is {tuple(x.shape)}, {terms} bytes; expected [T, a multiple of {GROUP}], 1 to 3 bytes")
+    return fix(x.contiguous(), terms) if use_triton(x) else fixed_point.quantize(x, terms)
+
+
+@triton_op("kiln::fixed_linear", mutates_args=("counters",))
+def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+                 squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+    """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
+
+    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
+    is multiplied by `norm.root` of them. Raises ValueError when a shape does not fit.
+    """
+    _check("fixed_linear", x, words, halves, kind, squares)
+    if not use_triton(x):
+        return reference(x, words, halves, kind, squares, eps)
+    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps)[0]
+
+
+@triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
+def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+                         squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fixed_linear` of one token, and float32 sums that add up to the sum of squares of it; how many is the kernel's choice."""
+    _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
+    if not use_triton(x):
+        y = reference(x, words, halves, kind, squares, eps)
+        return y, (y * y).sum(1)
+    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
+
+
+@triton_op("kiln::fixed_partials", mutates_args=())
+def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
+                   eps: float = 0.0) -> torch.Tensor:
+    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
+    _check("fixed_partials", x, words, halves, kind, squares, one=True)
+    if not use_triton(x):
+        return reference(x, words, halves, kind, squares, eps)
+    parts, _ = multiply(x, words, halves, kind, x, torch.float32, "split", squares, eps)
+    return parts.view(-1, words.shape[2])
+
+
+@triton_op("kiln::fixed_glu", mutates_args=("counters",))
+def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+              squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+    """gelu(gate) * value, of the product [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
+
+    GELU is the one with tanh. N / 2 is a multiple of the rows of a program. Raises ValueError when a shape does not fit.
+    """
+    _check("fixed_glu", x, words, halves, kind, squares)
+    if not glu_fits(words.shape[2]):
+        raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
+    if not use_triton(x):
+        gate, value = reference(x, words, halves, kind, squares, eps).chunk(2, dim=-1)
+        return fixed_point.quantize(F.gelu(gate, approximate="tanh") * value, terms_of(x))
+    return multiply(x, words, halves, kind, counters, torch.float32, "glu", squares, eps)[0]
+
+
+def glu_fits(n: int) -> bool:
+    """`fixed_glu` takes a matrix of n rows."""
+    return n % (2 * GLU_ROWS) == 0
+
+
+USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
+USUAL_TARGETS = (90, 120)
+# The matrices (N, K) of the 31B, how each ends, and whether a norm is before it: qkv, qk, attention output, gate and up, down, head.
+_SHAPES = ((16384, 5376, "split", True), (18432, 5376, "split", True), (5376, 8192, "sum", False), (5376, 16384, "sum", False),
+           (43008, 5376, "glu", True), (5376, 21504, "sum", False), (262144, 5376, "sum", True))
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
+    cases: dict[tuple, KernelCase] = {}
+    integers = dict.fromkeys(("n", "k"), "i32")
+    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
+    types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
+    for kind in LAYOUTS:
+        usual = kind in USUAL_KINDS
+        for n, k, end, normed in _SHAPES:
+            launched, _, warps = launch(kind, 1, n, k, target)
+            for terms in (2, 1) if usual else (2,):
+                constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
+                                                                  "SQUARES": end == "sum" and not normed,
+                                                                  "EPS": 1e-6 if normed else 0.0}
+                constants |= root_constants(torch.empty(k // PIECE) if normed else None)
+                options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
+                case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
+                                  constants, options, None if usual else USUAL_TARGETS, tuple(integers))
+                cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
+    constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
+    types = {"x": "*bf16", "out": "*i32", "n": "i32"}
+    return [*cases.values(), KernelCase("fix bf16", fix_kernel, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]

@@ -1,0 +1,298 @@
+"""The GEMV over packed weights (see `layouts`) and fixed-point activations (see `fixed_point`).
+
+A lane works on whole rows, neighbouring ones, so that no lane needs another's data until the end. Quants are multiplied four at a time as
+bytes. K is split over the warps of a program and over enough programs to fill the card; a program adds its warps up, and the last program
+of a block of rows adds the programs up, both in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels
+from custom_ops.step.add_norm import load_root
+from custom_ops.weights.dequantize import unpack8
+from custom_ops.weights.fixed_point import store_fixed
+
+
+@triton.jit
+def dot4(unsigned, signed, acc):
+    """acc + the sum over four bytes of unsigned * signed, int32."""
+    if INTERPRETED:
+        for b in tl.static_range(4):
+            acc += ((unsigned >> (8 * b)) & 255) * ((signed << (24 - 8 * b)) >> 24)
+        return acc
+    return tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [unsigned, signed, acc], dtype=tl.int32, is_pure=True,
+                                     pack=1)
+
+
+@triton.jit
+def _four(words):
+    """Four neighbouring int32 in one load; `words` is a multiple of 16 bytes."""
+    if INTERPRETED:
+        return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    else:
+        return tl.inline_asm_elementwise("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [words],
+                                         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def _group(x, TERMS: tl.constexpr):
+    """A group of 32 activations: its words of bytes, then the scale and the sums of both halves and of all, as float32."""
+    found = ()
+    for i in tl.static_range(2 * TERMS):
+        a, b, c, d = _four(x + 4 * i)
+        found = found + (a, b, c, d)
+    a, b, c, d = _four(x + 8 * TERMS)
+    return found + (a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True), c.to(tl.float32, bitcast=True),
+                    d.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
+            MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """Everything of a row that step `step` needs: per group its quants, then the words of scales and the halves."""
+    found = ()
+    if BLOCK == 32:
+        for i in tl.static_range(GROUPS):
+            block = tl.cast(step * GROUPS + i, tl.int64)
+            for w in tl.static_range(WORDS):
+                found = found + (tl.load(words + (block * WORDS + w) * stride, mask),)
+        for i in tl.static_range(GROUPS):
+            block = tl.cast(step * GROUPS + i, tl.int64)
+            for h in tl.static_range(HALVES):
+                found = found + (tl.load(halves + (block * HALVES + h) * halves_stride, mask),)
+    else:
+        STEPS: tl.constexpr = 8 // GROUPS
+        block = tl.cast(step // STEPS, tl.int64)
+        first = step % STEPS * GROUPS
+        words += block * WORDS * stride
+        halves += block * HALVES * halves_stride
+        EXTRA: tl.constexpr = BITS - 4  # further words of a group
+        quants = words + first * (4 * stride)
+        extras = words + (32 + first * EXTRA) * stride
+        for i in tl.static_range(GROUPS):
+            for j in tl.static_range(4):
+                found = found + (tl.load(quants + (i * 4 + j) * stride, mask),)
+            for j in tl.static_range(EXTRA):
+                found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
+        if MINIMUM:
+            for j in tl.static_range(3):
+                found = found + (tl.load(words + (32 + 8 * EXTRA + j) * stride, mask),)
+        else:  # 16 signed bytes, two a group
+            scales = words + (48 + first // 2) * stride
+            for j in tl.static_range((GROUPS + 1) // 2):
+                found = found + (tl.load(scales + j * stride, mask),)
+        for h in tl.static_range(HALVES):
+            found = found + (tl.load(halves + h * halves_stride, mask),)
+    return found
+
+
+@triton.jit
+def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.constexpr, acc):
+    """acc + the products of octet j of a group with one byte of its activations."""
+    return dot4(high, values[(2 * j + 1) * TERMS + term], dot4(low, values[2 * j * TERMS + term], acc))
+
+
+@triton.jit
+def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr):
+    """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
+    if BITS == 8:
+        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS)
+    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else 0)
+    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS)
+
+
+@triton.jit
+def _scale_words(found, first, AT: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
+    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, with MINIMUM, of minima."""
+    if not MINIMUM:
+        scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
+        minimum = scale
+        if GROUPS > 2:
+            minimum = found[AT + 1] ^ -0x7F7F7F80
+    else:
+        s = found[AT]
+        m = found[AT + 1]
+        upper = found[AT + 2]
+        scale = tl.where(first < 4, s & 0x3F3F3F3F, (upper & 0x0F0F0F0F) | ((s >> 2) & 0x30303030))
+        minimum = tl.where(first < 4, m & 0x3F3F3F3F, ((upper >> 4) & 0x0F0F0F0F) | ((m >> 2) & 0x30303030))
+    return scale, minimum
+
+
+@triton.jit
+def _byte(word, b):
+    """Byte b of the word, unsigned, as float32."""
+    if INTERPRETED:
+        return ((word >> (8 * b)) & 255).to(tl.float32)
+    # bytes b, 0, 0, 0x4B are 2^23 + byte b
+    bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,r", [word, b + 0x7540], dtype=tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
+    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where there are no minima."""
+    if MINIMUM:
+        b = i if GROUPS == 4 else g % 4
+        return _byte(scale, b), _byte(minimum, b)
+    else:
+        b = 2 * (i % 2) + part if GROUPS > 1 else 2 * (g % 2) + part
+        signed = _byte(minimum if i >= 2 else scale, b) - 128.0
+        return signed, signed
+
+
+@triton.jit
+def _warp(lanes, ROWS: tl.constexpr):
+    """The share of K that a lane works on: lanes / ROWS. A scalar that differs from warp to warp, for no lane of a warp has another's."""
+    if INTERPRETED:
+        return lanes // ROWS
+    return tl.inline_asm_elementwise("{ .reg .b32 thread; mov.u32 thread, %tid.x; shr.b32 $0, thread, 5; }", "=r,r", [ROWS], dtype=tl.int32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
+def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The sum of source[s * stride] over splits, in a fixed order, TOGETHER loads in flight."""
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, splits, TOGETHER):
+        s = first + tl.arange(0, TOGETHER)
+        keep = (s < splits)[:, None]
+        if mask is not None:
+            keep = keep & mask[None, :]
+        total += tl.sum(tl.load(source[None, :] + s.to(tl.int64)[:, None] * stride, keep, other=0.0, cache_modifier=".cg"), 0)
+    return total
+
+
+@triton.jit
+def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
+         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
+         SQUARES: tl.constexpr):
+    """The product of x[t] and every row. Grid (row blocks, splits, T).
+
+    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
+    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
+    more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
+    What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
+    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
+    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one token: COUNT > 0 multiplies by
+    `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    tokens = tl.num_programs(2)
+    LANES: tl.constexpr = ROWS * SHARES
+    lanes = tl.arange(0, LANES)
+    rows = block * ROWS + lanes % ROWS
+    mask = None if EVEN else rows < n
+    X: tl.constexpr = 8 * TERMS + 4
+    x += token * (k // 32) * X
+    acc = tl.zeros((LANES,), tl.float32)
+    PARTS: tl.constexpr = 2 if BITS == 6 else 1
+    STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
+    steps = k // (32 * GROUPS)
+    words += rows
+    halves += rows
+    each = tl.cdiv(steps, splits * SHARES)
+    begin = split * (SHARES * each)
+    if SHARES > 1:
+        begin += _warp(lanes, ROWS) * each
+    end = tl.minimum(begin + each, steps)
+    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+    wait_for_earlier_kernels(EARLY)
+    if COUNT > 0:
+        root = load_root(squares, k, EPS, COUNT, PAD)
+    EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
+    SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
+    HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
+    for i in tl.range(0, each):
+        step = tl.minimum(begin + i, end - 1)
+        following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
+        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+        before = acc
+        if BLOCK == 256:
+            first = step % STEPS * GROUPS if STEPS > 1 else 0
+            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, MINIMUM, GROUPS)
+            scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
+            minima = tl.zeros((LANES,), tl.float32)
+        for g in tl.static_range(GROUPS):
+            group_x = x + (step * GROUPS + g) * X
+            values = _group(group_x, TERMS)
+            for part in tl.static_range(PARTS):
+                c0 = tl.zeros((LANES,), tl.int32)
+                c1 = tl.zeros((LANES,), tl.int32)
+                c2 = tl.zeros((LANES,), tl.int32)
+                for o in tl.static_range(4 // PARTS):
+                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS)
+                    c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
+                    if TERMS > 1:
+                        c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
+                    if TERMS > 2:
+                        c2 = _dot8(low, high, values, part * (4 // PARTS) + o, 2, TERMS, c2)
+                if TERMS == 1:
+                    dot = c0.to(tl.float32)
+                elif TERMS == 2:
+                    dot = (c0 * 256 + c1).to(tl.float32)
+                else:
+                    dot = (c0 * 256 + c1).to(tl.float32) * 256 + c2.to(tl.float32)
+                dot *= values[8 * TERMS]
+                total = values[8 * TERMS + (3 if PARTS == 1 else 1 + part)]
+                if not MINIMUM:  # a quant stands for itself less half its range
+                    dot -= total * (1 << (BITS - 1))
+                if BLOCK == 256:
+                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, MINIMUM, GROUPS)
+                    scaled += scale * dot
+                    if MINIMUM:
+                        minima += minimum * total
+                else:
+                    acc += now[HALF + g * HALVES].to(tl.float32) * dot
+                    if MINIMUM:
+                        acc += now[HALF + g * HALVES + 1].to(tl.float32) * total
+        if BLOCK == 256:
+            acc += now[HALF].to(tl.float32) * scaled
+            if MINIMUM:
+                acc -= now[HALF + 1].to(tl.float32) * minima
+        acc = tl.where(begin + i < end, acc, before)  # the last shares may have less to do
+        now = coming
+
+    if SHARES > 1:
+        acc = tl.sum(tl.reshape(acc, [SHARES, ROWS]), 0)
+        rows = block * ROWS + tl.arange(0, ROWS)
+        mask = None if EVEN else rows < n
+    if COUNT > 0:
+        acc *= root
+    tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
+    if END != "split":
+        _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER, SQUARES)
+
+
+@triton.jit
+def _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr,
+            ROWS: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr):
+    """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
+    blocks = tl.num_programs(0)
+    own = block % (blocks // 2) if END == "glu" else block
+    share = 2 * splits if END == "glu" else splits
+    counter = counters + token * blocks + own
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        rows = own * ROWS + tl.arange(0, ROWS)
+        mask = None if EVEN else rows < n
+        source = partials + token * n + rows
+        total = sum_splits(source, tokens * n, splits, mask, ROWS, TOGETHER)
+        if END == "glu":
+            value = sum_splits(source + n // 2, tokens * n, splits, mask, ROWS, TOGETHER)
+            # tanh(u) = 1 - 2 / (exp(2 u) + 1)
+            u = 0.7978845608028654 * (total + 0.044715 * total * total * total)
+            gelu = total * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+            store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
+        else:
+            tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
+            if SQUARES:
+                tl.store(squares_out + own, tl.sum(total * total, 0))

@@ -1,0 +1,116 @@
+"""Linear layer whose weight stays in its GGUF block format: `x @ dequantize(words, halves)`.
+
+A few tokens: the GEMV straight from the packed weight (`gemv`). More tokens, or a number only known at run time: dequantize a chunk of
+rows into scratch, then a dense matmul.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.library import triton_op
+
+from custom_ops.cases import KernelCase
+from custom_ops.gpu.launch import kernel, use_triton
+from custom_ops.gpu.target import MIB, GpuTarget
+from custom_ops.weights.dequantize import dequantize_rows
+from custom_ops.weights.fixed_point import TERMS
+from custom_ops.weights.gemv import COUNTERS, fix, multiply
+from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.packed import check_weight, format_constants
+
+MAX_GEMV_TOKENS = 8  # beyond, reading the weight once for all tokens pays for the scratch
+MAX_SCRATCH_BYTES = 256 * MIB  # of dequantized weight; a larger matrix is done in chunks along N
+DEQUANTIZE_ROWS = 256  # of a program of one warp: eight to a lane, 16-byte stores in bfloat16
+
+
+def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
+    """The op in plain torch; arguments as `quantized_linear`."""
+    return (x.float() @ dequantize(kind, words, halves)).to(x.dtype)
+
+
+def chunk_rows(n: int, k: int, itemsize: int) -> int:
+    """Rows of the equal chunks, a multiple of DEQUANTIZE_ROWS, in which a matrix [n, k] goes through MAX_SCRATCH_BYTES of scratch."""
+    most = max(MAX_SCRATCH_BYTES // (k * itemsize) // DEQUANTIZE_ROWS, 1) * DEQUANTIZE_ROWS
+    chunks = triton.cdiv(n, most)
+    return triton.cdiv(triton.cdiv(n, chunks), DEQUANTIZE_ROWS) * DEQUANTIZE_ROWS
+
+
+def dequantize_launch(kind: str, n: int) -> dict[str, int | bool]:
+    """Constants of `dequantize_rows` beside the format's, for a whole matrix of n rows."""
+    return {"GATHER": False, "GROUPS": min(LAYOUTS[kind].block // 32, 2), "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
+
+
+def dequantized(words: torch.Tensor, halves: torch.Tensor, kind: str, dtype: torch.dtype, after: torch.Tensor) -> torch.Tensor:
+    """The matrix transposed, [K, N] in dtype, as `layouts.dequantize` rounded to dtype.
+
+    `after` is any tensor: the compiler cannot dequantize before it exists, so that not every matrix of a layer is dense at once.
+    """
+    n, k = words.shape[2], words.shape[0] * LAYOUTS[kind].block
+    out = torch.empty((k, n), dtype=dtype, device=words.device)
+    constants = dequantize_launch(kind, n)
+    grid = (triton.cdiv(n, constants["ROWS"]), k // 32 // constants["GROUPS"])
+    kernel(dequantize_rows)[grid](words, halves, after, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
+                                  num_warps=1)
+    return out
+
+
+@triton_op("kiln::quantized_linear", mutates_args=())
+def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
+    """x [T, K] float32 or bfloat16, words int32 [G, W, N], halves float16 [G, H, N] -> [T, N] in x's dtype, accumulated in float32.
+
+    The weight is the packed matrix [N, K] of block type `kind` (see `layouts`), or a slice of it along N.
+    Raises ValueError when a shape or dtype does not fit.
+    """
+    check_weight("quantized_linear", words, halves, kind)
+    k = words.shape[0] * LAYOUTS[kind].block
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"quantized_linear: x is {x.dtype} {tuple(x.shape)}; expected float32 or bfloat16 [T, {k}]")
+    if not use_triton(x):
+        return reference(x, words, halves, kind)
+    x = x.contiguous()
+    if isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS:
+        counters = torch.zeros(COUNTERS * x.shape[0], dtype=torch.int32, device=x.device)
+        return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
+    n = words.shape[2]
+    step = chunk_rows(n, k, x.element_size())
+    # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
+    parts: list[torch.Tensor] = []
+    for i in range(0, n, step):
+        dense = dequantized(words[:, :, i : i + step], halves[:, :, i : i + step], kind, x.dtype, parts[-1] if parts else x)
+        parts.append(torch.mm(x, dense))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def bytes_moved(kind: str, tokens: int, n: int, k: int, itemsize: int = 2) -> int:
+    """Bytes that must cross memory once: the packed weight, x [tokens, k] and the result [tokens, n], `itemsize` bytes an activation."""
+    layout = LAYOUTS[kind]
+    return n * (k // layout.block) * layout.block_bytes + tokens * (n + k) * itemsize
+
+
+def flops(tokens: int, n: int, k: int) -> int:
+    """Floating-point operations of the product: an addition and a multiplication for each weight and token."""
+    return 2 * tokens * n * k
+
+
+USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
+USUAL_TARGETS = (90, 120)
+# The matrices (N, K) of the 31B: qkv, qk, attention output, gate and up, down, head.
+_SHAPES = ((16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (43008, 5376), (5376, 21504), (262144, 5376))
+_PACKED = {"words": "*i32", "halves": "*fp16"}
+_INTEGERS = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
+
+
+def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+    """Every distinct compilation that bfloat16 decoding and prefill of the 31B need, of any block type."""
+    cases: dict[tuple, KernelCase] = {}
+    dequantize_types = {**_PACKED, "ids": "*bf16", "out": "*bf16", **_INTEGERS}
+    for kind in LAYOUTS:
+        targets = None if kind in USUAL_KINDS else USUAL_TARGETS
+        for n, k in _SHAPES:
+            rows = chunk_rows(n, k, 2)
+            dense = format_constants(kind) | dequantize_launch(kind, rows)
+            case = KernelCase(f"dequantize_rows {kind} {rows}x{k}", dequantize_rows, dequantize_types, dense, {"num_warps": 1}, targets,
+                              tuple(_INTEGERS))
+            cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
+    return list(cases.values())

@@ -1,0 +1,32 @@
+"""Packed weights as op arguments: what the kernels must know of a block format, and the check of words and halves."""
+
+from __future__ import annotations
+
+import torch
+
+from custom_ops.weights.layouts import LAYOUTS
+
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+
+
+def format_constants(kind: str) -> dict[str, int | bool]:
+    """The constants of a block format that every kernel over packed weights takes."""
+    layout = LAYOUTS[kind]
+    return {"BITS": BITS[kind], "BLOCK": layout.block, "MINIMUM": kind in MINIMUM, "WORDS": layout.words, "HALVES": layout.halves}
+
+
+def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, kind: str) -> None:
+    """ValueError unless words and halves are a packed matrix of this block type, or a slice of one along N."""
+    if kind not in LAYOUTS:
+        raise ValueError(f"{op}: no packed layout for block type {kind}; known: {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    if words.dtype != torch.int32 or halves.dtype != torch.float16 or words.dim() != 3:
+        raise ValueError(f"{op}: words is {words.dtype} {tuple(words.shape)}, halves {halves.dtype}; expected int32 [G, W, N] and float16")
+    blocks, _, rows = words.shape
+    if words.shape[1] != layout.words or halves.shape != (blocks, layout.halves, rows):
+        expected = f"[G, {layout.words}, N] and [G, {layout.halves}, N]"
+        raise ValueError(f"{op}: {kind} words {tuple(words.shape)} and halves {tuple(halves.shape)}; expected {expected}")
+    for name, tensor in (("words", words), ("halves", halves)):
+        if tensor.stride(2) != 1 or tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous tensor or a slice of one along N")

@@ -1,0 +1,1 @@
+"""The artifact directory: manifest, weights, memory plan, inspection."""

@@ -1,0 +1,1 @@
+"""Tracing, passes and AOTInductor."""

@@ -1,0 +1,181 @@
+"""AOTInductor, one process for each graph and target: `prefill` and `decode` into one `model*.pt2`, no GPU and no weights needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from custom_ops.gpu.target import compiling_for, gpu_targets
+from exporter.compiler.trace import ENTRIES, GraphSpec, lower
+from exporter.compiler.workers import AT_ONCE, take
+from exporter.errors import KilnError
+from passes.edit import symbolic, user_input
+from passes.records import KVBuffer, PassReport
+
+PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
+
+
+@dataclass
+class CompiledEntry:
+    """One compiled graph, still as loose files."""
+
+    entry: str
+    files: list[str]
+    reports: list[PassReport]
+    kv: list[KVBuffer]
+    constants: list[str]  # fully qualified names, weights and caches
+    kernels: list[str]  # names of those on the GPU
+    export_s: float
+    compile_s: float
+    peak_rss: int  # bytes, of the compiling process
+
+
+@dataclass
+class CompiledTarget:
+    """`model*.pt2` for one target."""
+
+    target: str
+    path: Path
+    entries: list[CompiledEntry]
+
+
+def compile_target(
+    spec: GraphSpec,
+    target: str,
+    out: Path,
+    work: Path,
+    dump: Path | None = None,
+    done: Callable[[CompiledEntry], None] = lambda entry: None,
+) -> CompiledTarget:
+    """Compile both graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
+
+    Raises KilnError when a compilation fails or constants were merged.
+    """
+    work = work.resolve()  # the compiler changes directory
+    entries: list[CompiledEntry] = []
+    for some in (ENTRIES[i : i + AT_ONCE] for i in range(0, len(ENTRIES), AT_ONCE)):
+        workers = [take() for _ in some]
+        for worker, entry in zip(workers, some, strict=True):
+            worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
+        from torch._inductor.package import package_aoti  # seconds, while the workers work
+
+        for worker in workers:
+            entries.append(worker.result())
+            done(entries[-1])
+    _check(spec, entries)
+    package_aoti(str(out), {e.entry: e.files for e in entries})
+    return CompiledTarget(target, out, entries)
+
+
+def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
+    from exporter.artifact.weights import constants
+
+    weights = {c.name for c in constants(spec.config, list(spec.plan))}
+    kv = {b.name for b in entries[0].kv}
+    for entry in entries:
+        if {b.name for b in entry.kv} != kv:
+            raise KilnError(f"compiling {entry.entry}: the graphs disagree about their caches")
+        found = set(entry.constants)
+        if len(entry.constants) != len(found) or found != weights | kv:
+            wrong = sorted(found ^ (weights | kv))
+            count = f"{len(entry.constants)} constants where {len(weights | kv)} were expected"
+            raise KilnError(f"compiling {entry.entry}: {count}; merged, lost or unknown: {', '.join(wrong[:8])}")
+
+
+def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
+    """Runs in a process of its own; what a compiler raises there is told as text, since it may not be picklable."""
+    try:
+        return _compile(spec, entry, target, work, dump)
+    except KilnError:
+        raise
+    except Exception as e:
+        if os.environ.get("KILN_DEBUG"):
+            traceback.print_exc()
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise KilnError(f"compiling {entry} for {target}: {type(e).__name__}: {reason} (KILN_DEBUG=1 shows where)") from None
+
+
+def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a present GPU must not change what is compiled
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it would put the build machine's paths into the code
+    import torch._inductor
+
+    from exporter.compiler import torch_private
+
+    gpu = None if target == "cpu" else gpu_targets()[target]
+    device = "cpu" if gpu is None else "cuda"
+    with torch_private.quiet():
+        torch_private.install(gpu)
+        start = time.monotonic()
+        with compiling_for(gpu) if gpu else nullcontext():
+            lowered = lower(spec, entry, device, dump)
+            traced = time.monotonic()
+            program = lowered.program
+            args, kwargs = program.example_inputs
+            files = torch._inductor.aot_compile(
+                program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
+            )
+    length = user_input(program, "tokens").meta["val"].shape[0]
+    if entry == "prefill" and not symbolic(length):
+        raise KilnError(
+            f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size"
+        )
+    constants = _constant_names(files)
+    return CompiledEntry(
+        entry=entry,
+        files=_packed(files),
+        reports=lowered.reports,
+        kv=lowered.kv,
+        constants=constants,
+        kernels=torch_private.KERNELS,
+        export_s=traced - start,
+        compile_s=time.monotonic() - traced,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _packed(files: list[str]) -> list[str]:
+    """What goes into the package: no generated source, but for the name of one, by which torch's loader finds the metadata."""
+    kept = [f for f in files if f.endswith(PACKED_SUFFIXES)]
+    for f in files:
+        if f.endswith("wrapper.cpp"):
+            Path(f).write_text("// generated source, not kept\n")
+            kept.append(f)
+    return kept
+
+
+def _constant_names(files: list[str]) -> list[str]:
+    """The original names of a compiled model's constants, from its generated source."""
+    source = next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp"))
+    return re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source)
+
+
+def available_targets() -> list[str]:
+    return ["cpu", *gpu_targets()]
+
+
+def native_target() -> str:
+    """The target of this machine's GPU; raises KilnError where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise KilnError("--target native: this machine has no usable NVIDIA GPU; name one of " + ", ".join(available_targets()))
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}{minor}"
+    if name not in gpu_targets():
+        raise KilnError(f"--target native: this GPU is {name}, which is not in configs/gpus.toml ({', '.join(gpu_targets())})")
+    return name
+
+
+def clean(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,443 @@
+"""Every private symbol of torch and triton that Kiln touches, and the versions they were checked on.
+
+AOTInductor asks "the current GPU" questions while compiling, de-duplicates constants by address, and compiles host code for the build
+machine's CPU. Here those questions are answered from a GpuTarget record, so that a machine without a GPU compiles the same code as one with
+it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. The seams:
+
+  1. `torch._dynamo.device_interface.register_interface_for_device`: device properties
+  2. `triton.runtime.driver.set_active`, `CudaDriver.is_active`: target architecture, shared memory, no launches
+  3. `torch.cuda.get_device_properties` and three more: asked directly by Inductor
+  4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them; and
+     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
+  5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
+  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
+  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
+  8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+  9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
+ 10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
+ 11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
+ 12. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
+     tells that the analysis of a kernel gave up
+
+A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import sympy
+import torch
+import triton
+
+from custom_ops.gpu.target import KIB, GpuTarget
+from exporter.errors import KilnError
+
+CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
+HOST_MARCH = "x86-64-v3"
+
+
+def check_versions() -> None:
+    """Raises KilnError on a torch or triton that these seams were not checked on."""
+    for name, version in (("torch", torch.__version__), ("triton", triton.__version__)):
+        if version.split("+")[0] not in CHECKED[name]:
+            raise KilnError(
+                f"{name} {version} is not supported: the compiler seams were checked on {name} {', '.join(CHECKED[name])}; install that one"
+            )
+
+
+def fake_export(
+    build: Callable[[], torch.nn.Module], inputs: Callable[[], tuple], dynamic_shapes, device: str
+) -> torch.export.ExportedProgram:
+    """torch.export of `build()` with parameters, buffers and inputs that have shapes and no memory."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True, export=True)
+    with mode, torch.device(device):
+        model = build().eval().requires_grad_(False)
+    with FakeTensorMode(), torch.device(device):
+        args = inputs()
+    with torch.no_grad(), tracing(TracingContext(mode)):  # export must trace in the mode that owns the parameters
+        return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def load_package(path: str | Path, entry: str):
+    """An AOTInductor model of a package: `.run(list of tensors)`, `.load_constants(map, use_inactive, check_full_update, user_managed)`."""
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), entry, True, 1, -1)
+
+
+def install(target: GpuTarget | None) -> None:
+    """Turn this process into a compiler for `target` (None: the CPU)."""
+    check_versions()
+    _keep_fake_constants_apart()
+    _portable_host_code()
+    _same_work_once()
+    _objects_side_by_side()
+    if target is not None:
+        _cuda_toolchain()
+        _device_interface(target)
+        _triton_driver(target)
+        _wrapper()
+        _one_object_for_each_kernel()
+        _what_kernels_write()
+
+
+def _what_kernels_write() -> None:
+    """The assembly in Kiln's kernels writes no memory; a kernel that cannot be analyzed is an error, for all its arguments would count as
+    written and become outputs."""
+    import logging
+
+    import torch._higher_order_ops.triton_kernel_wrap as wrap
+
+    original = wrap.ttir_to_functions
+
+    def ttir_to_functions(module):
+        functions = original(module)
+        return {
+            name: {
+                value: [dataclasses.replace(op, is_pure=True) if op.name == "tt.elementwise_inline_asm" else op for op in ops]
+                for value, ops in function.items()
+            }
+            for name, function in functions.items()
+        }
+
+    def refuse(record: logging.LogRecord) -> bool:
+        if "identify_mutated_tensors" in record.getMessage():
+            raise KilnError(f"what a kernel writes could not be analyzed: {record.exc_info and record.exc_info[1]}; this is a bug in Kiln")
+        return True
+
+    wrap.ttir_to_functions = ttir_to_functions
+    wrap.log.addFilter(refuse)
+
+
+def _keep_fake_constants_apart() -> None:
+    import torch._inductor.graph as graph
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    original = graph.is_same_tensor
+
+    def is_same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+        fakes = isinstance(a, FakeTensor), isinstance(b, FakeTensor)
+        if not any(fakes):
+            return original(a, b)
+        return all(fakes) and a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+
+    graph.is_same_tensor = is_same_tensor
+
+
+def _portable_host_code() -> None:
+    """Code for any x86-64-v3 CPU, without the build machine's paths in it."""
+    from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    paths = {cache_dir(): "kiln", str(Path(torch.__file__).parent): "torch"}
+    original = cpp_builder._get_optimization_cflags
+
+    @functools.wraps(original)
+    def portable(*args, **kwargs):
+        cflags, ldflags = original(*args, **kwargs)
+        cflags = [f"march={HOST_MARCH}" if flag == "march=native" else flag for flag in cflags]
+        return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
+
+    cpp_builder._get_optimization_cflags = portable
+    cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [cpu_vec_isa.VecAVX2()])  # ten seconds of trial programs otherwise
+
+
+def _same_work_once() -> None:
+    """A graph repeats its layers; the compiler should not repeat its thoughts."""
+    from torch._inductor.codegen import cpp
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx import proxy
+
+    for name in ("stride_at", "stride_at_vec_range", "simplify_index_in_vec_range"):  # 128 results are kept otherwise
+        setattr(cpp, name, functools.cache(getattr(cpp, name).__wrapped__))
+
+    class Sympy(types.ModuleType):
+        simplify = staticmethod(sympy.expand)  # enough for strides, which are sums of products, and many times as fast
+        __getattr__ = staticmethod(functools.partial(getattr, sympy))
+
+    cpp.sympy = Sympy("sympy")
+    triton.runtime.cache.triton_key = lambda: triton.__version__  # hashes all of triton's files for caches that are new and thrown away
+
+    # a singleton whose tables are made anew for every operation
+    DtypePropagationOpsHandler.__init__ = functools.cache(DtypePropagationOpsHandler.__init__)
+
+    validate = FakeTensorMode._validate_cache_key
+
+    def validate_ours_too(self, func, args, kwargs):
+        if not (isinstance(func, OpOverload) and func.namespace == "kiln"):  # shapes follow from shapes alone
+            validate(self, func, args, kwargs)
+
+    FakeTensorMode._validate_cache_key = validate_ours_too
+
+    class NoTrace:
+        extract = staticmethod(lambda **_: NoTrace)
+        summary = staticmethod(tuple)
+
+    if not os.environ.get("KILN_DEBUG"):
+        proxy.CapturedTraceback = NoTrace  # of every node: where in the Python source it was made
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+def _objects_side_by_side() -> None:
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build, pool, running = CppBuilder.build, ThreadPoolExecutor(2), list[Future]()
+
+    @functools.wraps(build)
+    def build_or_start(self) -> None:
+        if self._compile_only and self._name.endswith((".wrapper", ".kernel")):  # other sources are deleted after the call
+            running.append(pool.submit(build, self))
+            return
+        if not self._compile_only:
+            for future in running:
+                future.result()
+            running.clear()
+        build(self)
+
+    CppBuilder.build = build_or_start
+
+
+def _cuda_toolchain() -> None:
+    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit, and a libcuda to link against."""
+    named = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc")
+    toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
+    homes = [named] if named else [os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"), *toolkits, "/usr/local/cuda"]
+    needed = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
+    home = next((h for h in homes if all(Path(h, "include", f).is_file() for f in needed)), None)
+    if home is None:
+        raise KilnError(
+            f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
+        )
+    os.environ["CUDA_HOME"] = home
+    header = Path(home, "include", "cuda.h")
+    directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
+    # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
+    names = sorted(set(re.findall(r"CUresult CUDAAPI (cu\w+)\(", header.read_text())))
+    source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(directory / "libcuda.so")]
+    subprocess.run(command, input=source.encode(), check=True)
+    os.environ["LIBRARY_PATH"] = ":".join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+
+
+def _properties(target: GpuTarget) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        name=target.name, major=target.capability[0], minor=target.capability[1], multi_processor_count=target.sm_count,
+        regs_per_multiprocessor=65536, max_threads_per_multi_processor=target.max_threads_per_sm, max_threads_per_block=1024, warp_size=32,
+        shared_memory_per_block=48 * KIB, shared_memory_per_block_optin=target.smem_optin,
+        shared_memory_per_multiprocessor=target.smem_per_sm, L2_cache_size=target.l2, total_memory=target.memory,
+        is_integrated=0, is_multi_gpu_board=0, gcnArchName="",
+    )  # fmt: skip
+
+
+def _device_interface(target: GpuTarget) -> None:
+    from torch._dynamo import device_interface
+    from torch._dynamo.device_interface import CudaInterface
+
+    class Interface(CudaInterface):
+        class Worker(CudaInterface.Worker):
+            current_device = staticmethod(lambda: 0)
+            get_device_properties = staticmethod(lambda device=None: _properties(target))
+
+        current_device = staticmethod(lambda: 0)
+        set_device = staticmethod(lambda device: None)
+        device_count = staticmethod(lambda: 1)
+        exchange_device = staticmethod(lambda device: 0)
+        maybe_exchange_device = staticmethod(lambda device: 0)
+        synchronize = staticmethod(lambda device=None: None)
+        get_raw_stream = staticmethod(lambda device: 0)
+        get_device_properties = staticmethod(lambda device=None: _properties(target))
+        get_compute_capability = staticmethod(lambda device=None: target.sm)
+        is_available = staticmethod(lambda: True)
+        is_bf16_supported = staticmethod(lambda including_emulation=True: target.sm >= 80)
+        is_triton_capable = staticmethod(lambda device=None: True)
+        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
+
+    device_interface.init_device_reg()
+    for device in ("cuda", "cuda:0"):
+        device_interface.register_interface_for_device(device, Interface)
+    torch.cuda.get_device_properties = lambda device=None: _properties(target)
+    torch.cuda.get_device_capability = lambda device=None: target.capability
+    torch.cuda.get_device_name = lambda device=None: target.name
+    torch.cuda.current_device = lambda: 0
+
+
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack, where ptxas spills) of the one kernel in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    if not match:
+        raise KilnError(f"cuobjdump gave no resource usage: {out[:200]}")
+    return int(match[1]), int(match[2])
+
+
+def _triton_driver(target: GpuTarget) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class Utils:
+        @staticmethod
+        def get_device_properties(device):
+            return {
+                "max_shared_mem": target.smem_optin, "max_num_regs": 65536, "multiprocessor_count": target.sm_count, "warpSize": 32,
+                "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
+            }  # fmt: skip
+
+        @staticmethod
+        def load_binary(name, kernel, shared, device):
+            registers, stack = cubin_resources(kernel)
+            return object(), 0, registers, stack // 4, 1024  # spills are counted in words
+
+    def no_launch(*args, **kwargs):
+        raise RuntimeError("a kernel launch was attempted while compiling")
+
+    class Driver(CudaDriver):
+        def __init__(self):
+            self.utils = Utils()
+            self.launcher_cls = lambda src, metadata: no_launch
+            self.get_device_capability = lambda device=0: target.capability
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+            self.get_current_stream = lambda device=0: 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", target.sm, 32)
+
+    CudaDriver.is_active = staticmethod(lambda: True)
+    triton.runtime.driver.set_active(Driver())
+
+
+KERNELS: list[str] = []  # names of those compiled in this process
+
+
+def _wrapper() -> None:
+    from torch._inductor.codegen import common
+    from torch._inductor.codegen.cpp_wrapper_gpu import CppWrapperGpu
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    class Wrapper(CppWrapperGpu):
+        @staticmethod
+        def create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures=None):
+            return Wrapper()
+
+        def generate_and_run_autotune_block(self):
+            # the original runs kernels on example tensors; here their definitions are executed, compiled and recorded
+            self.kernel_autotune_defs.splice("async_compile.wait(globals())\ndel async_compile\n")
+            scope: dict = {}
+            exec(self.kernel_autotune_defs.getvalue(), scope)
+            for name, kernel in scope.items():
+                if not isinstance(kernel, CachingAutotuner):
+                    continue
+                if not kernel.launchers:
+                    kernel.precompile()
+                launcher = kernel.launchers[0]
+                if len(kernel.launchers) > 1:
+                    configs = [str(choice.config) for choice in kernel.launchers]
+                    raise KilnError(f"kernel {name} has {len(configs)} configurations and nothing to choose by: {configs}")
+                kernel.save_gpu_kernel(stream="stream", launcher=launcher)
+                KERNELS.append(name)
+
+    options = CachingAutotuner._create_compile_options
+
+    def limited(self, config, meta):
+        doubles = [name for name, kind in meta["signature"].items() if kind == "fp64"]
+        if doubles:  # a Python float: in a kernel's own tests it is float32
+            raise KilnError(f"a kernel would take {', '.join(doubles)} as float64; make it a constant of the kernel")
+        registers = meta["constants"].get("REGISTERS")
+        return options(self, config, meta) | ({} if registers is None else {"maxnreg": registers})
+
+    CachingAutotuner._create_compile_options = limited
+    common.init_backend_registration()
+    old = common.device_codegens["cuda"]
+    common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)
+
+
+def _one_object_for_each_kernel() -> None:
+    from torch._inductor import codecache
+
+    original = codecache.convert_cubin_to_obj
+
+    def convert(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
+        own = Path(cubin_file).with_name(f"{kernel_name}.cubin")
+        own.write_bytes(Path(cubin_file).read_bytes())
+        return original(str(own), kernel_name, ld, objcopy)
+
+    codecache.convert_cubin_to_obj = convert
+
+
+FUSE_ACROSS_BYTES = 4 << 20
+
+
+def inductor_options(target: GpuTarget | None, entry: str) -> dict:
+    """Options of one compilation: nothing is measured, no constant is read, no weight and no build path is packed."""
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.model_name_for_generated_files": entry,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": None,
+        "aot_inductor.precompile_headers": False,  # used once, kept for ever
+        "always_keep_tensor_constants": True,
+        "joint_graph_constant_folding": False,
+        "compile_threads": 1,
+        "cpp.vec_isa_ok": True,
+        "cpp.simdlen": 256,
+    }
+    if target is None:
+        options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # calls of kernels and allocations: a tenth of a millisecond in a step
+    else:
+        options |= {
+            "cuda.arch": str(target.sm),
+            "aot_inductor.embed_kernel_binary": True,
+            "deterministic": True,
+            "triton.autotune_pointwise": False,
+            "triton.autotune_at_compile_time": True,
+            "triton.multi_kernel": 0,
+            "max_autotune": False, "max_autotune_gemm": False, "max_autotune_pointwise": False,
+            "coordinate_descent_tuning": False,
+            "benchmark_fusion": False, "benchmark_epilogue_fusion": False, "benchmark_combo_kernel": False,
+            "shape_padding": False,
+            "reorder_for_peak_memory": False,  # its model of memory moves the dequantization of weights away from their use
+        }  # fmt: skip
+        if entry == "prefill":
+            # Cache writes of all layers share the positions; fused on that ground they would keep every layer's K and V alive to the end.
+            options["score_fusion_memory_threshold"] = FUSE_ACROSS_BYTES
+    return options
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inductor's chatter about fake tensors and missing GPUs says nothing to a user."""
+    import logging
+    import warnings
+
+    level = logging.getLogger("torch").level
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch").setLevel(level)

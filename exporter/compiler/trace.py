@@ -1,0 +1,97 @@
+"""The plain decoder as two graphs, `prefill` and `decode`, from shapes alone; then the passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from exporter.artifact.weights import WeightPlan
+from exporter.compiler.torch_private import fake_export
+from exporter.errors import KilnError
+from exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from exporter.source.config import ModelConfig
+from passes.edit import PassError
+from passes.pipeline import run_pipeline
+from passes.records import KVBuffer, Lowered, PassOptions
+
+ENTRIES = ("prefill", "decode")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Everything a graph depends on; the weights are not among it."""
+
+    config: ModelConfig
+    plan: tuple[WeightPlan, ...]
+    max_seq_len: int
+    prefill_chunk: int  # longest prefill, in tokens
+    activation_dtype: str  # a key of DTYPES
+    options: PassOptions
+    cache: str = "float16"  # of keys and values that are not quantized, where activations have 16 bits: float16 or bfloat16
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Keys and values are normalized, so float16 holds them, with eight times bfloat16's precision."""
+        return torch.float32 if self.activation_dtype == "float32" else getattr(torch, self.cache)
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return DTYPES[self.activation_dtype]
+
+    def model(self) -> Decoder:
+        return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
+
+
+def trace_length(spec: GraphSpec) -> int:
+    """Tokens of the example prefill: the largest prime in a chunk.
+
+    Near the chunk, because the compiler judges memory by it; prime, because a length that equals some other size would be specialized.
+    """
+    return max(n for n in range(2, spec.prefill_chunk + 1) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+
+
+def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
+    """The graph of `entry` on `device` ("cpu" or "cuda"; none need be present), before any pass."""
+    length = trace_length(spec) if entry == "prefill" else 1
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        tokens = torch.empty(length, dtype=torch.int64)
+        return (tokens, torch.empty_like(tokens), *(torch.empty(1, dtype=dtype) for _, dtype in SAMPLING_INPUTS))
+
+    dynamic = None
+    if entry == "prefill":
+        chunk = {0: Dim("T", min=2, max=spec.prefill_chunk)}
+        dynamic = {"tokens": chunk, "pos": chunk} | {name: None for name, _ in SAMPLING_INPUTS}
+    return fake_export(spec.model, inputs, dynamic, device)
+
+
+def lower(
+    spec: GraphSpec, entry: str, device: str, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
+) -> Lowered:
+    """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`. KilnError where a pass fails."""
+    program = trace(spec, entry, device)
+    try:
+        return run_pipeline(program, spec.options, dump and dump / entry, after)
+    except PassError as e:
+        raise KilnError(str(e)) from e
+
+
+def make_kv(kv: list[KVBuffer], device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Zeroed caches, as the runner makes them."""
+    return {b.name: torch.zeros(b.shape, dtype=b.dtype, device=device) for b in kv}
+
+
+def runnable(program: ExportedProgram, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The graph as an eager module over real tensors; `state` maps every parameter and buffer name to its tensor, shared and not copied."""
+    module = program.module(check_guards=False)
+    missing = set(program.state_dict) - set(state)
+    if missing:
+        raise KeyError(f"no tensor for {sorted(missing)}")
+    module.load_state_dict({name: state[name] for name in program.state_dict}, strict=True, assign=True)
+    return module

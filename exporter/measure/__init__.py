@@ -1,0 +1,1 @@
+"""Measuring of artifacts and models: speed, kernels, quality."""

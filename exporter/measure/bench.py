@@ -1,0 +1,234 @@
+"""`kiln bench`: kiln-run's measurements at several depths, against what the work costs by the manifest and what the device can do."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from exporter.artifact.manifest import read_manifest
+from exporter.errors import KilnError
+from exporter.measure.runner import runner
+
+
+def numbers(text: str) -> list[int]:
+    """`128,512` as a list; raises KilnError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise KilnError(f"--depths {text}: must be integers separated by commas") from None
+
+
+# ---- costs, from the manifest ----
+
+
+def weight_bytes(manifest: dict) -> int:
+    """Bytes of weights that one decode step reads: every constant once, but of an embedding that is not also the head only one row."""
+    total = sum(c["bytes"] for c in manifest["constants"])
+    matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
+    if "output" in matrices:
+        table = sum(c["bytes"] for c in manifest["constants"] if c["name"].startswith("token_embd."))
+        total -= table - table // matrices["token_embd"][0]
+    return total
+
+
+def kv_bytes(manifest: dict, position: int) -> int:
+    """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once, codes up to the residual."""
+    total = 0
+    for kv in manifest["kv"]:
+        ring = kv["kind"] == "ring"
+        slots = kv["shape"][0] if ring else manifest["max_seq_len"]
+        read = position if ring else max(position - (manifest.get("residual_length") or 0), 0)
+        total += kv["bytes"] * min(read, slots) // slots
+    return total
+
+
+def keys_attended(start: int, tokens: int, window: int | None) -> int:
+    """Sum over positions start .. start + tokens - 1 of the keys a causal query there attends to, at most `window` each."""
+
+    def below(end: int) -> int:  # the sum over positions 0 .. end - 1
+        ramp = end if window is None else min(end, window)
+        return ramp * (ramp + 1) // 2 + (end - ramp) * (window or 0)
+
+    return below(start + tokens) - below(start)
+
+
+def prefill_flops(manifest: dict, start: int, tokens: int) -> int:
+    """Floating-point operations of the matrix products and attention of one prefill call; the head runs for its last token only."""
+    matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
+    head = matrices.get("output", matrices["token_embd"])
+    flops = 2 * head[0] * head[1]
+    flops += sum(2 * n * k * tokens for name, (n, k) in matrices.items() if name not in ("token_embd", "output"))
+    window = manifest["config"]["sliding_window"]
+    for layer in manifest["config"]["layers"]:
+        keys = keys_attended(start, tokens, window if layer["sliding"] else None)
+        flops += 4 * layer["num_heads"] * layer["head_dim"] * keys
+    return flops
+
+
+# ---- the record ----
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def measure(
+    artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None
+) -> dict:
+    """Runs kiln-run --bench and adds, to each depth, the cost of the work and the share of the ceilings. Raises KilnError."""
+    manifest = read_manifest(artifact)
+    command = [runner(), str(artifact), "--bench", "--json", "--steps", str(steps), "--device", device]
+    for option, value in (("--depths", depths), ("--prefill-chunk", prefill_chunk), ("--threads", threads)):
+        if value is not None:
+            command += [option, str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise KilnError(lines[-1].removeprefix("kiln-run: error: "))
+    record = {
+        "artifact": artifact.name,
+        "model": manifest["config"]["name"],
+        "max_seq_len": manifest["max_seq_len"],
+        "kv_cache": manifest["kv_cache"],
+        "producer": manifest["producer"],
+        "steps": steps,
+        **json.loads(done.stdout),
+    }
+    record["device_name"] = device_name(record["device"])
+    return add_costs(record, manifest)
+
+
+def add_costs(record: dict, manifest: dict) -> dict:
+    """To each depth of `record`: bytes of a decode step, operations of the prefill call, rates, and per cent of the measured ceilings.
+
+    The ceiling of decode is the faster of copy and plain read, that of prefill a single bfloat16 matmul.
+    """
+    ceilings = record["ceilings"]
+    for row in record["depths"]:
+        decode, prefill = row["decode"], row["prefill"]
+        decode["weight_bytes"] = weight_bytes(manifest)
+        decode["kv_bytes"] = kv_bytes(manifest, decode["start"] + decode["steps"] // 2)
+        decode["gb_s"] = (decode["weight_bytes"] + decode["kv_bytes"]) * decode["tok_s"] / 1e9
+        prefill["flops"] = prefill_flops(manifest, prefill["start"], prefill["tokens"])
+        prefill["tflop_s"] = prefill["flops"] / prefill["seconds"] / 1e12
+        if ceilings:
+            bandwidth = max(ceilings["copy_gb_s"], ceilings["read_gb_s"])
+            decode["percent"] = 100 * decode["gb_s"] / bandwidth
+            prefill["percent"] = 100 * prefill["tflop_s"] / ceilings["matmul_tflop_s"]
+    return record
+
+
+def table(record: dict) -> str:
+    memory, first, ceilings = record["memory"], record["first_chunk"], record["ceilings"]
+    lines = [
+        f"{record['model']} on {record['device_name']} ({record['target']}), KV cache {record['kv_cache']}, "
+        f"{record['max_seq_len']} tokens at most, prefill in chunks of {record['prefill_chunk']}",
+        f"load {record['load_s']:.2f} s; first token of a prompt of {first['tokens']} tokens after {first['cold_s']:.3f} s cold, "
+        f"{first['warm_s']:.3f} s warm",
+        "memory " + ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3f} GB" for name, size in memory.items()),
+    ]
+    if ceilings:
+        lines.append(
+            f"ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, read {ceilings['read_gb_s']:.0f} GB/s, bfloat16 matmul "
+            f"{ceilings['matmul_tflop_s']:.0f} TFLOP/s ({ceilings['matmul_sustained_tflop_s']:.0f} sustained)"
+        )
+    lines.append(
+        f"{'depth':>8} {'chunk':>6} {'prefill':>9} {'TFLOP/s':>8} {'of max':>7} {'prompt':>9} | {'decode':>8} {'p10':>8} {'p90':>8} "
+        f"{'GB/token':>9} {'GB/s':>7} {'of max':>7}"
+    )
+    moved = []
+    for row in record["depths"]:
+        prefill, decode = row["prefill"], row["decode"]
+        share = [f"{part['percent']:.1f} %" if "percent" in part else "" for part in (prefill, decode)]
+        size = (decode["weight_bytes"] + decode["kv_bytes"]) / 1e9
+        mark = "" if row["position"] == row["depth"] else "*"
+        lines.append(
+            f"{str(row['depth']) + mark:>8} {prefill['tokens']:6d} {prefill['tok_s']:9.1f} {prefill['tflop_s']:8.1f} {share[0]:>7} "
+            f"{row['prompt']['tok_s']:9.1f} | {decode['tok_s']:8.2f} {decode['p10']:8.2f} {decode['p90']:8.2f} {size:9.3f} "
+            f"{decode['gb_s']:7.0f} {share[1]:>7}"
+        )
+        if mark:
+            moved.append(f"* {row['depth']}: measured at {row['position']}, so that the decode steps fit")
+    return "\n".join(line.rstrip() for line in lines + moved)
+
+
+def check_plot() -> None:
+    """Raises KilnError before anything is measured for a picture that cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise KilnError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def plot(record: dict, path: Path) -> None:
+    """Decode and prefill against depth, as a picture in a format that matplotlib writes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def column(part: str, name: str) -> list[float]:
+        return [row[part][name] for row in record["depths"]]
+
+    positions = [row["position"] for row in record["depths"]]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(positions, column("decode", "tok_s"), "o-", label="median")
+    left.fill_between(positions, column("decode", "p10"), column("decode", "p90"), alpha=0.25, label="p10 .. p90")
+    right.plot(positions, column("prefill", "tok_s"), "o-", label="the chunk that ends here")
+    right.plot(positions, column("prompt", "tok_s"), "s--", label="the whole prompt")
+    for axes, title in ((left, "decode"), (right, "prefill")):
+        axes.set(title=title, xlabel="depth, tokens", ylabel="tokens/s", xscale="log", ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(positions, [str(p) for p in positions], rotation=45)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{record['model']} on {record['device_name']}, KV cache {record['kv_cache']}")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as e:
+        raise KilnError(f"--plot {path}: {e}") from e
+    pyplot.close(figure)
+
+
+def bench(
+    artifact: Path,
+    depths: str | None,
+    prefill_chunk: int | None,
+    steps: int,
+    device: str,
+    threads: int | None,
+    profile: bool,
+    out: Path | None,
+    picture: Path | None,
+) -> tuple[dict, str]:
+    """The command: the record, also written to `out`, and its text."""
+    if profile:
+        from exporter.measure import kernel_times as steptime
+
+        if picture:
+            raise KilnError("--plot draws speed against depth, --profile has none; run them apart")
+        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device)
+        text = steptime.text(record)
+    else:
+        if picture:
+            check_plot()
+        if depths:
+            numbers(depths)
+        record = measure(artifact, depths, prefill_chunk, steps, device, threads)
+        text = table(record)
+    if out:
+        try:
+            out.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as e:
+            raise KilnError(f"--out {out}: {e.strerror}") from e
+    if picture:
+        plot(record, picture)
+    return record, text

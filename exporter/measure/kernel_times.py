@@ -1,0 +1,246 @@
+"""`kiln bench --profile`: where the time of one decode step and of one prefill call goes, kernel by kernel, on a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from exporter.artifact.manifest import read_manifest
+from exporter.errors import KilnError
+
+DECODE_STEPS, PREFILL_CALLS = 5, 2  # under the profiler
+REPLAYS, BATCHES = 10, 7  # of the step's graph, for its time without the profiler
+SPARE = 128  # positions after the depth: all steps of both
+DEFAULT_DEPTH = 2048
+SHOWN = 40  # rows of the text; the record has all
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def kernel_rows(trace: dict, calls: int) -> list[dict]:
+    """Device work in a Chrome trace of `calls` equal calls, by kernel and grid: count and microseconds of one call, longest first."""
+    sums: dict[tuple, list[float]] = {}
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ON_DEVICE and "dur" in event:
+            grid = event.get("args", {}).get("grid")
+            entry = sums.setdefault((event["name"], tuple(grid) if grid else None), [0, 0.0])
+            entry[0] += 1
+            entry[1] += event["dur"]
+    rows = [
+        {"kernel": name, "grid": list(grid) if grid else None, "count": n / calls, "us": us / calls}
+        for (name, grid), (n, us) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def family(kernel: str) -> str:
+    """The op a kernel belongs to: a name without its number, one word for what the compiler fused and for each library."""
+    fused = {"triton_poi_": "fused pointwise", "triton_red_": "fused reduction", "triton_per_": "fused reduction"}
+    for prefix, name in fused.items():
+        if kernel.startswith(prefix):
+            return name
+    if re.search(r"gemm|nvjet|cublas|cutlass", kernel):
+        return "matmul"
+    if kernel.startswith(("Memcpy", "Memset")):
+        return kernel.split()[0]
+    if "at::native" in kernel:
+        return "torch"
+    return re.sub(r"_\d+$", "", kernel)
+
+
+def families(rows: list[dict]) -> list[dict]:
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        entry = sums.setdefault(family(row["kernel"]), [0.0, 0.0])
+        entry[0] += row["count"]
+        entry[1] += row["us"]
+    return sorted(({"family": name, "count": n, "us": us} for name, (n, us) in sums.items()), key=lambda row: -row["us"])
+
+
+def text(record: dict) -> str:
+    lines = [f"{record['model']} on {record['device_name']} ({record['target']}), KV cache {record['kv_cache']}"]
+    for part in record["profiles"]:
+        rows, total = part["kernels"], part["kernels_us"]
+        count, measured = sum(row["count"] for row in rows), part["measured_us"]
+        lines.append(
+            f"\n{part['entry']} of {part['tokens']} token{'' if part['tokens'] == 1 else 's'} at depth {part['depth']}: {measured:.1f} us "
+            f"{'as a graph' if part['graph'] else 'directly'}; kernels {total:.1f} us ({count:.0f} launches), rest {measured - total:.1f}"
+        )
+        for row in part["families"]:
+            lines.append(f"  {row['us']:10.1f} us {100 * row['us'] / total:5.1f} % {row['count']:6.0f} x {row['family']}")
+        lines.append(f"  {'us':>10} {'share':>7} {'count':>6} {'us each':>8}  kernel, grid")
+        for row in rows[:SHOWN]:
+            grid = "" if row["grid"] is None else " [" + ", ".join(map(str, row["grid"])) + "]"
+            each = row["us"] / row["count"]
+            share = 100 * row["us"] / total
+            lines.append(f"  {row['us']:10.1f} {share:5.1f} % {row['count']:6.0f} {each:8.2f}  {row['kernel'][:80]}{grid}")
+        if len(rows) > SHOWN:
+            lines.append(f"  and {len(rows) - SHOWN} more: {sum(row['us'] for row in rows[SHOWN:]):.1f} us")
+    return "\n".join(lines)
+
+
+def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device: str = "auto") -> dict:
+    """Profiles both entry points at each depth, over random caches. Raises KilnError without a GPU that the artifact has a target for."""
+    import torch
+
+    manifest = read_manifest(artifact)
+    if device == "cpu" or not torch.cuda.is_available():
+        raise KilnError("--profile needs an NVIDIA GPU: it reads the kernels' times on the device")
+    if device not in ("auto", "cuda"):
+        torch.cuda.set_device(device)
+    capability = list(torch.cuda.get_device_capability())
+    target = next((t for t in manifest["targets"] if t["compute_capability"] == capability), None)
+    if target is None:
+        names = ", ".join(t["target"] for t in manifest["targets"])
+        raise KilnError(f"{artifact}: no target for this GPU, which is sm_{capability[0]}{capability[1]}; the artifact has: {names}")
+    limit = manifest["max_seq_len"] - SPARE
+    chunk = min(prefill_chunk or manifest["prefill_chunk"], manifest["prefill_chunk"], limit)
+    if chunk < 2:
+        raise KilnError(f"{artifact}: holds {manifest['max_seq_len']} tokens; --profile needs more than {SPARE + 2}")
+    with torch.inference_mode():
+        model = _Loaded(artifact, manifest, target["file"])
+        profiles = []
+        for depth in depths or [DEFAULT_DEPTH]:
+            at = max(min(depth, limit), 2)
+            profiles += [model.decode(at), model.prefill(at, min(chunk, at))]
+    return {
+        "artifact": artifact.name,
+        "model": manifest["config"]["name"],
+        "kv_cache": manifest["kv_cache"],
+        "producer": manifest["producer"],
+        "target": target["target"],
+        "device_name": torch.cuda.get_device_name(),
+        "profiles": profiles,
+    }
+
+
+class _Loaded:
+    """Both compiled models of an artifact on the current GPU, over one copy of the weights and caches full of random values."""
+
+    def __init__(self, artifact: Path, manifest: dict, package: str):
+        import torch
+
+        from exporter.artifact.weights import load_weights
+        from exporter.compiler.torch_private import load_package
+
+        self.manifest = manifest
+        weights = load_weights(artifact / manifest["weights"]["file"], manifest["constants"])
+        constants = {name: weights.pop(name).cuda() for name in list(weights)}
+        for kv in manifest["kv"]:
+            dtype = getattr(torch, kv["dtype"])
+            if dtype == torch.int16:
+                cache = torch.randint(-(1 << 15), 1 << 15, kv["shape"], dtype=dtype, device="cuda")
+            else:  # zeros would time a softmax over equal scores, and less power than real work takes
+                cache = torch.empty(kv["shape"], dtype=dtype, device="cuda").uniform_(0.5, 1.5)
+            constants[kv["name"]] = cache
+        self.constants = constants
+        self.models = {}
+        for entry in ("prefill", "decode"):
+            self.models[entry] = load_package(artifact / package, entry)
+            self.models[entry].load_constants(constants, False, True, True)
+        self.values = {
+            "tokens": torch.zeros(1, dtype=torch.int64, device="cuda"),
+            "pos": torch.zeros(1, dtype=torch.int64, device="cuda"),
+            "temperature": torch.zeros(1, device="cuda"),
+            "top_k": torch.zeros(1, dtype=torch.int32, device="cuda"),
+            "top_p": torch.ones(1, device="cuda"),
+            "seed": torch.zeros(1, dtype=torch.int64, device="cuda"),
+        }
+
+    def call(self, entry: str, values: dict):
+        point = self.manifest["entry_points"][entry]
+        outputs = self.models[entry].run([values[v["name"]] for v in point["inputs"]])
+        return outputs[[v["name"] for v in point["outputs"]].index("token")]
+
+    def decode(self, depth: int) -> dict:
+        import torch
+
+        values = self.values
+
+        def step() -> None:  # as the runner's, token and position stay on the device
+            values["tokens"].copy_(self.call("decode", values))
+            values["pos"].add_(1)
+
+        def place() -> None:
+            values["pos"].fill_(depth)
+
+        place()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a capture can neither load kernels nor make the libraries' workspaces
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+        place()
+        measured = _microseconds(graph.replay, REPLAYS)
+        place()
+        return _part("decode", depth, 1, True, measured, _trace(step, DECODE_STEPS), DECODE_STEPS)
+
+    def prefill(self, depth: int, chunk: int) -> dict:
+        import torch
+
+        vocab = self.manifest["config"]["vocab_size"]
+        tokens = torch.randint(vocab, (chunk,), device="cuda")
+        values = self.values | {"tokens": tokens, "pos": torch.arange(depth - chunk, depth, device="cuda")}
+
+        def call() -> None:
+            self.call("prefill", values)
+
+        call()
+        measured = _microseconds(call, 1)
+        return _part("prefill", depth, chunk, False, measured, _trace(call, PREFILL_CALLS), PREFILL_CALLS)
+
+
+def _microseconds(call: Callable[[], None], calls: int) -> float:
+    """Of one call: the median over batches, by events on the device."""
+    import torch
+
+    times = []
+    for _ in range(BATCHES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / calls)
+    return statistics.median(times[1:])
+
+
+def _trace(call: Callable[[], None], calls: int) -> dict:
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    trace = {}
+    for _ in range(2):  # the first one starts the profiler up and may miss kernels
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "trace.json")
+            profiler.export_chrome_trace(str(path))
+            trace = json.loads(path.read_text())
+    return trace
+
+
+def _part(entry: str, depth: int, tokens: int, graph: bool, measured: float, trace: dict, calls: int) -> dict:
+    rows = kernel_rows(trace, calls)
+    if not rows:
+        raise KilnError("the profiler saw no kernel: CUPTI is not usable on this machine")
+    return {
+        "entry": entry,
+        "depth": depth,
+        "tokens": tokens,
+        "graph": graph,
+        "measured_us": measured,
+        "kernels_us": sum(row["us"] for row in rows),
+        "families": families(rows),
+        "kernels": rows,
+    }

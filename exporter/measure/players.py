@@ -1,0 +1,257 @@
+"""What `kiln eval` listens to: a GGUF file played eagerly, its fp32 reference, and an artifact in the runner, all as `Player`s.
+
+A GGUF file is played by the lowered prefill graph, with a row of logits for every token. The reference is the plain decoder in float32
+over the dequantized values of a GGUF file, its caches exact. An artifact is played by the runner's Python module.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.artifact.manifest import dtype_name
+from exporter.artifact.weights import WeightPlan, derived_constants, load_weights, plan_weights, write_weights
+from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
+from exporter.errors import KilnError
+from exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from exporter.progress import size_text
+from exporter.source.config import ModelConfig, check_tensors, from_gguf
+from exporter.source.gguf import GGUFFile
+from exporter.source.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
+from passes.records import PassOptions
+
+KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
+PIECE_TOKENS = 2048  # fed at once
+PIECE_BYTES = 256 << 20  # of the logits of a piece
+
+
+# ---- text ----
+
+
+class Text:
+    """Token ids of text, and of one user turn in the model's chat template. Needs the `tokenizers` package."""
+
+    def __init__(self, tokenizer_json: Path, bos: int | None, prefix: str, suffix: str):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as e:
+            raise KilnError("kiln eval needs the package tokenizers; pip install tokenizers") from e
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self.bos = [] if bos is None else [bos]
+        self.prefix, self.suffix = self.markup(prefix), self.markup(suffix)
+
+    def markup(self, text: str) -> list[int]:
+        """Control tokens are parsed."""
+        self._tokenizer.encode_special_tokens = False
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = True
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def gguf_text(gguf: GGUFFile) -> Text:
+    """The file's tokenizer and template; without a template a prompt is BOS and the text."""
+    template = chat_template(gguf)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
+        found = write_tokenizer(gguf, path)
+        if found is None:
+            raise KilnError(f"{gguf.path}: the file has no tokenizer; evaluate a file that has one")
+        prefix, suffix = render_chat_affixes(template, bos_text(gguf)) if template else (bos_text(gguf), "\n")
+        return Text(path, found["bos"], prefix, suffix)
+
+
+def artifact_text(directory: Path, manifest: dict[str, Any]) -> Text:
+    if manifest["tokenizer"] is None:
+        raise KilnError(f"{directory}: the artifact has no tokenizer; export a GGUF file that has one")
+    path, bos = directory / manifest["tokenizer"]["file"], manifest["tokenizer"]["bos"]
+    chat = manifest["chat"] or {"prefix": "", "suffix": "\n"}
+    text = Text(path, bos, chat["prefix"], chat["suffix"])
+    if not manifest["chat"]:
+        text.prefix = text.bos
+    return text
+
+
+# ---- players ----
+
+
+class Player(Protocol):
+    """One timeline over a model; tokens are appended."""
+
+    max_seq_len: int
+    vocab_size: int
+
+    def reset(self) -> None: ...
+    def read(self, tokens: Sequence[int]) -> None: ...
+    def score(self, tokens: Sequence[int], piece: int) -> Iterator[Tensor]:
+        """float32 [n, V] for pieces of the tokens: the logits after each token."""
+        ...
+
+    def mark(self) -> Any:
+        """What `rewind` needs to come back to this position."""
+        ...
+
+    def rewind(self, mark: Any) -> None: ...
+
+
+def pieces(tokens: Sequence[int], size: int) -> list[list[int]]:
+    """Nearly equal pieces of at most `size` >= 3 tokens, none of a single token unless there is but one."""
+    return [part.tolist() for part in np.array_split(np.asarray(tokens, np.int64), max(1, math.ceil(len(tokens) / size)))]
+
+
+def piece_tokens(vocab_size: int) -> int:
+    return max(16, min(PIECE_TOKENS, PIECE_BYTES // (4 * vocab_size)))
+
+
+class AllPositions(Decoder):
+    """The decoder with logits for every token of the chunk: float32 [T, V]."""
+
+    def forward(self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens, pos))
+
+
+@dataclass(frozen=True)
+class AllPositionsSpec(GraphSpec):
+    def model(self) -> AllPositions:
+        return AllPositions(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
+
+
+class GraphPlayer:
+    """A graph with the inputs of `prefill` whose output is [T, V]; `caches` are the tensors it writes."""
+
+    def __init__(self, graph: torch.nn.Module, caches: dict[str, Tensor], config: ModelConfig, max_seq_len: int, device: str):
+        self.graph, self.device, self.max_seq_len, self.vocab_size = graph, device, max_seq_len, config.vocab_size
+        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_residual"))]
+        self._sampling = [torch.zeros(1, dtype=dtype, device=device) for _, dtype in SAMPLING_INPUTS]
+        self.position = 0
+
+    def reset(self) -> None:
+        self.position = 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        for _ in self.score(tokens, piece_tokens(self.vocab_size)):
+            pass
+
+    @torch.no_grad()
+    def score(self, tokens: Sequence[int], piece: int) -> Iterator[Tensor]:
+        for part in pieces(tokens, piece):
+            ids = torch.tensor(part, device=self.device)
+            pos = torch.arange(self.position, self.position + len(part), device=self.device)
+            self.position += len(part)
+            yield self.graph(ids, pos, *self._sampling)
+
+    def mark(self) -> tuple[int, list[Tensor]]:
+        return self.position, [ring.clone() for ring in self._rings]  # global slots past the position are never read
+
+    def rewind(self, mark: tuple[int, list[Tensor]]) -> None:
+        self.position = mark[0]
+        for ring, kept in zip(self._rings, mark[1], strict=True):
+            ring.copy_(kept)
+
+
+def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None,
+                 residual_length: int = PassOptions.residual_length) -> GraphPlayer:
+    """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
+
+    Without `activation_dtype` a cache that is not quantized names the activations, float32 or bfloat16; with TQ4 they are float32 on a CPU
+    and bfloat16 on a GPU.
+    """
+    config = checked_config(gguf, max_seq_len)
+    wide = device == "cpu" if kv_cache == "tq4" else kv_cache == "f32"
+    dtype = activation_dtype or ("float32" if wide else "bfloat16")
+    plan = tuple(plan_weights(config, gguf))
+    options = PassOptions(turboquant=kv_cache == "tq4", residual_length=residual_length, materializes_head=device == "cpu")
+    cache = "bfloat16" if kv_cache == "bf16" else "float16"
+    spec = AllPositionsSpec(config, plan, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
+    if kv_cache != "tq4" and dtype_name(spec.cache_dtype) != KV_CACHES[kv_cache]:
+        raise KilnError(f"a {KV_CACHES[kv_cache]} cache does not go with {dtype} activations")
+    lowered = lower(spec, "prefill", device)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "weights.safetensors"
+        write_weights(path, gguf, config, plan)
+        weights = {name: tensor.to(device) for name, tensor in load_weights(path).items()}  # a mapped file outlives its name
+    caches = make_kv(lowered.kv, device)
+    return GraphPlayer(runnable(lowered.program, weights | caches), caches, config, max_seq_len, device)
+
+
+def reference_player(gguf: GGUFFile, max_seq_len: int, device: str) -> GraphPlayer:
+    """The plain decoder in float32, no pass applied, over the file's dequantized values."""
+    from exporter.tools.quantize import to_float
+
+    config = checked_config(gguf, max_seq_len)
+    plan = [replace(p, kind="F32") for p in plan_weights(config, gguf)]
+    need = 4 * sum(p.N * max(p.K, 1) for p in plan)
+    if device == "cuda" and need > (free := torch.cuda.mem_get_info()[0]):
+        raise KilnError(f"the fp32 reference needs {size_text(need)}, the GPU has {size_text(free)} free; give --device cpu")
+
+    def tensor(p: WeightPlan) -> Tensor:
+        return torch.from_numpy(np.concatenate([to_float(gguf, name) for name in p.sources]))
+
+    with torch.device("meta"):
+        model = AllPositions(config, plan, max_seq_len, torch.float32).eval().requires_grad_(False)
+    state = {f"{p.name}.weight": tensor(p) for p in plan}
+    state |= {name: torch.from_numpy(values.copy()) for name, values in derived_constants(config, gguf).items()}
+    caches = {name: torch.zeros(b.shape, dtype=b.dtype, device=device) for name, b in model.named_buffers()}
+    model.load_state_dict({name: values.to(device) for name, values in state.items()} | caches, strict=True, assign=True)
+    return GraphPlayer(model, dict(model.named_buffers()), config, max_seq_len, device)
+
+
+def checked_config(gguf: GGUFFile, max_seq_len: int) -> ModelConfig:
+    config = from_gguf(gguf)
+    check_tensors(config, gguf)
+    if max_seq_len > config.context_length:
+        raise KilnError(f"{max_seq_len} tokens are beyond the model's context of {config.context_length}; ask for at most that")
+    return config
+
+
+class ArtifactPlayer:
+    """An artifact in the runner. It cannot go back: a rewind reads everything again."""
+
+    def __init__(self, directory: Path, device: str):
+        try:
+            import kiln
+        except ImportError as e:
+            raise KilnError("evaluating an artifact needs the runner's Python module kiln; run `make build`") from e
+        try:
+            self._model = kiln.Model(str(directory), device=device, threads=torch.get_num_threads())
+            self._session = kiln.Session(self._model)
+        except kiln.Error as e:
+            raise KilnError(str(e)) from e
+        self.max_seq_len, self.vocab_size, self.device = self._model.max_seq_len, self._model.vocab_size, self._model.device
+        self._history: list[int] = []
+
+    def reset(self) -> None:
+        self._session.reset()
+        self._history = []
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self._session.prefill(list(tokens))
+        self._history += tokens
+
+    def score(self, tokens: Sequence[int], piece: int) -> Iterator[Tensor]:
+        for part in pieces(tokens, piece):
+            rows = np.empty((len(part), self.vocab_size), np.float32)
+            for i, token in enumerate(part):
+                if self._history:
+                    self._session.decode(token)
+                else:
+                    self._session.prefill([token])
+                self._history.append(token)
+                rows[i] = self._session.logits()
+            yield torch.from_numpy(rows)
+
+    def mark(self) -> list[int]:
+        return list(self._history)
+
+    def rewind(self, mark: list[int]) -> None:
+        self.reset()
+        self.read(mark)

@@ -1,0 +1,1 @@
+"""What a model file says: GGUF container, configuration, tokenizer."""

@@ -1,0 +1,1 @@
+"""Making of model files: synthetic weights, quantization."""

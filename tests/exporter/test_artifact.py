@@ -1,0 +1,223 @@
+"""The compiled artifact end to end on the CPU: AOTInductor, the C++ runner, its Python module; logits against the reference."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.artifact.weights import load_weights
+from exporter.compiler.torch_private import load_package
+from passes.pipeline import PIPELINE
+from tests.conftest import kiln
+from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
+
+RUNNER = Path(sys.executable).parent / "kiln-run"
+DTYPES = {"int16": torch.int16, "float16": torch.float16, "float32": torch.float32}
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    result = subprocess.run([str(RUNNER), *map(str, arguments)], capture_output=True, text=True)
+    if check and result.returncode:
+        raise AssertionError(f"kiln-run gave {result.returncode}: {result.stderr}")
+    return result
+
+
+def manifest(artifact: Path) -> dict:
+    return json.loads((artifact / "manifest.json").read_text())
+
+
+def ids(tokens: torch.Tensor) -> str:
+    return ",".join(map(str, tokens.tolist()))
+
+
+def test_aot_inductor(artifacts):
+    """Both compiled graphs over one copy of the weights and of the caches, from Python."""
+    directory = artifacts["plain"]
+    record = manifest(directory)
+    weights = {k: v for k, v in load_weights(directory / "weights.safetensors").items() if not k.startswith("__pad")}
+
+    def start():
+        kv = {b["name"]: torch.zeros(b["shape"], dtype=DTYPES[b["dtype"]]) for b in record["kv"]}
+        entries = []
+        for name in ("prefill", "decode"):
+            package = load_package(directory / "model.pt2", name)
+            assert sorted(package.get_constant_fqns()) == sorted({**weights, **kv})
+            package.load_constants({**weights, **kv}, False, True, True)
+            entries.append(lambda *args, package=package: package.run(list(args)))
+        return entries
+
+    for way, rows in all_ways(start, fixture_tokens()).items():
+        error = worst(rows, fixture_logits())
+        print(f"{way}: max |dlogit| {error:.2e}")
+        assert error <= TOLERANCE, way
+
+
+@pytest.mark.parametrize("way", ["one batch", "chunks", "token by token"])
+def test_kiln_run_logits(artifacts, way, tmp_path):
+    tokens, reference = fixture_tokens(), fixture_logits()
+    chunk = {"one batch": 96, "chunks": CHUNK, "token by token": 1}[way]
+    for length in (2, WINDOW, WINDOW + 1, 3 * WINDOW + 5, 80) if way == "one batch" else (80,):
+        out = tmp_path / "logits.f32"
+        result = run(
+            artifacts["plain"],
+            "--tokens",
+            ids(tokens[:length]),
+            "--raw",
+            "--max-new-tokens",
+            1,
+            "--prefill-chunk",
+            chunk,
+            "--json",
+            "--logits",
+            out,
+        )
+        record = json.loads(result.stdout)
+        rows = torch.from_numpy(np.fromfile(out, np.float32)).view(-1, reference.shape[1])
+        ends = [min(start + chunk, length) - 1 for start in range(0, length, chunk)]
+        assert len(rows) == len(ends)
+        error = worst(dict(zip(ends, rows, strict=True)), reference)
+        print(f"{way} of {length}: max |dlogit| {error:.2e}")
+        assert error <= TOLERANCE
+        assert len(record["prompt_tokens"]) == length and record["tokens"] == [reference[length - 1].argmax().item()]
+
+
+def test_turboquant_artifact_generates_the_same_in_every_chunking(artifacts):
+    tokens = ids(fixture_tokens("gemma4-tiny-dense-wide")[:50])
+    common = (artifacts["tq4"], "--tokens", tokens, "--max-new-tokens", 30, "--no-eog", "--json")
+    answers = [json.loads(run(*common, "--prefill-chunk", chunk).stdout)["tokens"] for chunk in (96, CHUNK, 1)]
+    assert len(answers[0]) == 30 and answers[0] == answers[1] == answers[2]
+
+
+def test_sampling_is_reproducible_and_seeded(artifacts):
+    common = (
+        artifacts["tq4"],
+        "--tokens",
+        "2,9,20",
+        "--max-new-tokens",
+        20,
+        "--no-eog",
+        "--json",
+        "--temperature",
+        1.5,
+        "--top-k",
+        50,
+        "--top-p",
+        0.95,
+    )
+    a, b, c = (json.loads(run(*common, "--seed", seed).stdout)["tokens"] for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_text_streams_and_reports_speed(artifacts):
+    result = run(artifacts["tq4"], "--raw", "--prompt", "hot kiln", "--max-new-tokens", 16, "--no-eog")
+    assert result.stdout.strip() and "tok/s" in result.stderr
+
+
+def test_python_module(artifacts):
+    import kiln as runtime
+
+    model = runtime.Model(str(artifacts["plain"]))
+    one, two = runtime.Session(model), runtime.Session(model)
+    tokens = fixture_tokens().tolist()
+    one.prefill(tokens)
+    two.prefill(tokens[:10])  # another timeline must not disturb the first
+    assert torch.allclose(torch.from_numpy(np.array(one.logits())), fixture_logits()[79], atol=TOLERANCE)
+    two.prefill(tokens[10:])
+    assert np.allclose(one.logits(), two.logits(), atol=2 * TOLERANCE)
+
+
+def test_manifest(artifacts):
+    result = kiln("inspect", artifacts["tq4"], "--json", "--verify")
+    record = json.loads(result.stdout)
+    assert [p["name"] for p in record["passes"]] == [name for name, _ in PIPELINE]
+    assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "off", "applied"]
+    assert record["format_version"] == 1 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
+    assert record["residual_length"] == 32 and json.loads((artifacts["plain"] / "manifest.json").read_text())["residual_length"] is None
+    rings = [kv for kv in record["kv"] if kv["name"].endswith("_residual")]
+    assert [(kv["kind"], kv["dtype"], kv["shape"][0]) for kv in rings] == [("ring", "float32", 32)] * 4
+    assert re.search("pass    turboquant .* residual length 32\n", kiln("inspect", artifacts["tq4"]).stdout)
+    fused = {q["name"]: q for q in record["quantization"]}
+    qkv = fused["blk.0.attn_qkv"]
+    assert qkv["sources"] == [f"blk.0.attn_{x}.weight" for x in "qkv"] and qkv["bits_per_weight"] == 4.5
+    assert "blk.3.attn_qk" in fused and "blk.3.attn_v" in fused  # V is Q6_K there
+
+
+def test_nothing_is_stored_twice_and_no_cache_at_all(artifacts):
+    for directory in artifacts.values():
+        record = manifest(directory)
+        names = sorted(f.name for f in directory.iterdir())
+        assert names == ["manifest.json", "model.pt2", "tokenizer.json", "weights.safetensors"]
+        size = sum(c["bytes"] for c in record["constants"])
+        assert size <= record["weights"]["bytes"] < size + 256 * len(record["constants"]) + (64 << 10)
+        assert not {b["name"] for b in record["kv"]} & {c["name"] for c in record["constants"]}
+        assert len({c["sha256"] for c in record["constants"] if c["bytes"] > 4}) == sum(c["bytes"] > 4 for c in record["constants"])
+
+
+def test_no_build_path_in_the_package(artifacts):
+    package = (artifacts["plain"] / "model.pt2").read_bytes()  # the archive stores, it does not compress
+    for word in (str(Path(torch.__file__).parent).encode(), b".partial", str(Path.home()).encode(), b"/tmp/"):
+        assert word not in package, word
+
+
+class TestBadArtifacts:
+    """One clear line, exit code 1."""
+
+    @pytest.fixture()
+    def copy(self, artifacts, tmp_path):
+        return Path(shutil.copytree(artifacts["plain"], tmp_path / "artifact"))
+
+    def fails(self, *arguments, match: str):
+        result = run(*arguments, check=False)
+        assert result.returncode == 1 and match in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+    def test_another_format_version(self, copy):
+        record = manifest(copy) | {"format_version": 2}
+        (copy / "manifest.json").write_text(json.dumps(record))
+        self.fails(copy, "--tokens", "2", match="version 2")
+        assert "version 2" in kiln("inspect", copy, check=False).stderr
+
+    def test_weights_cut_short(self, copy):
+        with (copy / "weights.safetensors").open("r+b") as f:
+            f.truncate(1 << 20)
+        self.fails(copy, "--tokens", "2", match="weights.safetensors")
+        assert kiln("inspect", copy, "--verify", check=False).returncode == 1
+
+    def test_one_flipped_byte(self, copy):
+        constant = manifest(copy)["constants"][7]
+        with (copy / "weights.safetensors").open("r+b") as f:
+            f.seek(constant["offset"] + constant["bytes"] // 2)
+            byte = f.read(1)[0]
+            f.seek(-1, 1)
+            f.write(bytes([byte ^ 1]))
+        self.fails(copy, "--tokens", "2", "--verify", match=constant["name"])
+        assert constant["name"] in kiln("inspect", copy, "--verify", check=False).stderr
+
+    def test_wrong_target(self, copy):
+        record = manifest(copy)
+        record["targets"][0] |= {"target": "sm_90", "device": "cuda", "compute_capability": [9, 0]}
+        (copy / "manifest.json").write_text(json.dumps(record))
+        self.fails(copy, "--tokens", "2", "--device", "cpu", match="sm_90")
+
+    def test_a_missing_constant(self, copy):
+        record = manifest(copy)
+        lost = record["constants"].pop(3)
+        (copy / "manifest.json").write_text(json.dumps(record))
+        self.fails(copy, "--tokens", "2", match=lost["name"])
+
+    def test_prompt_too_long(self, artifacts):
+        self.fails(artifacts["plain"], "--tokens", ids(torch.full((97,), 9)), match="96")
+
+    def test_no_artifact(self, tmp_path):
+        self.fails(tmp_path, "--tokens", "2", match="manifest.json")
+
+    def test_usage(self, artifacts):
+        assert run(artifacts["plain"], check=False).returncode == 2
+        assert run(artifacts["plain"], "--tokens", "2", "--no-such-option", check=False).returncode == 2

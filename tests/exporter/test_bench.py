@@ -1,0 +1,239 @@
+"""`kiln bench`: depths, the table, the record, what the work costs by the manifest; the parts of the kernel profile that need no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.artifact.memory import kv_plan
+from exporter.artifact.weights import constants, plan_weights
+from exporter.errors import KilnError
+from exporter.measure import bench, kernel_times
+from exporter.source.config import from_gguf
+from exporter.source.gguf import open_gguf
+from exporter.tools.synth import write_synthetic
+from passes.records import PassOptions
+from tests.conftest import kiln
+
+RUNNER = Path(sys.executable).parent / "kiln-run"
+SLOTS = 131072
+
+
+@pytest.fixture(scope="module")
+def record(artifacts, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    options = ("--depths", "48,16,96,16", "--steps", 8, "--prefill-chunk", 24, "--threads", 1, "--json", "--out", out)
+    printed = json.loads(kiln("bench", artifacts["tq4"], *options).stdout)
+    assert json.loads(out.read_text()) == printed
+    return printed
+
+
+def test_depths(record):
+    """Sorted, each once; the last one moved before max_seq_len; the timed call is a whole chunk, or the prompt when that is shorter."""
+    rows = record["depths"]
+    assert [row["depth"] for row in rows] == [16, 48, 96]
+    assert [row["position"] for row in rows] == [16, 48, 96 - 8 - 4]
+    assert [(row["prefill"]["start"], row["prefill"]["tokens"]) for row in rows] == [(0, 16), (24, 24), (60, 24)]
+    assert [row["decode"]["start"] for row in rows] == [20, 52, 88]
+    assert rows[1]["prompt"]["tokens"] == 48  # one chunk to fill, one that is timed
+    assert rows[2]["prompt"]["tokens"] == 84 - 12  # decode filled 12 of them
+
+
+def test_rates(record):
+    for row in record["depths"]:
+        decode, prefill = row["decode"], row["prefill"]
+        assert len(decode["windows"]) == decode["steps"] == 8 and min(decode["windows"]) > 0
+        assert decode["tok_s"] == pytest.approx(sum(sorted(decode["windows"])[3:5]) / 2, rel=1e-4)
+        assert min(decode["windows"]) <= decode["p10"] <= decode["tok_s"] <= decode["p90"] <= max(decode["windows"])
+        assert prefill["tok_s"] == pytest.approx(prefill["tokens"] / prefill["seconds"], rel=1e-4)
+        assert prefill["tflop_s"] == pytest.approx(prefill["flops"] / prefill["seconds"] / 1e12)
+        assert decode["gb_s"] == pytest.approx((decode["weight_bytes"] + decode["kv_bytes"]) * decode["tok_s"] / 1e9)
+    assert record["load_s"] > 0 and record["first_chunk"]["tokens"] == 24 and record["first_chunk"]["cold_s"] > 0
+    assert record["ceilings"] is None and record["device"] == "cpu" and record["device_name"]
+
+
+def test_costs_of_the_artifact(record, artifacts):
+    """The tied head is read with everything else; a ring of 16 slots is full at every depth, the residual of 32 from the second on."""
+    manifest = json.loads((artifacts["tq4"] / "manifest.json").read_text())
+    memory = record["memory"]
+    assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
+    ring = sum(kv["bytes"] for kv in manifest["kv"] if kv["kind"] == "ring")
+    assert memory["kv_ring"] == ring and memory["total"] == sum(v for k, v in memory.items() if k != "total")
+    for row in record["depths"]:
+        assert row["decode"]["weight_bytes"] == memory["weights"]
+        middle = row["decode"]["start"] + 4
+        residual = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_residual"))
+        assert manifest["residual_length"] == 32 and 0 < residual < ring
+        read = memory["kv_global"] * max(middle - 32, 0) // 96 + residual * min(middle, 32) // 32
+        assert row["decode"]["kv_bytes"] == ring - residual + read
+
+
+def test_table_and_default_depths(artifacts):
+    done = kiln("bench", artifacts["plain"], "--steps", 2, "--threads", 1)
+    assert "* 96: measured at 90, so that the decode steps fit" in done.stdout
+    assert "KV cache float32" in done.stdout and "load " in done.stdout
+    done = subprocess.run([str(RUNNER), str(artifacts["plain"]), "--bench", "--depths", "8", "--steps", "2", "--threads", "1"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert "decode tok/s" in done.stdout and "memory: weights" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"depths": "16,x"}, "must be integers"),
+        ({"depths": "97"}, "depth 97: the artifact holds 1 to 96 tokens"),
+        ({"depths": "16,0"}, "depth 0"),
+        ({"steps": 92}, "92 steps"),
+        ({"prefill_chunk": 97}, "prefill chunk 97"),
+        ({"profile": True, "device": "cpu"}, "needs an NVIDIA GPU"),
+        ({"profile": True, "picture": Path("speed.png")}, "run them apart"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"out": Path("/nowhere/bench.json"), "depths": "4", "steps": 1}, "--out /nowhere/bench.json"),
+    ],
+)
+def test_bad_input(artifacts, options, match):
+    usual = dict.fromkeys(("depths", "prefill_chunk", "out", "picture"))
+    usual |= {"steps": 64, "device": "auto", "threads": 1, "profile": False}
+    with pytest.raises(KilnError, match=match) as error:
+        bench.bench(artifacts["plain"], **usual | options)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_of_the_command(tmp_path):
+    done = kiln("bench", tmp_path, check=False)
+    assert done.returncode == 1 and "is not an artifact" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [("--bench", "--tokens", "1"), ("--depths", "16", "--tokens", "1"), ("--bench", "--depths", "1,"), ()])
+def test_bad_usage_of_the_runner(artifacts, options):
+    done = subprocess.run([str(RUNNER), str(artifacts["plain"]), *options], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+# ---- costs ----
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> dict:
+    """What the costs need of the manifest of a Q4_K_M 31B with TurboQuant and 131,072 tokens."""
+    path = tmp_path_factory.mktemp("31b") / "31b.gguf"
+    write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)
+    gguf = open_gguf(path)
+    config = from_gguf(gguf)
+    plan, options = plan_weights(config, gguf), PassOptions(turboquant=True)
+    path.unlink()
+    sizes = {c.name: torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(config, plan)}
+    return {
+        "constants": [{"name": name, "bytes": size} for name, size in sizes.items()],
+        "quantization": [{"name": p.name, "type": p.kind, "shape": [p.N, p.K]} for p in plan if p.K],
+        "config": config.to_dict(),
+        "max_seq_len": SLOTS,
+        "residual_length": 256,
+        "kv": [{"kind": b.kind, "shape": list(b.shape), "bytes": b.nbytes} for b in kv_plan(config, SLOTS, torch.bfloat16, options)],
+    }
+
+
+def test_costs_of_the_31b(big):
+    """Against counts made by hand: 10 global layers of 4 x 512, 50 sliding ones of 16 x 256."""
+    assert bench.weight_bytes(big) == pytest.approx(18.67e9, rel=1e-3)
+    ring, residual = 50 * 2 * 1024 * 16 * 256 * 2, 10 * 2 * 256 * 4 * 512 * 2
+    assert bench.kv_bytes(big, SLOTS) == ring + residual + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 512) == ring // 2 + residual + 10 * 2 * 256 * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 128) == ring // 8 + residual // 2
+    layers = 2 * 5376 * (50 * (16384 + 8192) + 10 * (18432 + 16384) + 60 * 3 * 21504)
+    head = 2 * 262144 * 5376
+    sliding, full = 50 * 4 * 32 * 256, 10 * 4 * 32 * 512
+    assert bench.prefill_flops(big, 0, 1) == layers + head + sliding + full
+    assert bench.prefill_flops(big, 5000, 1) == layers + head + sliding * 1024 + full * 5001
+
+
+def test_an_embedding_beside_the_head_is_not_read(big):
+    words = big["quantization"][0]
+    assert words["name"] == "token_embd"
+    head = [{"name": c["name"].replace("token_embd", "output"), "bytes": c["bytes"]} for c in big["constants"] if "token_embd" in c["name"]]
+    untied = {**big, "constants": big["constants"] + head, "quantization": [*big["quantization"], {**words, "name": "output"}]}
+    row = sum(c["bytes"] for c in head) // 262144
+    assert bench.weight_bytes(untied) == bench.weight_bytes(big) + row
+    assert bench.prefill_flops(untied, 7, 9) == bench.prefill_flops(big, 7, 9)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16])
+def test_keys_attended(window):
+    for start in (0, 3, 5, 40):
+        for tokens in (1, 2, 30):
+            counted = sum(1 for p in range(start, start + tokens) for key in range(p + 1) if window is None or p - key < window)
+            assert bench.keys_attended(start, tokens, window) == counted
+
+
+def test_share_of_the_ceilings(big):
+    row = {"decode": {"start": 100, "steps": 8, "tok_s": 10.0}, "prefill": {"start": 0, "tokens": 64, "seconds": 0.5}}
+    ceilings = {"copy_gb_s": 900.0, "read_gb_s": 1000.0, "matmul_tflop_s": 100.0}
+    bench.add_costs({"depths": [row], "ceilings": ceilings}, big)
+    assert row["decode"]["percent"] == pytest.approx((bench.weight_bytes(big) + bench.kv_bytes(big, 104)) * 10 / 1e9 / 1000 * 100)
+    assert row["prefill"]["percent"] == pytest.approx(bench.prefill_flops(big, 0, 64) / 0.5 / 1e12)
+
+
+# ---- pictures and profiles ----
+
+
+def test_plot(record, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench.plot(record, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(KilnError, match="--plot .*speed.nonsense"):
+        bench.plot(record, tmp_path / "speed.nonsense")
+
+
+def test_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(KilnError, match="pip install matplotlib"):
+        bench.check_plot()
+
+
+def test_kernel_rows():
+    def event(name, us, grid=None, cat="kernel"):
+        return {"ph": "X", "cat": cat, "name": name, "dur": us, "args": {"grid": grid} if grid else {}}
+
+    trace = {
+        "traceEvents": [
+            event("gemv", 10.0, [126, 21, 1]),
+            event("gemv", 12.0, [126, 21, 1]),
+            event("gemv", 30.0, [42, 64, 1]),
+            event("gemv", 34.0, [42, 64, 1]),
+            event("triton_poi_fused_add_3", 2.0, [5, 1, 1]),
+            event("triton_poi_fused_mul_4", 2.0, [5, 1, 1]),
+            event("Memcpy DtoD (Device -> Device)", 1.0, cat="gpu_memcpy"),
+            event("cudaLaunchKernel", 99.0, cat="cuda_runtime"),
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    rows = kernel_times.kernel_rows(trace, 2)
+    longest = [("gemv", [42, 64, 1], 1, 32.0), ("gemv", [126, 21, 1], 1, 11.0)]
+    assert [(r["kernel"], r["grid"], r["count"], r["us"]) for r in rows[:2]] == longest
+    assert sum(r["us"] for r in rows) == 45.5
+    sums = {r["family"]: (r["count"], r["us"]) for r in kernel_times.families(rows)}
+    assert sums == {"gemv": (2, 43.0), "fused pointwise": (1, 2.0), "Memcpy": (0.5, 0.5)}
+    part = kernel_times._part("decode", 2048, 1, True, 50.0, trace, 2)
+    text = kernel_times.text({"model": "m", "device_name": "d", "target": "sm_90", "kv_cache": "tq4", "profiles": [part]})
+    assert "kernels 45.5 us" in text and "rest 4.5" in text and "[42, 64, 1]" in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("tq4_decode_kernel", "tq4_decode_kernel"),
+        ("gemv_7", "gemv"),
+        ("triton_red_fused_mean_rsqrt_12", "fused reduction"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNN", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matmul"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<long>>", "torch"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_family(kernel, name):
+    assert kernel_times.family(kernel) == name

@@ -1,0 +1,224 @@
+"""Bad input to `kiln export`: one clear line, exit code 1 or 2, nothing half-written. And the dry run of the 31B."""
+
+from __future__ import annotations
+
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from exporter import build
+from exporter.artifact.memory import memory_plan
+from exporter.cli import main
+from exporter.errors import KilnError
+from exporter.source.config import from_gguf
+from exporter.source.gguf import open_gguf
+from tests.conftest import kiln
+from tests.timeline import FIXTURES
+
+TINY = FIXTURES / "gemma4-tiny-dense.gguf"
+
+
+def fails(tmp_path: Path, *arguments, match: str, code: int = 1) -> None:
+    out = tmp_path / "out" / "artifact"
+    result = kiln("export", "--out", out, *arguments, check=False)
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if "rror" in line]
+    assert len(lines) == 1 and match in lines[0], result.stderr
+    assert not out.parent.exists() or not list(out.parent.iterdir()), "something was left behind"
+
+
+def edited(tmp_path: Path, old: bytes, new: bytes, source: Path = TINY) -> Path:
+    """A copy of the fixture with one byte string replaced by another of the same length."""
+    assert len(old) == len(new)
+    data = source.read_bytes()
+    assert old in data
+    path = tmp_path / "edited.gguf"
+    path.write_bytes(data.replace(old, new, 1))
+    return path
+
+
+def key(name: str) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode()
+
+
+@pytest.mark.parametrize("target", ["cpu"])
+class TestBadModelFiles:
+    def test_missing_file(self, tmp_path, target):
+        fails(tmp_path, "--gguf", tmp_path / "none.gguf", "--target", target, match="none.gguf")
+
+    def test_truncated(self, tmp_path, target):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(TINY.read_bytes()[:-1000])
+        fails(tmp_path, "--gguf", path, "--target", target, match="cut.gguf")
+
+    def test_wrong_magic(self, tmp_path, target):
+        fails(tmp_path, "--gguf", edited(tmp_path, b"GGUF", b"GGML"), "--target", target, match="GGUF")
+
+    def test_unknown_architecture(self, tmp_path, target):
+        path = edited(
+            tmp_path,
+            key("general.architecture") + struct.pack("<I", 8) + key("gemma4"),
+            key("general.architecture") + struct.pack("<I", 8) + key("gemmaX"),
+        )
+        fails(tmp_path, "--gguf", path, "--target", target, match="gemmaX")
+
+    def test_missing_tensor(self, tmp_path, target):
+        path = edited(tmp_path, key("blk.3.attn_q.weight"), key("blk.3.attn_Q.weight"))
+        fails(tmp_path, "--gguf", path, "--target", target, match="blk.3.attn_q.weight")
+
+    def test_unsupported_type(self, tmp_path, target):
+        wide = FIXTURES / "gemma4-tiny-dense-wide-Q4_0.gguf"
+        head = key("blk.1.ffn_up.weight") + struct.pack("<IQQ", 2, 256, 512)
+        path = edited(tmp_path, head + struct.pack("<I", 2), head + struct.pack("<I", 20), wide)  # Q4_0 -> IQ4_NL, of the same size
+        fails(tmp_path, "--gguf", path, "--target", target, match="IQ4_NL")
+
+    def test_wrong_shape(self, tmp_path, target):
+        head = key("blk.1.ffn_up.weight")
+        path = edited(tmp_path, head + struct.pack("<IQQ", 2, 128, 320), head + struct.pack("<IQQ", 2, 320, 128))
+        fails(tmp_path, "--gguf", path, "--target", target, match="blk.1.ffn_up.weight")
+
+
+def test_bad_options(tmp_path):
+    fails(tmp_path, "--gguf", TINY, "--target", "sm_75", match="sm_75")
+    fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 1 << 20, match="context")
+    fails(tmp_path, "--gguf", TINY, "--target", "cpu", "--max-seq-len", 3, match="max-seq-len", code=2)
+    fails(tmp_path, "--target", "cpu", match="--gguf", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ((), "float32"),
+        (("--kv-cache", "bf16"), "float32"),  # where activations have 32 bits, so have keys and values
+        (("--activation-dtype", "bfloat16"), "float16"),
+        (("--kv-cache", "bf16", "--activation-dtype", "bfloat16"), "bfloat16"),
+        (("--no-turboquant",), "float32"),
+        (("--kv-cache", "tq4"), "TQ4"),
+        (("--turboquant",), "TQ4"),
+        (("--kv-cache", "tq4", "--turboquant"), "TQ4"),
+    ],
+)
+def test_kv_cache(tmp_path, options, cache):
+    arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("KV global"))
+    assert line.endswith(f"({cache})"), line
+
+
+def test_keys_that_do_not_fit_float16(tmp_path, monkeypatch):
+    """Where 16 bits are asked for: a norm's weight times the root of the head size may be too large, a little less is not."""
+    head_dim = min(layer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
+
+    def export(weight, *options):
+        monkeypatch.setattr(build, "to_float", lambda gguf, name: np.float32([1, -weight if name.endswith("k_norm.weight") else 1]))
+        arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+        return CliRunner().invoke(main, arguments)
+
+    large, activations = 65504 / head_dim**0.5 * 1.01, ("--activation-dtype", "bfloat16")
+    for options in (activations, (*activations, "--turboquant")):
+        result = export(large, *options)
+        assert result.exit_code == 1 and "attn_k_norm.weight: keys or queries up to 6.62e+04 do not fit float16" in result.stderr
+    assert export(1.0, *activations).exit_code == 0
+    assert export(large, *activations, "--kv-cache", "bf16").exit_code == export(large).exit_code == 0  # bfloat16, float32
+
+
+def test_kv_cache_options_that_contradict(tmp_path):
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "bf16", "--turboquant", match="--kv-cache bf16 and --turboquant contradict", code=2)
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "tq4", "--no-turboquant", match="--kv-cache tq4 and --no-turboquant contradict", code=2)
+    fails(tmp_path, "--gguf", TINY, "--kv-cache", "fp8", match="'fp8' is not one of 'f16', 'bf16', 'tq4'", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "newest"),
+    [
+        ((), ""),
+        (("--turboquant",), " and the newest 256 of the global layers"),
+        (("--kv-cache", "tq4", "--residual-length", "64"), " and the newest 64 of the global layers"),
+    ],
+)
+def test_residual_length(tmp_path, options, newest):
+    arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("KV ring"))
+    assert line.endswith(f"(sliding layers{newest}, float32)"), line
+
+
+def test_the_plan_counts_the_residual():
+    """Keys and values of the newest positions of every global layer, in float32 on a CPU, among the rings."""
+    plans = {}
+    for turboquant in (False, True):
+        options = build.ExportOptions(TINY, Path(), turboquant=turboquant, residual_length=64)
+        spec = build.graph_spec(options, open_gguf(TINY), ("cpu",))
+        plans[turboquant] = memory_plan(spec)
+    elements = sum(layer.num_kv_heads * layer.head_dim for layer in spec.config.layers if not layer.sliding)
+    assert elements and plans[True].kv_ring == plans[False].kv_ring + 2 * 64 * elements * 4
+
+
+def test_residual_lengths_that_do_not_go(tmp_path):
+    alone = "--residual-length is part of the TQ4 cache; give --kv-cache tq4 with it"
+    for options in ((), ("--kv-cache", "f16"), ("--no-turboquant",)):
+        fails(tmp_path, "--gguf", TINY, *options, "--residual-length", "64", match=alone, code=2)
+    odd = "--residual-length 100 is not a multiple of 32"
+    fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", "100", match=odd, code=2)
+    for length in ("0", "31", "-32"):
+        fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", length, match="is not in the range x>=32", code=2)
+    with pytest.raises(KilnError, match="--residual-length 100: give a multiple of 32, at least 32"):
+        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), open_gguf(TINY), ("cpu",))
+
+
+def test_an_existing_artifact_is_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep").write_text("mine")
+    result = kiln("export", "--gguf", TINY, "--out", tmp_path / "out", "--target", "cpu", check=False)
+    assert result.returncode == 1 and "--force" in result.stderr
+    assert (tmp_path / "out" / "keep").read_text() == "mine"
+
+
+def test_the_cpu_target_goes_alone(tmp_path):
+    fails(tmp_path, "--gguf", TINY, "--target", "sm_90", "--target", "cpu", "--turboquant", match="cpu")
+
+
+def test_dry_run_of_the_31b(tmp_path):
+    path = tmp_path / "31b.gguf"
+    sparse_31b(path)
+    command = [
+        sys.executable,
+        "-m",
+        "exporter",
+        "export",
+        "--gguf",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--max-seq-len",
+        "131072",
+        "--turboquant",
+        "--target",
+        "sm_90",
+        "--dry-run",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(result.stdout, peak)
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
+    assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
+    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the residual
+    assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
+    assert not (tmp_path / "out").exists()
+    if peak > before:  # the largest child so far was this one
+        assert peak < 1 << 20, "KiB"
+
+
+def sparse_31b(path: Path) -> None:
+    """A 31B Q4_K_M file whose tensor data is a hole: the plan reads shapes alone."""
+    from exporter.tools.synth import write_synthetic
+
+    write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)

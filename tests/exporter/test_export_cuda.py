@@ -1,0 +1,87 @@
+"""Compiling for GPUs that are not there: a complete artifact, code of the right architecture, nothing else in it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from custom_ops.weights.gemv import GemvConfig
+from exporter.tools.synth import write_synthetic
+from tests.conftest import kiln
+from tests.tools.cubins import architecture, cubins, registers
+
+TARGETS = ("sm_90", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A small model with all layer kinds, real head sizes and head ratios, at 131,072 tokens with TurboQuant."""
+    root = tmp_path_factory.mktemp("cuda")
+    write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    targets = [word for target in TARGETS for word in ("--target", target)]
+    context = ("--max-seq-len", "131072", "--turboquant")
+    result = kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", *targets, *context)
+    print(result.stderr)
+    return root / "artifact", result.stderr
+
+
+def test_the_artifact_is_complete_and_has_nothing_twice(export):
+    artifact, _ = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    names = {"manifest.json", "weights.safetensors", "tokenizer.json", *(f"model.{t}.pt2" for t in TARGETS)}
+    assert {f.name for f in artifact.iterdir()} == names
+    assert [(t["target"], t["device"], t["compute_capability"]) for t in record["targets"]] == [
+        ("sm_90", "cuda", [9, 0]),
+        ("sm_120", "cuda", [12, 0]),
+    ]
+    assert record["activation_dtype"] == "bfloat16" and record["kv_cache"] == "tq4"
+    weights = sum(c["bytes"] for c in record["constants"])
+    total = sum(f.stat().st_size for f in artifact.iterdir())
+    kv = sum(b["bytes"] for b in record["kv"])
+    assert kv > 200 << 20 and total < weights + (60 << 20), "cache bytes or a second copy of the weights were packed"
+
+
+def test_code_of_the_right_architecture(export):
+    artifact, _ = export
+    for target in TARGETS:
+        images = cubins(artifact / f"model.{target}.pt2")
+        assert set(images) == {"prefill", "decode"}
+        for entry, found in images.items():
+            assert len(found) > 20, entry
+            assert {architecture(image) for image in found[:: len(found) // 4]} == {target}
+    assert not set(images["decode"]) & set(cubins(artifact / "model.sm_90.pt2")["decode"])
+
+
+def test_products_have_the_registers_that_were_asked_for(export):
+    """Left alone the assembler takes 40 - 52 of them, and loads late."""
+    artifact, _ = export
+    images = cubins(artifact / "model.sm_90.pt2")["decode"]
+    found = [count for image in images for name, count in registers(image).items() if name.startswith("gemv")]
+    assert len(found) > 3 and min(found) >= 60 and max(found) <= GemvConfig().registers, found
+
+
+def test_memory_constants_and_paths(export):
+    artifact, log = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    constants = len(record["constants"]) + len(record["kv"])
+    assert len(re.findall(rf"\b{constants} constants", log)) == 2 * len(TARGETS), "constants were merged or lost"
+    assert float(re.search(r"peak memory of one process ([\d.]+) GiB", log)[1]) < 3
+    for target in TARGETS:
+        package = (artifact / f"model.{target}.pt2").read_bytes()
+        assert b".partial/" not in package and b"site-packages/torch" not in package
+
+
+def test_passes(export):
+    artifact, _ = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    status = {p["name"]: p["status"] for p in record["passes"]}
+    assert status == {
+        "index_copy": "applied",
+        "turboquant": "applied",
+        "kv_len": "applied",
+        "chunked_lm_head": "not needed",  # the kernels read the packed head
+        "fuse_decode": "applied",
+        "free_kv_buffers": "applied",
+    }

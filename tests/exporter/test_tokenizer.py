@@ -1,0 +1,235 @@
+"""The tokenizer against llama.cpp's cases and the `tokenizers` library, through kiln-run and the Python module."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kiln
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+
+from exporter.errors import KilnError
+from exporter.source.gguf import open_gguf
+from exporter.source.tokenizer import chat_template, render_chat_affixes, write_tokenizer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KILN_RUN = Path(sys.executable).parent / "kiln-run"
+TWO_PLUS_TWO = [2, 105, 2364, 107, 3689, 563, 236743, 236778, 236862, 236778, 236881, 106, 107, 105, 4368, 107, 100, 45518, 107, 101]
+
+
+class Metadata:
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+
+@pytest.fixture(scope="module")
+def vocab():
+    return open_gguf(FIXTURES / "gemma4-vocab.gguf")
+
+
+@pytest.fixture(scope="module")
+def written(vocab, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    assert write_tokenizer(vocab, path) == {"bos": 2, "eog": [1, 106, 50]}
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(written):
+    return kiln.Tokenizer(str(written))
+
+
+@pytest.fixture(scope="module")
+def theirs(written):
+    return HFTokenizer.from_file(str(written))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """[(text, ids)] as llama.cpp's test-tokenizer reads them."""
+    texts = (FIXTURES / "gemma4-vocab.cases.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = (FIXTURES / "gemma4-vocab.cases.out").read_text().splitlines()
+    assert len(texts) == len(lines) == 46
+    return [(text, [int(i) for i in line.split()]) for text, line in zip(texts, lines, strict=True)]
+
+
+def tokenize(path: Path, texts: list[str], *options: str) -> list[list[int]]:
+    run = subprocess.run([KILN_RUN, path, "--tokenize-stdin", *options], input="\0".join(texts).encode(), capture_output=True, check=True)
+    return [[int(i) for i in line.split()] for line in run.stdout.decode().splitlines()]
+
+
+def test_llama_cpp_cases(cases, ours, theirs, written):
+    assert tokenize(written, [text for text, _ in cases]) == [ids for _, ids in cases]
+    for text, ids in cases:
+        assert ours.encode(text, add_bos=False) == ids
+        assert theirs.encode(text, add_special_tokens=False).ids == ids
+        assert ours.decode(ids) == text == theirs.decode(ids)
+
+
+def random_text(rng: random.Random, specials: list[str]) -> str:
+    alphabets = ["abcdefghij ", " \n\t\r▁", "0123456789.,-+", "äöüßéñ", "我想在工作 ", "កាន់តែ", "🚀😶\u200d🌫️✅", "<|>turn\n", "'\"`!?=",
+                 "\u0000\u0001\u007f\ue000\U0010ffff"]
+    words = ["the ", "Hello", " world", "  ", "\n\n\n", "def f(x):\n    return x\n", *specials]
+    parts = []
+    for _ in range(rng.randrange(1, 30)):
+        parts.append(rng.choice(words) if rng.random() < 0.5 else "".join(rng.choices(rng.choice(alphabets), k=rng.randrange(1, 9))))
+    return "".join(parts)
+
+
+def test_equals_tokenizers_on_random_strings(ours, theirs):
+    rng = random.Random(7)
+    specials = ["<|turn>", "<turn|>", "<bos>", "<|channel>", '<|"|>', "<|think|>", "<|tool_call>", "<|image|>"]
+    seen = set()
+    for _ in range(1500):
+        text = random_text(rng, specials)
+        ids = ours.encode(text, parse_special=True, add_bos=False)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False), text
+        assert ours.decode(ids) == theirs.decode(ids), text
+        seen.update(ids)
+    assert {105, 106, 2, 100, 52, 98, 48, 258880} <= seen and len(seen) > 300
+
+
+def test_newline_runs(ours, theirs):
+    for n in range(1, 130):
+        ids = ours.encode("\n" * n, add_bos=False)
+        assert ids == theirs.encode("\n" * n, add_special_tokens=False).ids
+        assert ids == [106 + n] if n <= 31 else len(ids) > 1
+
+
+def test_text_of_a_user_never_becomes_a_special_token(vocab, ours, written):
+    tokens, types = vocab.metadata["tokenizer.ggml.tokens"], vocab.metadata["tokenizer.ggml.token_type"]
+    special = {i: tokens[i] for i, t in enumerate(types) if int(t) in (3, 4)}
+    assert len(special) == 24
+    for i, text in special.items():
+        plain = ours.encode(f"a{text}b", add_bos=False)
+        assert not special.keys() & set(plain) and ours.decode(plain) == f"a{text}b"
+        assert ours.encode(f"a{text}b", parse_special=True, add_bos=False) == [236746, i, 236763]
+    assert 106 not in tokenize(written, ["x<turn|>"])[0] and 106 in tokenize(written, ["x<turn|>"], "--parse-special")[0]
+
+
+def test_bos_exactly_once(ours):
+    assert ours.bos == 2
+    assert ours.encode("Hello world") == [2, 9259, 1902]
+    assert ours.encode("<bos>Hello world", parse_special=True) == [2, 9259, 1902]
+    assert ours.encode("") == [2]
+    assert ours.encode("", add_bos=False) == []
+
+
+def test_invalid_utf8_falls_back_to_bytes(ours):
+    for raw in (b"\xff", b"a\x80b", b"\xe6\x88", b"\xf0\x9f\x9a", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf5\x80\x80\x80"):
+        ids = ours.encode(raw, add_bos=False)
+        assert b"".join(ours.piece(i) for i in ids) == raw
+        assert ours.decode(ids) == raw.decode(errors="replace")
+
+
+def test_stream_decoder_holds_back_incomplete_characters(ours):
+    text = "a\u200d🦙\U0010ffff\r\n é我"
+    ids = ours.encode(text, add_bos=False)
+    assert any(len(ours.piece(i)) == 1 and ours.piece(i)[0] >= 0x80 for i in ids)
+    stream = kiln.StreamDecoder(ours)
+    parts = [stream.push(i) for i in ids]
+    assert "" in parts and "\ufffd" not in "".join(parts)
+    assert "".join(parts) + stream.finish() == text
+    lead = ours.encode(b"\xf0\x9f", add_bos=False)
+    assert [stream.push(i) for i in lead] == ["", ""] and stream.finish() == "\ufffd" and stream.finish() == ""
+
+
+def test_control_tokens_are_skipped_and_user_defined_ones_are_not(ours):
+    ids = [105, 2364, 107, 100, 45518, 101, 106]
+    assert ours.decode(ids) == "user\n<|channel>thought<channel|>"
+    assert ours.decode(ids, skip_special=False) == "<|turn>user\n<|channel>thought<channel|><turn|>"
+
+
+def test_a_long_line_is_fast(ours):
+    rng = random.Random(1)
+    letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz     ,.", k=100_000))
+    for line in (letters, "a" * 100_000, " " * 100_000, "the quick brown fox " * 5_000):
+        start = time.process_time()
+        ids = ours.encode(line, add_bos=False)
+        assert time.process_time() - start < 1.0
+        assert ours.decode(ids) == line
+
+
+def test_loading_is_fast(written):
+    start = time.process_time()
+    kiln.Tokenizer(str(written))
+    assert time.process_time() - start < 1.0
+
+
+def test_chat_affixes_and_ids(vocab, ours, theirs):
+    newer = (FIXTURES / "gemma4-chat-template.jinja").read_text()
+    for template in (newer, chat_template(vocab)):
+        prefix, suffix = render_chat_affixes(template, "<bos>")
+        assert prefix == "<bos><|turn>user\n"
+        assert suffix == "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
+        assert ours.encode_chat(prefix, "What is 2+2?", suffix) == TWO_PLUS_TWO
+        assert ours.encode_chat(prefix, " \u3000\n\tWhat is 2+2?\u00a0 \x1f", suffix) == TWO_PLUS_TWO
+        assert theirs.encode(prefix + "What is 2+2?" + suffix, add_special_tokens=False).ids == TWO_PLUS_TWO
+        assert ours.encode_chat(prefix, "<turn|>", suffix).count(106) == 1
+    assert chat_template(vocab, FIXTURES / "gemma4-chat-template.jinja") == newer
+
+
+def test_template_errors(vocab, tmp_path):
+    with pytest.raises(KilnError, match="not once"):
+        render_chat_affixes("{{ bos_token }}", "<bos>")
+    with pytest.raises(KilnError, match="no users"):
+        render_chat_affixes("{{ raise_exception('no users here') }}", "<bos>")
+    with pytest.raises(KilnError, match="cannot render"):
+        render_chat_affixes("{{ ''.__class__.__mro__ }}{{ messages[0].content.__class__() }}", "<bos>")
+    with pytest.raises(KilnError, match="missing.jinja"):
+        chat_template(vocab, tmp_path / "missing.jinja")
+
+
+def small() -> dict:
+    tokens = ["<eos>", "<bos>", "<unk>", "a", "b", "ab", "<turn|>", *(f"<0x{b:02X}>" for b in range(256))]
+    types = [1, 3, 3, 1, 1, 1, 3] + [6] * 256
+    return {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0,
+            "tokenizer.ggml.unknown_token_id": 2}
+
+
+def test_eos_typed_as_an_ordinary_token_is_control_all_the_same(tmp_path):
+    assert write_tokenizer(Metadata(small()), tmp_path / "t.json") == {"bos": 1, "eog": [0, 6]}
+    t = kiln.Tokenizer(str(tmp_path / "t.json"))
+    assert t.encode("ab<eos>", parse_special=True) == [1, 5, 0] and t.decode([5, 0]) == "ab"
+    assert t.encode("abz") == [1, 5, 7 + ord("z")]
+
+
+def test_writer_errors(tmp_path):
+    assert write_tokenizer(Metadata({}), tmp_path / "t.json") is None
+    for change, message in (({"tokenizer.ggml.model": "llama"}, "'llama'"), ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
+                            ({"tokenizer.ggml.token_type": [1]}, "1 entries"), ({"tokenizer.ggml.bos_token_id": 999}, "999"),
+                            ({"tokenizer.ggml.tokens": ["a"] * 263}, "twice")):
+        with pytest.raises(KilnError, match=message):
+            write_tokenizer(Metadata(small() | change), tmp_path / "t.json")
+
+
+def test_reader_errors(tmp_path):
+    path = tmp_path / "t.json"
+    write_tokenizer(Metadata(small()), path)
+    document = json.loads(path.read_text())
+
+    def broken(**change) -> str:
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(kiln.Error) as error:
+            kiln.Tokenizer(str(path))
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "reads BPE" in broken(model=document["model"] | {"type": "Unigram"})
+    assert "normalizer" in broken(normalizer=None)
+    assert "missing key 'vocab'" in broken(model={k: v for k, v in document["model"].items() if k != "vocab"})
+    assert "merge 1" in broken(model=document["model"] | {"merges": [["a", "b"], ["b", "z"]]})
+    for text, message in (("{", "expected a key at line 1, column 2"), ('{"a":\n 01}', "leading zero at line 2, column 4"),
+                          ('{"a" 1}', "expected ':'"), ('"\\ud800"', "surrogate"), ("[1] 2", "more text"), ("[" * 100, "too deeply")):
+        path.write_text(text)
+        with pytest.raises(kiln.Error, match=f"not valid JSON: .*{message}"):
+            kiln.Tokenizer(str(path))
+    with pytest.raises(kiln.Error, match="cannot open"):
+        kiln.Tokenizer(str(tmp_path / "missing.json"))

@@ -1,0 +1,200 @@
+"""The pass fuse_decode: what it takes and what it leaves, and that the fused graph computes the same, step after step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import custom_ops.ops  # noqa: F401
+import exporter.tools.synth as synth
+import passes.edit as edit
+from custom_ops.gpu.target import compiling_for, gpu_targets
+from custom_ops.weights import gemv
+from custom_ops.weights.gemv import GemvConfig
+from exporter.compiler.torch_private import fake_export
+from exporter.compiler.trace import lower, make_kv, runnable
+from passes import fuse_decode
+from passes.records import Lowered, PassOptions
+from passes.verifier import verify
+from tests.custom_ops.test_linear import random_weight
+from tests.timeline import FIXTURES, GREEDY, WINDOW, fixture_tokens, graph_spec, weights
+
+aten, kiln = torch.ops.aten, torch.ops.kiln
+NAME = "gemma4-tiny-dense-wide-Q4_K_M"  # 4 sliding layers, 2 global; V of another type than Q and K in some
+STEPS = 2 * WINDOW + 4  # the ring wraps twice
+RESIDUAL = 8
+TOKENS = fixture_tokens("gemma4-tiny-dense-wide")[:STEPS]
+PLAIN = (kiln.quantized_linear.default, kiln.rms_norm.default, kiln.rope.default, kiln.gelu_mul.default, kiln.sliding_attention.default)
+
+
+def count(program, *targets) -> int:
+    return sum(edit.is_call(n, *targets) for n in program.graph.nodes)
+
+
+def report(lowered: Lowered):
+    return next(r for r in lowered.reports if r.name == "fuse_decode")
+
+
+def decoded(lowered: Lowered, state: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """The logits [len(tokens), V] of decoding token by token from an empty cache."""
+    step = runnable(lowered.program, {**state, **make_kv(lowered.kv)})
+    return torch.cat([step(tokens[i : i + 1], torch.tensor([i]), *GREEDY)[1] for i in range(len(tokens))]).float()
+
+
+def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a step."""
+    return float(((logits - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return weights(FIXTURES / f"{NAME}.gguf", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def plain(state) -> dict[bool, torch.Tensor]:
+    """Logits of the graph that is not fused, in float32; with and without TurboQuant."""
+    specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL) for tq in (False, True)}
+    return {tq: decoded(lower(spec, "decode", "cpu"), state, TOKENS) for tq, spec in specs.items()}
+
+
+def test_the_pattern_is_gone() -> None:
+    for tq in (False, True):
+        before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL), "decode", "cpu")
+        assert [count(before.program, target) for target in PLAIN] == [27, 43, 12, 6, 4]
+        assert report(before).status == "off"
+        after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=2), "decode", "cpu")
+        assert [count(after.program, target) for target in PLAIN] == [0] * 5
+        assert (report(after).status, report(after).matches) == ("applied", 27)
+        assert report(after).note == f"2 bytes an activation; 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
+        # the projections of 6 layers, V apart in 2 of them, leave their sums to the attention
+        expected = {"norm_fixed": 1, "add_norm": 12, "fixed_glu": 6, "fixed_linear": 1, "fixed_linear_squares": 12, "fixed_partials": 8,
+                    "sliding_decode": 4, "rope_table": 2, "tq4_decode": 2 if tq else 0, "tq4_attention": 0, "tq4_write": 0} | dict.fromkeys(
+                        ("prepare_qkv", "global_attention", "fixed_point"), 0 if tq else 2)  # fmt: skip
+        assert {name: count(after.program, getattr(kiln, name).default) for name in expected} == expected
+        assert count(after.program, aten.index_copy_.default) == (0 if tq else 4)  # the caches of the global layers, which TQ4 has none of
+        assert not count(after.program, aten.cos.default, aten.sin.default)
+        assert [b.name for b in after.kv] == [b.name for b in before.kv]
+
+
+# Activations of one byte are rounded by up to 0.4 % of the largest of 32; TQ4 turns small differences into other codes.
+LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 7e-2), (3, True, 2e-2), (2, True, 2e-2), (1, True, 2e-1)]
+
+
+@pytest.mark.parametrize("terms, tq, limit", LIMITS)
+def test_outputs(terms: int, tq: bool, limit: float, state, plain) -> None:
+    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=terms)
+    found = error(decoded(lower(spec, "decode", "cpu"), state, TOKENS), plain[tq])
+    print(f"{terms} bytes, TurboQuant {tq}: {found:.1e}")
+    assert found < limit
+
+
+def test_bfloat16_is_closer_than_unfused(state, plain) -> None:
+    """The residual stream stays float32 and two bytes lose less than bfloat16 does."""
+    errors = []
+    for terms in (0, 2):
+        spec = graph_spec(FIXTURES / f"{NAME}.gguf", dtype="bfloat16", decode_bytes=terms)
+        errors.append(error(decoded(lower(spec, "decode", "cpu"), state, TOKENS), plain[False]))
+    print("bfloat16, unfused and fused: {:.1e} {:.1e}".format(*errors))
+    assert errors[1] < errors[0] < 0.2
+
+
+def test_prefill_is_left_alone() -> None:
+    graphs = []
+    for terms in (0, 2):
+        lowered = lower(graph_spec(FIXTURES / f"{NAME}.gguf", decode_bytes=terms), "prefill", "cpu")
+        graphs.append([(n.op, str(n.target), n.name) for n in lowered.program.graph.nodes])
+    assert graphs[0] == graphs[1] and (report(lowered).status, report(lowered).note) == ("not needed", "many tokens")
+
+
+def test_a_model_of_float_weights_is_left_alone() -> None:
+    lowered = lower(graph_spec(FIXTURES / "gemma4-tiny-dense.gguf", decode_bytes=2), "decode", "cpu")
+    assert (report(lowered).status, report(lowered).note) == ("not needed", "no weight is packed")
+    assert count(lowered.program, kiln.rope.default) and not count(lowered.program, aten.zeros.default)
+
+
+# Tensors of another type, what the report counts, products with float weights, and what else stays.
+VARIATIONS = {
+    "output and down in F32": ({"attn_output": "F32", "ffn_down": "F32"}, (13, 0, 0, 0, 0), 12, {"sliding_attention": 5, "gelu_mul": 6}),
+    "projections in F32": ({"attn_q": "F32", "attn_k": "F32", "attn_v": "F32"}, (7, 6, 5, 1, 1), 6, {"rms_norm": 16, "rope": 0}),
+    "gate apart from up": ({"ffn_gate": "Q6_K"}, (13, 0, 5, 1, 7), 0, {"gelu_mul": 6, "rms_norm": 0}),
+    "value apart": ({"attn_v": "Q6_K"}, (13, 6, 5, 1, 1), 0, {"rms_norm": 0}),
+    "query, key and value apart": ({"attn_q": "Q6_K", "attn_v": "Q8_0"}, (13, 6, 5, 1, 1), 0, {"rms_norm": 0}),
+}
+
+
+def varied(tmp_path, monkeypatch, kinds: dict[str, str]):
+    """A small model of random weights, its tensors `kinds` of other types."""
+    plan = synth.synth_plan
+
+    def changed(*arguments):
+        return [(name, shape, kinds.get(name.split(".")[-2], kind)) for name, shape, kind in plan(*arguments)]
+
+    monkeypatch.setattr(synth, "synth_plan", changed)
+    synth.write_synthetic(tmp_path / "model.gguf", "tiny", "q4_k_m", 0)
+    return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_variations(name: str, tmp_path, monkeypatch) -> None:
+    kinds, counts, linear, left = VARIATIONS[name]
+    path = varied(tmp_path, monkeypatch, kinds)
+    state = weights(path, tmp_path)
+    plain, fused = (lower(graph_spec(path, decode_bytes=terms), "decode", "cpu") for terms in (0, 3))
+    norms, gated, sliding, full, conversions = counts
+    expected = f"{norms} norms, {gated} gated, {sliding} sliding, {full} global, {conversions} conversions"
+    assert report(fused).note == f"3 bytes an activation; {expected}"
+    assert count(fused.program, kiln.quantized_linear.default) == 0
+    for op, number in left.items():
+        assert count(fused.program, getattr(kiln, op).default) == number
+    assert count(fused.program, aten.linear.default) == count(plain.program, aten.linear.default) == linear
+    assert error(decoded(fused, state, TOKENS[:6]), decoded(plain, state, TOKENS[:6])) < 2e-5
+
+
+def test_for_a_gpu_projections_come_in_parts(tmp_path, monkeypatch) -> None:
+    """q and k of one product share its parts; products of their own may be split differently and are added up first."""
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(warps=1))  # the warps of a program would share the little there is
+    paths = FIXTURES / f"{NAME}.gguf", varied(tmp_path, monkeypatch, {"attn_q": "Q6_K", "attn_v": "Q8_0"})
+    for path, apart in zip(paths, (False, True), strict=True):
+        with compiling_for(gpu_targets()["sm_90"]):
+            lowered = lower(graph_spec(path, dtype="bfloat16", decode_bytes=2, materializes_head=False), "decode", "cuda")
+        calls = [n for n in lowered.program.graph.nodes if edit.is_call(n, kiln.sliding_decode.default, kiln.prepare_qkv.default)]
+        assert len(calls) == 6
+        for call in calls:
+            q, k, v = (a.meta["val"] for a in call.args[:3])
+            assert q.shape[0] == k.shape[0] == 1 if apart else q.shape[0] == k.shape[0] > 1
+            assert v.shape[0] > 1 or (apart and call.target is kiln.prepare_qkv.default)
+
+
+class Residual(nn.Module):
+    """A branch whose norm has another epsilon than the norm after it, then a product."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        words, halves, _ = random_weight("Q4_K", 64, 256)
+        self.words, self.halves = (nn.Parameter(torch.zeros_like(t), requires_grad=False) for t in (words, halves))
+        self.first, self.second = (nn.Parameter(torch.ones(256), requires_grad=False) for _ in range(2))
+
+    def forward(self, tokens, x, branch):
+        y = x + kiln.rms_norm(branch, self.first, self.eps, torch.float32)
+        out = kiln.quantized_linear(kiln.rms_norm(y, self.second, 1e-6, torch.float32), self.words, self.halves, "Q4_K")
+        return out + tokens, y
+
+
+@pytest.mark.parametrize("eps, fused", [(1e-6, True), (1e-1, False)])
+def test_epsilons_must_agree(eps: float, fused: bool) -> None:
+    shapes = ((1,), torch.int64), ((1, 256), torch.float32), ((1, 256), torch.float32)
+    program = fake_export(lambda: Residual(eps), lambda: tuple(torch.empty(s, dtype=d) for s, d in shapes), None, "cpu")
+    words, halves, _ = random_weight("Q4_K", 64, 256)
+    g = torch.Generator().manual_seed(0)
+    state = {"words": words, "halves": halves} | {n: torch.rand(256, generator=g) for n in ("first", "second")}
+    inputs = torch.zeros(1, dtype=torch.int64), torch.randn(1, 256, generator=g), torch.randn(1, 256, generator=g)
+    before = [t.clone() for t in runnable(program, state)(*inputs)]
+    fuse_decode.run(Lowered(program), PassOptions(decode_bytes=3))
+    edit.finish(program)
+    verify(program, "test")
+    assert (count(program, kiln.add_norm.default), count(program, kiln.norm_fixed.default)) == ((1, 0) if fused else (0, 1))
+    for found, expected in zip(runnable(program, state)(*inputs), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-4)

@@ -1,0 +1,344 @@
+"""Each pass: the pattern is there before, gone after, outputs are equal, a near-miss is untouched, no match is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import custom_ops.ops  # noqa: F401
+import passes.edit as edit
+from exporter.artifact.memory import kv_plan
+from exporter.compiler.torch_private import fake_export
+from exporter.compiler.trace import lower, make_kv, runnable, trace
+from exporter.errors import KilnError
+from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, turboquant
+from passes.edit import PassError
+from passes.pipeline import PIPELINE, run_pipeline
+from passes.records import Lowered, PassOptions
+from passes.verifier import verify
+from tests.custom_ops import tq4_cache
+from tests.timeline import FIXTURES, GREEDY, graph_spec, weights
+
+aten, kiln = torch.ops.aten, torch.ops.kiln
+WIDE = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"  # 2 global layers of head size 128
+
+
+def count(program, *targets) -> int:
+    return sum(edit.is_call(n, *targets) for n in program.graph.nodes)
+
+
+def export(module, *inputs):
+    return fake_export(module, lambda: tuple(torch.empty(shape, dtype=dtype) for shape, dtype in inputs), None, "cpu")
+
+
+def run(pass_, program, **options):
+    lowered = Lowered(program)
+    report = pass_.run(lowered, PassOptions(**options))
+    edit.finish(program)
+    verify(program, "test")
+    return lowered, report
+
+
+class Cache(nn.Module):
+    """A cache [8, 2, 64] written in the way `write` does it."""
+
+    def __init__(self, write, head_dim=64):
+        super().__init__()
+        self.write = write
+        self.register_buffer("k", torch.zeros(8, 2, head_dim))
+
+    def forward(self, x, pos):
+        self.write(self.k, x, pos)
+        return self.k.sum(0) + 0
+
+
+def put(cache, x, pos):
+    cache[pos] = x
+
+
+def put_slice(cache, x, pos):
+    cache[2:5] = x
+
+
+def put_middle(cache, x, pos):
+    cache[:, pos] = x
+
+
+CACHE_INPUTS = (((3, 2, 64), torch.float32), ((3,), torch.int64))
+
+
+@pytest.mark.parametrize("write", [put, put_slice])
+def test_index_copy(write):
+    program = export(lambda: Cache(write), *CACHE_INPUTS)
+    pattern = (aten.index_put_.default,) if write is put else (aten.copy_.default,)
+    assert count(program, *pattern) == 1
+    x, pos = torch.randn(3, 2, 64), torch.tensor([4, 0, 6])
+    before = runnable(program, {"k": torch.zeros(8, 2, 64)})(x, pos)
+    _, report = run(index_copy, program)
+    assert report.matches == 1 and count(program, *pattern) == 0 and count(program, aten.index_copy_.default) == 1
+    assert torch.equal(runnable(program, {"k": torch.zeros(8, 2, 64)})(x, pos), before)
+
+
+def test_index_copy_of_one_token():
+    program = export(lambda: Cache(put), ((1, 2, 64), torch.float32), ((1,), torch.int64))  # Python strips the 1 off the value
+    x = torch.randn(1, 2, 64)
+    _, report = run(index_copy, program)
+    assert report.matches == 1
+    assert torch.equal(runnable(program, {"k": torch.zeros(8, 2, 64)})(x, torch.tensor([5])), x[0])
+
+
+def test_index_copy_along_another_dimension():
+    program = export(lambda: Cache(put_middle), ((8, 1, 64), torch.float32), ((1,), torch.int64))
+    _, report = run(index_copy, program)
+    assert report.matches == 1
+    (node,) = (n for n in program.graph.nodes if edit.is_call(n, aten.index_copy_.default))
+    assert node.args[1] == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda cache, x, pos: cache.index_put_((pos,), x, accumulate=True),
+        lambda cache, x, pos: cache.index_put_((pos,), x[:1]),  # broadcast
+        lambda cache, x, pos: cache.index_put_((pos, torch.zeros_like(pos)), x[:, 0]),  # two indices
+    ],
+)
+def test_index_copy_near_miss(write):
+    def both(cache, x, pos):
+        write(cache, x, pos)
+        cache[pos] = x
+
+    program = export(lambda: Cache(both), *CACHE_INPUTS)
+    assert count(program, aten.index_put_.default) == 2
+    _, report = run(index_copy, program)
+    assert report.matches == 1 and count(program, aten.index_put_.default) == 1
+
+
+def test_index_copy_without_a_cache_write_is_an_error():
+    program = export(lambda: Cache(lambda cache, x, pos: cache.add_(1.0)), *CACHE_INPUTS)
+    with pytest.raises(PassError, match="index_copy: no cache write"):
+        run(index_copy, program)
+
+
+class Attention(nn.Module):
+    def __init__(self, head_dim=64, also_read=False, shift=0):
+        super().__init__()
+        self.also_read, self.shift = also_read, shift
+        self.cache = nn.Module()
+        self.cache.register_buffer("k_cache", torch.zeros(32, 2, head_dim))
+        self.cache.register_buffer("v_cache", torch.zeros(32, 2, head_dim))
+
+    def forward(self, q, k, v, pos):
+        slot = pos + self.shift if self.shift else pos
+        self.cache.k_cache.index_copy_(0, slot, k)
+        self.cache.v_cache.index_copy_(0, slot, v)
+        out = kiln.global_attention(q, self.cache.k_cache, self.cache.v_cache, pos, None)
+        return out + self.cache.k_cache.sum() if self.also_read else out + 0
+
+
+def attention_inputs(head_dim=64, tokens=3):
+    shapes = ((tokens, heads, head_dim) for heads in (4, 2, 2))
+    return *((shape, torch.float32) for shape in shapes), ((tokens,), torch.int64)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+def test_turboquant(tokens):
+    """Chunks shorter than the residual of 4, as long, and longer, over which it wraps: the newest 4 keys are exact, the others coded."""
+    program = export(Attention, *attention_inputs(tokens=tokens))
+    _, report = run(turboquant, program, turboquant=True, residual_length=4)
+    assert (report.matches, report.note) == (1, "residual length 4")
+    assert count(program, kiln.global_attention.default) == 0
+    order = [n.target for n in program.graph.nodes if edit.written_args(n) or edit.is_call(n, kiln.tq4_attention.default)]
+    assert order == [kiln.tq4_write.default, kiln.tq4_attention.default] + [aten.index_copy_.default] * 2
+    state = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in program.state_dict.items()}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == {
+        f"cache.{side}_{what}": found
+        for side in "kv"
+        for what, found in {
+            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "residual": ((4, 2, 64), torch.float32)
+        }.items()
+    }  # fmt: skip
+    g = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(18, heads, 64, generator=g) for heads in (4, 2, 2))
+    layer = runnable(program, state)
+    outs = [layer(q[pos], k[pos], v[pos], pos).clone() for pos in torch.arange(18).split(tokens) if len(pos) == tokens]
+    end = len(outs) * tokens
+    torch.testing.assert_close(torch.cat(outs).double(), tq4_cache.exact(q[:end], k[:end], v[:end], 0, 4), rtol=1e-5, atol=1e-5)
+    newest = torch.arange(end - 4, end)
+    for side, x in (("k", k), ("v", v)):
+        assert torch.equal(state[f"cache.{side}_residual"][newest % 4], x[newest])
+
+
+def test_turboquant_near_miss_and_errors():
+    program = export(lambda: Attention(also_read=True), *attention_inputs())  # someone else reads the cache
+    with pytest.raises(PassError, match="no global attention"):
+        run(turboquant, program, turboquant=True)
+    assert count(program, kiln.global_attention.default) == 1
+    program = export(lambda: Attention(shift=1), *attention_inputs())  # written elsewhere than where it is read
+    with pytest.raises(PassError, match="no global attention"):
+        run(turboquant, program, turboquant=True)
+    with pytest.raises(PassError, match="head size 96"):
+        run(turboquant, export(lambda: Attention(96), *attention_inputs(96)), turboquant=True)
+    with pytest.raises(PassError, match="residual length 0; expected at least 1"):
+        run(turboquant, export(Attention, *attention_inputs()), turboquant=True, residual_length=0)
+    _, report = run(turboquant, export(Attention, *attention_inputs()))
+    assert report.status == "off"
+
+
+def test_kv_len():
+    program = export(Attention, *attention_inputs())
+    args = torch.randn(3, 4, 64), torch.randn(3, 2, 64), torch.randn(3, 2, 64), torch.arange(3)
+    fresh = lambda: {k: torch.full((32, 2, 64), 7.0) for k in program.state_dict}  # noqa: E731
+    before = runnable(program, fresh())(*args)
+    _, report = run(kv_len, program)
+    (call,) = (n for n in program.graph.nodes if edit.is_call(n, kiln.global_attention.default))
+    length = call.args[-1].meta["val"]
+    assert report.matches == 1 and length.dtype == torch.int32 and length.shape == (1,)
+    assert torch.equal(runnable(program, fresh())(*args), before)
+    with pytest.raises(PassError, match="kv_len: no global attention without"):
+        run(kv_len, program)  # every attention has one now
+
+
+class Head(nn.Module):
+    def __init__(self, name, dtype, n=300, k=256):
+        super().__init__()
+        self.name = name
+        self.register_buffer("k", torch.zeros(4))
+        holder = nn.Module()
+        setattr(self, name, holder)
+        if dtype == "Q6_K":
+            holder.words = nn.Parameter(torch.zeros(k // 256, 52, n, dtype=torch.int32), requires_grad=False)
+            holder.halves = nn.Parameter(torch.zeros(k // 256, 1, n, dtype=torch.float16), requires_grad=False)
+        else:
+            holder.weight = nn.Parameter(torch.zeros(n, k, dtype=dtype), requires_grad=False)
+
+    def forward(self, x):
+        self.k.add_(1.0)
+        holder = getattr(self, self.name)
+        if hasattr(holder, "words"):
+            return kiln.quantized_linear(x, holder.words, holder.halves, "Q6_K")
+        return nn.functional.linear(x, holder.weight.float())
+
+
+@pytest.mark.parametrize("dtype", ["Q6_K", torch.bfloat16])
+def test_chunked_lm_head(dtype):
+    program = export(lambda: Head("token_embd", dtype), ((1, 256), torch.float32))
+    torch.manual_seed(0)
+    state = {
+        n: torch.randint(0, 1 << 30, t.shape, dtype=t.dtype) if t.dtype == torch.int32 else torch.randn(t.shape).to(t.dtype)
+        for n, t in program.state_dict.items()
+    }
+    x = torch.randn(1, 256)
+    before = runnable(program, state)(x)
+    op = kiln.quantized_linear.default if dtype == "Q6_K" else aten.linear.default
+    _, report = run(chunked_lm_head, program, materialized_head_budget=128 * 256 * 4)
+    assert (report.status, report.matches) == ("applied", 1)
+    calls = [n for n in program.graph.nodes if edit.is_call(n, op)]
+    assert [c.meta["val"].shape[-1] for c in calls] == [128, 128, 44]
+    assert torch.allclose(runnable(program, state)(x), before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
+
+
+def test_chunked_lm_head_near_miss():
+    program = export(lambda: Head("ffn_down", "Q6_K"), ((1, 256), torch.float32))  # not a head
+    with pytest.raises(PassError, match="no head found"):
+        run(chunked_lm_head, program, materialized_head_budget=1024)
+    program = export(lambda: Head("token_embd", torch.float32), ((1, 256), torch.float32))  # float32 is used as it is
+    _, report = run(chunked_lm_head, program, materialized_head_budget=1024)
+    assert report.status == "not needed" and count(program, aten.linear.default) == 1
+    _, report = run(chunked_lm_head, program, materializes_head=False)
+    assert report.status == "not needed"
+
+
+def test_free_kv_buffers():
+    program = torch.export.export(Cached(), (torch.zeros(1),))  # an export with real tensors
+    size = program.state_dict["blk.3.cache.k_ring"].nbytes
+    lowered, report = run(free_kv_buffers, program)
+    assert report.note == f"{size} bytes freed"
+    assert type(program.state_dict["blk.3.cache.k_ring"]).__name__ == "FakeTensor"
+    (kv,) = lowered.kv
+    assert (kv.name, kv.layer, kv.kind, kv.dtype, kv.shape, kv.nbytes) == ("blk.3.cache.k_ring", 3, "ring", torch.float32, (1000,), size)
+    assert torch.equal(runnable(program, make_kv(lowered.kv))(torch.ones(1)), torch.ones(1))
+
+
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blk = nn.ModuleDict({"3": nn.ModuleDict({"cache": nn.Module()})})
+        self.blk["3"]["cache"].register_buffer("k_ring", torch.zeros(1000))
+
+    def forward(self, x):
+        self.blk["3"]["cache"].k_ring.add_(x)
+        return self.blk["3"]["cache"].k_ring.max() * x
+
+
+def test_pipeline_on_the_decoder(tmp_path):
+    """Every pass on a quantized decoder: counts, the KV plan, the dumps, and TurboQuant's outputs close to the exact ones."""
+    state = weights(WIDE, tmp_path)
+    outputs = {}
+    for tq in (False, True):
+        spec = graph_spec(WIDE, turboquant=tq, residual_length=8, materialized_head_budget=64 << 10)
+        for entry in ("decode", "prefill"):
+            lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
+            assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 20 if tq else 12]
+        plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
+        assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))
+        assert len(list((tmp_path / str(tq) / "prefill").iterdir())) == 7
+        tokens = torch.arange(40) % 512
+        _, outputs[tq] = runnable(lowered.program, {**state, **make_kv(lowered.kv)})(tokens, torch.arange(40), *GREEDY)
+    assert torch.cosine_similarity(outputs[False], outputs[True]).item() > 0.98
+    assert count(lowered.program, kiln.sliding_attention.default) == 4
+
+
+class TestVerifier:
+    def test_rejects_a_wrong_shape(self):
+        program = export(lambda: Cache(put), *CACHE_INPUTS)
+        node = next(n for n in program.graph.nodes if edit.is_call(n, aten.sum.dim_IntList))
+        node.meta["val"] = node.meta["val"][0]
+        with pytest.raises(PassError, match="sum"):
+            verify(program, "test")
+
+    def test_rejects_a_host_read(self):
+        program = export(lambda: Cache(put), *CACHE_INPUTS)
+        pos = edit.user_input(program, "pos")
+        with program.graph.inserting_after(pos):
+            program.graph.call_function(aten._local_scalar_dense.default, (pos,))
+        with pytest.raises(PassError, match="on the host"):
+            verify(program, "test")
+
+    def test_rejects_a_cache_never_written(self):
+        program = export(lambda: Cache(put), *CACHE_INPUTS)
+        write = next(n for n in program.graph.nodes if edit.is_call(n, aten.index_put_.default))
+        edit.replace(program, write, write.args[0])
+        with pytest.raises(PassError, match=r"never written: \['k'\]"):
+            verify(program, "test")
+
+    def test_rejects_an_output_that_is_a_cache(self):
+        program = export(lambda: Cache(put), *CACHE_INPUTS)
+        output = next(n for n in program.graph.nodes if n.op == "output")
+        write = next(n for n in program.graph.nodes if edit.is_call(n, aten.index_put_.default))
+        output.args = ((write,),)
+        with pytest.raises(PassError, match="is memory of b_k"):
+            verify(program, "test")
+
+    def test_rejects_a_foreign_operator(self):
+        program = export(lambda: Cache(put), *CACHE_INPUTS)
+        node = next(n for n in program.graph.nodes if edit.is_call(n, aten.sum.dim_IntList))
+        node.target = torch.relu
+        with pytest.raises(PassError, match="no operator"):
+            verify(program, "test")
+
+
+def test_a_broken_pass_is_named(monkeypatch):
+    import passes.pipeline as pipeline
+
+    def broken(lowered, options):
+        node = next(n for n in lowered.program.graph.nodes if edit.is_call(n, kiln.sample.default))
+        node.meta["val"] = node.meta["val"].new_empty(3)
+
+    monkeypatch.setattr(pipeline, "PIPELINE", (("broken", broken),))
+    with pytest.raises(PassError, match="after pass broken: broken: sample"):
+        run_pipeline(trace(graph_spec(WIDE), "decode", "cpu"), PassOptions())
+    with pytest.raises(KilnError, match="after pass broken: broken: sample"):  # the error that the command knows
+        lower(graph_spec(WIDE), "decode", "cpu")

@@ -1,0 +1,74 @@
+"""The GPU code inside a package: every embedded cubin, its architecture, and a comparison of two packages.
+
+    python -m tests.tools.cubins A.pt2 B.pt2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import triton
+
+EM_CUDA = 190
+
+
+def cubins(package: Path) -> dict[str, list[bytes]]:
+    """Entry point -> the CUDA ELF images inside its shared library, in file order."""
+    found = {}
+    with zipfile.ZipFile(package) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so"):
+                found[name.split("/")[-2]] = _images(archive.read(name))
+    return found
+
+
+def _images(data: bytes) -> list[bytes]:
+    images = []
+    for match in re.finditer(b"\x7fELF\x02\x01", data):
+        start = match.start()
+        if struct.unpack_from("<H", data, start + 18)[0] == EM_CUDA:
+            sections, entry, count = *struct.unpack_from("<Q", data, start + 40), *struct.unpack_from("<HH", data, start + 58)
+            segments, size, number = *struct.unpack_from("<Q", data, start + 32), *struct.unpack_from("<HH", data, start + 54)
+            end = max(sections + entry * count, segments + size * number)
+            images.append(data[start : start + end])
+    return images
+
+
+def cuobjdump(image: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(image)
+        f.flush()
+        return subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, f.name], capture_output=True, text=True, check=True).stdout
+
+
+def architecture(image: bytes) -> str:
+    """`sm_90`, as cuobjdump reads it."""
+    return re.search(r"sm_\d+", cuobjdump(image, "-elf"))[0]
+
+
+def registers(image: bytes) -> dict[str, int]:
+    """Kernel -> registers of a thread."""
+    return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", cuobjdump(image, "-res-usage"))}
+
+
+def digests(package: Path) -> dict[str, list[str]]:
+    return {entry: sorted(hashlib.sha256(image).hexdigest() for image in images) for entry, images in cubins(package).items()}
+
+
+def main() -> None:
+    a, b = (digests(Path(p)) for p in sys.argv[1:3])
+    for entry in sorted(a | b):
+        x, y = set(a.get(entry, [])), set(b.get(entry, []))
+        print(f"{entry}: {len(x)} and {len(y)} distinct kernels, {len(x & y)} identical, {len(x ^ y)} only in one")
+    sys.exit(a != b)
+
+
+if __name__ == "__main__":
+    main()

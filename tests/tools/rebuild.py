@@ -1,0 +1,32 @@
+"""Complete an artifact whose code was compiled on another machine: the weights are packed here, from the same GGUF file or its like."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from exporter.artifact.weights import plan_weights, write_weights
+from exporter.source.config import from_gguf
+from exporter.source.gguf import open_gguf
+from exporter.source.tokenizer import write_tokenizer
+
+
+def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
+    """`compiled` holds manifest.json and model*.pt2 of `kiln export`; the weights must be the manifest's in name, dtype, shape and offset.
+
+    The checksums are those of `gguf`: compiled code depends on shapes alone.
+    """
+    artifact.mkdir(parents=True, exist_ok=True)
+    manifest = json.loads((compiled / "manifest.json").read_text())
+    file = open_gguf(gguf)
+    config = from_gguf(file)
+    records = write_weights(artifact / "weights.safetensors", file, config, plan_weights(config, file))
+    without = [[{k: v for k, v in r.items() if k != "sha256"} for r in rows] for rows in (records, manifest["constants"])]
+    if without[0] != without[1]:
+        raise ValueError(f"{gguf} has other weights than {compiled} was compiled for")
+    (artifact / "manifest.json").write_text(json.dumps(manifest | {"constants": records}))
+    write_tokenizer(file, artifact / "tokenizer.json")
+    for target in manifest["targets"]:
+        shutil.copy(compiled / target["file"], artifact / target["file"])
+    return artifact
