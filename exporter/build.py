@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from custom_ops.dtypes import DTYPES, dtype_name
 from custom_ops.gpu.early import WAITING_KERNELS
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.manifest import dtype_name, staged, write_manifest
+from exporter.artifact.manifest import staged
 from exporter.artifact.memory import kv_plan, memory_plan
+from exporter.artifact.record import write_manifest
 from exporter.artifact.weights import plan_weights, write_weights
 from exporter.compiler.compile import CompiledEntry, available_targets, clean, compile_target, native_target
 from exporter.compiler.torch_private import check_versions
-from exporter.compiler.trace import DTYPES, GraphSpec
+from exporter.compiler.trace import GraphSpec
 from exporter.errors import KilnError
 from exporter.progress import bar, say, size_text
 from exporter.source.config import ModelConfig, check_tensors, from_gguf
@@ -120,7 +122,7 @@ def check_float16(config: ModelConfig, gguf: GGUFFile) -> None:
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
     """Bytes of an activation of a decode product in fixed point: what loses nothing against `dtype`, or one with `int8`."""
-    return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype]]
+    return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype].torch]
 
 
 def export_artifact(options: ExportOptions) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from custom_ops.geometry import GEOMETRIES
+from custom_ops.weights.mixes import SYNTHETIC
 from exporter.errors import KilnError
 
 PATH = click.Path(path_type=Path)
@@ -147,8 +149,8 @@ def bench(as_json: bool, **options) -> None:
 
 
 @main.command()
-@click.option("--preset", type=click.Choice(["gemma4-31b", "gemma4-12b", "tiny", "tiny-cuda"]), required=True)
-@click.option("--mix", type=click.Choice(["q4_k_m", "q6_k", "q4_0", "q8_0", "f32"]), default="q4_k_m", show_default=True)
+@click.option("--preset", type=click.Choice(list(GEOMETRIES)), required=True)
+@click.option("--mix", type=click.Choice(SYNTHETIC), default="q4_k_m", show_default=True)
 @click.option("--out", type=PATH, required=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Keep only the first layers.")

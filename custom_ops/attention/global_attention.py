@@ -7,6 +7,7 @@ from torch.library import triton_op
 
 from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, MEASURED
 from custom_ops.gpu.launch import use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -40,5 +41,5 @@ def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
-    return flash_cases("global_attention", target, heads=32, kv_heads=4, dim=512, slots=131072, window=0)
+    """The kernels at the shapes of the 31B and the 12B."""
+    return [case for model in MEASURED for case in flash_cases("global_attention", target, model.full, slots=CONTEXT, window=0)]

@@ -7,6 +7,7 @@ from torch.library import triton_op
 
 from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import MEASURED
 from custom_ops.gpu.launch import use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -40,5 +41,5 @@ def sliding_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring:
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
-    return flash_cases("sliding_attention", target, heads=32, kv_heads=16, dim=256, slots=1024, window=1024)
+    """The kernels at the shapes of the 31B and the 12B."""
+    return [case for m in MEASURED for case in flash_cases("sliding_attention", target, m.sliding, slots=m.window, window=m.window)]

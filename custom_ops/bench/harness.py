@@ -25,8 +25,8 @@ from custom_ops.bench.attention_cases import decode_attention_cases, prefill_att
 from custom_ops.bench.cases import (
     GEMMA4_31B,
     Case,
-    Geometry,
     Tensors,
+    Workload,
     add_norm_case,
     embedding_case,
     fixed_cases,
@@ -49,19 +49,19 @@ LAUNCHING = (prepare, flash, gemv, add_norm, embedding, linear, sample, sliding_
 SEED = 1
 
 
-def all_cases(geometry: Geometry = GEMMA4_31B) -> list[Case]:
-    chunk, vocab = geometry.chunks[-1], geometry.head.n
+def all_cases(work: Workload = GEMMA4_31B) -> list[Case]:
+    chunk, vocab = work.chunks[-1], work.head.n
     return [
-        *fixed_cases(geometry),
-        add_norm_case(geometry),
-        *gemv_cases(geometry),
-        *linear_cases(geometry),
-        embedding_case(geometry.head, 1),
-        embedding_case(geometry.head, chunk),
-        *decode_attention_cases(geometry),
-        *prefill_attention_cases(geometry),
-        tq4_write_case(geometry.full, 1),
-        tq4_write_case(geometry.full, chunk),
+        *fixed_cases(work),
+        add_norm_case(work),
+        *gemv_cases(work),
+        *linear_cases(work),
+        embedding_case(work.head, 1),
+        embedding_case(work.head, chunk),
+        *decode_attention_cases(work),
+        *prefill_attention_cases(work),
+        tq4_write_case(work.full, 1),
+        tq4_write_case(work.full, chunk),
         sample_case(vocab, "greedy", 0.0, 0, 1.0),
         sample_case(vocab, "top-k 64, top-p 0.95", 1.0, 64, 0.95),
         sample_case(vocab, "no limits", 1.0, 0, 1.0),

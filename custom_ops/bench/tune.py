@@ -19,11 +19,13 @@ import torch
 from custom_ops.attention.flash import Tile
 from custom_ops.bench import harness
 from custom_ops.bench.attention_cases import global_case, sliding_case, sliding_decode_case, tq4_case
-from custom_ops.bench.cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
+from custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_cases
+from custom_ops.geometry import Matrix
 from custom_ops.gpu.tables import nearest, pick
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.tq4 import prefill as tq4_prefill
 from custom_ops.weights import gemv
+from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import GemvConfig
 
 REPLAYS = 15
@@ -73,7 +75,7 @@ class Tuning:
 
 def gemv_current(target: GpuTarget, m: Matrix) -> GemvConfig:
     config = gemv.GEMV_CONFIGS[nearest(gemv.GEMV_CONFIGS, target)]
-    return replace(config, groups=config.groups or gemv.GEMV_GROUPS[m.kind])
+    return replace(config, groups=config.groups or LAYOUTS[m.kind].gemv_groups)
 
 
 def first(current: Any, others: Iterator[Any]) -> list[Any]:
@@ -86,11 +88,11 @@ def tiles(current: Tile, **choices: tuple[int, ...]) -> list[Tile]:
     return first(current, grid)
 
 
-def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]:
-    chunk, full = geometry.chunks[-1], geometry.full
-    short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
+def families(target: GpuTarget, work: Workload = GEMMA4_31B) -> list[Family]:
+    chunk, full = work.chunks[-1], work.full
+    short, far, long = work.depths[2], work.depths[-2], work.depths[-1]
     found = []
-    for m, case in zip((*geometry.matrices, geometry.head), fixed_cases(geometry), strict=True):
+    for m, case in zip((*work.matrices, work.head), fixed_cases(work), strict=True):
         grid = (GemvConfig(*choice) for choice in itertools.product((64, 128), (1, 2, 4), (16, 24, 28, 32), (1, 2, 4)))
         found.append(Family(case.name, [case], first(gemv_current(target, m), grid), "weights.gemv.GEMV_CONFIGS", target.sm, m))
 
@@ -102,17 +104,17 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
 
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
-    tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(geometry, 1, short), tq4_case(geometry, 1, long)], **decode)
+    tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(work, 1, short), tq4_case(work, 1, long)], **decode)
     if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
         pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(geometry, chunk, far)], **pieces)
+        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
     else:
-        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(geometry, chunk, far)], **prefill)
+        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(work, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
-    tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", geometry.sliding.dim, [sliding_decode_case(geometry)],
+    tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
           **decode | {"stages": (1,)})  # fmt: skip
-    tiled("sliding decode", "attention.flash.DECODE_TILES", geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
-    tiled("sliding prefill", "attention.flash.PREFILL_TILES", geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
+    tiled("sliding decode", "attention.flash.DECODE_TILES", work.sliding.dim, [sliding_case(work, 1)], **decode)
+    tiled("sliding prefill", "attention.flash.PREFILL_TILES", work.sliding.dim, [sliding_case(work, chunk)], **prefill)
     tiled("global decode", "attention.flash.DECODE_TILES", full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
     tiled("global prefill", "attention.flash.PREFILL_TILES", full.dim, [global_case(full, chunk, far)], **prefill)
     return found
@@ -264,7 +266,7 @@ def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
     if products := best_gemv(trials):
         config, groups, us = products
         family = next(family for family in chosen if family.matrix)
-        by = f"{us / 1e3:.3f} ms for the products of a decode step, with GEMV_GROUPS {groups}"
+        by = f"{us / 1e3:.3f} ms for the products of a decode step, with gemv_groups {groups} in block_types.py"
         found.append((family, config, by))
     for family in chosen:
         if not family.matrix and (best := best_tile(family, trials)):

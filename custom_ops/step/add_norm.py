@@ -13,6 +13,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import EPS, GEMMA4_31B
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -141,6 +142,6 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     cases = []
     squares = torch.empty(84)  # of the product before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = {"EPS": 1e-6} | _constants(5376, given, scale, 2, target)
-        cases.append(KernelCase(f"{name} 5376", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
+        constants = {"EPS": EPS} | _constants(GEMMA4_31B.hidden, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} {GEMMA4_31B.hidden}", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

@@ -14,6 +14,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.step.sample_kernels import choose, row_maxima, settle_bins, weigh_bins
@@ -100,16 +101,17 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The four launches for a vocabulary of 262144."""
+    """The four launches for the vocabulary of the 31B."""
     types = {
         "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
         "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
         "vocab": "i32", "chunks": "i32",
     }
-    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": 262144 // CHUNK, "TILE": TILE}
+    vocab = GEMMA4_31B.vocab
+    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
     cases = []
     for fn, warps in ((row_maxima, WARPS), (weigh_bins, WARPS), (settle_bins, WARPS), (choose, CHOOSE_WARPS)):
         signature = {name: types[name] for name in fn.arg_names if name in types}
         constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
-        cases.append(KernelCase(f"{fn.__name__} 262144", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+        cases.append(KernelCase(f"{fn.__name__} {vocab}", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
     return cases

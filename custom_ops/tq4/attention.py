@@ -30,6 +30,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.global_attention import causal_mask
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, MEASURED, RESIDUAL
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -427,8 +428,8 @@ def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, 
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B, and decode at those of the 12B, whose group is wide."""
-    dim, slots, residual = 512, 131072, 256
+    """The kernels at the shapes of the 31B and of the 12B, whose group is wide."""
+    dim, slots, residual = GEMMA4_31B.full.dim, CONTEXT, RESIDUAL
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
 
@@ -445,22 +446,23 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", rotate_kernel, rotate | {"out_ptr": kind_out},
                                     {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        constants = {"RESIDUAL": residual, "HEADS": 32, "GROUP": 8, "D": dim}
-        cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
-        for heads, kv_heads, terms in ((32, 4, 0), (32, 4, 2), (16, 1, 0)):
-            tile, split, merge = decode_launch(dtype, not float32, target, heads, kv_heads, dim, slots, residual, terms)
-            label = f"{heads}:{kv_heads}x{dim}"
-            if not terms:
-                cases.append(KernelCase(f"{name} decode {label}", tq4_decode_kernel, query | rings | caches | parts, split, options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else kind}
-            cases.append(KernelCase(f"{name} merge {label} {terms} bytes", tq4_merge_kernel, signature, merge,
-                                    {"num_warps": merge_warps(dim)}))
-        cases.append(prefill_case(f"{name} prefill of the residual 32:4x{dim}", dtype, kind, target, 32, 4, dim, residual, residual, True))
-        pieces = None if float32 else piece_tile(target, dim)
-        if pieces is not None:
-            cases += piece_cases(name, pieces, 32, 4, dim, slots, residual)
-            continue
-        tile, constants = prefill_launch(float32, not float32, target, 32, 4, dim, slots, residual)
-        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
-        cases.append(KernelCase(f"{name} prefill 32:4x{dim}", tq4_prefill_kernel, signature, constants, options(tile)))
+        for h in (m.full for m in MEASURED):
+            constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
+            cases.append(KernelCase(f"{name} unrotate {h.label}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+            for terms in (0, 2):
+                tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
+                if not terms:
+                    cases.append(KernelCase(f"{name} decode {h.label}", tq4_decode_kernel, query | rings | caches | parts, split,
+                                            options(tile)))
+                cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", tq4_merge_kernel,
+                                        parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
+            cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
+                                      residual, True))
+            pieces = None if float32 else piece_tile(target, dim)
+            if pieces is not None:
+                cases += piece_cases(name, pieces, h.queries, h.kv, dim, slots, residual)
+                continue
+            tile, constants = prefill_launch(float32, not float32, target, h.queries, h.kv, dim, slots, residual)
+            signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
+            cases.append(KernelCase(f"{name} prefill {h.label}", tq4_prefill_kernel, signature, constants, options(tile)))
     return cases

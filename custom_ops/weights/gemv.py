@@ -12,15 +12,17 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import EPS, GEMMA4_31B
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.step.add_norm import PIECE, root, root_constants
 from custom_ops.weights import fixed_point
+from custom_ops.weights.block_types import LAYOUTS, USUAL_KINDS, usual_targets
 from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 from custom_ops.weights.gemv_kernels import gemv
-from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.layouts import dequantize
 from custom_ops.weights.packed import check_weight, format_constants
 
 MAX_SPLITS = 64
@@ -49,8 +51,6 @@ class GemvConfig:
 
 
 GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
-# Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
-GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
@@ -60,7 +60,7 @@ GLU_ROWS = 256  # the largest number of rows of a program
 def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
     """(constants of `gemv` beside the format's, number of splits of K, warps)."""
     config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
-    groups = math.gcd(config.groups or GEMV_GROUPS[kind], k // GROUP)
+    groups = math.gcd(config.groups or LAYOUTS[kind].gemv_groups, k // GROUP)
     steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
     best = None
     for warps in (1 << i for i in range(config.warps.bit_length())):
@@ -208,13 +208,6 @@ def glu_fits(n: int) -> bool:
     return n % (2 * GLU_ROWS) == 0
 
 
-USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
-USUAL_TARGETS = (90, 120)
-# The matrices (N, K) of the 31B, how each ends, and whether a norm is before it: qkv, qk, attention output, gate and up, down, head.
-_SHAPES = ((16384, 5376, "split", True), (18432, 5376, "split", True), (5376, 8192, "sum", False), (5376, 16384, "sum", False),
-           (43008, 5376, "glu", True), (5376, 21504, "sum", False), (262144, 5376, "sum", True))
-
-
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
@@ -223,16 +216,17 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for kind in LAYOUTS:
         usual = kind in USUAL_KINDS
-        for n, k, end, normed in _SHAPES:
+        for m in GEMMA4_31B.matrices():
+            n, k, normed, end = m.n, m.k, m.normed, "sum" if m.end == "squares" else m.end
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
                 constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
-                                                                  "SQUARES": end == "sum" and not normed,
-                                                                  "EPS": 1e-6 if normed else 0.0}
+                                                                  "SQUARES": m.end == "squares",
+                                                                  "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
-                                  constants, options, None if usual else USUAL_TARGETS, tuple(integers))
+                                  constants, options, usual_targets(kind), tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
     constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from custom_ops.dtypes import DTYPES, FLOATS, dtype_name
 from custom_ops.weights.layouts import LAYOUTS, pack
 from exporter.errors import KilnError
 from exporter.files import replacing
@@ -29,14 +30,6 @@ CHUNK_ROWS, CHUNK_BYTES = 512, 256 << 10  # of one pack call: what stays in the 
 MAX_WORKERS = 8
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
 
-_DTYPES = {  # torch name -> (safetensors name, item size)
-    "int32": ("I32", 4),
-    "int64": ("I64", 8),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float32": ("F32", 4),
-}
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Tensors fused along N when all are there with one type: they read the same input.
 _FUSIONS = (
     ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
@@ -66,7 +59,7 @@ class WeightPlan:
     def bits_per_weight(self) -> float:
         if self.kind in LAYOUTS:
             return LAYOUTS[self.kind].bits_per_weight
-        return 8.0 * _DTYPES[_FLOATS[self.kind]][1]
+        return 8.0 * FLOATS[self.kind].size
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class ConstantSpec:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * _DTYPES[self.dtype][1]
+        return prod(self.shape) * DTYPES[self.dtype].size
 
 
 def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
@@ -116,7 +109,7 @@ def _plan_constants(plan: WeightPlan) -> tuple[ConstantSpec, ...]:
             ConstantSpec(f"{plan.name}.halves", "float16", (groups, layout.halves, plan.N)),
         )
     shape = (plan.N, plan.K) if plan.K else (plan.N,)
-    return (ConstantSpec(f"{plan.name}.weight", _FLOATS[plan.kind], shape),)
+    return (ConstantSpec(f"{plan.name}.weight", FLOATS[plan.kind].name, shape),)
 
 
 def _rotary(config: ModelConfig) -> dict[str, tuple[int, float]]:
@@ -256,7 +249,7 @@ def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, dict[str, int], int]:
     header: dict[str, Any] = {}
     offsets, at = {}, 0
     for i, spec in enumerate(specs):
-        header[spec.name] = {"dtype": _DTYPES[spec.dtype][0], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        header[spec.name] = {"dtype": DTYPES[spec.dtype].safetensors, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
         offsets[spec.name] = at
         at += spec.nbytes
         if filler := -at % ALIGN:
@@ -317,7 +310,7 @@ def load_weights(path: str | Path, records: Sequence[dict[str, Any]] | None = No
         name, want = record["name"], (record["dtype"], list(record["shape"]))
         if name not in tensors:
             raise KilnError(f"{path}: constant {name} is missing; export the model again")
-        got = (str(tensors[name].dtype).removeprefix("torch."), list(tensors[name].shape))
+        got = (dtype_name(tensors[name].dtype), list(tensors[name].shape))
         if got != want:
             raise KilnError(f"{path}: constant {name} is {got[0]} {got[1]}, expected {want[0]} {want[1]}; export the model again")
     if records is not None and (extra := sorted(set(tensors) - {r["name"] for r in records})):

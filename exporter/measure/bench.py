@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from custom_ops.geometry import keys_attended
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
 from exporter.measure.runner import runner
@@ -42,16 +43,6 @@ def kv_bytes(manifest: dict, position: int) -> int:
         read = position if ring else max(position - (manifest.get("residual_length") or 0), 0)
         total += kv["bytes"] * min(read, slots) // slots
     return total
-
-
-def keys_attended(start: int, tokens: int, window: int | None) -> int:
-    """Sum over positions start .. start + tokens - 1 of the keys a causal query there attends to, at most `window` each."""
-
-    def below(end: int) -> int:  # the sum over positions 0 .. end - 1
-        ramp = end if window is None else min(end, window)
-        return ramp * (ramp + 1) // 2 + (end - ramp) * (window or 0)
-
-    return below(start + tokens) - below(start)
 
 
 def prefill_flops(manifest: dict, start: int, tokens: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.artifact.manifest import dtype_name
+from custom_ops.dtypes import dtype_name
 from exporter.artifact.weights import WeightPlan, derived_constants, load_weights, plan_weights, write_weights
 from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
 from exporter.errors import KilnError

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.weights.layouts import LAYOUTS
+from custom_ops.dtypes import FLOATS
+from custom_ops.weights.block_types import LAYOUTS
 from exporter.errors import KilnError
 from exporter.source.gguf import GGUFFile
-
-FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:
             raise KilnError(f"{gguf.path}: tensor {name} is missing, expected with shape {list(shape)}; the file is incomplete")
         if info.shape != shape:
             raise KilnError(f"{gguf.path}: tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
-        supported = FLOAT_TYPES if len(shape) == 1 else (*LAYOUTS, *FLOAT_TYPES)
+        supported = tuple(FLOATS) if len(shape) == 1 else (*LAYOUTS, *FLOATS)
         if info.type not in supported:
             raise KilnError(f"{gguf.path}: tensor {name} has the unsupported type {info.type}; supported here: {', '.join(supported)}")
     unused = [name for name in gguf.tensors if name not in expected]

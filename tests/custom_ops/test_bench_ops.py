@@ -15,9 +15,9 @@ from custom_ops.attention import flash, sliding_decode
 from custom_ops.attention.flash import Tile
 from custom_ops.bench import __main__ as command
 from custom_ops.bench import harness, tune
-from custom_ops.bench.attention_cases import keys_attended
-from custom_ops.bench.cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_cases, gemv_cases
+from custom_ops.bench.cases import GEMMA4_31B, Workload, fixed_cases, gemv_cases
 from custom_ops.bench.harness import all_cases
+from custom_ops.geometry import Heads, Matrix
 from custom_ops.gpu import launch
 from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import compiling_for, gpu_targets
@@ -25,12 +25,11 @@ from custom_ops.tq4 import attention, prefill
 from custom_ops.weights import gemv
 from custom_ops.weights.gemv import GemvConfig
 from exporter.artifact.weights import plan_weights
-from exporter.measure.bench import keys_attended as closed_form
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
 from exporter.tools.synth import write_synthetic
 
-TINY = Geometry(
+TINY = Workload(
     matrices=(Matrix("attn_qkv", "Q4_K", 300, 512, 2), Matrix("ffn_down", "Q6_K", 256, 768, 3), Matrix("ffn_gate_up", "Q4_K", 512, 256, 1)),
     head=Matrix("token_embd", "Q6_K", 9000, 256, 1),
     sliding=Heads(4, 2, 64, 2),
@@ -133,10 +132,6 @@ def test_group_lines():
     assert harness.group_lines([*rows, {"group": "g", "count": 1}]) == []
 
 
-def test_keys_attended():
-    assert keys_attended(100, 30, 16) == closed_form(100, 30, 16) and keys_attended(5, 30) == closed_form(5, 30, None)
-
-
 def test_the_31b_is_what_the_exporter_plans(tmp_path):
     path = tmp_path / "31b.gguf"
     write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)
@@ -163,7 +158,7 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
 @pytest.mark.parametrize("family", tune.families(H200), ids=lambda f: f.name)
 def test_family(family):
     """The first candidate is what the tables hold; applying one is seen by the launch and leaves no trace."""
-    tables = [gemv.GEMV_CONFIGS, gemv.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
+    tables = [gemv.GEMV_CONFIGS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
               attention.DECODE_TILES, attention.PREFILL_TILES, prefill.PIECE_TILES]  # fmt: skip
     before = [dict(table) for table in tables]
     assert len(set(family.candidates)) == len(family.candidates) > 10

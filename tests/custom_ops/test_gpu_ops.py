@@ -13,7 +13,6 @@ from custom_ops.tq4 import attention, codec, prefill
 from custom_ops.weights import fixed_point
 from custom_ops.weights.gemv import COUNTERS, glu_fits
 from custom_ops.weights.layouts import LAYOUTS, dequantize
-from custom_ops.weights.packed import MINIMUM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 kiln = torch.ops.kiln
@@ -210,7 +209,7 @@ def test_tq4_write(dtype, tokens):
 
 def float32_limit(kind: str) -> float:
     """Of a product's relative error: what is added for the quants and taken away for the minima is larger than the result."""
-    return 5e-6 if kind in MINIMUM else 2e-6
+    return 5e-6 if LAYOUTS[kind].minimum else 2e-6
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from custom_ops.dtypes import DTYPES
 from exporter.artifact.weights import load_weights
 from exporter.compiler.torch_private import load_package
 from passes.pipeline import PIPELINE
@@ -20,7 +21,6 @@ from tests.conftest import kiln
 from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
 
 RUNNER = Path(sys.executable).parent / "kiln-run"
-DTYPES = {"int16": torch.int16, "float16": torch.float16, "float32": torch.float32}
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -45,7 +45,7 @@ def test_aot_inductor(artifacts):
     weights = {k: v for k, v in load_weights(directory / "weights.safetensors").items() if not k.startswith("__pad")}
 
     def start():
-        kv = {b["name"]: torch.zeros(b["shape"], dtype=DTYPES[b["dtype"]]) for b in record["kv"]}
+        kv = {b["name"]: torch.zeros(b["shape"], dtype=DTYPES[b["dtype"]].torch) for b in record["kv"]}
         entries = []
         for name in ("prefill", "decode"):
             package = load_package(directory / "model.pt2", name)
