@@ -179,7 +179,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 @click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
-def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **options) -> None:
+def evaluate(suite: str, depths: str, as_json: bool, **options) -> None:
     """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
     from exporter.measure import evaluate as ev
 
@@ -188,6 +188,4 @@ def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **opt
     except ValueError:
         raise click.BadParameter(f"{depths!r} is not a list of numbers like 2048,8192", param_hint="--depths") from None
     record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
-    if picture:
-        ev.plot(record, picture)
     click.echo(json.dumps(record, indent=1) if as_json else ev.report(record))

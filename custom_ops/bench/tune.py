@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from custom_ops.attention.flash import Tile
-from custom_ops.bench import harness
+from custom_ops.bench import ceilings, harness
 from custom_ops.bench.attention_cases import global_case, sliding_case, sliding_decode_case, tq4_case
 from custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_cases
 from custom_ops.geometry import Matrix
@@ -157,11 +157,11 @@ def attempt(trial: Trial, expected: torch.Tensor, copies: list[Tensors], best: f
         if not trial.error <= case.limit:
             trial.failure = f"wrong: error {trial.error:.2e}"
             return
-        once = harness.call_time(lambda: case.call(*copies[-1]))
-        if once > harness.LONG and once * 1e3 > HOPELESS * best:
+        once = ceilings.call_time(lambda: case.call(*copies[-1]))
+        if once > ceilings.LONG and once * 1e3 > HOPELESS * best:
             trial.failure = f"over {HOPELESS:.0f} times the best"
             return
-        trial.us = harness.graph_time(lambda i: case.call(*copies[i]), len(copies), REPLAYS)
+        trial.us = ceilings.graph_time(lambda i: case.call(*copies[i]), len(copies), REPLAYS)
     except Exception as e:  # any of the compiler's or the launcher's: it is the finding
         trial.failure = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         torch.cuda.synchronize()
@@ -281,7 +281,7 @@ def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
 def tune(chosen: list[Family], budget: float) -> dict:
     """Prints the best candidates of every case of the families, trying none after `budget` seconds; the record of all trials."""
     began = time.monotonic()
-    target, tuning, ceilings = current_target(), Tuning(), harness.measure_ceilings()
+    target, tuning, measured = current_target(), Tuning(), ceilings.measure_ceilings()
     for family in chosen:
         run_family(family, tuning, target, began + budget)
         torch.cuda.empty_cache()
@@ -291,4 +291,4 @@ def tune(chosen: list[Family], budget: float) -> dict:
     if tuning.skipped:
         print(f"{tuning.skipped} candidates not tried: {budget:.0f} s were over; raise --budget or narrow --only")
     print(f"{time.monotonic() - began:.0f} s")
-    return harness.machine(ceilings) | {"winners": best, "trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}
+    return harness.machine(measured) | {"winners": best, "trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
+from exporter.measure.picture import check_plot, log2_ticks, panels
 from exporter.measure.players import (
     KV_CACHES,
     PIECE_TOKENS,
@@ -176,6 +177,7 @@ class EvalOptions:
     reference: Path | None = None
     device: str = "auto"
     seed: int = 0
+    picture: Path | None = None
 
 
 def choose_device(name: str) -> str:
@@ -191,6 +193,10 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     for suite in options.suites:
         if suite not in SUITES:
             raise KilnError(f"--suite {suite} is unknown; choose from {', '.join(SUITES)}")
+    if options.picture:
+        check_plot()
+        if not set(PLOTTED) & set(options.suites):
+            raise KilnError("--plot shows the suites kld and needle; add one of them to --suite")
     scored = bool({"ppl", "kld"} & set(options.suites))
     if scored and options.text is None:
         raise KilnError("--suite ppl and kld need text to score: give --text FILE")
@@ -231,6 +237,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
             row = {"depth": depth, "keys": len(right), "accuracy": sum(right) / len(right), "right": right}
             record["needle"].append(row)
             say(f"{depth} tokens: {sum(right)} of {len(right)} keys")
+    if options.picture:
+        plot(record, options.picture)
     return record
 
 
@@ -276,29 +284,21 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """KL divergence by position and passkey accuracy by depth, whichever was measured, as one picture."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise KilnError("--plot needs the package matplotlib; pip install matplotlib") from e
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+PLOTTED = ("kld", "needle")
 
-    panels = [name for name in ("kld", "needle") if name in record]
-    if not panels:
-        raise KilnError("--plot shows the suites kld and needle; add one of them to --suite")
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for ax, name in zip(axes[0], panels, strict=True):
-        if name == "kld":
-            rows = record["kld"]["buckets"]
-            labels = [f"{r['from']}-{r['to'] - 1}" for r in rows]
-            ax.bar(labels, [r["kld"] for r in rows], yerr=[0 if math.isnan(r["ci95"]) else r["ci95"] for r in rows], capsize=4)
-            ax.set(xlabel="position", ylabel="KL divergence to fp32 (nats)", title=f"{record['kv_cache']} KV cache")
-        else:
-            rows = record["needle"]
-            ax.plot([r["depth"] for r in rows], [r["accuracy"] for r in rows], "o-")
-            ax.set(xscale="log", ylim=(-0.05, 1.05), xlabel="context (tokens)", ylabel="passkeys answered right")
-            ax.set_xscale("log", base=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """KL divergence by position and passkey accuracy by depth, whichever was measured."""
+    shown = [name for name in PLOTTED if name in record]
+    with panels(path, len(shown)) as drawn:
+        for axes, name in zip(drawn, shown, strict=True):
+            if name == "kld":
+                rows = record["kld"]["buckets"]
+                labels = [f"{r['from']}-{r['to'] - 1}" for r in rows]
+                axes.bar(labels, [r["kld"] for r in rows], yerr=[0 if math.isnan(r["ci95"]) else r["ci95"] for r in rows], capsize=4)
+                axes.set(xlabel="position", ylabel="KL divergence to fp32 (nats)", title=f"{record['kv_cache']} KV cache")
+            else:
+                depths = [r["depth"] for r in record["needle"]]
+                axes.plot(depths, [r["accuracy"] for r in record["needle"]], "o-")
+                axes.set(ylim=(-0.05, 1.05), xlabel="context (tokens)", ylabel="passkeys answered right")
+                log2_ticks(axes, depths)

@@ -16,6 +16,7 @@ from custom_ops.attention.flash import Tile
 from custom_ops.bench import __main__ as command
 from custom_ops.bench import harness, tune
 from custom_ops.bench.cases import GEMMA4_31B, Workload, fixed_cases, gemv_cases
+from custom_ops.bench.ceilings import Ceilings
 from custom_ops.bench.harness import all_cases
 from custom_ops.geometry import Heads, Matrix
 from custom_ops.gpu import launch
@@ -40,7 +41,7 @@ TINY = Workload(
     residual=16,
 )
 CASES = {case.name: case for case in all_cases(TINY)}
-CEILINGS = harness.Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0)
+CEILINGS = Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0, matmul_sustained_tflop_s=80.0)
 H200 = gpu_targets()["sm_90"]
 
 

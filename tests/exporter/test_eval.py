@@ -255,10 +255,16 @@ def _checked_only(gguf, slots: int):
     return pl.GraphPlayer(torch.nn.Identity(), {}, config, slots, "cpu")
 
 
+def test_a_picture_needs_a_suite_that_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(KilnError, match="--plot shows the suites kld and needle"):
+        ev.evaluate(ev.EvalOptions(tmp_path / "none.gguf", ("ppl",), text=HELD_OUT, picture=tmp_path / "x.png"))
+
+
 def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(KilnError, match="needs the package matplotlib"):
-        ev.plot({"needle": []}, tmp_path / "x.png")
+    with pytest.raises(KilnError, match="--plot needs matplotlib"):  # before the file, which is not there, is opened
+        ev.evaluate(ev.EvalOptions(tmp_path / "none.gguf", ("needle",), picture=tmp_path / "x.png"))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(KilnError, match="needs the package tokenizers"):
         pl.gguf_text(open_gguf(GGUF))
