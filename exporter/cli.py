@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ PATH = click.Path(path_type=Path)
 class Group(click.Group):
     """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KilnError as e:
@@ -85,7 +86,7 @@ def main() -> None:
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
-def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options: Any) -> None:
     """Compile a GGUF file into an artifact."""
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
@@ -140,7 +141,7 @@ def run(arguments: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
-def bench(as_json: bool, **options) -> None:
+def bench(as_json: bool, **options: Any) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
     from exporter.measure.bench import bench as measure
 
@@ -179,7 +180,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 @click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
-def evaluate(suite: str, depths: str, as_json: bool, **options) -> None:
+def evaluate(suite: str, depths: str, as_json: bool, **options: Any) -> None:
     """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
     from exporter.measure import evaluate as ev
 

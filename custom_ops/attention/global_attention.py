@@ -7,7 +7,7 @@ from torch.library import triton_op
 
 from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, MEASURED
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -40,6 +40,6 @@ def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     return flash_attention(q, k_cache, v_cache, k_cache, v_cache, pos, kv_len, 0)
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B and the 12B."""
-    return [case for model in MEASURED for case in flash_cases("global_attention", target, model.full, slots=CONTEXT, window=0)]
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    return flash_cases("global_attention", target, model.full, slots=CONTEXT, window=0)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, MEASURED
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -134,14 +134,11 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     return outs[0], outs[1], outs[2]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernel at the shapes of the global layers of the 31B and the 12B."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel at the shape of the model's global layers."""
     raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
-    return [
-        KernelCase(f"prepare {m.full.label}", prepare_kernel, signature,
-                   {"EPS": EPS, "HEADS": m.full.queries, "KV": m.full.kv, "D": m.full.dim, "EARLY": early(target)},
-                   {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride"))
-        for m in MEASURED
-    ]
+    constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
+    return [KernelCase(f"prepare {model.full.label}", prepare_kernel, signature, constants, {"num_warps": PREPARE_WARPS},
+                       aligned=("stride", "v_stride"))]

@@ -26,7 +26,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.prepare import check_projections, prepare_reference
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, MEASURED
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -217,16 +217,16 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B and the 12B: V from the product of q and k, and from its own."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes: V from the product of q and k, and from its own."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
     signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
-    cases = []
+    h, cases = model.sliding, []
     for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
-        for m, parts, v_parts in ((m, *both) for m in MEASURED for both in ((3, 3), (4, 14))):
-            h, tile = m.sliding, _tile(dtype, target, m.sliding.dim)
-            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, m.window, m.window, parts, v_parts, 2)
+        tile = _tile(dtype, target, h.dim)
+        for parts, v_parts in ((3, 3), (4, 14)):
+            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2)
             cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} {h.label}", sliding_decode_kernel, signature | rings,
                                     {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
                                     aligned=("stride", "v_stride")))

@@ -24,14 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench: error: no usable NVIDIA GPU here", file=sys.stderr)
         return 1
-    found = [c for c in (families(current_target()) if options.tune else harness.all_cases()) if options.only in c.name]
-    if not found:
+    grid = [f for f in families(current_target()) if options.only in f.name] if options.tune else []
+    cases = [] if options.tune else [c for c in harness.all_cases() if options.only in c.name]
+    if not grid and not cases:
         print(f"bench: error: nothing to time is called {options.only!r}; without --only everything is", file=sys.stderr)
         return 2
     if options.tune:
-        record, failed = tune(found, options.budget), False
+        record, failed = tune(grid, options.budget), False
     else:
-        rows, where = harness.bench(found)
+        rows, where = harness.bench(cases)
         record, failed = where | {"rows": rows}, not all(row["right"] for row in rows)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

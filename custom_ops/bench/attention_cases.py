@@ -89,8 +89,8 @@ def sliding_decode_case(work: Workload) -> Case:
         return (*raw, *(normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2)), positions(g, start, start + 1))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        *raw, k_ring, v_ring, pos = arguments
-        prepared = prepare.prepare_reference(*raw, EPS, k_ring.dtype)
+        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos = arguments
+        prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, k_ring.dtype)
         past = torch.arange(start - window + 1, start, device=pos.device) % window
         keys, values = (torch.cat([ring[past], own]) for ring, own in zip((k_ring, v_ring), prepared[1:], strict=True))
         mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
@@ -189,13 +189,14 @@ def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, 
     residual, end = rings[0].shape[0], start + own[0].shape[0]
     newest = torch.arange(max(start - residual + 1, 0), end, device=q.device)
     past = newest[newest < start]
-    sides = []
-    for i in range(2):
+
+    def side(i: int) -> torch.Tensor:
         coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
-        sides.append(torch.cat([coded, rings[i][past % residual].float(), own[i].float()]))
+        return torch.cat([coded, rings[i][past % residual].float(), own[i].float()])
+
     distance = pos[:, None] - newest
     old = torch.arange(end, device=q.device) <= pos[:, None] - residual
-    return attend(q.float(), *sides, torch.cat([old, (distance >= 0) & (distance < residual)], 1))
+    return attend(q.float(), side(0), side(1), torch.cat([old, (distance >= 0) & (distance < residual)], 1))
 
 
 def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
@@ -235,8 +236,9 @@ def tq4_decode_case(work: Workload, depth: int) -> Case:
         return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, work, start), positions(g, start, depth))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        q, *own = prepare.prepare_reference(*arguments[:7], EPS, torch.float32)
-        return tq4_expected(q, own, arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
+        q, k, v, q_weight, k_weight, cos, sin, *_ = arguments
+        prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, torch.float32)
+        return tq4_expected(prepared[0], prepared[1:], arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
 
     return Case(
         op="tq4_decode",

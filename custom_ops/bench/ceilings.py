@@ -73,7 +73,7 @@ def graph_time(call: Callable[[int], Any], copies: int, replays: int = REPLAYS,
 
 
 @triton.jit
-def read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[program] = the sum of its BLOCKS * BLOCK elements of x."""
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -101,8 +101,8 @@ def measure_ceilings() -> Ceilings:
     a, b = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     c = torch.empty_like(a)
 
-    def product(i: int) -> None:
-        torch.mm(a, b, out=c)
+    def product(i: int) -> torch.Tensor:
+        return torch.mm(a, b, out=c)
 
     megaflop, once = 2 * MATMUL**3 / 1e6, graph_time(product, 1, summary=min)
     calls = max(1, round(SUSTAINED * 1e6 / once))

@@ -159,7 +159,7 @@ class _Compile:
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
     """Inside, the ops launch nothing: their kernels are compiled, on all cores, until the block ends. A failure shows at the launch."""
-    kept = [(module, module.kernel) for module in LAUNCHING]
+    kept: list[tuple[Any, Any]] = [(module, module.kernel) for module in LAUNCHING]
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         try:
             for module, _ in kept:

@@ -206,7 +206,7 @@ def describe(candidate: Any) -> str:
 
 
 def report(case: Case, trials: list[Trial]) -> None:
-    timed = sorted((t for t in trials if t.us is not None), key=lambda t: t.us)
+    timed = sorted((t for t in trials if t.us is not None), key=lambda t: t.us or 0.0)
     failed = [t for t in trials if t.us is None]
     print(f"{case.name}: {len(timed)} timed, {sum('wrong' in t.failure for t in failed)} wrong, {len(failed)} not timed")
     if trials and trials[0].us is not None:

@@ -27,7 +27,7 @@ def early(target: GpuTarget | None = None) -> bool:
 
 
 @triton.jit
-def wait_for_earlier_kernels(EARLY: tl.constexpr):
+def wait_for_earlier_kernels(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     if EARLY and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

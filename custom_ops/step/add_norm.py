@@ -13,7 +13,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, GEMMA4_31B
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -136,12 +136,12 @@ def norm_fixed(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch
     return _launch(x, None, None, None, None, weight, 0.0, terms)[1:]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the 31B's hidden size."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's hidden size."""
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
     squares = torch.empty(84)  # of the product before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = {"EPS": EPS} | _constants(GEMMA4_31B.hidden, given, scale, 2, target)
-        cases.append(KernelCase(f"{name} {GEMMA4_31B.hidden}", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
+        constants = {"EPS": EPS} | _constants(model.hidden, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} {model.hidden}", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

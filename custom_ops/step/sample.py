@@ -14,7 +14,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.step.sample_kernels import choose, row_maxima, settle_bins, weigh_bins
@@ -100,14 +100,14 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The four launches for the vocabulary of the 31B."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The four launches for the model's vocabulary."""
     types = {
         "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
         "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
         "vocab": "i32", "chunks": "i32",
     }
-    vocab = GEMMA4_31B.vocab
+    vocab = model.vocab
     constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
     cases = []
     for fn, warps in ((row_maxima, WARPS), (weigh_bins, WARPS), (settle_bins, WARPS), (choose, CHOOSE_WARPS)):

@@ -30,7 +30,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.global_attention import causal_mask
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, GEMMA4_31B, MEASURED, RESIDUAL
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, RESIDUAL, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -427,9 +427,9 @@ def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, 
         raise ValueError(f"{op}: residual {tuple(k_residual.shape)}, {tuple(v_residual.shape)}; expected [R, {kv_heads}, {dim}]")
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B and of the 12B, whose group is wide."""
-    dim, slots, residual = GEMMA4_31B.full.dim, CONTEXT, RESIDUAL
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    h, dim, slots, residual = model.full, model.full.dim, CONTEXT, RESIDUAL
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
 
@@ -446,23 +446,22 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", rotate_kernel, rotate | {"out_ptr": kind_out},
                                     {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        for h in (m.full for m in MEASURED):
-            constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
-            cases.append(KernelCase(f"{name} unrotate {h.label}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
-            for terms in (0, 2):
-                tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
-                if not terms:
-                    cases.append(KernelCase(f"{name} decode {h.label}", tq4_decode_kernel, query | rings | caches | parts, split,
-                                            options(tile)))
-                cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", tq4_merge_kernel,
-                                        parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
-            cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
-                                      residual, True))
-            pieces = None if float32 else piece_tile(target, dim)
-            if pieces is not None:
-                cases += piece_cases(name, pieces, h.queries, h.kv, dim, slots, residual)
-                continue
-            tile, constants = prefill_launch(float32, not float32, target, h.queries, h.kv, dim, slots, residual)
-            signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
-            cases.append(KernelCase(f"{name} prefill {h.label}", tq4_prefill_kernel, signature, constants, options(tile)))
+        constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
+        cases.append(KernelCase(f"{name} unrotate {h.label}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        for terms in (0, 2):
+            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
+            if not terms:
+                cases.append(KernelCase(f"{name} decode {h.label}", tq4_decode_kernel, query | rings | caches | parts, split,
+                                        options(tile)))
+            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", tq4_merge_kernel,
+                                    parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
+        cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
+                                  residual, True))
+        pieces = None if float32 else piece_tile(target, dim)
+        if pieces is not None:
+            cases += piece_cases(name, pieces, h.queries, h.kv, dim, slots, residual)
+            continue
+        tile, constants = prefill_launch(float32, not float32, target, h.queries, h.kv, dim, slots, residual)
+        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
+        cases.append(KernelCase(f"{name} prefill {h.label}", tq4_prefill_kernel, signature, constants, options(tile)))
     return cases

@@ -7,7 +7,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.weights.block_types import LAYOUTS, usual_targets
@@ -50,14 +50,14 @@ def embedding_launch(tokens: int | torch.SymInt) -> dict[str, int | bool]:
     return {"GATHER": True, "GROUPS": 1, "ROWS": 1 if one else TOKENS, "EVEN": one}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """One token and many, from a table of any block type."""
     integers = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
     signature = {"words": "*i32", "halves": "*fp16", "ids": "*i64", "out": "*fp32", **integers}
     cases = []
     for kind in LAYOUTS:
         for constants in (embedding_launch(1), embedding_launch(2)):
-            name = f"dequantize_rows {kind} rows of {GEMMA4_31B.vocab}x{GEMMA4_31B.hidden}, {constants['ROWS']} at a time"
+            name = f"dequantize_rows {kind} rows of {model.vocab}x{model.hidden}, {constants['ROWS']} at a time"
             cases.append(KernelCase(name, dequantize_rows, signature, format_constants(kind) | constants, {"num_warps": 1},
                                     usual_targets(kind), ("k", "stride", "halves_stride")))
     return cases

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, GEMMA4_31B
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import nearest
@@ -208,15 +208,16 @@ def glu_fits(n: int) -> bool:
     return n % (2 * GLU_ROWS) == 0
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """Every distinct compilation that decoding of the model needs where all types are one, of any block type,
+    and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
     types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for kind in LAYOUTS:
         usual = kind in USUAL_KINDS
-        for m in GEMMA4_31B.matrices():
+        for m in model.matrices():
             n, k, normed, end = m.n, m.k, m.normed, "sum" if m.end == "squares" else m.end
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):

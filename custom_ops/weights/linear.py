@@ -11,7 +11,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import MIB, GpuTarget
 from custom_ops.weights.block_types import LAYOUTS, usual_targets
@@ -99,12 +99,12 @@ _PACKED = {"words": "*i32", "halves": "*fp16"}
 _INTEGERS = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """Every distinct compilation that bfloat16 decoding and prefill of the 31B need, of any block type."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """Every distinct compilation that bfloat16 decoding and prefill of the model need, of any block type."""
     cases: dict[tuple, KernelCase] = {}
     dequantize_types = {**_PACKED, "ids": "*bf16", "out": "*bf16", **_INTEGERS}
     for kind in LAYOUTS:
-        for m in GEMMA4_31B.matrices():
+        for m in model.matrices():
             k, rows = m.k, chunk_rows(m.n, m.k, 2)
             dense = format_constants(kind) | dequantize_launch(kind, rows)
             case = KernelCase(f"dequantize_rows {kind} {rows}x{k}", dequantize_rows, dequantize_types, dense, {"num_warps": 1},

@@ -43,7 +43,7 @@ def text(record: dict) -> str:
         lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
         lines += [f"pass    {p['name']:16} {p['status']:10} {p['matches'] or '':4} {p['note']}" for p in record["passes"]]
         lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
-        kinds = Counter()
+        kinds: Counter[str] = Counter()
         for kv in record["kv"]:
             kinds[kv["kind"]] += kv["bytes"]
         lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" for kind, size in kinds.items()]

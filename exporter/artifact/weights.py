@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from custom_ops.dtypes import DTYPES, FLOATS, dtype_name
-from custom_ops.weights.layouts import LAYOUTS, pack
+from custom_ops.weights.block_types import LAYOUTS
+from custom_ops.weights.layouts import pack
 from exporter.errors import KilnError
 from exporter.files import replacing
 from exporter.source.config import ModelConfig, expected_tensors
@@ -85,7 +86,8 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
             continue
         prefix, _, stem = name.removesuffix(".weight").rpartition(".")
         prefix += "." if prefix else ""
-        target, sources = stem, (name,)
+        target = stem
+        sources: tuple[str, ...] = (name,)
         for fused, parts in _FUSIONS:
             names = tuple(f"{prefix}{part}.weight" for part in parts)
             if name == names[0] and all(n in expected for n in names) and len({gguf.tensors[n].type for n in names}) == 1:
@@ -114,7 +116,7 @@ def _plan_constants(plan: WeightPlan) -> tuple[ConstantSpec, ...]:
 
 def _rotary(config: ModelConfig) -> dict[str, tuple[int, float]]:
     """Rotary constants: name -> (head size, theta)."""
-    found = {}
+    found: dict[str, tuple[int, float]] = {}
     for layer in config.layers:
         found.setdefault("rope_inv_freq_sliding" if layer.sliding else "rope_inv_freq_full", (layer.head_dim, layer.rope_theta))
     return found
@@ -185,7 +187,8 @@ def _packed_slabs(gguf: GGUFFile, plan: WeightPlan, halves: np.ndarray, pool: Th
         last = min(first + step, groups)
         words = np.empty((last - first, layout.words, plan.N), np.int32)
 
-        def rows(name: str, blocks: np.ndarray, row: int, start: int, first: int = first, last: int = last, words=words) -> None:
+        def rows(name: str, blocks: np.ndarray, row: int, start: int, first: int = first, last: int = last,
+                 words: np.ndarray = words) -> None:
             stop = min(start + CHUNK_ROWS, len(blocks))
             at = slice(row + start, row + stop)
             for g0 in range(first, last, inner):
@@ -284,7 +287,7 @@ def write_weights(
             if spec.name not in digests:
                 digests[spec.name] = hashlib.sha256()
                 f.write(bytes(offsets[spec.name] - f.tell()))
-            data = memoryview(piece).cast("B")
+            data = memoryview(piece).cast("B")  # type: ignore[arg-type]  # an array is a buffer
             digests[spec.name].update(data)
             f.write(data)
             done += len(data)

@@ -212,7 +212,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if longest > player.max_seq_len:
         raise KilnError(f"{longest} tokens are asked for, {options.path} holds {player.max_seq_len}; ask for at most that")
     if scored:
-        ids = text.bos + text(written)
+        ids = text.bos + text(written or "")
         if len(ids) <= options.tokens:
             raise KilnError(f"{options.text} has {len(ids)} tokens, more than --tokens {options.tokens} are needed; give a longer text")
         reference = None

@@ -115,7 +115,9 @@ def piece_tokens(vocab_size: int) -> int:
 class AllPositions(Decoder):
     """The decoder with logits for every token of the chunk: float32 [T, V]."""
 
-    def forward(self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
+    ) -> Tensor:
         return self.logits(self.hidden(tokens, pos))
 
 

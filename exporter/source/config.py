@@ -110,7 +110,7 @@ class _Fields:
 def from_gguf(gguf: GGUFFile) -> ModelConfig:
     """Reads the configuration. Raises KilnError for an unknown architecture, an unsupported variant, a missing or senseless key."""
     metadata = gguf.metadata
-    architecture = metadata.get("general.architecture")
+    architecture = metadata.get("general.architecture", "")
     table = families().get(architecture)
     if table is None:
         known = ", ".join(sorted(families()))

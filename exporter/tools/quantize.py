@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from custom_ops.dtypes import FLOATS
 from custom_ops.weights.block_types import LAYOUTS
@@ -206,7 +206,7 @@ def to_float(file: GGUFFile, name: str) -> np.ndarray:
     from gguf import quants
 
     info = file.tensors[name]
-    values = quants.dequantize(file.data(name), quants.GGMLQuantizationType(info.ggml_type))
+    values = quants.dequantize(file.data(name), GGMLQuantizationType(info.ggml_type))
     return np.ascontiguousarray(values, np.float32).reshape(info.shape)
 
 
@@ -248,6 +248,6 @@ def write_quantized(path_in: str | Path, path_out: str | Path, mix: str, workers
         f.write(header)
         for offset, raw in zip(offsets, pool.map(blocks, plan), strict=True):
             f.write(bytes(offset - f.tell()))
-            f.write(raw)
+            f.write(raw.data)
         f.write(bytes(size - f.tell()))
     return plan

@@ -314,7 +314,7 @@ def write_synthetic(
         def write(tensor: Tensor, offset: int) -> None:
             nonlocal done
             for piece in _pieces(*tensor, seed, slab_bytes):
-                view = memoryview(piece)
+                view = memoryview(piece)  # type: ignore[arg-type]  # an array is a buffer
                 while view:
                     written = os.pwrite(f.fileno(), view, offset)
                     view, offset = view[written:], offset + written

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exporter.tools.synth import write_synthetic
-from tests.conftest import kiln
+from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run
 from tests.timeline import CHUNK, FIXTURES, GREEDY, fixture_logits, fixture_tokens, graph_spec, weights, worst
 from tests.tools.rebuild import complete
@@ -29,21 +29,24 @@ MODELS = {  # name -> GGUF, options of the export
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpu(tmp_path_factory):
     """Artifacts for the GPU of this machine: float32 and bfloat16 activations, and TurboQuant at the real head sizes.
 
     KILN_TEST_COMPILED names a directory with their manifests and code, compiled elsewhere; what is not there is exported here.
     """
-    root = tmp_path_factory.mktemp("gpu")
-    compiled = Path(os.environ.get("KILN_TEST_COMPILED", root / "none"))
-    write_synthetic(root / "tiny-cuda.gguf", "tiny-cuda", "q4_k_m", 0)
-    for name, (gguf, *options) in MODELS.items():
-        if (compiled / name).is_dir():
-            complete(compiled / name, root / gguf, root / name)
-        else:
-            kiln("export", "--gguf", root / gguf, "--out", root / name, "--target", "native", *options)
-    return root
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        compiled = Path(os.environ.get("KILN_TEST_COMPILED", root / "none"))
+        write_synthetic(root / "tiny-cuda.gguf", "tiny-cuda", "q4_k_m", 0)
+        for name, (gguf, *options) in MODELS.items():
+            if (compiled / name).is_dir():
+                complete(compiled / name, root / gguf, root / name)
+            else:
+                kiln("export", "--gguf", root / gguf, "--out", root / name, "--target", "native", *options)
+
+    return shared(tmp_path_factory, "gpu-artifacts", make)
 
 
 def logits_of(artifact: Path, chunk: int, tmp_path: Path) -> dict[int, torch.Tensor]:
