@@ -117,8 +117,11 @@ def test_sampling_is_reproducible_and_seeded(artifacts):
 
 
 def test_text_streams_and_reports_speed(artifacts):
-    result = run(artifacts["tq4"], "--raw", "--prompt", "hot kiln", "--max-new-tokens", 16, "--no-eog")
-    assert result.stdout.strip() and "tok/s" in result.stderr
+    command = (artifacts["tq4"], "--raw", "--prompt", "hot kiln", "--max-new-tokens", 16, "--no-eog")
+    answer, result = json.loads(run(*command, "--json").stdout), run(*command)
+    assert len(answer["tokens"]) == 16 and result.stdout == answer["text"] + "\n" != "\n"
+    speeds = [float(x) for x in re.findall(r"([\d.]+) tok/s", result.stderr)]
+    assert len(speeds) == 2 and min(speeds) > 0, result.stderr  # of the prompt and of the answer
 
 
 def test_python_module(artifacts):

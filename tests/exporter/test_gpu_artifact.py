@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,16 @@ def test_sessions_interleaved_equal_solo(gpu):
 
 
 def test_memory_report(gpu):
-    result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory")
-    print(result.stderr)
-    for word in ("weights", "KV ring", "KV global", "activations", "graph", "total", "start early"):
-        assert word in result.stderr
+    """The parts are the manifest's and add up to what is used; both of the report's forms say the same."""
+    manifest = json.loads((gpu / "tq4" / "manifest.json").read_text())
+    result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory", "--json")
+    memory = json.loads(result.stdout)["memory"]
+    print(memory, result.stderr)
+    kv = {kind: sum(b["bytes"] for b in manifest["kv"] if b["kind"] == kind) for kind in ("ring", "global")}
+    assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
+    assert (memory["kv_ring"], memory["kv_global"]) == (kv["ring"], kv["global"])
+    assert memory["activations"] > 0 and memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    text = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory").stderr
+    for part, name in (("weights", "weights"), ("KV ring", "kv_ring"), ("KV global", "kv_global")):
+        assert f"{part} {memory[name] / 1e9:.3f} GB" in text, text
+    assert re.search(r"decode graph: \d+ kernels start early", text), text
