@@ -166,7 +166,8 @@ def speeds(m: Measurement, side: Side, options: argparse.Namespace) -> dict:
 def repeats(m: Measurement, side: Side, prompt: list[int]) -> dict:
     answers = [m.play(side, prompt, "--max-new-tokens", 64) for _ in range(3)]
     same = all(a["tokens"] == answers[0]["tokens"] for a in answers)
-    return {"equal": same, "tokens": answers[0]["tokens"], "runs": [{k: a[k] for k in ("load_s", "ttft_s", "decode_tok_s")} for a in answers]}
+    runs = [{k: a[k] for k in ("load_s", "ttft_s", "decode_tok_s")} for a in answers]
+    return {"equal": same, "tokens": answers[0]["tokens"], "runs": runs}
 
 
 def graph_and_direct(m: Measurement, side: Side, prompt: list[int], work: Path) -> dict:
@@ -248,8 +249,8 @@ def table(record: dict) -> str:
         ratios = [f"{row[name] / base[name]:.3f}" if base else "" for name in ("decode tok_s", "prefill tok_s")]
         lines.append(
             f"| {row['depth']:,} | {row['decode tok_s']:.1f} ({row['decode p10']:.1f} - {row['decode p90']:.1f}) | "
-            f"{row['decode gb_s']:,.0f} | {share(row['decode percent'])} | {ratios[0]} | {row['prefill tok_s']:,.0f} ({row['chunk']}) | {row['prefill tflop_s']:.0f} | "
-            f"{share(row['prefill percent'])} | {ratios[1]} | {row['prompt tok_s']:,.0f} |"
+            f"{row['decode gb_s']:,.0f} | {share(row['decode percent'])} | {ratios[0]} | {row['prefill tok_s']:,.0f} ({row['chunk']}) | "
+            f"{row['prefill tflop_s']:.0f} | {share(row['prefill percent'])} | {ratios[1]} | {row['prompt tok_s']:,.0f} |"
         )
     for name, found in (("new", new), ("baseline", old)):
         if runs := rounds_of(found):
