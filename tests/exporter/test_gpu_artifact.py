@@ -15,6 +15,7 @@ import torch
 from exporter.tools.synth import write_synthetic
 from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run
+from tests.sessions import interleaved_equal_solo
 from tests.timeline import CHUNK, FIXTURES, GREEDY, fixture_logits, fixture_tokens, graph_spec, weights, worst
 from tests.tools.rebuild import complete
 
@@ -138,23 +139,18 @@ def test_chunkings_agree(gpu, tmp_path):
 def test_sessions_interleaved_equal_solo(gpu):
     import kiln as runtime
 
-    model = runtime.Model(str(gpu / "tq4"))
-    prompts = [[2, *range(10 + i, 300 + 40 * i)] for i in range(2)]
+    assert interleaved_equal_solo(runtime.Model(str(gpu / "tq4")), [[2, *range(10 + i, 300 + 40 * i)] for i in range(2)], 20)
 
-    def solo(prompt):
-        session = runtime.Session(model)
-        session.prefill(prompt)
-        return [session.decode() for _ in range(20)]
 
-    expected = [solo(p) for p in prompts]
-    sessions = [runtime.Session(model) for _ in prompts]
-    for session, prompt in zip(sessions, prompts, strict=True):
-        session.prefill(prompt)
-    got = [[], []]
-    for _ in range(20):
-        for i, session in enumerate(sessions):
-            got[i].append(session.decode())
-    assert got == expected
+def test_bench_says_its_share_of_the_ceilings(gpu):
+    """Which are measured after the runner has ended, by the one function that measures them."""
+    record = json.loads(kiln("bench", gpu / "tq4", "--depths", "128,2048", "--steps", 8, "--json").stdout)
+    ceilings = record["ceilings"]
+    print(ceilings)
+    assert 0 < ceilings["matmul_sustained_tflop_s"] < 1.1 * ceilings["matmul_tflop_s"]
+    assert 0.5 < ceilings["copy_gb_s"] / ceilings["read_gb_s"] < 2
+    for row in record["depths"]:
+        assert 0 < row["decode"]["percent"] < 100 and 0 < row["prefill"]["percent"] < 100
 
 
 def test_memory_report(gpu):

@@ -19,8 +19,10 @@ from tests.timeline import GREEDY, graph_spec, weights
 
 # One sliding layer and a full one, V of another type than Q and K in the first, in every op of a fused step.
 PAIR = dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256)
-# Few, large programs, for the interpreter's time, with two warps that share a product and up to two splits.
-CONFIG, TARGET = gemv.GemvConfig(rows=128, warps=2, warps_per_sm=2), dataclasses.replace(gpu_targets()["sm_90"], sm_count=6)
+# Few, large programs, for the interpreter's time: four warps share a product, V's has two splits.
+CONFIG, TARGET = gemv.GemvConfig(rows=128, warps=4, warps_per_sm=4), dataclasses.replace(gpu_targets()["sm_90"], sm_count=2)
+TERMS = 2  # bytes of an activation, of which kernels and references make the same integers but where their sums' order tips a rounding
+LIMIT = 3e-4
 TOKENS = torch.tensor([2, 300])
 COMMON = {"add_norm", "fixed_glu", "fixed_linear", "fixed_linear_squares", "fixed_partials", "norm_fixed", "rope_table", "sliding_decode"}
 OPS = {True: COMMON | {"tq4_decode"}, False: COMMON | {"prepare_qkv", "global_attention", "fixed_point"}}
@@ -40,7 +42,7 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) ->
     path = directory / "pair.gguf"
     write_synthetic(path, "pair", "q4_k_m", 0)
     state = weights(path, directory)
-    spec = graph_spec(path, turboquant=turboquant, residual_length=32, decode_bytes=3)
+    spec = graph_spec(path, turboquant=turboquant, residual_length=32, decode_bytes=TERMS)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False
         lowered = lower(spec, "decode", "cpu")
@@ -52,10 +54,10 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) ->
         by_kernels, kernels, written = decode(lowered, state)
     error = ((kernels - logits).norm(dim=1) / logits.norm(dim=1)).max().item()
     print(f"turboquant {turboquant}: relative difference of the logits {error:.1e}")
-    assert by_kernels == tokens and error < 1e-5  # three bytes an activation lose what float32 does; sums run in another order
+    assert by_kernels == tokens and error < LIMIT
     for name, cache in caches.items():
         found, expected = written[name].float(), cache.float()
-        assert cache.any() and (found - expected).norm() <= 1e-5 * expected.norm(), name
+        assert cache.any() and (found - expected).norm() <= LIMIT * expected.norm(), name
 
 
 def interpreted_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
