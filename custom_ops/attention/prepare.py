@@ -141,5 +141,8 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
     constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
-    return [KernelCase("prepare 32:4x512", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
-                       aligned=("stride", "v_stride"))]
+    table = dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"pos_ptr": "*i64", "half": "i32"}
+    return [
+        KernelCase("prepare 32:4x512", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")),
+        KernelCase("rope_table 512", kiln_rope_table, table, {"BLOCK": 256, "EARLY": early(target)}, {"num_warps": 1}, aligned=("half",)),
+    ]

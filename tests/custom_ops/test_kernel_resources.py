@@ -1,4 +1,5 @@
-"""Every kernel of every op compiles for every architecture and fits it: shared memory, and registers without spilling. No GPU needed."""
+"""Every kernel of every op compiles for every architecture and fits it: shared memory, registers without spilling, and what it does before
+it waits for earlier kernels. No GPU needed."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from custom_ops.cases import KernelCase, all_cases
+from custom_ops.gpu import contract
 from custom_ops.gpu.target import KIB, GpuTarget, gpu_targets
 from custom_ops.tq4 import attention, codec
 from exporter.compiler.torch_private import cubin_resources
@@ -45,6 +47,8 @@ def examine(case: KernelCase, target: GpuTarget) -> tuple[str, list[str]]:
         problems.append(f"{shown}: {shared} bytes of shared memory, the limit of {target.name} is {target.smem_optin}")
     if registers < FEWEST_REGISTERS:
         problems.append(f"{shown}: {registers} registers; the compiler found nothing to do")
+    if target.sm >= 90:
+        problems += [f"{shown}: {problem}" for problem in contract.check(compiled.asm["cubin"])]
     if stack:
         problems.append(f"{shown}: spills {stack} bytes, {registers} registers")
     return f"{case.name}: {registers} registers, {shared} bytes of shared memory", problems
