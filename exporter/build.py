@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from custom_ops.dtypes import DTYPES, dtype_name
-from custom_ops.gpu.early import WAITING_KERNELS
+from custom_ops.gpu.early import waiting_kernels
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
@@ -157,7 +157,7 @@ def export_artifact(options: ExportOptions) -> None:
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())

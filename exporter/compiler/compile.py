@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_ops.gpu import contract
+from custom_ops.gpu.cubin import images
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
@@ -125,6 +127,8 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             files = torch._inductor.aot_compile(
                 program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
             )
+    if entry == "decode" and gpu is not None:
+        _keeps_the_contract(files)
     length = user_input(program, "tokens").meta["val"].shape[0]
     if entry == "prefill" and not symbolic(length):
         raise KilnError(
@@ -142,6 +146,13 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
         compile_s=time.monotonic() - traced,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _keeps_the_contract(files: list[str]) -> None:
+    """KilnError where a kernel that may start early does something before it waits that it may not do."""
+    found = [problem for f in files if f.endswith(".so") for image in images(Path(f).read_bytes()) for problem in contract.check(image)]
+    if found:
+        raise KilnError(f"compiling decode: {found[0]}{f' ({len(found)} findings)' if found[1:] else ''}; this is a bug in Kiln")
 
 
 def _packed(files: list[str]) -> list[str]:
