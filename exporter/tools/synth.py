@@ -299,7 +299,7 @@ def write_synthetic(
 
     preset: one of `GEOMETRIES`. mix: one of `SYNTHETIC`. layers: only the first ones.
     vocab_from: a GGUF whose tokenizer is copied; without it a small tokenizer is made and padded with unused tokens.
-    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the tensor data a hole in the file, to
+    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the matrices a hole in the file, to
     plan with and nothing else. Raises KilnError.
     """
     path = Path(path)
@@ -323,5 +323,6 @@ def write_synthetic(
                     if progress:
                         progress(tensor[0], done, total)
 
-        for _ in pool.map(write, tensors, offsets) if not sparse else ():
+        written = [pair for pair in zip(tensors, offsets, strict=True) if not sparse or len(pair[0][1]) == 1]
+        for _ in pool.map(lambda pair: write(*pair), written):
             pass

@@ -14,17 +14,20 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
 from exporter.errors import KilnError
+from exporter.source.chat import read_chat, render_chat, template_text
 from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import chat_template, render_chat_affixes, write_tokenizer
+from exporter.source.tokenizer import read_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KILN_RUN = Path(sys.executable).parent / "kiln-run"
 TWO_PLUS_TWO = [2, 105, 2364, 107, 3689, 563, 236743, 236778, 236862, 236778, 236881, 106, 107, 105, 4368, 107, 100, 45518, 107, 101]
 
 
-class Metadata:
-    def __init__(self, metadata):
-        self.metadata = metadata
+def write_tokenizer(metadata, path):
+    """tokenizer.json, and what the manifest says of it."""
+    tokenizer = read_tokenizer(metadata)
+    tokenizer.write(path)
+    return tokenizer.record()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def vocab():
 @pytest.fixture(scope="module")
 def written(vocab, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    assert write_tokenizer(vocab, path) == {"bos": 2, "eog": [1, 106, 50]}
+    assert write_tokenizer(vocab.metadata, path) == {"bos": 2, "eog": [1, 106, 50]}
     return path
 
 
@@ -164,26 +167,28 @@ def test_loading_is_fast(written):
 
 def test_chat_affixes_and_ids(vocab, ours, theirs):
     newer = (FIXTURES / "gemma4-chat-template.jinja").read_text()
-    for template in (newer, chat_template(vocab)):
-        prefix, suffix = render_chat_affixes(template, "<bos>")
+    for template in (newer, template_text(vocab.metadata)):
+        chat = read_chat(template, read_tokenizer(vocab.metadata))
+        prefix, suffix = chat.prefix, chat.suffix
+        assert chat.trim and chat.date is None
         assert prefix == "<bos><|turn>user\n"
         assert suffix == "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
         assert ours.encode_chat(prefix, "What is 2+2?", suffix) == TWO_PLUS_TWO
         assert ours.encode_chat(prefix, " \u3000\n\tWhat is 2+2?\u00a0 \x1f", suffix) == TWO_PLUS_TWO
         assert theirs.encode(prefix + "What is 2+2?" + suffix, add_special_tokens=False).ids == TWO_PLUS_TWO
         assert ours.encode_chat(prefix, "<turn|>", suffix).count(106) == 1
-    assert chat_template(vocab, FIXTURES / "gemma4-chat-template.jinja") == newer
+    assert template_text(vocab.metadata, FIXTURES / "gemma4-chat-template.jinja") == newer
 
 
 def test_template_errors(vocab, tmp_path):
     with pytest.raises(KilnError, match="not once"):
-        render_chat_affixes("{{ bos_token }}", "<bos>")
+        render_chat("{{ bos_token }}", {"bos_token": "<bos>"})
     with pytest.raises(KilnError, match="no users"):
-        render_chat_affixes("{{ raise_exception('no users here') }}", "<bos>")
+        render_chat("{{ raise_exception('no users here') }}", {})
     with pytest.raises(KilnError, match="cannot render"):
-        render_chat_affixes("{{ ''.__class__.__mro__ }}{{ messages[0].content.__class__() }}", "<bos>")
+        render_chat("{{ ''.__class__.__mro__ }}{{ messages[0].content.__class__() }}", {})
     with pytest.raises(KilnError, match="missing.jinja"):
-        chat_template(vocab, tmp_path / "missing.jinja")
+        template_text(vocab.metadata, tmp_path / "missing.jinja")
 
 
 def small() -> dict:
@@ -195,24 +200,24 @@ def small() -> dict:
 
 
 def test_eos_typed_as_an_ordinary_token_is_control_all_the_same(tmp_path):
-    assert write_tokenizer(Metadata(small()), tmp_path / "t.json") == {"bos": 1, "eog": [0, 6]}
+    assert write_tokenizer(small(), tmp_path / "t.json") == {"bos": 1, "eog": [0, 6]}
     t = kiln.Tokenizer(str(tmp_path / "t.json"))
     assert t.encode("ab<eos>", parse_special=True) == [1, 5, 0] and t.decode([5, 0]) == "ab"
     assert t.encode("abz") == [1, 5, 7 + ord("z")]
 
 
 def test_writer_errors(tmp_path):
-    assert write_tokenizer(Metadata({}), tmp_path / "t.json") is None
+    assert read_tokenizer({}) is None and read_tokenizer({"tokenizer.ggml.model": "none"}) is None
     for change, message in (({"tokenizer.ggml.model": "llama"}, "'llama'"), ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
                             ({"tokenizer.ggml.token_type": [1]}, "1 entries"), ({"tokenizer.ggml.bos_token_id": 999}, "999"),
-                            ({"tokenizer.ggml.tokens": ["a"] * 263}, "twice")):
+                            ({"tokenizer.ggml.tokens": ["a"] * 263}, "'a' \\+ 'b'")):
         with pytest.raises(KilnError, match=message):
-            write_tokenizer(Metadata(small() | change), tmp_path / "t.json")
+            write_tokenizer(small() | change, tmp_path / "t.json")
 
 
 def test_reader_errors(tmp_path):
     path = tmp_path / "t.json"
-    write_tokenizer(Metadata(small()), path)
+    write_tokenizer(small(), path)
     document = json.loads(path.read_text())
 
     def broken(**change) -> str:
