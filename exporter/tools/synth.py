@@ -96,7 +96,12 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-_CODES = {GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?"}
+_CODES = {  # value type -> how `struct` writes it
+    GGUFValueType[name]: code
+    for name, code in zip(
+        ("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "UINT64", "INT64", "FLOAT64"), "BbHhIif?Qqd", strict=True
+    )
+}
 
 
 def key_value(key: str, kind: GGUFValueType, value: Any) -> KeyValue:

@@ -238,3 +238,113 @@ def test_reader_errors(tmp_path):
             kiln.Tokenizer(str(path))
     with pytest.raises(kiln.Error, match="cannot open"):
         kiln.Tokenizer(str(tmp_path / "missing.json"))
+
+
+# ---- what public files do ----
+
+
+def test_texts_of_several_tokens(tmp_path):
+    """Every id keeps its text for decoding, the lowest serves encoding, and merges whose result is such a text work."""
+    md = small()
+    extra = ["ab", "b", "<0x41>", "\u2581", "\u2581", "<turn|>", "<turn|>x"]  # 263 ..: a merge's result, a part of it, a byte, a space
+    md["tokenizer.ggml.tokens"] = md["tokenizer.ggml.tokens"] + extra
+    md["tokenizer.ggml.token_type"] = md["tokenizer.ggml.token_type"] + [1, 1, 6, 1, 1, 3, 1]
+    assert write_tokenizer(md, tmp_path / "t.json") == {"bos": 1, "eog": [0, 6]}
+    ours, theirs = kiln.Tokenizer(str(tmp_path / "t.json")), HFTokenizer.from_file(str(tmp_path / "t.json"))
+    assert ours.encode("ab b A", add_bos=False) == [5, 266, 4, 266, 7 + ord("A")] == theirs.encode("ab b A", add_special_tokens=False).ids
+    assert [ours.decode([i]) for i in range(263, 270)] == ["ab", "b", "A", " ", " ", "", "<turn|>x"]
+    assert ours.decode([268], skip_special=False) == "<turn|>"
+    assert ours.encode("<turn|>", parse_special=True, add_bos=False) == [6]
+    assert 268 not in ours.encode("<turn|>", add_bos=False) and 6 not in ours.encode("<turn|>", add_bos=False)
+
+
+def test_the_real_vocabulary_with_three_texts_twice(vocab, cases, ours, tmp_path):
+    """Google's QAT files of Gemma 4 name three normal tokens like others."""
+    tokens = list(vocab.metadata["tokenizer.ggml.tokens"])
+    used = {i for _, ids in cases for i in ids} | {ours.encode("C", add_bos=False)[0]}
+    merges = vocab.metadata["tokenizer.ggml.merges"]
+    parts = {part for merge in merges for part in (merge.replace(" ", ""), *merge.split(" "))}
+    spare = [i for i in range(len(tokens) - 1, 1000, -1) if i not in used and tokens[i] not in parts][:3]
+    texts = ["C", tokens[9259], tokens[236743]]  # a character, the result of merges, the space
+    for i, text in zip(spare, texts, strict=True):
+        tokens[i] = text
+    write_tokenizer({key: vocab.metadata[key] for key in vocab.metadata} | {"tokenizer.ggml.tokens": tokens}, tmp_path / "t.json")
+    tokenizer = kiln.Tokenizer(str(tmp_path / "t.json"))
+    assert tokenizer.size == len(tokens) if hasattr(tokenizer, "size") else True
+    for text, ids in cases:
+        assert tokenizer.encode(text, add_bos=False) == ids
+    assert [tokenizer.decode([i]) for i in spare] == [text.replace("\u2581", " ") for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("change", "eog"),
+    [
+        ({"tokenizer.ggml.eot_token_id": 3}, [0, 6, 3]),
+        ({"tokenizer.ggml.eom_token_id": 4, "tokenizer.ggml.eot_token_id": 3}, [0, 6, 3, 4]),
+        ({"tokenizer.ggml.eos_token_ids": [0, 4, 5]}, [0, 6, 4, 5]),
+        ({"tokenizer.ggml.eos_token_id": [0, 3]}, [0, 6, 3]),
+        ({"tokenizer.ggml.eos_token_ids": 5}, [0, 6, 5]),
+        ({"tokenizer.ggml.eos_token_id": 3.0}, [0, 6, 3]),
+        ({"tokenizer.ggml.eot_token_id": 0xFFFFFFFF, "tokenizer.ggml.eom_token_id": -1}, [0, 6]),
+    ],
+)
+def test_every_declared_end(tmp_path, change, eog):
+    record = write_tokenizer(small() | change, tmp_path / "t.json")
+    assert record["eog"] == eog
+    t = kiln.Tokenizer(str(tmp_path / "t.json"))
+    for i in eog:  # an end is not shown
+        assert t.decode([i]) == "" and t.decode([i], skip_special=False) != ""
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|endoftext|>", "<|eom_id|>", "<|end|>"])
+def test_known_end_texts(tmp_path, text):
+    md = small()
+    for kind, expected in ((3, [0, 6, 263]), (4, [0, 6, 263]), (1, [0, 6])):
+        added = {"tokenizer.ggml.tokens": [*md["tokenizer.ggml.tokens"], text], "tokenizer.ggml.token_type": [*md["tokenizer.ggml.token_type"], kind]}
+        assert read_tokenizer(md | added).record()["eog"] == expected
+
+
+def test_an_ordinary_end_of_sequence_text_stops_nothing(vocab):
+    tokens = vocab.metadata["tokenizer.ggml.tokens"]
+    assert tokens[212] == "</s>" and 212 not in read_tokenizer(vocab.metadata).ends
+
+
+def test_tokenizers_by_other_names():
+    expected = read_tokenizer(small())
+    for model, pre in (("llama", "gemma4"), ("gemma4", "gemma4"), ("gemma4", "default"), ("gemma4", "")):
+        assert read_tokenizer(small() | {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre}) == expected
+    for model, pre in (("llama", "default"), ("llama", "llama-bpe"), ("gpt2", "gemma4"), ("gemma4", "qwen2"), (7, "gemma4")):
+        with pytest.raises(KilnError, match="tokenizer.ggml.model is .* with tokenizer.ggml.pre"):
+            read_tokenizer(small() | {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.eos_token_ids": [0, 999]}, "eos_token_ids is 999"),
+        ({"tokenizer.ggml.eot_token_id": "x"}, "eot_token_id is x"),
+        ({"tokenizer.ggml.bos_token_id": [1, 2]}, "names 2 tokens"),
+        ({"tokenizer.ggml.tokens": "abc"}, "a list was expected"),
+        ({"tokenizer.ggml.tokens": [1, 2, 3]}, "no list of texts"),
+        ({"tokenizer.ggml.tokens": []}, "263 entries, tokenizer.ggml.tokens has 0"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "'ab' is not 'left right'"),
+        ({"tokenizer.ggml.token_type": [9] * 263}, "unknown type 9"),
+        ({"tokenizer.ggml.token_type": [float("nan")] * 263}, "unknown type"),
+        ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(263)], "tokenizer.ggml.merges": []}, "no token for byte 0"),
+    ],
+)
+def test_tokenizers_that_contradict_themselves(change, message):
+    with pytest.raises(KilnError, match=message):
+        read_tokenizer(small() | change)
+
+
+def test_bos_by_its_text():
+    md = small()
+    del md["tokenizer.ggml.bos_token_id"]
+    assert read_tokenizer(md).bos == 1
+    assert read_tokenizer(md | {"tokenizer.ggml.token_type": [1] * 7 + [6] * 256}).bos is None
+
+
+def test_user_text_keeps_its_white_space_where_the_template_does(ours):
+    ids = ours.encode_chat("<bos>", "  a \n", "<turn|>", trimmed=False)
+    assert ours.decode(ids) == "  a \n" and ours.decode(ours.encode_chat("<bos>", "  a \n", "<turn|>")) == "a"
