@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class KilnError(Exception):
-    """Bad input or an impossible request: one line saying what, where and what to do. The CLI prints it and exits with 1."""
+def printable(text: str) -> str:
+    """Names come from files of strangers: line ends and what would steer a terminal are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: object, limit: int = 300) -> str:
     """The text of a foreign error without line ends, at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class KilnError(Exception):
+    """Bad input or an impossible request: one line saying what, where and what to do. The CLI prints it and exits with 1."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 class Problems(KilnError):

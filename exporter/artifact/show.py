@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exporter.artifact.manifest import read_manifest
 from exporter.artifact.manifest import verify as verify_artifact
+from exporter.errors import printable
 from exporter.source.plan import ReadOptions, Survey, survey
 
 FLOAT16_MAX = 65504.0
@@ -60,7 +61,7 @@ def artifact(path: Path, verify: bool) -> dict:
 
 def text(record: dict) -> str:
     """The record for a reader; of a GGUF file without its problems."""
-    return "\n".join(_artifact_lines(record) if "format" in record else _gguf_lines(record))
+    return "\n".join(map(printable, _artifact_lines(record) if "format" in record else _gguf_lines(record)))
 
 
 def _artifact_lines(record: dict) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.errors import KilnError, Problems
+from exporter.errors import KilnError, Problems, printable
 from exporter.source.chat import Chat, read_chat, template_text
 from exporter.source.config import ModelConfig, read_config, tensor_problems
 from exporter.source.finite import scan
@@ -131,7 +131,7 @@ def survey(path: str | Path, options: ReadOptions | None = None) -> Survey:
                                  tokenizer, chat, tuple(unused))  # fmt: skip
         except KilnError as e:
             problems.append(_located(gguf, e))
-    return Survey(gguf, config, tokenizer, chat, tuple(unused), tuple(dict.fromkeys(problems)), plan)
+    return Survey(gguf, config, tokenizer, chat, tuple(unused), tuple(dict.fromkeys(map(printable, problems))), plan)
 
 
 def _located(gguf: GGUFFile, error: KilnError) -> str:

@@ -77,6 +77,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
       if (token.at("id").as_int() < 0) fail("an added token has id ", token.at("id").as_int());
       n = std::max(n, static_cast<size_t>(token.at("id").as_int()) + 1);
     }
+    for (size_t i = 0; i < vocab.size(); ++i) n = std::max(n, static_cast<size_t>(std::max<int64_t>(vocab.value(i).as_int(), -1)) + 1);
     // Ids whose text a lower id has: they decode to it, and no text encodes to them.
     const Json* duplicates = root.at("model").find("duplicates");
     size_t twice = duplicates ? duplicates->size() : 0;

@@ -25,7 +25,7 @@ CONTENT = "messages[0].content"
         ("<u>{{ messages[0].content.strip() }}</u>\r\nA", "<u>", "</u>\nA", True),
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}{% break %}{% endif %}{% endfor %}!", "", "!", False),
         ("a{% generation %}b{{ messages[0].content }}{% set c = 1 %}{% endgeneration %}{{ c }}d", "ab", "d", False),
-        ("{% if tools %}T{% endif %}{% if documents %}D{% endif %}{% if enable_thinking %}E{% endif %}{{ messages[0].content }}", "", "", False),
+        ("{% if tools %}T{% endif %}{% if documents %}D{% endif %}{{ enable_thinking }}{{ messages[0].content }}", "False", "", False),
         ("{{ messages[0].content }}{{ {'a': 'é'} | tojson }}", "", '{"a": "é"}', False),
     ],
 )

@@ -1,4 +1,4 @@
-"""A model file read once: what is refused is named, by `kiln inspect`, `--dry-run` and `export` alike; what says the same is read the same."""
+"""A model file read once: what is refused is named, by `kiln inspect`, `--dry-run` and `export` alike; every form of a fact is read."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ def gemma_keys() -> list[str]:
         values = [v for k, v in vars(node).items() if not k.startswith("_")]
         return [v for v in values if isinstance(v, str)] + [key for v in values if isinstance(v, type) for key in walk(v)]
 
-    return sorted({key.replace("{arch}", "gemma4") for key in walk(gguf.constants.Keys) if key.startswith("{arch}.") and "{dense}" not in key})
+    keys = [key for key in walk(gguf.constants.Keys) if key.startswith("{arch}.") and "{dense}" not in key]
+    return sorted({key.replace("{arch}", "gemma4") for key in keys})
 
 
 def test_every_key_of_the_list_is_applied_harmless_or_refused(tmp_path: Path) -> None:
@@ -221,8 +222,8 @@ def test_keys_that_change_the_computation(tmp_path: Path, key: str, refuse: list
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "blk.0.ffn_gate_inp.weight", "output.bias", "blk.2.attn_q.scale", "blk.9.attn_q.weight",
-     "token_types.weight", "per_layer_token_embd.weight", "cls.output.weight"],
+    ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "blk.0.ffn_gate_inp.weight", "output.bias", "blk.2.attn_q.scale",
+     "blk.9.attn_q.weight", "token_types.weight", "per_layer_token_embd.weight", "cls.output.weight"],
 )  # fmt: skip
 def test_tensors_that_change_the_computation(tmp_path: Path, name: str) -> None:
     path = rewrite(tmp_path / "m.gguf", set_tensors={name: ((32,), "F32", np.zeros(32, np.float32))})
@@ -237,8 +238,14 @@ def test_every_problem_is_shown_and_the_rest_too(tmp_path: Path) -> None:
     result = inspect(path)
     assert result.exit_code == 1
     assert "gemma4-tiny-dense-wide (gemma4), 6 layers (4 sliding)" in result.stdout and "3 IQ4_XS" in result.stdout
-    for words in ("blk.0.ffn_gate.weight has the unsupported type IQ4_XS and 2 more of this type", "download a Q4_K_M or Q4_0 file",
-                  "blk.0.ffn_up.weight has the unsupported type Q3_K", "blk.1.attn_q.bias is not part", "add_eos_token is True"):  # fmt: skip
+    expected = (
+        "blk.0.ffn_gate.weight has the unsupported type IQ4_XS and 2 more of this type",
+        "download a Q4_K_M or Q4_0 file",
+        "blk.0.ffn_up.weight has the unsupported type Q3_K",
+        "blk.1.attn_q.bias is not part",
+        "add_eos_token is True",
+    )
+    for words in expected:
         assert len([line for line in result.stderr.splitlines() if words in line]) == 1, words
     record = json.loads(inspect(path, "--json").stdout)
     assert len(record["problems"]) == 4 and record["config"]["hidden_size"] == 256
@@ -269,7 +276,7 @@ PATTERN = [True, True, False] * 2
         ("gemma4.attention.head_count_kv", [(U8, [2, 2, 1] * 2), (F32, [2.0, 2.0, 1.0] * 2)]),
         ("gemma4.attention.key_length", [(F32, 128.0), (I32, [128] * 6)]),
         ("gemma4.attention.value_length_swa", [(F32, 64.0), (U32, [64])]),
-        ("gemma4.attention.sliding_window_pattern", [(U8, [int(p) for p in PATTERN]), (I32, [int(p) for p in PATTERN]), (U32, 3), (F32, 3.0)]),
+        ("gemma4.attention.sliding_window_pattern", [(U8, list(map(int, PATTERN))), (I32, list(map(int, PATTERN))), (U32, 3), (F32, 3.0)]),
         ("gemma4.rope.freq_base", [(F64, 1e6), (U32, 1000000), (F32, [1e6])]),
         ("gemma4.final_logit_softcapping", [(U32, 30), (F64, 30.0)]),
         ("gemma4.attention.shared_kv_layers", [(BOOL, False), (F32, 0.0), (U32, [0] * 6)]),
@@ -290,6 +297,14 @@ def test_forms_that_say_nothing(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(KilnError, match=f"metadata key {key} is "):
             read_plan(rewrite(tmp_path / "m.gguf", set_keys={key: value}))
+
+
+def test_names_do_not_steer_a_terminal(tmp_path: Path) -> None:
+    name = "blk.0.\x1b[2Jattn\n_q.bias\u202e"
+    path = rewrite(tmp_path / "m.gguf", set_tensors={name: ((32,), "F32", np.zeros(32, np.float32))})
+    refused(path, re.escape(r"tensor blk.0.\x1b[2Jattn\n_q.bias\u202e is not part"))
+    result = inspect(rewrite(tmp_path / "n.gguf", set_keys={"general.name": (STRING, "a\x1b]0;b\r\nc")}))
+    assert result.exit_code == 0 and r"a\x1b]0;b\r\nc (gemma4)" in result.stdout
 
 
 def test_no_soft_cap_and_odd_names(tmp_path: Path) -> None:
