@@ -24,7 +24,7 @@ from exporter.compiler.trace import GraphSpec
 from exporter.errors import KilnError
 from exporter.files import write_text
 from exporter.progress import bar, say, size_text
-from exporter.source.plan import ModelPlan, ReadOptions, read_plan
+from exporter.source.plan import ModelPlan
 from passes.records import PassOptions
 
 GIB = 2**30
@@ -48,7 +48,6 @@ class ExportOptions:
     fuse_decode: bool = True
     kv_len: bool = True
     head_budget_mib: int = 256
-    chat_template: Path | None = None
     allow_nonfinite: bool = False
     dump_passes: Path | None = None
     dry_run: bool = False
@@ -112,14 +111,11 @@ def decode_bytes(options: ExportOptions, dtype: str) -> int:
     return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype].torch]
 
 
-def export_artifact(options: ExportOptions) -> None:
-    """Raises KilnError; on any failure nothing is left at `options.out`."""
+def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
+    """Compiles and writes `plan`, the model at `options.gguf_path`. Raises KilnError; on any failure nothing is left at `options.out`."""
     start = time.monotonic()
     check_versions()
     targets = choose_targets(options.targets)
-    # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
-    scan = options.dry_run and not options.allow_nonfinite
-    plan = read_plan(options.gguf_path, ReadOptions(options.chat_template, scan))
     spec = graph_spec(options, plan, targets)
     for note in plan.notes:
         say(note)

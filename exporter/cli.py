@@ -21,7 +21,7 @@ class UserPath(click.Path):
     """A path as a shell hands it over: `--out=~/model` arrives with its tilde."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = super().convert(value, param, ctx)
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         with contextlib.suppress(RuntimeError, OSError, ValueError):  # nobody's home; no path at all, which is told where it is opened
             return path.expanduser() if str(path).startswith("~") and not path.exists() else path
         return path
@@ -115,14 +115,20 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
-    if not options["dry_run"] and options["gguf_path"].is_file():
+    from exporter.source.plan import ReadOptions, read_plan
+
+    # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
+    scan = options["dry_run"] and not options["allow_nonfinite"]
+    # Before torch is imported: a bad file is refused at once.
+    plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
+    if not options["dry_run"]:
         from exporter.compiler.workers import AT_ONCE, prepare
 
         prepare(AT_ONCE)  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
+    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
 
 
 @main.command()

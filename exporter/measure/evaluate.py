@@ -218,7 +218,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
             raise KilnError(f"{options.text} has {len(ids)} tokens, more than --tokens {options.tokens} are needed; give a longer text")
         reference = None
         if "kld" in options.suites:
-            other = read_plan(options.reference) if options.reference else plan
+            other = plan if plan and not options.reference else read_plan(options.reference or options.path)
             reference = reference_player(other, options.tokens, choose_device(options.device))
             if reference.vocab_size != player.vocab_size:
                 sizes = f"{reference.vocab_size} tokens, {player.vocab_size} are needed"

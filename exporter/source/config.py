@@ -21,6 +21,7 @@ from exporter.source.gguf import GGUFFile
 from exporter.source.identify import other_model
 
 MAX_LAYERS = 1024
+MIN_CONTEXT = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _check_keys(gguf: GGUFFile, table: dict[str, Any], fields: _Fields) -> None:
 def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
     """The configuration; None when it added to `problems`: an unknown architecture, an unsupported variant, a missing or senseless key."""
     metadata, before = gguf.metadata, len(problems)
-    architecture = metadata.get("general.architecture")
+    architecture: Any = metadata.get("general.architecture")
     if what := other_model(metadata):
         problems.append(f"{gguf.path}: this is {what}, not a language model; give the language model's .gguf file")
         return None
@@ -236,6 +237,8 @@ def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
     suppress = [_as_integer(t) for t in (given if isinstance(given, list | tuple) else (given,))]
     if any(t is None or not 0 <= t < vocab for t in suppress):
         fields.fail("tokenizer.ggml.suppress_tokens", f"names a token outside the vocabulary of {vocab}")
+    if fields.integer("context_length") < MIN_CONTEXT:
+        fields.fail(table["keys"]["context_length"]["key"], f"is less than the {MIN_CONTEXT} tokens that Kiln needs")
     name = metadata.get("general.name")
     config = ModelConfig(
         architecture=architecture,

@@ -19,7 +19,6 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from custom_ops.weights.block_types import LAYOUTS
-from exporter import build
 from exporter.artifact.load import load_weights
 from exporter.artifact.weights import write_weights
 from exporter.cli import main
@@ -53,9 +52,10 @@ def refused(path: Path, match: str) -> None:
     lines = [[line for line in r.stderr.splitlines() if "rror" in line] for r in results]
     assert [r.exit_code for r in results] == [1, 1] and len(lines[0]) == len(lines[1]) == 1, lines
     assert lines[0] == lines[1] and re.search(match, lines[0][0]), lines
-    with pytest.raises(KilnError) as error:  # the command would start its workers first
-        build.export_artifact(build.ExportOptions(path, out, targets=("cpu",)))
+    with pytest.raises(KilnError) as error:  # without a dry run only packing sees every number
+        write_weights(path.parent / "w", read_plan(path))
     assert lines[0][0] == f"kiln: error: {error.value}" and "\n" not in str(error.value)
+    assert not (path.parent / "w").exists()
     assert not out.parent.exists() or not any(out.parent.iterdir())
 
 
@@ -394,6 +394,16 @@ def test_output_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "exporter", "inspect", str(path)]
     result = subprocess.run(command, capture_output=True, env=environment, check=True)
     assert "Gemma – ä▁ (gemma4)" in result.stdout.decode()
+
+
+def test_files_are_refused_and_shown_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(99)")
+    (tmp_path / "bad.gguf").write_bytes(b"PK\x03\x04")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    for arguments, code in ((("inspect", WIDE), 0), (("export", "--gguf", tmp_path / "bad.gguf", "--out", tmp_path / "out"), 1)):
+        command = [sys.executable, "-m", "exporter", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert result.returncode == code, result
 
 
 def test_a_tilde_and_odd_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
