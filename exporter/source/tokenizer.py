@@ -45,7 +45,7 @@ class Tokenizer:
     bos: int | None
     unknown: int | None
     ends: tuple[int, ...]
-    declared: frozenset[int]  # named by a key: control tokens whatever their type says
+    declared: frozenset[int]  # named by a key: control tokens whatever their type says, but for bytes, which text needs
 
     def text(self, token: int | None) -> str:
         return "" if token is None else self.tokens[token]
@@ -56,8 +56,11 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Text -> the lowest id that has it: what encoding gives."""
+        """Text -> the id that encoding gives: the lowest that has it, of an ordinary token where there is one."""
         found: dict[str, int] = {}
+        for i, text in enumerate(self.tokens):
+            if not self.is_special(i):
+                found.setdefault(text, i)
         for i, text in enumerate(self.tokens):
             found.setdefault(text, i)
         return found
@@ -65,12 +68,16 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         return self.types[token] == CONTROL or token in self.declared
 
+    def is_special(self, token: int) -> bool:
+        """Never made from the text of a user."""
+        return bool(self.tokens[token]) and (self.is_control(token) or self.types[token] == USER_DEFINED)
+
     def document(self) -> dict[str, Any]:
         """tokenizer.json."""
-        special = [i for i, t in enumerate(self.types) if self.tokens[i] and (t in (CONTROL, USER_DEFINED) or i in self.declared)]
         first: dict[str, int] = {}
-        for i in special:
-            first.setdefault(self.tokens[i], i)
+        for i, text in enumerate(self.tokens):
+            if self.is_special(i):
+                first.setdefault(text, i)
         added = [
             {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
              "special": self.is_control(i)}
@@ -124,7 +131,8 @@ def read_tokenizer(metadata: Mapping[str, Any], vocab_size: int | None = None) -
     for left, right in merges:
         if left not in known or right not in known or left + right not in known:
             raise KilnError(f"{PREFIX}merges: {left!r} + {right!r} names a token that is not in the vocabulary")
-    lacking = [b for b in range(256) if f"<0x{b:02X}>" not in known]
+    bytewise = {text for text, t in zip(tokens, types, strict=True) if _is_byte(text) and t not in (CONTROL, USER_DEFINED)}
+    lacking = [b for b in range(256) if f"<0x{b:02X}>" not in bytewise]
     if lacking:
         raise KilnError(f"{PREFIX}tokens has no token for byte {lacking[0]} (<0x{lacking[0]:02X}>); text outside the vocabulary needs it")
 
@@ -136,10 +144,15 @@ def read_tokenizer(metadata: Mapping[str, Any], vocab_size: int | None = None) -
         bos = index.get("<bos>")
     named = [i for key in _ENDS for i in _ids(metadata, key, len(tokens))]
     ends = [index[text] for text in EOG_TEXTS if text in index]
+    ends += [i for i, text in enumerate(tokens) if text in EOG_TEXTS and types[i] in (CONTROL, USER_DEFINED)]
     ends += [i for i, text in enumerate(tokens) if text in END_TEXTS and types[i] in (CONTROL, USER_DEFINED)] + named
     # Files from April 2026 type <eos> as an ordinary token; what names the stream's ends is a control token all the same.
-    declared = frozenset(i for i in (bos, unknown, *named) if i is not None)
+    declared = frozenset(i for i in (bos, unknown, *named) if i is not None and not _is_byte(tokens[i]))
     return Tokenizer(tuple(tokens), tuple(types), merges, bos, unknown, tuple(dict.fromkeys(ends)), declared)
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _check_keys(metadata: Mapping[str, Any]) -> None:

@@ -249,13 +249,30 @@ def test_texts_of_several_tokens(tmp_path):
     extra = ["ab", "b", "<0x41>", "\u2581", "\u2581", "<turn|>", "<turn|>x"]  # 263 ..: a merge's result, a part of it, a byte, a space
     md["tokenizer.ggml.tokens"] = md["tokenizer.ggml.tokens"] + extra
     md["tokenizer.ggml.token_type"] = md["tokenizer.ggml.token_type"] + [1, 1, 6, 1, 1, 3, 1]
-    assert write_tokenizer(md, tmp_path / "t.json") == {"bos": 1, "eog": [0, 6]}
+    assert write_tokenizer(md, tmp_path / "t.json") == {"bos": 1, "eog": [0, 6, 268]}
     ours, theirs = kiln.Tokenizer(str(tmp_path / "t.json")), HFTokenizer.from_file(str(tmp_path / "t.json"))
     assert ours.encode("ab b A", add_bos=False) == [5, 266, 4, 266, 7 + ord("A")] == theirs.encode("ab b A", add_special_tokens=False).ids
     assert [ours.decode([i]) for i in range(263, 270)] == ["ab", "b", "A", " ", " ", "", "<turn|>x"]
     assert ours.decode([268], skip_special=False) == "<turn|>"
     assert ours.encode("<turn|>", parse_special=True, add_bos=False) == [6]
     assert 268 not in ours.encode("<turn|>", add_bos=False) and 6 not in ours.encode("<turn|>", add_bos=False)
+
+
+def test_an_ordinary_token_with_the_text_of_a_special_one(tmp_path):
+    """The text is made of the ordinary one, merges included, the markup is the special one."""
+    md = small()
+    md["tokenizer.ggml.tokens"] = md["tokenizer.ggml.tokens"] + ["ab"]
+    md["tokenizer.ggml.token_type"] = [1, 3, 3, 1, 1, 4, 3] + [6] * 256 + [1]  # 5 "ab" user-defined, 263 "ab" ordinary
+    write_tokenizer(md, tmp_path / "t.json")
+    ours = kiln.Tokenizer(str(tmp_path / "t.json"))
+    assert ours.encode("ab", add_bos=False) == [263] and ours.encode("ab", parse_special=True, add_bos=False) == [5]
+    assert ours.decode([5]) == ours.decode([263]) == "ab"
+
+
+def test_an_end_that_is_a_byte(tmp_path):
+    record = write_tokenizer(small() | {"tokenizer.ggml.eot_token_id": 7 + 10}, tmp_path / "t.json")
+    ours = kiln.Tokenizer(str(tmp_path / "t.json"))
+    assert record["eog"] == [0, 6, 17] and ours.encode("\n", add_bos=False) == [17] and ours.decode([17]) == "\n"
 
 
 def test_the_real_vocabulary_with_three_texts_twice(vocab, cases, ours, tmp_path):
