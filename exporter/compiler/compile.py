@@ -78,7 +78,7 @@ def compile_target(
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
-    from exporter.artifact.weights import constants
+    from exporter.source.weights import constants
 
     weights = {c.name for c in constants(spec.config, list(spec.plan))}
     kv = {b.name for b in entries[0].kv}

@@ -124,7 +124,7 @@ class _Loaded:
     def __init__(self, artifact: Path, manifest: dict, package: str):
         import torch
 
-        from exporter.artifact.weights import load_weights
+        from exporter.artifact.load import load_weights
         from exporter.compiler.torch_private import load_package
 
         self.manifest = manifest

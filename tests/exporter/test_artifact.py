@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from custom_ops.dtypes import DTYPES
-from exporter.artifact.weights import load_weights
+from exporter.artifact.load import load_weights
 from exporter.compiler.torch_private import load_package
 from passes.pipeline import PIPELINE
 from tests.conftest import kiln

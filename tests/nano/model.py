@@ -19,9 +19,9 @@ from gguf import GGUFValueType
 from torch import Tensor, nn
 
 from custom_ops.geometry import EPS, GEMMA4_31B
-from exporter.artifact.weights import derived_constants
 from exporter.source.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import derived_constants
 from exporter.tools import synth
 from exporter.tools.quantize import quantize, to_float
 
