@@ -75,7 +75,7 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
         return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())
-    if matmul.own(x, step):
+    if matmul.own(x):
         out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
         for i in range(0, n, step):
             part = words[:, :, i : i + step], halves[:, :, i : i + step]

@@ -15,7 +15,7 @@ from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
 from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.tables import pick
+from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.weights.matmul_kernels import matmul_kernel, matmul_tma_kernel
 
@@ -45,13 +45,12 @@ class MatmulTile:
             raise ValueError(f"{self}: specialized warps go with none of flatten, halves and balanced")
 
 
-# By (architecture, largest N), see `tables`; bfloat16. Not measured yet: what fits.
-ANY = 1 << 31
+# By architecture, see `tables`; bfloat16. Not measured yet: what fits.
 TILES = {
-    (80, ANY): MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=4),
-    (86, ANY): MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=3),
-    (90, ANY): MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
-    (100, ANY): MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
+    80: MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=4),
+    86: MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=3),
+    90: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
+    100: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
 }
 POINTERS = MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor takes
 FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=2)  # float32 products run on the CUDA cores, out of registers
@@ -72,20 +71,20 @@ def choosing(choice: str) -> Iterator[None]:
         _choice.pop()
 
 
-def own(x: torch.Tensor, n: int) -> bool:
-    """Whether the product of x [T, K] with a matrix of N columns is by our kernels."""
+def own(x: torch.Tensor) -> bool:
+    """Whether products with x are by our kernels."""
     if not use_triton(x) or _choice[-1] == "blas":
         return False
-    return _choice[-1] == "kiln" or table_tile(x.dtype, n, current_target()).better
+    return _choice[-1] == "kiln" or table_tile(x.dtype, current_target()).better
 
 
-def table_tile(dtype: torch.dtype, n: int, target: GpuTarget) -> MatmulTile:
-    return FLOAT32 if dtype == torch.float32 else pick(TILES, target, n)
+def table_tile(dtype: torch.dtype, target: GpuTarget) -> MatmulTile:
+    return FLOAT32 if dtype == torch.float32 else TILES[nearest(TILES, target)]
 
 
 def fitting_tile(dtype: torch.dtype, n: int, k: int, columns: int, transposed: bool, target: GpuTarget) -> MatmulTile:
     """The table's tile, or POINTERS where a row of x, w or out is no multiple of ALIGNED bytes."""
-    tile = table_tile(dtype, n, target)
+    tile = table_tile(dtype, target)
     strides = (k, columns) if transposed else (k, n, columns)
     return POINTERS if tile.tma and any(stride * dtype.itemsize % ALIGNED for stride in strides) else tile
 
@@ -134,7 +133,7 @@ def matmul(x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
         expected = f"float32 or bfloat16 [T, {w.shape[inner]}]" if w.dim() == 2 else "two matrices"
         raise ValueError(f"matmul: x is {x.dtype} {tuple(x.shape)}, w {w.dtype} {tuple(w.shape)}; expected {expected}, both of one dtype")
     n = w.shape[1 - inner]
-    if not own(x, n):
+    if not own(x):
         return torch.mm(x, w.T if transposed else w)
     x, w = x.contiguous(), w.contiguous()
     if isinstance(x.shape[0], int) and x.shape[0] == 1 and transposed:  # reads w once; a tile would be one row of many

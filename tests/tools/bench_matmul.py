@@ -53,7 +53,7 @@ def tiles(sm: int) -> list[MatmulTile]:
 
     pointers = [t(128, 128, 32, 4, 4), t(128, 128, 32, 4, 3), t(128, 128, 64, 4, 3), t(128, 128, 64, 8, 3), t(128, 256, 32, 8, 3),
                 t(256, 128, 32, 8, 3), t(64, 128, 64, 4, 3), t(64, 64, 64, 4, 4)]  # fmt: skip
-    table = matmul.table_tile(torch.bfloat16, 1, gpu_targets()[f"sm_{sm}"])
+    table = matmul.table_tile(torch.bfloat16, gpu_targets()[f"sm_{sm}"])
     if sm not in (90, 100):
         more = [t(128, 256, 64, 8, 3), t(256, 128, 64, 8, 3), t(128, 256, 32, 8, 4)] if sm == 80 else []
         return list(dict.fromkeys([table, *pointers, *more]))
