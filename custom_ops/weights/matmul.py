@@ -52,9 +52,9 @@ TILES = {
     90: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
     100: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
 }
-POINTERS = MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor takes
-FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=2)  # float32 products run on the CUDA cores, out of registers
-ALIGNED = 16  # bytes: strides and starts of what a descriptor reads
+UNALIGNED = MatmulTile(rows=64, columns=64, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor and no wide load takes
+FLOAT32 = MatmulTile(rows=64, columns=64, inner=32, warps=8, stages=2)  # float32 products run on the CUDA cores, out of registers
+ALIGNED = 16  # bytes
 
 _choice = ["auto"]
 
@@ -83,10 +83,10 @@ def table_tile(dtype: torch.dtype, target: GpuTarget) -> MatmulTile:
 
 
 def fitting_tile(dtype: torch.dtype, n: int, k: int, columns: int, transposed: bool, target: GpuTarget) -> MatmulTile:
-    """The table's tile, or POINTERS where a row of x, w or out is no multiple of ALIGNED bytes."""
-    tile = table_tile(dtype, target)
+    """The table's tile, or UNALIGNED where a row of x, w or out is no multiple of ALIGNED bytes."""
     strides = (k, columns) if transposed else (k, n, columns)
-    return POINTERS if tile.tma and any(stride * dtype.itemsize % ALIGNED for stride in strides) else tile
+    unaligned = dtype != torch.float32 and any(stride * dtype.itemsize % ALIGNED for stride in strides)
+    return UNALIGNED if unaligned else table_tile(dtype, target)
 
 
 def constants(tile: MatmulTile, n: int, k: int, columns: int, transposed: bool) -> dict[str, int | bool]:
@@ -152,15 +152,12 @@ def flops(tokens: int, n: int, k: int) -> int:
     return 2 * tokens * n * k
 
 
-# Pieces (N, K) of the 31B's matrices, dequantized: qkv, qk, attention output twice, half of gate and up, a third of down.
-PIECES = ((16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (21504, 5376), (5376, 21504))
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """What prefill of the 31B compiles, the fallback, and float32."""
-    sizes = [(torch.bfloat16, n, k, False) for n, k in PIECES]
-    sizes += [(dtype, *size) for dtype in _TYPES for size in ((5376, 5376, True), (300, 100, False))]
+    """A piece of the 31B, a float weight, and sizes that nothing divides; one size stands for all, which are but constants."""
+    sizes = [(dtype, *size) for dtype in _TYPES for size in ((5376, 21504, False), (5376, 5376, True), (300, 100, False))]
     cases = []
     for dtype, n, k, transposed in sizes:
         tile, kind = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]

@@ -465,14 +465,19 @@ def float32(record: Record, target: GpuTarget) -> None:
     x, w = started(tokens, k, torch.float32), weight(n, k, dtype=torch.float32)
     expected = x.double() @ w.double()
     out = torch.empty(tokens, n, device="cuda")
+    candidates = [matmul.FLOAT32, MatmulTile(128, 64, 16, 8, 2), MatmulTile(64, 64, 16, 8, 3)]
+    names = [f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}" for tile in candidates]
     with compiling_for(target):
-        matmul.multiply_into(x, w, out)
-        error = ((out.double() - expected).norm() / expected.norm()).item()
-        blas = ((torch.mm(x, w).double() - expected).norm() / expected.norm()).item()
-        calls = {"ours": lambda i: matmul.multiply_into(x, w, out), "cuBLAS": lambda i: torch.mm(x, w, out=out)}
+        calls: dict[str, Callable[[int], None]] = {"cuBLAS": lambda i: torch.mm(x, w, out=out)}
+        calls |= {name: lambda i, tile=tile: matmul.multiply_into(x, w, out, tile=tile) for name, tile in zip(names, candidates, strict=True)}
+        errors = {}
+        for name, call in calls.items():
+            call(0)
+            errors[name] = ((out.double() - expected).norm() / expected.norm()).item()
         rows = compete(calls, 1, 2000)
-    record.say(f"float32 {n}x{k} T {tokens}: error {error:.1e} (cuBLAS {blas:.1e}), {rows}")
-    record.put("float32", {"error": error, "cublas_error": blas, "us": rows})
+    for name, us in rows.items():
+        record.say(f"float32 {n}x{k} T {tokens}: {us:.0f} us, error {errors[name]:.1e}  {name}")
+    record.put("float32", {"errors": errors, "us": rows})
 
 
 def main() -> None:
