@@ -469,7 +469,8 @@ def float32(record: Record, target: GpuTarget) -> None:
     names = [f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}" for tile in candidates]
     with compiling_for(target):
         calls: dict[str, Callable[[int], None]] = {"cuBLAS": lambda i: torch.mm(x, w, out=out)}
-        calls |= {name: lambda i, tile=tile: matmul.multiply_into(x, w, out, tile=tile) for name, tile in zip(names, candidates, strict=True)}
+        for name, tile in zip(names, candidates, strict=True):
+            calls[name] = lambda i, tile=tile: matmul.multiply_into(x, w, out, tile=tile)
         errors = {}
         for name, call in calls.items():
             call(0)
