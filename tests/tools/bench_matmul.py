@@ -28,10 +28,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from custom_ops.gpu.launch import kernel
 from custom_ops.gpu.target import GpuTarget, compiling_for, gpu_targets
 from custom_ops.weights import linear, matmul
+from custom_ops.weights.dequantize import dequantize_rows
+from custom_ops.weights.layouts import LAYOUTS
 from custom_ops.weights.matmul import MatmulTile
 from custom_ops.weights.matmul_kernels import matmul_kernel, matmul_tma_kernel
+from custom_ops.weights.packed import format_constants
 
 SHAPES = ((16384, 5376), (5376, 8192), (21504, 5376), (5376, 21504), (18432, 5376), (5376, 16384))  # (N, K)
 FIRST = SHAPES[:2]  # on which the field is narrowed
@@ -262,11 +266,28 @@ def packed_weights() -> list[list[tuple]]:
     return [[(kind, n, k, *packed(kind, n, k, generator)) for kind, n, k in layer] for layer in LAYERS]
 
 
+def by_columns(words: torch.Tensor, halves: torch.Tensor, kind: str, x: torch.Tensor) -> torch.Tensor:
+    """The piece [K, N], as prefill makes it."""
+    return linear.dequantized(words, halves, kind, torch.bfloat16, x)
+
+
+def by_rows(words: torch.Tensor, halves: torch.Tensor, kind: str, x: torch.Tensor) -> torch.Tensor:
+    """The piece [N, K], by the kernel that makes rows of an embedding."""
+    n, k = words.shape[2], x.shape[1]
+    out = torch.empty((n, k), dtype=torch.bfloat16, device="cuda")
+    groups = min(LAYOUTS[kind].block // 32, 2)
+    constants = {"GATHER": True, "GROUPS": groups, "ROWS": 32, "EVEN": n % 32 == 0}
+    every, strides = torch.arange(n, device="cuda"), (words.stride(1), halves.stride(1))
+    kernel(dequantize_rows)[(triton.cdiv(n, 32), k // 32 // groups)](words, halves, every, out, n, k, *strides, **format_constants(kind),
+                                                                     **constants, num_warps=1)
+    return out
+
+
 Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def chunk_calls(weights: list[list[tuple]], tokens: int, multiply: Callable[[int, int], Multiply] | None,
-                dequantize: bool) -> Callable[[], None]:
+                dequantize: Callable[..., torch.Tensor] | None) -> Callable[[], None]:
     """One call for a chunk's products over all layers; multiply(n, k) gives a product's function, None leaves products out."""
     xs = {k: started(tokens, k) for layer in LAYERS for _, _, k in layer}
     outs: dict[int, torch.Tensor] = {}
@@ -280,7 +301,7 @@ def chunk_calls(weights: list[list[tuple]], tokens: int, multiply: Callable[[int
                     for i in range(0, n, step):
                         size = min(step, n - i)
                         if dequantize:
-                            w = linear.dequantized(words[:, :, i : i + step], halves[:, :, i : i + step], kind, torch.bfloat16, xs[k])
+                            w = dequantize(words[:, :, i : i + step], halves[:, :, i : i + step], kind, xs[k])
                         else:
                             w = dense.setdefault((size, k), None)
                             if w is None:
@@ -438,12 +459,14 @@ def whole_chunks(record: Record, launchers: dict[tuple[str, int, int], Launcher]
         def blas(n: int, k: int) -> Multiply:
             return lambda x, w, out: torch.mm(x, w, out=out)
 
-        ways: list[tuple[str, Callable[[int, int], Multiply] | None, bool]] = [("cuBLAS", blas, True)]
-        ways += [(name, lambda n, k, name=name: launchers[name, n, k], True) for name in order[:3]]
+        ways: list[tuple[str, Callable[[int, int], Multiply] | None, Callable | None]] = [("cuBLAS", blas, by_columns)]
+        ways += [(name, lambda n, k, name=name: launchers[name, n, k], by_columns) for name in order[:3]]
         if len(best) == len(SHAPES):
-            ways.append(("best of each shape", lambda n, k, best=best: launchers[best[n, k], n, k], True))
-        ways += [("cuBLAS again", blas, True), ("dequantization alone", None, True), ("cuBLAS, products alone", blas, False)]
-        ways += [(f"{name}, products alone", lambda n, k, name=name: launchers[name, n, k], False) for name in order[:2]]
+            ways.append(("best of each shape", lambda n, k, best=best: launchers[best[n, k], n, k], by_columns))
+        ways += [("cuBLAS again", blas, by_columns), ("dequantization alone", None, by_columns), ("cuBLAS, products alone", blas, None)]
+        ways += [(f"{name}, products alone", lambda n, k, name=name: launchers[name, n, k], None) for name in order[:2]]
+        if tokens == TOKENS[0]:
+            ways.append(("dequantization to [N, K] alone", None, by_rows))
         first = None
         for name, multiply, dequantize in ways:
             if record.left() < 5:
