@@ -18,4 +18,4 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     linears = [n for n in ep.graph.nodes if edit.is_call(n, aten.linear.default) and len(n.args) == 2 and n.args[0].meta["val"].dim() == 2]
     for node in linears:
         edit.replace(ep, node, edit.emit(ep, node, KILN.matmul.default, *node.args, True))
-    return PassReport("own_matmul", "applied" if linears else "not needed", len(linears), f"by {options.matmul}")
+    return PassReport("own_matmul", "applied" if linears else "not needed", note=f"{len(linears)} products, by {options.matmul}")

@@ -17,7 +17,7 @@ from custom_ops.cases import KernelCase
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights.matmul_kernels import matmul_kernel, matmul_tma_kernel
+from custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
 
 CHOICES = ("auto", "kiln", "blas")
 
@@ -113,13 +113,13 @@ def multiply_into(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, first: in
     fixed = constants(tile, n, k, columns, transposed)
     if not tile.tma:
         grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(n, tile.columns),)
-        kernel(matmul_kernel)[grid](x, w, out, x.shape[0], first, **fixed, **options)
+        kernel(kiln_matmul)[grid](x, w, out, x.shape[0], first, **fixed, **options)
         return
     programs, parts, flags = target.sm_count * tile.per_sm, x, x
     if tile.balanced:
         parts = torch.empty(programs * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
         flags = torch.zeros(programs, dtype=torch.int32, device=x.device)
-    kernel(matmul_tma_kernel)[(programs,)](x, w, out, parts, flags, x.shape[0], first, **fixed, **options)
+    kernel(kiln_matmul_tma)[(programs,)](x, w, out, parts, flags, x.shape[0], first, **fixed, **options)
 
 
 @triton_op("kiln::matmul", mutates_args=())
@@ -162,7 +162,7 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
     for dtype, n, k, transposed in sizes:
         tile, kind = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]
         types = {"x": f"*{kind}", "w": f"*{kind}", "out": f"*{kind}", "tokens": "i32", "first": "i32", "parts": "*fp32", "flags": "*i32"}
-        fn = matmul_tma_kernel if tile.tma else matmul_kernel
+        fn = kiln_matmul_tma if tile.tma else kiln_matmul
         options = {"num_warps": launch_warps(tile), "num_stages": tile.stages}
         name, fixed = f"matmul {kind} {n}x{k}{' transposed' * transposed}", constants(tile, n, k, n, transposed)
         cases.append(KernelCase(name, fn, types, fixed, options, aligned=("first",)))

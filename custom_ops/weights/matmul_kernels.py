@@ -1,8 +1,8 @@
 """Triton kernels of a dense product out [T, N] = x [T, K] @ w, T known only at run time, N and K fixed.
 
 w is [K, N], or [N, K] with TRANSPOSED. A result adds its products up in the order of K whatever T and the tiles are, so a row does not
-depend on how many others there are. `matmul_tma_kernel` reads and writes tiles by tensor descriptors, one program for each multiprocessor;
-`matmul_kernel` by pointers, one program for each tile.
+depend on how many others there are. `kiln_matmul_tma` reads and writes tiles by tensor descriptors, one program for each multiprocessor;
+`kiln_matmul` by pointers, one program for each tile.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def store_tile(out_desc, m, n, acc, dtype: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def matmul_tma_kernel(x, w, out, parts, flags, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
+def kiln_matmul_tma(x, w, out, parts, flags, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
                       TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
                       HALVES: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, BALANCED: tl.constexpr, PER_SM: tl.constexpr):
     """out [T, COLUMNS] from column `first` on. BALANCED: every program gets the same number of K blocks of the tiles that do not fill
@@ -128,7 +128,7 @@ def matmul_tma_kernel(x, w, out, parts, flags, tokens, first, N: tl.constexpr, K
 
 
 @triton.jit
-def matmul_kernel(x, w, out, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+def kiln_matmul(x, w, out, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """out [T, COLUMNS] from column `first` on; grid (tiles)."""
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N

@@ -53,7 +53,7 @@ def wrapper(directory: str, choice: str) -> tuple[str, list[str]]:
 def test_a_package_that_multiplies_by_itself(tmp_path) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         source, kernels = pool.submit(wrapper, str(tmp_path), "kiln").result()
-    assert sum(name.startswith("matmul_tma_kernel") for name in kernels) >= 2, kernels
+    assert sum(name.startswith("kiln_matmul_tma") for name in kernels) >= 2, kernels
     assert not re.findall(r"aoti_torch_cuda_\w*mm\w*\(", source)
     scratch = re.findall(r"global_scratch_scratch_\d+_size\[\] = \{(.*)\};", source)
     assert scratch and all(size.endswith("* grid_0 * grid_1 * grid_2") for size in scratch)

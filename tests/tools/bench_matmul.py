@@ -34,7 +34,7 @@ from custom_ops.weights import linear, matmul
 from custom_ops.weights.dequantize import dequantize_rows
 from custom_ops.weights.layouts import LAYOUTS
 from custom_ops.weights.matmul import MatmulTile
-from custom_ops.weights.matmul_kernels import matmul_kernel, matmul_tma_kernel
+from custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
 from custom_ops.weights.packed import format_constants
 
 SHAPES = ((16384, 5376), (5376, 8192), (21504, 5376), (5376, 21504), (18432, 5376), (5376, 16384))  # (N, K)
@@ -122,7 +122,7 @@ class Product:
         return f"{shape} w{self.tile.warps} s{self.tile.stages} g{self.tile.group}{many} {' '.join(options)}{turn}"
 
     def source(self) -> tuple[ASTSource, dict]:
-        fn = matmul_tma_kernel if self.tile.tma else matmul_kernel
+        fn = kiln_matmul_tma if self.tile.tma else kiln_matmul
         fixed = matmul.constants(self.tile, self.n, self.k, self.n, self.transposed)
         types = {name: f"*{self.kind}" for name in ("x", "w", "out")}
         types |= {"tokens": "i32", "first": "i32", "parts": "*fp32", "flags": "*i32"}
