@@ -47,6 +47,7 @@ class ExportOptions:
     decode_activations: str = "exact"
     fuse_decode: bool = True
     kv_len: bool = True
+    matmul: str = "auto"
     head_budget_mib: int = 256
     allow_nonfinite: bool = False
     dump_passes: Path | None = None
@@ -97,6 +98,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
+            matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
         ),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from custom_ops.gpu import contract
 from custom_ops.gpu.cubin import images
 from custom_ops.gpu.target import compiling_for, gpu_targets
+from custom_ops.weights.matmul import choosing
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
 from exporter.errors import KilnError
@@ -119,7 +120,7 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
     with torch_private.quiet():
         torch_private.install(gpu)
         start = time.monotonic()
-        with compiling_for(gpu) if gpu else nullcontext():
+        with compiling_for(gpu) if gpu else nullcontext(), choosing(spec.options.matmul):
             lowered = lower(spec, entry, device, dump)
             traced = time.monotonic()
             program = lowered.program
