@@ -1,4 +1,4 @@
-"""Products of a few tokens with packed weights: fixed-point activations in, one kernel, every weight read once at its own bits."""
+"""Matmuls of a few tokens with packed weights: fixed-point activations in, one kernel; each token reads every weight once, at its bits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GemvConfig:
         return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
 
 
-GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
+GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `gpu/tables.py`
 # Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
 GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight
@@ -157,7 +157,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
     """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
     counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
-    is multiplied by `norm.root` of them. Raises ValueError when a shape does not fit.
+    is multiplied by `add_norm.root` of them. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, kind, squares)
     if not use_triton(x):
@@ -168,7 +168,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
 @triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fixed_linear` of one token, and float32 sums that add up to the sum of squares of it; how many is the kernel's choice."""
+    """`fixed_linear` of one token, and float32 partial sums of its squares; the kernel chooses how many."""
     _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         y = reference(x, words, halves, kind, squares, eps)
@@ -179,7 +179,7 @@ def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Ten
 @triton_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
-    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
+    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the result; the kernel chooses S."""
     _check("fixed_partials", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         return reference(x, words, halves, kind, squares, eps)
