@@ -1,6 +1,6 @@
-"""What `harness.py` times: an op at the shapes of a model, with its reference and what it must move and compute.
+"""What `custom_ops/bench.py` times: an op at the shapes of a model, with its reference and what it must move and compute.
 
-Here the ops that read weights or logits; those that read caches are in `attention_cases.py`.
+Here the ops that read weights or logits; those that read caches are in `bench_attention`.
 """
 
 from __future__ import annotations

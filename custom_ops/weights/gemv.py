@@ -48,7 +48,7 @@ class GemvConfig:
         return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
 
 
-GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `gpu/tables.py`
+GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
 # Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
 GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight

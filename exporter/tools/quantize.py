@@ -2,7 +2,7 @@
 
 Q4_0, Q5_0 and Q8_0 take the block's extreme value as the scale. K-quants search: for every group the scale (and minimum) of least weighted
 squared error among a fixed set of candidates, then 6- or 8-bit scales, then integers again for the rounded scales.
-Block formats: the tables of `custom_ops/weights/layouts.py`; the files we read are read by the `gguf` package's dequantizers in the tests.
+Block formats: the tables of `custom_ops/layouts.py`; the files we read are read by the `gguf` package's dequantizers in the tests.
 """
 
 from __future__ import annotations
