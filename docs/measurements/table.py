@@ -1,13 +1,14 @@
 """The table of h200.md from the raw files beside it: python docs/measurements/table.py [--history COMMIT DATE].
 
-Reads h200-31b-MIX-bench.json (`kiln bench --json`) and h200-31b-MIX-checks.json (`tests.tools.measure_31b`). With --history it prints the
-same figures as rows of history.csv instead.
+Reads h200-31b-MIX.json (`python -m tests.tools.measure_31b`), or where there is none h200-31b-MIX-bench.json and -checks.json, as the tools
+before wrote them. With --history it prints the same figures as rows of history.csv instead.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,57 +18,74 @@ FIRST_CHUNK = 2048  # tokens; a shallower prefill is of fewer
 Row = tuple[str, float, str, str]  # metric as in history.csv, value, its unit, what the table says of it
 
 
-def rows(mix: str) -> list[Row]:
-    """The figures of one file."""
-    bench, checks = (json.loads((HERE / f"h200-31b-{mix}-{part}.json").read_text()) for part in ("bench", "checks"))
-    copy, matmul = bench["ceilings"]["copy_gb_s"], bench["ceilings"]["matmul_tflop_s"]
+def read(mix: str) -> dict | None:
+    """The raw figures of one file: ceilings, rounds of speeds, runs of the checks, memory, what was checked."""
+    whole, bench, checks = (HERE / f"h200-31b-{mix}{part}.json" for part in ("", "-bench", "-checks"))
+    if whole.is_file():
+        found = json.loads(whole.read_text())
+        new = found["new"]
+        rounds = [new[name] for name in sorted(new) if name.startswith("speeds ")]
+        equal = {name: new[name]["equal"] for name in new if "equal" in new[name] and isinstance(new[name], dict)}
+        equal["logits finite"] = new["graph equals direct calls"]["finite"]
+        peak = new.get("peak memory", {})
+        return {"ceilings": found["device"]["ceilings"], "rounds": rounds, "runs": new["repeats"]["runs"], "checks": equal,
+                "runner": peak.get("memory", rounds[-1]["memory"])["total"], "driver": peak.get("driver_peak")}  # fmt: skip
+    if not bench.is_file():
+        return None
+    speeds, found = json.loads(bench.read_text()), json.loads(checks.read_text())
+    names = {"repeats": "three_repeats_equal", "graph equals direct calls": "graph_equals_direct",
+             "interleaved sessions equal solo": "sessions_interleaved_equal_solo", "logits finite": "logits_finite"}  # fmt: skip
+    equal = {name: found[key] for name, key in names.items()}
+    return {"ceilings": speeds["ceilings"], "rounds": [speeds], "runs": found["runs"], "checks": equal,
+            "runner": found["memory"]["total"], "driver": found["peak_memory_bytes"]}  # fmt: skip
+
+
+def rows(raw: dict) -> list[Row]:
+    """The figures of one file; speeds are medians over the rounds."""
+    bandwidth, matmul = max(raw["ceilings"][name] for name in ("copy_gb_s", "read_gb_s")), raw["ceilings"]["matmul_tflop_s"]
     found: list[Row] = [
-        ("ceiling: copy", copy, "GB/s", f"{copy:,.0f} GB/s"),
+        ("ceiling: bandwidth", bandwidth, "GB/s", f"{bandwidth:,.0f} GB/s"),
         ("ceiling: bf16 matmul", matmul, "TFLOP/s", f"{matmul:,.0f} TFLOP/s"),
     ]
-    for depth in bench["depths"]:
-        d = depth["decode"]
-        said = f"{d['tok_s']:.1f} ({d['p10']:.1f} - {d['p90']:.1f}), {d['percent']:.1f} %"
-        found.append((f"decode at {depth['depth']}", d["tok_s"], "tok/s", said))
-    shallow, deep = bench["depths"][0], bench["depths"][-1]
-    ratio = deep["decode"]["tok_s"] / shallow["decode"]["tok_s"]
-    found.append((f"decode at {deep['depth']} to decode at {shallow['depth']}", ratio, "ratio", f"{ratio:.3f}"))
-    for depth in bench["depths"]:
-        if depth["depth"] < FIRST_CHUNK:
+    depths: dict[int, dict[str, float]] = {}
+    for at in zip(*(record["depths"] for record in raw["rounds"]), strict=True):
+        tokens = at[0]["prefill"]["tokens"]
+        middle = {f"{part} {name}": statistics.median(row[part][name] for row in at)
+                  for part, names in (("decode", ("tok_s", "p10", "p90", "percent")), ("prefill", ("tok_s", "tflop_s", "percent")),
+                                      ("prompt", ("tok_s",))) for name in names}  # fmt: skip
+        depths[at[0]["depth"]] = middle | {"tokens": tokens}
+    for depth, row in depths.items():
+        said = f"{row['decode tok_s']:.1f} ({row['decode p10']:.1f} - {row['decode p90']:.1f}), {row['decode percent']:.1f} %"
+        found.append((f"decode at {depth}", row["decode tok_s"], "tok/s", said))
+    first, last = min(depths), max(depths)
+    ratio = depths[last]["decode tok_s"] / depths[first]["decode tok_s"]
+    found.append((f"decode at {last} to decode at {first}", ratio, "ratio", f"{ratio:.3f}"))
+    for depth, row in depths.items():
+        if depth < FIRST_CHUNK:
             continue
-        p = depth["prefill"]
-        said = f"{p['tok_s']:,.0f}, {p['percent']:.0f} % ({p['tflop_s']:.0f} TFLOP/s)"
-        found.append((f"prefill of a {p['tokens']}-token chunk at {depth['depth']}", p["tok_s"], "tok/s", said))
-        prompt = depth["prompt"]["tok_s"]
-        found.append((f"prefill of a whole prompt at {depth['depth']}", prompt, "tok/s", f"{prompt:,.0f}"))
-    first = [run["ttft_s"] for run in checks["runs"]]
-    loads = [run["load_s"] for run in checks["runs"]]
-    runner, driver = checks["memory"]["total"] / 2**30, checks["peak_memory_bytes"] / 2**30
-    found += [
-        (f"first token of a {checks['prompt']}-token prompt", min(first), "s", f"{min(first):.2f} s"),
-        ("load, page cache warm", min(loads), "s", f"{min(loads):.1f} - {max(loads):.1f} s"),
-        ("device memory, runner's count", runner, "GiB", f"{runner:.2f} GiB"),
-        ("device memory, driver's count", driver, "GiB", f"{driver:.2f} GiB"),
-    ]
-    kept = ("three_repeats_equal", "graph_equals_direct", "sessions_interleaved_equal_solo", "logits_finite")
-    found += [(name.replace("_", " "), float(checks[name]), "", "yes" if checks[name] else "NO") for name in kept]
-    return found
+        said = f"{row['prefill tok_s']:,.0f}, {row['prefill percent']:.0f} % ({row['prefill tflop_s']:.0f} TFLOP/s)"
+        found.append((f"prefill of a {row['tokens']}-token chunk at {depth}", row["prefill tok_s"], "tok/s", said))
+        found.append((f"prefill of a whole prompt at {depth}", row["prompt tok_s"], "tok/s", f"{row['prompt tok_s']:,.0f}"))
+    first_token, loads = ([run[name] for run in raw["runs"]] for name in ("ttft_s", "load_s"))
+    found.append(("first token of a 3000-token prompt", min(first_token), "s", f"{min(first_token):.2f} s"))
+    found.append(("load, page cache warm", min(loads), "s", f"{min(loads):.1f} - {max(loads):.1f} s"))
+    for who in ("runner", "driver"):
+        if raw[who]:
+            found.append((f"device memory, {who}'s count", raw[who] / 2**30, "GiB", f"{raw[who] / 2**30:.2f} GiB"))
+    return found + [(name, float(right), "", "yes" if right else "NO") for name, right in raw["checks"].items()]
 
 
 def main(arguments: list[str]) -> None:
-    tables = {name: rows(mix) for name, mix in MIXES.items()}
+    tables = {name: rows(raw) for name, mix in MIXES.items() if (raw := read(mix))}
     if arguments[:1] == ["--history"]:
         commit, date = arguments[1:]
         out = csv.writer(sys.stdout, lineterminator="\n")
         for name, found in tables.items():
-            for metric, value, unit, _ in found:
-                if unit:
-                    out.writerow((date, commit, "H200", f"31B {name} TQ4 {metric}", f"{value:.4g}", unit))
+            out.writerows((date, commit, "H200", f"31B {name} TQ4 {row[0]}", f"{row[1]:.4g}", row[2]) for row in found if row[2])
         return
-    metrics = list(dict.fromkeys(row[0] for found in tables.values() for row in found))
     said = {name: {row[0]: row[3] for row in found} for name, found in tables.items()}
     print(f"| | {' | '.join(tables)} |\n|---|{'---|' * len(tables)}")
-    for metric in metrics:
+    for metric in dict.fromkeys(row[0] for found in tables.values() for row in found):
         print(f"| {metric} | {' | '.join(said[name].get(metric, '') for name in tables)} |")
 
 
