@@ -13,8 +13,7 @@ import triton.language as tl
 
 from custom_ops.gpu.target import GpuTarget, current_target
 
-# Prefixes of kernel names. Every thread block of such a kernel waits before it reads what another kernel of its step wrote, and before it
-# writes anything.
+# What these names begin has every thread block wait before it reads what a kernel of its step wrote, and before it writes.
 WAITING_KERNELS = (
     "gemv", "fix_kernel", "add_norm_kernel", "prepare_kernel", "rope_table_kernel", "sliding_decode_kernel", "flash_decode_kernel",
     "flash_merge_kernel", "rotate_kernel", "tq4_write_kernel", "tq4_prepare_kernel", "tq4_decode_kernel", "tq4_merge_kernel",
