@@ -26,7 +26,10 @@ TABLES = (
 
 
 def nearest(architectures: Iterable[int], target: GpuTarget) -> int:
-    """The target's own architecture, else the nearest older one, else the nearest; one with more shared memory only for want of another."""
+    """The architecture whose entry the target takes: its own, else the nearest older one, else the nearest newer one.
+
+    An architecture with more shared memory than the target comes last: its tiles may not fit.
+    """
 
     def order(sm: int) -> tuple[bool, bool, int]:
         return gpu_targets()[f"sm_{sm}"].smem_optin > target.smem_optin, sm > target.sm, abs(sm - target.sm)
