@@ -391,6 +391,21 @@ void Session::set_logits_sink(std::function<void(const std::vector<float>&)> sin
   impl_->sink = std::move(sink);
 }
 
+std::vector<Session::CacheMemory> Session::cache_memory() const {
+  std::vector<CacheMemory> found;
+  for (const auto& [name, cache] : impl_->kv) found.push_back({name, cache.data(), cache.bytes()});
+  return found;
+}
+
+void Session::pretend(int64_t position) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  if (position < 0 || position > impl_->shared.artifact.max_seq_len)
+    fail("position ", position, ": the artifact holds ", impl_->shared.artifact.max_seq_len, " tokens");
+  impl_->position = position;
+  impl_->next = 0;
+  impl_->in_step = impl_->handed_out = false;
+}
+
 MemoryReport Session::memory() const {
   const Impl& s = *impl_;
   Turn turn(s.busy, *s.timeline);
