@@ -418,6 +418,7 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
         "compile_threads": 1,
+        "cpp.dynamic_threads": True,  # those of the machine that plays, not of this one
         "cpp.vec_isa_ok": True,
         "cpp.simdlen": 256,
     }
