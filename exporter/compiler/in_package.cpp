@@ -38,7 +38,7 @@ void aoti_torch_check(bool condition, const char*, const char*, uint32_t, const 
 
 // ---- what is done about inputs that are not aligned to 16 bytes, which a runner's always are: refused ----
 
-int32_t aoti_torch_clone_preserve_strides(void*, void**) { return 1; }
+int32_t aoti_torch_clone_preserve_strides(void*, void**) { throw std::runtime_error("an input is not aligned to 16 bytes"); }
 void aoti_torch_warn(const char*, const char*, uint32_t, const char*) {}
 
 // ---- the runner selects device and stream before it calls ----
