@@ -174,14 +174,16 @@ void pack_columns(float* to, int64_t width, const float* from, int64_t column, i
     full = columns / width;
     for (int64_t i = 0; i < length; ++i)
       for (int64_t p = 0; p < full; ++p) {
-        const char* soon = reinterpret_cast<const char*>(from + (i + kAheadRows) * row + p * width);  // each row is another page: no hardware guesses it
+        // A row of b is a page or more after the one before it: the hardware does not guess it.
+        const char* soon = reinterpret_cast<const char*>(from + (i + kAheadRows) * row + p * width);
         __builtin_prefetch(soon), __builtin_prefetch(soon + 64);
         float* t = to + (p * length + i) * width;
         const float* f = from + i * row + p * width;
         width == 32 ? copy<32>(t, f) : copy<16>(t, f);
       }
   }
-  for (int64_t j = full * width; j < columns; j += width) pack(to + j * length, width, from + j * column, column, row, std::min(width, columns - j), length);
+  for (int64_t j = full * width; j < columns; j += width)
+    pack(to + j * length, width, from + j * column, column, row, std::min(width, columns - j), length);
 }
 
 // One slice of K of a product; a is packed, panels of `rows` rows and then one of the rest.

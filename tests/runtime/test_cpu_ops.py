@@ -19,7 +19,8 @@ int kernels(const char* name) { return set_matmul_kernels(name); }
 void mm(float* c, const int64_t* cs, const float* a, const int64_t* as, const float* b, const int64_t* bs, const int64_t* bmkn) {
   batch_matmul(c, cs[1], cs[0], {a, as[1], as[2]}, as[0], {b, bs[1], bs[2]}, bs[0], bmkn[0], bmkn[1], bmkn[2], bmkn[3]);
 }
-void sort(float* v, const int64_t* vs, int64_t* i, const int64_t* is, const float* x, const int64_t* xs, int64_t rows, int64_t n, int descending) {
+void sort(float* v, const int64_t* vs, int64_t* i, const int64_t* is, const float* x, const int64_t* xs, int64_t rows, int64_t n,
+          int descending) {
   stable_sort({v, vs[0], vs[1]}, {i, is[0], is[1]}, {x, xs[0], xs[1]}, rows, n, descending);
 }
 void cumsum_f32(float* o, const int64_t* os, const float* x, const int64_t* xs, int64_t rows, int64_t n) {
@@ -79,8 +80,8 @@ def kernels(ops: Ops, request) -> str:
     return request.param
 
 
-SHAPES = [(1, 1, 1), (1, 700, 300), (2, 64, 513), (3, 5, 64), (4, 515, 129), (5, 33, 17), (6, 16, 16), (14, 512, 32), (15, 513, 33), (29, 1025, 600),
-          (96, 48, 320), (300, 64, 7)]
+SHAPES = [(1, 1, 1), (1, 700, 300), (2, 64, 513), (3, 5, 64), (4, 515, 129), (5, 33, 17), (6, 16, 16), (14, 512, 32), (15, 513, 33),
+          (29, 1025, 600), (96, 48, 320), (300, 64, 7)]
 
 
 def operand(batch: int, rows: int, columns: int, kind: str, seed: int) -> torch.Tensor:
@@ -98,8 +99,10 @@ def operand(batch: int, rows: int, columns: int, kind: str, seed: int) -> torch.
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("batch, kinds", [(1, ("dense", "dense")), (1, ("dense", "transposed")), (1, ("transposed", "sparse")), (4, ("heads", "transposed")),
-                                          (2, ("sparse", "expanded")), (3, ("expanded", "heads"))])
+@pytest.mark.parametrize("batch, kinds", [
+    (1, ("dense", "dense")), (1, ("dense", "transposed")), (1, ("transposed", "sparse")), (4, ("heads", "transposed")),
+    (2, ("sparse", "expanded")), (3, ("expanded", "heads")),
+])
 def test_matmul(ops, kernels, batch, kinds, threads):
     ops.lib.threads(threads)
     for i, (m, k, n) in enumerate(SHAPES):
@@ -123,7 +126,8 @@ def test_a_row_has_the_same_bits_alone_and_beside_others(ops):
             ops.lib.threads(threads)
             for first, rows in ((0, 70), (0, 1), (3, 2), (10, 3), (7, 4), (30, 13), (30, 40)):
                 for right in (b, column_major):
-                    assert torch.equal(ops.matmul(a[:, first:first + rows], right), whole[:, first:first + rows]), (name, threads, first, rows)
+                    part = slice(first, first + rows)
+                    assert torch.equal(ops.matmul(a[:, part], right), whole[:, part]), (name, threads, part)
 
 
 def test_matmul_of_nothing(ops):
