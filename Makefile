@@ -11,7 +11,7 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-.PHONY: build demo test lint test-gpu sanitize bench-ops tune clean
+.PHONY: build demo test lint test-gpu sanitize fuzz bench-ops tune clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -56,6 +56,19 @@ sanitize: build
 	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file $(BUILD)/racecheck.log $(STEPS)
 	grep 'RACECHECK SUMMARY' $(BUILD)/racecheck.log
 	! grep 'Race reported\|and Write access\|and Read access\|Internal' $(BUILD)/racecheck.log | grep -v ' at nvjet_'
+
+# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
+# a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
+FUZZ_SECONDS ?= 60
+FUZZED = $(notdir $(wildcard tests/corpus/*))
+LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
+FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
+fuzz: $(SETUP)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp/fuzz -B $(BUILD)/fuzz -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/fuzz
+	@printf '%s\n' $(FUZZED) | xargs -P 2 -I{} sh -c 'cd $(BUILD)/fuzz && mkdir -p found/{} && ./fuzz_{} -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
+	  -timeout=20 -artifact_prefix=$(CURDIR)/tests/corpus/{}/ found/{} $(CURDIR)/tests/corpus/{} >{}.log 2>&1 && echo "{}: $$(grep "^Done" {}.log)" \
+	  || { tail -n 40 {}.log; exit 255; }'
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

@@ -64,8 +64,10 @@ int64_t bos_of(const Json& root) {
 
 }  // namespace
 
-Tokenizer Tokenizer::load(const std::string& path) {
-  JsonDocument doc(read_file(path), path);
+Tokenizer Tokenizer::load(const std::string& path) { return parse(read_file(path), path); }
+
+Tokenizer Tokenizer::parse(std::string json, const std::string& name) {
+  JsonDocument doc(std::move(json), name);
   Tokenizer t;
   try {
     const Json& root = doc.root();
@@ -146,7 +148,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
     t.bos_ = bos_of(root);
     if (t.bos_ >= t.size()) fail("the BOS id is ", t.bos_, ", the vocabulary has ", n, " tokens");
   } catch (const Error& e) {
-    fail(path, ": ", e.what());
+    fail(name, ": ", e.what());
   }
   return t;
 }
