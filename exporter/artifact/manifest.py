@@ -21,7 +21,7 @@ from exporter.errors import KilnError
 from exporter.model.decoder import SAMPLING_INPUTS
 from passes.records import KVBuffer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

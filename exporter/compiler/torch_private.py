@@ -12,7 +12,7 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
   7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
-  8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+  8. `AotCodeCompiler`'s link step (see 11) and generated source: packages link to nothing of torch, and errors go to the runner
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
  10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
@@ -44,10 +44,10 @@ import torch
 import triton
 
 from custom_ops.gpu.target import KIB, GpuTarget
+from exporter.compiler import package
 from exporter.errors import KilnError
 
 CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
-HOST_MARCH = "x86-64-v3"
 
 
 def check_versions() -> None:
@@ -76,17 +76,13 @@ def fake_export(
         return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def load_package(path: str | Path, entry: str):
-    """An AOTInductor model of a package: `.run(list of tensors)`, `.load_constants(map, use_inactive, check_full_update, user_managed)`."""
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), entry, True, 1, -1)
-
-
 def install(target: GpuTarget | None) -> None:
     """Turn this process into a compiler for `target` (None: the CPU)."""
     check_versions()
     _keep_fake_constants_apart()
     _portable_host_code()
     _same_work_once()
+    packages_for_the_runner()
     _objects_side_by_side()
     if target is not None:
         _cuda_toolchain()
@@ -151,7 +147,7 @@ def _portable_host_code() -> None:
     @functools.wraps(original)
     def portable(*args, **kwargs):
         cflags, ldflags = original(*args, **kwargs)
-        cflags = [f"march={HOST_MARCH}" if flag == "march=native" else flag for flag in cflags]
+        cflags = [f"march={package.MARCH}" if flag == "march=native" else flag for flag in cflags]
         return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
 
     cpp_builder._get_optimization_cflags = portable
@@ -216,8 +212,35 @@ def _objects_side_by_side() -> None:
     CppBuilder.build = build_or_start
 
 
+TOLD = "std::cerr << \"Error: \" << e.what() << '\\n';"  # by the generated interface, which gives its caller no text
+
+
+def packages_for_the_runner() -> None:
+    """Shared libraries that link to nothing of torch, see `package.link`; what goes wrong in them is told to the runner."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build = CppBuilder.build
+
+    @functools.wraps(build)
+    def build_or_link(self) -> None:
+        sources = self._sources_args.split()
+        wrapper = next((Path(s).with_suffix(".cpp") for s in sources if Path(s).stem.endswith(".wrapper")), None)
+        if wrapper and self._compile_only:
+            text = wrapper.read_text()
+            told = "kiln_model_error(e.what());"
+            if TOLD not in text and told not in text:
+                raise KilnError("AOTInductor's interface has changed: it does not print its errors as it did; this is a bug in Kiln")
+            wrapper.write_text('extern "C" void kiln_model_error(const char*);\n' + text.replace(TOLD, told))
+        if wrapper and not self._compile_only:
+            package.link(sources, wrapper.read_text(), Path(self._target_file))
+        else:
+            build(self)
+
+    CppBuilder.build = build_or_link
+
+
 def _cuda_toolchain() -> None:
-    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit, and a libcuda to link against."""
+    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit."""
     named = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc")
     toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
@@ -229,14 +252,6 @@ def _cuda_toolchain() -> None:
             f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
         )
     os.environ["CUDA_HOME"] = home
-    header = Path(home, "include", "cuda.h")
-    directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
-    # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
-    names = sorted(set(re.findall(r"CUresult CUDAAPI (cu\w+)\(", header.read_text())))
-    source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
-    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(directory / "libcuda.so")]
-    subprocess.run(command, input=source.encode(), check=True)
-    os.environ["LIBRARY_PATH"] = ":".join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:
@@ -396,6 +411,7 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     options = {
         "aot_inductor.package": True,
         "aot_inductor.model_name_for_generated_files": entry,
+        "aot_inductor.link_libtorch": False,
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.package_constants_on_disk_format": None,
         "aot_inductor.precompile_headers": False,  # used once, kept for ever

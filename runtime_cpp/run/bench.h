@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "kiln/session.h"
 
 namespace kiln {
@@ -26,13 +27,6 @@ struct DepthRow {
   double prompt_s = 0;
   int64_t window = 0;            // decode steps of one window
   std::vector<double> decode_s;  // of each window
-};
-
-// What the device can do, measured in this process. Rates are medians.
-struct Ceilings {
-  double copy_gb_s = 0;  // device to device, bytes read + bytes written
-  double read_gb_s = 0;  // a sum over float32
-  double matmul_tflop_s = 0, matmul_sustained_tflop_s = 0;  // bfloat16, 8192^3: single calls, and after a second of them
 };
 
 struct BenchReport {
