@@ -184,7 +184,9 @@ int play(const Arguments& a) {
   end_if_noted();
   auto ready = Clock::now();
   run.load_s = seconds(start, ready);
+  session.set_look(end_if_noted);
   session.prefill(run.prompt);
+  session.set_look(nullptr);  // what was generated until then is told
   auto first = Clock::now();
   run.ttft_s = seconds(ready, first);
   auto last = first;
