@@ -41,8 +41,9 @@ bool write_all(int fd, std::string_view bytes) {
   return true;
 }
 
-// Of a file without a name, from which code may be mapped; -1: this kernel has none.
+// Of a file without a name, from which code may be mapped; -1: this kernel has none, or KILN_NO_MEMFD says to do without.
 int memory_file() {
+  if (std::getenv("KILN_NO_MEMFD")) return -1;
   constexpr unsigned kExecutable = 0x10;  // MFD_EXEC, since Linux 6.3
   int fd = memfd_create("kiln", MFD_CLOEXEC | kExecutable);
   return fd < 0 ? memfd_create("kiln", MFD_CLOEXEC) : fd;

@@ -464,6 +464,21 @@ void Session::set_look(std::function<void()> look) {
   impl_->look = std::move(look);
 }
 
+std::vector<Session::CacheMemory> Session::cache_memory() const {
+  std::vector<CacheMemory> found;
+  for (const auto& [name, cache] : impl_->kv) found.push_back({name, cache.data(), cache.bytes()});
+  return found;
+}
+
+void Session::pretend(int64_t position) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  if (position < 0 || position > impl_->shared.artifact.max_seq_len)
+    fail("position ", position, ": the artifact holds ", impl_->shared.artifact.max_seq_len, " tokens");
+  impl_->position = position;
+  impl_->next = 0;
+  impl_->in_step = impl_->handed_out = false;
+}
+
 MemoryReport Session::memory() const {
   const Impl& s = *impl_;
   Turn turn(s.busy, *s.timeline);

@@ -151,16 +151,16 @@ def eager(prompt: list[int], n: int, sampling=None) -> tuple[list[int], np.ndarr
     return tokens, np.stack(rows)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([KILN_RUN, *map(str, arguments), "--threads", "1"], capture_output=True, text=True)
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([KILN_RUN, *map(str, arguments), "--threads", "1"], capture_output=True, text=True, env=os.environ | (env or {}))
 
 
 def ids(tokens: list[int]) -> str:
     return ",".join(map(str, tokens))
 
 
-def fails(message: str, *arguments: object, code: int = 1) -> None:
-    result = run(*arguments)
+def fails(message: str, *arguments: object, code: int = 1, env: dict[str, str] | None = None) -> None:
+    result = run(*arguments, env=env)
     assert result.returncode == code, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("kiln-run: error: ") and result.stderr.count("\n") == 1, result.stderr

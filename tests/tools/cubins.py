@@ -25,7 +25,7 @@ def cubins(package: Path) -> dict[str, list[bytes]]:
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".so"):
-                found[name.split("/")[-2]] = _images(archive.read(name))
+                found[Path(name).stem] = _images(archive.read(name))
     return found
 
 
