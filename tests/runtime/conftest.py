@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,12 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def toy(device, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("toy") / "artifact"
-    root.mkdir()
+    """KILN_TEST_TOY names a directory that keeps it from run to run, and is believed to be of this code."""
+    kept = os.environ.get("KILN_TEST_TOY")
+    root = (Path(kept) if kept else tmp_path_factory.mktemp("toy")) / device
+    if root.exists():
+        return root
+    root.mkdir(parents=True)
     write_artifact(root, device)
     return root
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.builds
+
 SRC = Path(__file__).parents[2] / "runtime_cpp" / "src"
 BINDINGS = r"""
 #include "cpu_ops.h"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.builds
+
 RUNTIME = Path(__file__).parents[2] / "runtime_cpp"
 PROGRAM = r"""
 #include <unistd.h>
