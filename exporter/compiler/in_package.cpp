@@ -36,6 +36,11 @@ void aoti_torch_check(bool condition, const char*, const char*, uint32_t, const 
   if (!condition) throw std::runtime_error(message);
 }
 
+// ---- what is done about inputs that are not aligned to 16 bytes, which a runner's always are: refused ----
+
+int32_t aoti_torch_clone_preserve_strides(void*, void**) { return 1; }
+void aoti_torch_warn(const char*, const char*, uint32_t, const char*) {}
+
 // ---- the runner selects device and stream before it calls ----
 
 int32_t aoti_torch_create_cuda_guard(int32_t, void** guard) { return *guard = nullptr, 0; }

@@ -10,7 +10,7 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them; and
      `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
-  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
+  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native; `CppKernel.decide_parallel_depth`: loops too short for threads
   7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
   8. `AotCodeCompiler`'s link step (see 11) and generated source: packages link to nothing of torch, and errors go to the runner
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
@@ -138,7 +138,9 @@ def _keep_fake_constants_apart() -> None:
 
 def _portable_host_code() -> None:
     """Code for any x86-64-v3 CPU, without the build machine's paths in it."""
+    import torch._inductor.config
     from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor.codegen import cpp
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     paths = {cache_dir(): "kiln", str(Path(torch.__file__).parent): "torch"}
@@ -150,6 +152,11 @@ def _portable_host_code() -> None:
         cflags = [f"march={package.MARCH}" if flag == "march=native" else flag for flag in cflags]
         return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
 
+    def enough_work(self, most, threads: int):  # with dynamic threads every loop, however short, would get a parallel region
+        with torch._inductor.config.patch({"cpp.dynamic_threads": False}):
+            return decide(self, most, threads)
+
+    decide, cpp.CppKernel.decide_parallel_depth = cpp.CppKernel.decide_parallel_depth, enough_work
     cpp_builder._get_optimization_cflags = portable
     cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [cpu_vec_isa.VecAVX2()])  # ten seconds of trial programs otherwise
 
@@ -418,6 +425,8 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
         "compile_threads": 1,
+        "cpp.dynamic_threads": True,  # those of the machine that plays, not of this one
+        "cpp.threads": 8,  # what loops are cut for
         "cpp.vec_isa_ok": True,
         "cpp.simdlen": 256,
     }

@@ -35,8 +35,9 @@ class Timeline {
   virtual Tensor make(Scalar scalar, const std::vector<int64_t>& shape) = 0;
   // On the timeline, in order with the models' work. All tensors dense.
   virtual void zero(const Tensor& t) = 0;
-  virtual void fill(const Tensor& scalar, int64_t value) = 0;         // one int64 or int32, at least 0
+  virtual void fill(const Tensor& scalar, int64_t value) = 0;         // one int64 or int32
   virtual void fill(const Tensor& scalar, float value) = 0;           // one float32
+  virtual void fill_low(const Tensor& scalar, uint32_t value) = 0;    // one int64 whose upper half is 0 already
   virtual void copy(const Tensor& to, const Tensor& from) = 0;        // of one size
   virtual void write(const Tensor& to, const void* from) = 0;         // from the host, which may change it afterwards
   virtual void read(void* to, const Tensor& from) = 0;                // to the host; waits

@@ -72,6 +72,7 @@ class CpuTimeline : public Timeline {
     else
       *static_cast<int32_t*>(t.data()) = static_cast<int32_t>(value);
   }
+  void fill_low(const Tensor& t, uint32_t value) override { fill(t, int64_t{value}); }
   void fill(const Tensor& t, float value) override { *static_cast<float*>(t.data()) = value; }
   void copy(const Tensor& to, const Tensor& from) override { std::memcpy(to.data(), from.data(), to.bytes()); }
   void write(const Tensor& to, const void* from) override { std::memcpy(to.data(), from, to.bytes()); }

@@ -100,6 +100,7 @@ class CudaTimeline : public Timeline {
     for (size_t i = 0; i < scalar_bytes(t.scalar) / sizeof *words; ++i)
       driver().check(driver().set_words(at(t) + i * sizeof *words, words[i], 1, stream()), "cannot write to the GPU");
   }
+  void fill_low(const Tensor& t, uint32_t value) override { driver().check(driver().set_words(at(t), value, 1, stream()), "cannot write to the GPU"); }
   void fill(const Tensor& t, float value) override {
     uint32_t word;
     std::memcpy(&word, &value, sizeof word);

@@ -1,6 +1,10 @@
 #include "compiled_model.h"
 
+#include <omp.h>
+
 #include <algorithm>
+
+#include "cpu_ops.h"
 
 namespace kiln {
 
@@ -82,6 +86,7 @@ CompiledModel::Output CompiledModel::run(const TensorMap& values) {
   std::vector<Tensor*> inputs, outputs(point_.outputs.size(), nullptr);
   for (const ValueSpec& v : point_.inputs) inputs.push_back(new Tensor(values.at(v.name)));  // the model deletes them
   Running running(surroundings_);
+  omp_set_num_threads(cpu_threads());  // of this thread's parallel regions
   check(library_.run(container_, inputs.data(), inputs.size(), outputs.data(), outputs.size(), surroundings_.stream, nullptr), "failed");
   Output out{std::move(*outputs[token_]), std::move(*outputs[logits_])};
   for (Tensor* handle : outputs) delete handle;

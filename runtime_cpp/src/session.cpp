@@ -221,10 +221,10 @@ void Session::Impl::run_step() {
 
 void Session::Impl::launch() {
   if (!in_step) {
-    timeline->fill(values.at("tokens"), next);
+    timeline->fill_low(values.at("tokens"), static_cast<uint32_t>(next));
     in_step = true;
   }
-  timeline->fill(values.at("pos"), position.load());
+  timeline->fill_low(values.at("pos"), static_cast<uint32_t>(position));
   if (graph_logits.defined())
     timeline->replay(), logits = graph_logits;
   else
