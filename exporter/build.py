@@ -15,21 +15,26 @@ from custom_ops.gpu.early import WAITING_KERNELS
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.manifest import dtype_name, staged, write_manifest
+from exporter.artifact.manifest import dtype_name, write_manifest
 from exporter.artifact.memory import kv_plan, memory_plan
-from exporter.artifact.weights import plan_weights, write_weights
-from exporter.compiler.compile import CompiledEntry, available_targets, clean, compile_target, native_target
+from exporter.artifact.output import check_output, check_space, staged
+from exporter.artifact.weights import plan_weights, weight_bytes, write_weights
+from exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
+from exporter.compiler.host import check_gpu_tools
 from exporter.compiler.torch_private import check_versions
 from exporter.compiler.trace import DTYPES, GraphSpec
+from exporter.compiler.workers import none_left
 from exporter.errors import KilnError
 from exporter.progress import bar, say, size_text
 from exporter.source.config import ModelConfig, check_tensors, from_gguf
 from exporter.source.gguf import GGUFFile, open_gguf
 from exporter.source.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
+from exporter.temporary import working_folder
 from exporter.tools.quantize import to_float
 from passes.records import PassOptions
 
 GIB = 2**30
+PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most
 DEFAULT_SEQ_LEN = 8192
 
 
@@ -127,7 +132,10 @@ def export_artifact(options: ExportOptions) -> None:
     """Raises KilnError; on any failure nothing is left at `options.out`."""
     start = time.monotonic()
     check_versions()
+    output = check_output(options.out, options.force, [options.gguf_path])
     targets = choose_targets(options.targets)
+    if targets != ("cpu",):
+        check_gpu_tools()
     gguf = open_gguf(options.gguf_path)
     spec = graph_spec(options, gguf, targets)
     template = chat_template(gguf, options.chat_template)
@@ -135,23 +143,22 @@ def export_artifact(options: ExportOptions) -> None:
     note_borrowed(targets)
     if options.dry_run:
         return
-    with staged(options.out, options.force) as stage:
+    check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
+    with working_folder() as work, none_left(), staged(output) as stage:
         tokenizer = write_tokenizer(gguf, stage / "tokenizer.json")
         tokenizer = tokenizer and {"file": "tokenizer.json", **tokenizer}
         chat = None
         if template is not None:
-            (stage / "chat_template.jinja").write_text(template)
+            (stage / "chat_template.jinja").write_text(template, encoding="utf-8")
             prefix, suffix = render_chat_affixes(template, bos_text(gguf))
             chat = {"prefix": prefix, "suffix": suffix}
         with bar("packing weights") as progress:
             records = write_weights(stage / "weights.safetensors", gguf, spec.config, list(spec.plan), progress=progress)
-        work = stage / ".work"
         compiled = []
         for target in targets:
             say(f"compiling for {target}")
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
-        clean(work)
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 
 from exporter.errors import KilnError
+from exporter.interrupt import ending_cleanly
 
 PATH = click.Path(path_type=Path)
 
@@ -19,10 +21,15 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with ending_cleanly():
+                return super().invoke(ctx)
         except KilnError as e:
             click.echo(f"kiln: error: {e}", err=True)
-            sys.exit(1)
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # nobody reads any more
+                raise
+            click.echo(f"kiln: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", err=True)
+        sys.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,7 +89,7 @@ def main() -> None:
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@click.option("--force", is_flag=True, help="Replace an artifact at --out.")
 def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options) -> None:
     """Compile a GGUF file into an artifact."""
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
@@ -95,14 +102,20 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
-    if not options["dry_run"] and options["gguf_path"].is_file():
-        from exporter.compiler.workers import AT_ONCE, prepare
+    from exporter.checks import check_paths
+    from exporter.compiler.host import check_compiler
+    from exporter.compiler.workers import AT_ONCE, none_left, prepare
+    from exporter.temporary import working_folder
 
-        prepare(AT_ONCE)  # they import PyTorch while this process does
-    from exporter.build import ExportOptions, export_artifact
+    check_paths(options["gguf_path"], options["out"], options["force"], options["chat_template"], options["dump_passes"])
+    with working_folder() as folder, none_left():
+        if not options["dry_run"]:
+            prepare(AT_ONCE)  # they import PyTorch while this process does
+        check_compiler(folder)
+        from exporter.build import ExportOptions, export_artifact
 
-    cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
+        cache = "bfloat16" if kv_cache == "bf16" else "float16"
+        export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
 
 
 @main.command()
@@ -111,7 +124,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
 @click.option("--verify", is_flag=True, help="Recompute every checksum of an artifact.")
 def inspect(path: Path, as_json: bool, verify: bool) -> None:
     """Show what a GGUF file or an artifact holds."""
-    from exporter.artifact import show as show
+    from exporter.artifact import show
 
     record = show.artifact(path, verify) if path.is_dir() else show.gguf(path)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))

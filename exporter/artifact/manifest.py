@@ -1,13 +1,9 @@
-"""The artifact directory: written under a temporary name, renamed when complete. `docs/ARTIFACT.md` is its format."""
+"""`manifest.json` of an artifact, written and read. `docs/ARTIFACT.md` is its format."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import torch
 import triton
 
 from custom_ops.gpu.target import gpu_targets
+from exporter.artifact.output import MANIFEST
 from exporter.compiler.compile import CompiledTarget
 from exporter.compiler.trace import GraphSpec
 from exporter.errors import KilnError
@@ -22,7 +19,7 @@ from exporter.model.decoder import SAMPLING_INPUTS
 from passes.records import KVBuffer
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+OTHER_FILES = ("tokenizer.json", "chat_template.jinja")  # beside the packages and the weights
 
 
 def kiln_version() -> str:
@@ -34,24 +31,6 @@ def kiln_version() -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def staged(out: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when the block ends without an error, and vanishes otherwise."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise KilnError(f"{out} exists; remove it, name another --out, or say --force")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    try:
-        yield stage
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        stage.rename(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def entry_points(spec: GraphSpec, waits: tuple[str, ...] = ()) -> dict:
@@ -107,6 +86,18 @@ def target_record(compiled: CompiledTarget) -> dict:
     }
 
 
+def weights_record(path: Path, records: list[dict]) -> dict:
+    """The weights file: its size, and the checksum of what stands before the first constant, whose checksums are in `records`."""
+    header = min((r["offset"] for r in records), default=path.stat().st_size)
+    with path.open("rb") as f:
+        digest = hashlib.sha256(f.read(header)).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "header": {"bytes": header, "sha256": digest}}
+
+
+def file_record(path: Path) -> dict:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
 def write_manifest(
     directory: Path,
     spec: GraphSpec,
@@ -136,11 +127,13 @@ def write_manifest(
         "quantization": quantization(spec),
         "constants": records,
         "kv": [kv_record(b) for b in kv],
-        "weights": {"file": "weights.safetensors", "bytes": (directory / "weights.safetensors").stat().st_size},
+        "weights": weights_record(directory / "weights.safetensors", records),
+        "files": [file_record(path) for name in OTHER_FILES if (path := directory / name).is_file()],
         "tokenizer": tokenizer,
         "chat": chat,
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8", errors="replace")  # a file's name need not be text
     return manifest
 
 
@@ -150,7 +143,7 @@ def read_manifest(directory: Path) -> dict:
     if not path.is_file():
         raise KilnError(f"{directory} is not an artifact: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise KilnError(f"{path} is not valid JSON: {e}") from e
     if manifest.get("format") != "kiln" or manifest.get("format_version") != FORMAT_VERSION:
@@ -163,26 +156,3 @@ def read_manifest(directory: Path) -> dict:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def verify(directory: Path) -> None:
-    """Recompute every checksum; raises KilnError naming the first file or tensor that differs."""
-    manifest = read_manifest(directory)
-    for target in manifest["targets"]:
-        path = directory / target["file"]
-        if not path.is_file() or file_sha256(path) != target["sha256"]:
-            raise KilnError(f"{path} is missing or differs from the manifest; copy the artifact again")
-    path = directory / manifest["weights"]["file"]
-    size = path.stat().st_size if path.is_file() else 0
-    if size != manifest["weights"]["bytes"]:
-        raise KilnError(f"{path} has {size} bytes, the manifest says {manifest['weights']['bytes']}; copy the artifact again")
-    with path.open("rb") as f:
-        for constant in manifest["constants"]:
-            f.seek(constant["offset"])
-            digest, left = hashlib.sha256(), constant["bytes"]
-            while left:
-                block = f.read(min(left, 1 << 24))
-                digest.update(block)
-                left -= len(block)
-            if digest.hexdigest() != constant["sha256"]:
-                raise KilnError(f"{path}: {constant['name']} differs from its checksum; copy the artifact again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from custom_ops.gpu.target import compiling_for, gpu_targets
+from exporter.compiler.host import compile_failure
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
 from exporter.errors import KilnError
@@ -99,8 +99,7 @@ def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: P
     except Exception as e:
         if os.environ.get("KILN_DEBUG"):
             traceback.print_exc()
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise KilnError(f"compiling {entry} for {target}: {type(e).__name__}: {reason} (KILN_DEBUG=1 shows where)") from None
+        raise KilnError(f"compiling {entry} for {target}: {compile_failure(e)}") from None
 
 
 def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
@@ -175,7 +174,3 @@ def native_target() -> str:
     if name not in gpu_targets():
         raise KilnError(f"--target native: this GPU is {name}, which is not in configs/gpus.toml ({', '.join(gpu_targets())})")
     return name
-
-
-def clean(work: Path) -> None:
-    shutil.rmtree(work, ignore_errors=True)

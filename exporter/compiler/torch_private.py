@@ -11,12 +11,14 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
      `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
-  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
+  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each
+     other; and splits its commands at spaces
   8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
  10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
- 12. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
+ 12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
+ 13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
      tells that the analysis of a kernel gave up
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
@@ -30,9 +32,8 @@ import functools
 import gc
 import os
 import re
-import shutil
+import shlex
 import subprocess
-import sysconfig
 import tempfile
 import types
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ import torch
 import triton
 
 from custom_ops.gpu.target import KIB, GpuTarget
+from exporter.compiler.host import cuda_home
 from exporter.errors import KilnError
 
 CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
@@ -87,6 +89,7 @@ def install(target: GpuTarget | None) -> None:
     _keep_fake_constants_apart()
     _portable_host_code()
     _same_work_once()
+    _paths_in_quotes()
     _objects_side_by_side()
     if target is not None:
         _cuda_toolchain()
@@ -152,7 +155,7 @@ def _portable_host_code() -> None:
     def portable(*args, **kwargs):
         cflags, ldflags = original(*args, **kwargs)
         cflags = [f"march={HOST_MARCH}" if flag == "march=native" else flag for flag in cflags]
-        return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
+        return cflags + [shlex.quote(f"ffile-prefix-map={path}={name}") for path, name in paths.items()], ldflags
 
     cpp_builder._get_optimization_cflags = portable
     cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [cpu_vec_isa.VecAVX2()])  # ten seconds of trial programs otherwise
@@ -197,6 +200,23 @@ def _same_work_once() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
+def _paths_in_quotes() -> None:
+    """A compiler's command is one string that is split as a shell would do it: its paths are quoted, which Inductor does for a few."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    original = CppBuilder.__init__
+
+    @functools.wraps(original)
+    def quoted(self, name, sources, BuildOption, output_dir=""):
+        sources = [sources] if isinstance(sources, str) else sources
+        original(self, name, [shlex.quote(source) for source in sources], BuildOption, output_dir)
+        self._compiler = shlex.quote(self._compiler)
+        self._output = self._output.replace(self._target_file, shlex.quote(self._target_file))
+        self._libraries_dirs_args = "".join(f"-L{shlex.quote(path)} " for path in BuildOption.get_libraries_dirs())
+
+    CppBuilder.__init__ = quoted
+
+
 def _objects_side_by_side() -> None:
     from torch._inductor.cpp_builder import CppBuilder
 
@@ -218,17 +238,7 @@ def _objects_side_by_side() -> None:
 
 def _cuda_toolchain() -> None:
     """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit, and a libcuda to link against."""
-    named = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc")
-    toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    homes = [named] if named else [os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"), *toolkits, "/usr/local/cuda"]
-    needed = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
-    home = next((h for h in homes if all(Path(h, "include", f).is_file() for f in needed)), None)
-    if home is None:
-        raise KilnError(
-            f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
-        )
-    os.environ["CUDA_HOME"] = home
+    home = os.environ["CUDA_HOME"] = cuda_home()
     header = Path(home, "include", "cuda.h")
     directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
     # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
@@ -378,12 +388,15 @@ def _wrapper() -> None:
 def _one_object_for_each_kernel() -> None:
     from torch._inductor import codecache
 
-    original = codecache.convert_cubin_to_obj
-
     def convert(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
-        own = Path(cubin_file).with_name(f"{kernel_name}.cubin")
-        own.write_bytes(Path(cubin_file).read_bytes())
-        return original(str(own), kernel_name, ld, objcopy)
+        folder, own = Path(cubin_file).parent, f"{kernel_name}.cubin"
+        (folder / own).write_bytes(Path(cubin_file).read_bytes())
+        symbol = re.sub(r"\W", "_", own)  # of the path as it is given: here a name without folders
+        names = [f"--redefine-sym=_binary_{symbol}_{part}=__{kernel_name}_{part}" for part in ("start", "size", "end")]
+        section = "--rename-section=.data=.rodata,alloc,load,readonly,data,contents"
+        for command in ([ld, "-r", "-b", "binary", "-z", "noexecstack", "-o", f"{own}.o", own], [objcopy, section, *names, f"{own}.o"]):
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return str(folder / f"{own}.o")
 
     codecache.convert_cubin_to_obj = convert
 
