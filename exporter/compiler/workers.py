@@ -31,7 +31,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, os.getpid(), _IMPORTS), daemon=True)
         # What is blocked here is blocked there, until the process has its own group and handlers.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -101,7 +101,7 @@ def _kill_all() -> None:
         worker.kill()
 
 
-def _serve(connection: Connection, parent: int) -> None:
+def _serve(connection: Connection, parent: int, imports: tuple[str, ...]) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent's affair
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -111,7 +111,7 @@ def _serve(connection: Connection, parent: int) -> None:
     if os.getppid() != parent:  # it died before it could be watched
         return
     try:
-        for name in _IMPORTS:
+        for name in imports:
             importlib.import_module(name)
         function, arguments = connection.recv()
     except EOFError:  # there was nothing to do
