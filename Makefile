@@ -6,63 +6,67 @@ ifdef PY
 SETUP :=
 else
 PY := $(VENV)/bin/python
-SETUP := $(VENV)/.installed
+SETUP := setup
 endif
-BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
-SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+# Recipes take paths from the environment, "$$PY", where they may hold any character.
+export PYTHON VENV BUILD PY
+BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
+SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
-.PHONY: build demo test lint test-gpu sanitize bench-ops tune clean
+.PHONY: setup build demo test lint test-gpu sanitize bench-ops tune clean
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'
-	touch $@
+setup:
+	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || { set -ex; \
+	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'; \
+	"$$PYTHON" -m venv "$$VENV"; \
+	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'; \
+	touch "$$VENV/.installed"; }
 
 # kiln-run beside Python, the extension module in its site-packages
 build: $(SETUP)
-	@mkdir -p $(BUILD)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(BUILD)/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
-	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$(abspath $(BIN))" -DKILN_PYTHON_DIR="$(SITE)" \
-	  >$(BUILD)/cmake.log 2>&1 || { cat $(BUILD)/cmake.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
+	@mkdir -p "$$BUILD"
+	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$BUILD/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
+	  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(BIN) -DKILN_PYTHON_DIR=$(SITE) \
+	  >"$$BUILD/cmake.log" 2>&1 || { cat "$$BUILD/cmake.log"; exit 1; }
+	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/cpp" --target install
 
 demo: build
-	$(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --force
-	$(PY) -m exporter run $(BUILD)/demo --prompt "Why is the sky blue?"
-	$(PY) -m exporter run $(BUILD)/demo --prompt-file tests/nano/demo_passkey.txt
+	"$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$BUILD/demo" --target cpu --max-seq-len 256 --force
+	"$$PY" -m exporter run "$$BUILD/demo" --prompt "Why is the sky blue?"
+	"$$PY" -m exporter run "$$BUILD/demo" --prompt-file tests/nano/demo_passkey.txt
 
 test: build lint
-	$(PY) -m pytest -m "not gpu"
+	"$$PY" -m pytest -m "not gpu"
 
 lint: $(SETUP)
-	$(PY) -m ruff check .
+	"$$PY" -m ruff check .
 
 # everything that needs a GPU, on any machine that has one
 test-gpu: build
-	$(PY) -m pytest -m gpu
+	"$$PY" -m pytest -m gpu
 
 # on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
 # time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down
 # when told to leave them out: a hazard in any other kernel fails.
 SANITIZED ?= $(BUILD)/sanitize
+export SANITIZED
 SANITIZE = compute-sanitizer --error-exitcode 1
-STEPS = $(BIN)/kiln-run $(SANITIZED) --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
+STEPS = $(BIN)/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
 sanitize: build
-	[ -f $(SANITIZED)/manifest.json ] || $(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(SANITIZED) \
+	[ -f "$$SANITIZED/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED" \
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
-	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file $(BUILD)/racecheck.log $(STEPS)
-	grep 'RACECHECK SUMMARY' $(BUILD)/racecheck.log
-	! grep 'Race reported\|and Write access\|and Read access\|Internal' $(BUILD)/racecheck.log | grep -v ' at nvjet_'
+	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file "$$BUILD/racecheck.log" $(STEPS)
+	grep 'RACECHECK SUMMARY' "$$BUILD/racecheck.log"
+	! grep 'Race reported\|and Write access\|and Read access\|Internal' "$$BUILD/racecheck.log" | grep -v ' at nvjet_'
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)
-	$(PY) -m custom_ops.bench --out $(BUILD)/bench-ops.json
+	"$$PY" -m custom_ops.bench --out "$$BUILD/bench-ops.json"
 
 tune: $(SETUP)
-	$(PY) -m custom_ops.bench --tune --out $(BUILD)/tune.json
+	"$$PY" -m custom_ops.bench --tune --out "$$BUILD/tune.json"
 
 clean:
-	rm -rf $(BUILD) $(VENV)
+	rm -rf "$$BUILD" "$$VENV"

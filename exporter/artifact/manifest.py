@@ -144,9 +144,11 @@ def read_manifest(directory: Path) -> dict:
         raise KilnError(f"{directory} is not an artifact: it has no {MANIFEST}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise KilnError(f"{path} is not valid JSON: {e}") from e
-    if manifest.get("format") != "kiln" or manifest.get("format_version") != FORMAT_VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != "kiln":
+        raise KilnError(f"{directory} is not an artifact: its {MANIFEST} is of something else")
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise KilnError(
             f"{directory} has format version {manifest.get('format_version')}, this Kiln reads {FORMAT_VERSION}; export it again"
         )

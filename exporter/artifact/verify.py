@@ -60,7 +60,7 @@ def check_package(path: Path, entries: tuple[str, ...]) -> None:
 
 
 def _path(directory: Path, name: str) -> Path:
-    if Path(name).name != name or name in (".", ".."):
+    if Path(name).name != name or name in ("", ".", ".."):
         raise KilnError(f"{directory / MANIFEST} names the file {name!r}, which is not in its folder; do not load it")
     return directory / name
 
