@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from exporter.cli import main
 from exporter.compiler import host
 from exporter.compiler.host import check_compiler, compile_failure
-from exporter.errors import KilnError
 from tests.timeline import FIXTURES
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +27,9 @@ def refuses(tmp_path):
     (tmp_path / "fake" / "torch.py").write_text("import os; print('torch was imported', flush=True); os._exit(99)")
     (tmp_path / "tmp").mkdir()
 
-    def run(*options: object, match: str, out: object = tmp_path / "new" / "art", gguf: object = TINY, env=(), cwd: Path = tmp_path) -> None:
+    new = tmp_path / "new" / "art"
+
+    def run(*options: object, match: str, out: object = new, gguf: object = TINY, env=(), cwd: Path = tmp_path) -> None:
         environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": f"{tmp_path / 'fake'}:{ROOT}"} | dict(env)
         before = sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts)
         command = [sys.executable, "-m", "exporter", "export", "--gguf", gguf, "--out", out, "--target", "cpu", *options]

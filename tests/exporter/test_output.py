@@ -17,7 +17,8 @@ from exporter.artifact.output import check_output, check_space, staged
 from exporter.errors import KilnError
 
 ROOT = Path(__file__).parents[2]
-ODD = ["my art", "it's", 'a "b"', "ärt 窯", "-art", "a$(touch x);&|*?[b]", "n" * 200, "n" * 255, "窯" * 85, "new\nline", "x" * 180 + "é" * 30]
+ODD = ["my art", "it's", 'a "b"', "ärt 窯", "-art", "a$(touch x);&|*?[b]", "n" * 200, "n" * 255, "窯" * 85, "new\nline"]
+ODD += ["x" * 180 + "é" * 30]
 
 
 def artifact(path: Path, mark: str = "old") -> Path:
