@@ -12,6 +12,7 @@ import click
 
 from exporter.errors import KilnError
 from exporter.interrupt import ending_cleanly
+from exporter.temporary import working_folder
 
 PATH = click.Path(path_type=Path)
 
@@ -105,7 +106,6 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
     from exporter.checks import check_paths
     from exporter.compiler.host import check_compiler
     from exporter.compiler.workers import AT_ONCE, none_left, prepare
-    from exporter.temporary import working_folder
 
     check_paths(options["gguf_path"], options["out"], options["force"], options["chat_template"], options["dump_passes"])
     with working_folder() as folder, none_left():
@@ -155,7 +155,8 @@ def bench(as_json: bool, **options) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
     from exporter.measure.bench import bench as measure
 
-    record, text = measure(**options)
+    with working_folder():
+        record, text = measure(**options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
 
 
@@ -198,7 +199,8 @@ def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **opt
         lengths = tuple(int(depth) for depth in depths.split(","))
     except ValueError:
         raise click.BadParameter(f"{depths!r} is not a list of numbers like 2048,8192", param_hint="--depths") from None
-    record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
+    with working_folder():
+        record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
     if picture:
         ev.plot(record, picture)
     click.echo(json.dumps(record, indent=1) if as_json else ev.report(record))

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP end a command: what it started is killed, what it made for a while is removed, exit code 128 + the signal.
+"""SIGINT, SIGTERM and SIGHUP end a command: what it started is ended, what it made for a while is removed, exit code 128 + the signal.
 
 The handler does that itself instead of raising: an exception may be swallowed by whatever is running, and threads would be waited for.
 """
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,7 +75,18 @@ def _end(number: int) -> None:
     for undo in reversed(_undo):
         with contextlib.suppress(Exception):
             undo()
+    for child in _children():  # whatever else was started: a runner that is measured
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
     with contextlib.suppress(Exception):
         cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
         os.write(2, f"{cursor}kiln: ended by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
+
+
+def _children() -> list[int]:
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ended, or a kernel that does not tell
+            found += map(int, (thread / "children").read_text().split())
+    return found

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -30,7 +31,7 @@ def owned(path: Path, mode: int = 0o700) -> Iterator[Path]:
 
     def remove() -> None:
         for _ in range(3 if made else 0):  # a thread or a dying process may be writing into it
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             if not path.exists():
                 break
             time.sleep(0.05)
@@ -53,25 +54,48 @@ def stale(folder: Path) -> bool:
     try:
         if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.geteuid():
             return False
-        if not any(folder.iterdir()):  # killed before it could sign
-            return time.time() - folder.stat().st_mtime > 60
-        with (folder / OWNER).open("r+") as f:
-            owner = json.loads(f.read(4096))
-            if not isinstance(owner, dict) or owner.get("what") != MARK:
-                return False
-            if owner["host"] == _host():
-                return _started(owner["pid"]) != owner["started"]
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of another container, or from before a restart
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
+        owner = _owner(folder)
+        if owner is None:  # killed before it had signed, or after it had emptied it: the name tells who
+            number = re.search(r"[.-](\d+)[.-][a-z0-9]+$", folder.name)
+            empty = all(entry.name == OWNER and not _parsed(entry) for entry in folder.iterdir())
+            return bool(number) and empty and (_started(int(number[1])) is None or time.time() - folder.stat().st_mtime > 60)
+        if owner["host"] == _host():
+            return _started(owner["pid"]) != owner["started"]
+        with (folder / OWNER).open() as f:  # of another container, or from before a restart
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (OSError, KeyError, TypeError, ValueError):
         return False
+
+
+def _parsed(path: Path) -> object:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_bytes()[:4096])
+    return None
+
+
+def _owner(folder: Path) -> dict | None:
+    owner = _parsed(folder / OWNER)
+    return owner if isinstance(owner, dict) and owner.get("what") == MARK else None
 
 
 def sweep(parent: Path, pattern: str) -> None:
     """Remove the stale folders in `parent` whose names match the glob `pattern`."""
     for folder in parent.glob(pattern):
         if stale(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The owner's name goes last: what a kill leaves of it can still be swept."""
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name != OWNER:
+                shutil.rmtree(entry, ignore_errors=True)
+                entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / OWNER).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def temporary_root() -> Path:

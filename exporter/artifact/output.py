@@ -58,6 +58,8 @@ def check_output(out: Path, force: bool = False, sources: Sequence[Path] = ()) -
 
 
 def _check(out: Path, force: bool, sources: Sequence[Path]) -> Output:
+    if out.name and not os.path.lexists(out):
+        _recover(Output(out.absolute(), False, None))
     link = out.is_symlink()
     if link and not out.is_dir():
         raise KilnError(f"--out {out} is a link to {os.readlink(out)}, which is no folder; name another")
@@ -137,7 +139,6 @@ def staged(output: Output) -> Iterator[Path]:
     try:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            recover(output)
             sweep(output.parent, output.pattern)
         except OSError as e:
             raise KilnError(f"--out {output.path}: {e.strerror}; name another") from e
@@ -186,7 +187,7 @@ def _place(new: Path, output: Output, holder: Path) -> None:
     if _exchange(new, path):
         return
     old = holder / "old"
-    path.rename(old)  # `recover` brings it back where this process dies before the next line
+    path.rename(old)  # `_recover` brings it back where this process dies before the next line
     try:
         new.rename(path)
     except OSError:
@@ -194,7 +195,7 @@ def _place(new: Path, output: Output, holder: Path) -> None:
         raise
 
 
-def recover(output: Output) -> None:
+def _recover(output: Output) -> None:
     """Bring back an artifact that a dead export had set aside and not replaced yet."""
     for holder in output.parent.glob(output.pattern):
         if (holder / "old").is_dir() and not os.path.lexists(output.path) and stale(holder):

@@ -11,7 +11,9 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,6 +38,7 @@ class Worker:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with held():
+                _start_tracker()
                 self._process.start()
                 _started.append(self)
         finally:
@@ -55,7 +58,8 @@ class Worker:
             value, error = self._connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._died() from None
-        self.kill()  # there is nothing left for it to do
+        self._process.join(5)  # it takes leave of what it shares
+        self.kill()
         if error:
             raise error
         return value
@@ -93,6 +97,15 @@ def none_left() -> Iterator[None]:
     """No worker outlives the block, however it ends."""
     with undoing(_kill_all):
         yield
+
+
+def _start_tracker() -> None:
+    """The process that removes semaphores of dead workers; it should not tell the user that it does."""
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.pop()
 
 
 def _kill_all() -> None:

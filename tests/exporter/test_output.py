@@ -223,8 +223,10 @@ def test_an_artifact_set_aside_by_a_dead_export_comes_back(tmp_path):
     art = artifact(tmp_path / "art")
     dead = dead_folder(tmp_path, ".art.{pid}.partial")
     art.rename(dead / "old")
+    refused(art, "exists and is not empty", force=False)
+    assert (art / "mark").read_text() == "old"
     with pytest.raises(ValueError):
-        export(art, meanwhile=lambda: int("x"))
+        export(art, force=True, meanwhile=lambda: int("x"))
     assert (art / "mark").read_text() == "old" and tree(tmp_path) == {"art", "art/manifest.json", "art/mark"}
 
 
@@ -294,3 +296,25 @@ def test_not_enough_space(tmp_path):
     check_space(place, 1)
     with pytest.raises(KilnError, match="1048576.00 GiB are needed, .* GiB are free on that disk; make room"):
         check_space(place, 1 << 50)
+
+
+def test_a_folder_that_nobody_signed(tmp_path):
+    """Killed before it was signed, or after it was emptied: its name tells the process."""
+    dead = dead_folder(tmp_path, ".x.{pid}.partial")
+    pid = dead.name.split(".")[2]
+    for name, content in ((f".art.{pid}.partial", None), (f".art.{pid}1.partial", b""), (f".art.{pid}2.partial", b'{"what": "tem')):
+        folder = tmp_path / name
+        folder.mkdir()
+        if content is not None:
+            (folder / temporary.OWNER).write_bytes(content)
+        assert temporary.stale(folder)
+        (folder / "new").mkdir()
+        assert not temporary.stale(folder), "it holds something"
+        (folder / "new").rmdir()
+    alive = tmp_path / f".art.{os.getpid()}.partial"
+    alive.mkdir()
+    assert not temporary.stale(alive)
+    os.utime(alive, (0, 0))
+    assert temporary.stale(alive), "a live process signs at once"
+    export(tmp_path / "art")
+    assert {entry.name for entry in tmp_path.iterdir()} == {dead.name, "art"}

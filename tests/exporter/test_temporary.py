@@ -209,3 +209,20 @@ def test_no_worker_outlives_the_block(monkeypatch):
         waiting, working = workers._waiting[0], workers.Worker()
         working.start(time.sleep, 600)
     assert not waiting._process.is_alive() and not working._process.is_alive() and not workers._waiting and not workers._started
+
+
+def test_what_else_was_started_ends_too(tmp_path):
+    """`kiln bench` measures runners: they get SIGTERM when it is ended itself."""
+    code = """
+import subprocess, sys
+from exporter.interrupt import ending_cleanly
+with ending_cleanly():
+    child = subprocess.Popen(["sleep", "600"])
+    print(child.pid, flush=True)
+    child.wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(process.stdout.readline())
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and gone([child])
