@@ -141,9 +141,14 @@ def export_artifact(options: ExportOptions) -> None:
     template = chat_template(gguf, options.chat_template)
     print_plan(spec, options, targets)
     note_borrowed(targets)
+    try:
+        check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
+    except KilnError as e:
+        if not options.dry_run:
+            raise
+        say(f"note: {e}")
     if options.dry_run:
         return
-    check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
     with working_folder() as work, none_left(), staged(output) as stage:
         tokenizer = write_tokenizer(gguf, stage / "tokenizer.json")
         tokenizer = tokenizer and {"file": "tokenizer.json", **tokenizer}

@@ -94,8 +94,10 @@ def weights_record(path: Path, records: list[dict]) -> dict:
     return {"file": path.name, "bytes": path.stat().st_size, "header": {"bytes": header, "sha256": digest}}
 
 
-def file_record(path: Path) -> dict:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def file_records(directory: Path) -> list[dict]:
+    """The files beside the packages and the weights."""
+    paths = [path for name in OTHER_FILES if (path := directory / name).is_file()]
+    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
 
 
 def write_manifest(
@@ -128,7 +130,7 @@ def write_manifest(
         "constants": records,
         "kv": [kv_record(b) for b in kv],
         "weights": weights_record(directory / "weights.safetensors", records),
-        "files": [file_record(path) for name in OTHER_FILES if (path := directory / name).is_file()],
+        "files": file_records(directory),
         "tokenizer": tokenizer,
         "chat": chat,
     }

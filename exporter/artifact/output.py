@@ -84,12 +84,12 @@ def _check(out: Path, force: bool, sources: Sequence[Path]) -> Output:
         in_place = mount or here or link or not os.access(path.parent, os.W_OK | os.X_OK)
         _check_writable(out, path if in_place else path.parent)
         return Output(path, in_place, None)
+    if mount:
+        raise KilnError(f"--out {out} is a mount point and not empty, and cannot be replaced; empty it, or name a folder inside it")
     if not force:
         raise KilnError(f"--out {out} exists and is not empty; remove it or name another ({FORCE})")
     if link:
         raise KilnError(f"--out {out} is a link, and --force replaces no link's target; name {path} itself")
-    if mount:
-        raise KilnError(f"--out {out} is a mount point, which cannot be replaced; empty it, or name a folder inside it")
     if here or path in Path.cwd().resolve().parents:
         raise KilnError(f"--out {out} holds the current directory and cannot be replaced; change to another, or name another --out")
     for source in sources:

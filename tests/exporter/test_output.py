@@ -128,8 +128,8 @@ def test_a_mount_point(tmp_path, monkeypatch):
     before = volume.stat().st_ino
     export(volume)
     assert volume.stat().st_ino == before and tree(volume) == {"lost+found", "manifest.json", "mark"}
-    refused(volume, "exists and is not empty", force=False)
-    refused(volume, "is a mount point, which cannot be replaced")
+    for force in (False, True):
+        refused(volume, "is a mount point and not empty, and cannot be replaced; empty it, or name a folder inside it", force)
 
 
 def renaming_within(volume: Path, rename):

@@ -34,7 +34,10 @@ def odd(tmp_path) -> Path:
 
 
 def test_an_export_among_odd_paths(odd):
-    """The compiler's commands are strings: every path that goes into them is quoted. Nothing but the artifact stays."""
+    """The compiler's commands are strings: every path that goes into them is quoted. Nothing but the artifact stays.
+
+    Where mounts can be made, programs cannot be executed in TMPDIR.
+    """
     out = odd / ("-" + "n" * 199)
     environment = os.environ | {
         "PYTHONPATH": f"{odd / 'checkout'}:{odd / 'packages'}",
@@ -46,8 +49,13 @@ def test_an_export_among_odd_paths(odd):
     assert len(where) == 2 and all(str(odd) in path for path in where)
     command = [sys.executable, "-m", "exporter", "export", "--gguf", TINY, "--out", out.name, "--target", "cpu", "--max-seq-len", "64"]
     before = {p.name for p in odd.iterdir()}
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=odd)
+    script = '"$@"; code=$?; ls -A "$TMPDIR"; exit $code'
+    shell = ["sh", "-c", script, "sh"]
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", odd / "tmp"], capture_output=True).returncode == 0:
+        shell = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o noexec none "$TMPDIR" && {{ {script}; }}', "sh"]
+    result = subprocess.run([*shell, *map(str, command)], capture_output=True, text=True, env=environment, cwd=odd)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("total "), f"left in TMPDIR: {result.stdout}"
     assert {p.name for p in odd.iterdir()} == before | {out.name} and not list((odd / "tmp").iterdir())
     assert ODD.encode() not in (out / "model.pt2").read_bytes()
     kiln("inspect", "--verify", out)
