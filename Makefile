@@ -24,6 +24,7 @@ setup:
 
 # kiln-run beside Python, the extension module in its site-packages
 build: $(SETUP)
+	@case "$$PWD$$BUILD$$PY" in *[\"\;]*) echo 'CMake cannot build where a path holds a double quote or a semicolon; move the checkout' >&2; exit 1;; esac
 	@mkdir -p "$$BUILD"
 	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$BUILD/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
 	  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(BIN) -DKILN_PYTHON_DIR=$(SITE) \

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pwd
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _check(out: Path, force: bool, sources: Sequence[Path]) -> Output:
     if not out.is_dir():
         raise KilnError(f"--out {out} is a file; name a folder")
     path = out.resolve()
-    mount, here = os.path.ismount(path), os.path.samefile(path, ".")
+    mount, here = _is_mount(path), os.path.samefile(path, ".")
     if path in (Path("/"), Path.home()) or str(path) in {user.pw_dir for user in pwd.getpwall()}:
         raise KilnError(f"--out {out} is a home folder or the root; name a folder inside it")
     if _is_empty(path, mount):
@@ -111,6 +112,15 @@ def _check_ours(out: Path, path: Path) -> None:
     for entry in sorted(path.iterdir()):
         if entry.is_symlink() or not entry.is_file() or entry.suffix == ".gguf":
             raise KilnError(f"--out {out} holds {entry.name}, which is no part of an artifact ({FORCE}); move it away or name another")
+
+
+def _is_mount(path: Path) -> bool:
+    """A part of the same file system that is mounted there counts, too, which os.path.ismount does not see."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            if re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split()[4]) == os.fsencode(path):
+                return True
+    return os.path.ismount(path)
 
 
 def _is_empty(path: Path, mount: bool) -> bool:

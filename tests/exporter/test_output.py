@@ -142,21 +142,23 @@ def renaming_within(volume: Path, rename):
     return checked
 
 
-def test_a_real_mount_point(tmp_path):
+@pytest.mark.parametrize("mount", ["-t tmpfs none", "--bind other"])
+def test_a_real_mount_point(tmp_path, mount):
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.exporter.test_output import export
 export(Path(sys.argv[1]))
 """
-    volume = tmp_path / "volume"
+    volume = tmp_path / "a volume"
     volume.mkdir()
+    (tmp_path / "other").mkdir()
     python = f'exec {sys.executable} -c "$SCRIPT" "$0"'
-    command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "$0" && {python} && ls -A "$0"', str(volume)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SCRIPT": script})
+    command = ["unshare", "-rm", "sh", "-c", f'mount {mount} "$0" && ({python}) && ls -A "$0"', str(volume)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SCRIPT": script}, cwd=tmp_path)
     if "unshare" in result.stderr or "mount:" in result.stderr:
         pytest.skip(f"no mounts here: {result.stderr.strip()}")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and result.stdout == "manifest.json\nmark\n", result.stderr
 
 
 def test_the_current_directory_and_a_link_are_filled_in_place(tmp_path, monkeypatch):

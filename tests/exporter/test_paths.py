@@ -111,6 +111,21 @@ def test_make_passes_paths_whole(tmp_path):
         assert f"-DKILN_PYTHON_DIR={venv}/lib/{version}/site-packages" in words, words
         if len(arguments) > 1:
             assert f"{folder.parent}/out put/cpp" in words, words
+    (folder.parent / 'a"b').mkdir()
+    command = ["make", "build", f"PY={escaped(venv)}/bin/python", 'BUILD=../a"b']
+    result = subprocess.run(command, capture_output=True, cwd=folder, env=environment)
+    assert result.returncode == 2 and b"a double quote or a semicolon; move the checkout" in result.stderr
+
+
+def test_cmake_finds_its_parts_below_odd_paths(tmp_path):
+    packages = tmp_path / "it's my $HOME (ö)" / "packages"
+    packages.parent.mkdir()
+    packages.symlink_to(Path(torch.__file__).parents[1])
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"PYTHONPATH": str(packages), "PATH": f"{scripts}:{os.environ['PATH']}"}
+    command = ["cmake", "-S", ROOT / "runtime_cpp", "-B", packages.parent / "b", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 def escaped(path: Path) -> str:
