@@ -18,6 +18,8 @@ def check_paths(gguf: Path, out: Path, force: bool, chat_template: Path | None, 
         check_file(chat_template, "--chat-template", text=True)
     if dump_passes is not None:
         check_folder(dump_passes, "--dump-passes")
+        if out.resolve() in (dump_passes.resolve(), *dump_passes.resolve().parents):
+            raise KilnError(f"--dump-passes {dump_passes} is in --out {out}, which holds an artifact and nothing else; name another")
 
 
 def check_file(path: Path, option: str, text: bool = False) -> None:

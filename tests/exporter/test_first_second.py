@@ -68,6 +68,8 @@ def test_the_other_paths(refuses, tmp_path):
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     refuses("--chat-template", tmp_path / "latin.jinja", match="is not UTF-8")
     refuses("--dump-passes", TINY, match="is no folder; name another")
+    for dumps in ("new/art", "new/art/dumps", "new/../new/art/a/b"):
+        refuses("--dump-passes", dumps, match="which holds an artifact and nothing else; name another")
 
 
 def test_the_folder_for_temporary_files(refuses, tmp_path):
