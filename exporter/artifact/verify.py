@@ -13,9 +13,9 @@ from exporter.artifact.manifest import file_sha256, read_manifest
 from exporter.artifact.output import MANIFEST
 from exporter.errors import KilnError
 
-# Names in a package: a library, its metadata and the name of a source for each entry point; and torch's marks of a package.
+# Names in a package: a library for each entry point; in torch's form its metadata and the name of a source, too, and marks of a package.
 MARKS = r"\.?data/\w+|archive_format|archive_version|byteorder|version"
-PACKED = rf"(?:[\w.-]+/)?(?:data/aotinductor/(?P<entry>\w+)/[\w.-]+\.(?:so|json|wrapper\.cpp)|{MARKS})"
+PACKED = (r"(?P<entry>\w+)\.so", rf"(?:[\w.-]+/)?(?:data/aotinductor/(?P<entry>\w+)/[\w.-]+\.(?:so|json|wrapper\.cpp)|{MARKS})")
 BLOCK = 1 << 24  # bytes read at once
 AGAIN = "copy the artifact again, or export it again"
 
@@ -46,15 +46,15 @@ def check_package(path: Path, entries: tuple[str, ...]) -> None:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, NotImplementedError) as e:
         raise KilnError(f"{path} is not a package: {e}; {AGAIN}") from e
-    found = []
+    libraries = []
     for name in names:
-        match = re.fullmatch(PACKED, name)
+        match = next((found for form in PACKED if (found := re.fullmatch(form, name))), None)
         if not match or ".." in name.split("/") or (match["entry"] and match["entry"] not in entries):
             raise KilnError(f"{path} holds {name!r}, which is no part of a package; do not load it")
         if match["entry"] and name.endswith(".so"):
-            found.append(match["entry"])
-    if sorted(found) != sorted(entries):
-        raise KilnError(f"{path} has libraries for {', '.join(found) or 'nothing'}, not one each for {', '.join(entries)}; do not load it")
+            libraries.append(match["entry"])
+    if sorted(libraries) != sorted(entries):
+        raise KilnError(f"{path} has libraries for {', '.join(libraries) or 'nothing'}, not one each for {', '.join(entries)}; do not load it")
     if len(set(names)) != len(names):
         raise KilnError(f"{path} holds a name twice; do not load it")
 

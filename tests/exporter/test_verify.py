@@ -126,7 +126,8 @@ def test_a_manifest_with_something_missing(artifact, lost):
      "../data/aotinductor/prefill/y.json"],
 )  # fmt: skip
 def test_names_that_no_export_writes(tmp_path, name):
-    check_package(package(tmp_path / "good.pt2", GOOD), ENTRIES)
+    for names in (GOOD, [f"{entry}.so" for entry in ENTRIES]):
+        check_package(package(tmp_path / "good.pt2", names), ENTRIES)
     with pytest.raises(KilnError, match="no part of a package; do not load it"):
         check_package(package(tmp_path / "bad.pt2", [*GOOD, name]), ENTRIES)
 
