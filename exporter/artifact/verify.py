@@ -54,7 +54,8 @@ def check_package(path: Path, entries: tuple[str, ...]) -> None:
         if match["entry"] and name.endswith(".so"):
             libraries.append(match["entry"])
     if sorted(libraries) != sorted(entries):
-        raise KilnError(f"{path} has libraries for {', '.join(libraries) or 'nothing'}, not one each for {', '.join(entries)}; do not load it")
+        has = ", ".join(libraries) or "nothing"
+        raise KilnError(f"{path} has libraries for {has}, not one each for {', '.join(entries)}; do not load it")
     if len(set(names)) != len(names):
         raise KilnError(f"{path} holds a name twice; do not load it")
 
