@@ -13,7 +13,7 @@ export PYTHON VENV BUILD PY
 BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
-.PHONY: setup build demo test lint test-gpu sanitize bench-ops tune clean
+.PHONY: setup build demo test nightly lint test-gpu sanitize bench-ops tune clean
 
 setup:
 	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || { set -ex; \
@@ -36,15 +36,25 @@ demo: build
 	"$$PY" -m exporter run "$$BUILD/demo" --prompt "Why is the sky blue?"
 	"$$PY" -m exporter run "$$BUILD/demo" --prompt-file tests/nano/demo_passkey.txt
 
+# KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
 test: build lint
-	"$$PY" -m pytest -m "not gpu"
+	"$$PY" -m pytest -m "not gpu and not nightly" $(KILN_PYTEST)
 
+# ruff, and mypy over the rooms that pyproject.toml lists
 lint: $(SETUP)
 	"$$PY" -m ruff check .
+	"$$PY" -m mypy
 
-# everything that needs a GPU, on any machine that has one
+# what is slow and says little that `make test` does not: every kernel for every architecture, and the like
+nightly: build lint
+	"$$PY" -m pytest -m "nightly and not gpu" $(KILN_PYTEST)
+
+# everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
+# Where there is no git, KILN_COMMIT names the commit.
+GPU_RECORD ?= docs/measurements/gpu-tests.json
 test-gpu: build
-	"$$PY" -m pytest -m gpu
+	"$$PY" -m pytest -m gpu -n $(WORKERS) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 
 # on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
 # time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down

@@ -35,3 +35,11 @@ def short(name: str, limit: int = 200) -> str:
     while len(os.fsencode(name)) > limit:
         name = name[:-1]
     return name
+
+
+def write_text(path: Path, text: str, what: str) -> None:
+    """Writes UTF-8 whatever the locale says. KilnError, with `what`, when the file cannot be written."""
+    try:
+        path.write_bytes(text.encode("utf-8"))
+    except OSError as e:
+        raise KilnError(f"{path}: cannot write {what}: {e.strerror}") from e

@@ -58,7 +58,7 @@ def stale(folder: Path) -> bool:
         if owner is None:  # killed before it had signed, or after it had emptied it: the name tells who
             number = re.search(r"[.-](\d+)[.-][a-z0-9]+$", folder.name)
             empty = all(entry.name == OWNER and not _parsed(entry) for entry in folder.iterdir())
-            return bool(number) and empty and (_started(int(number[1])) is None or time.time() - folder.stat().st_mtime > 60)
+            return number is not None and empty and (_started(int(number[1])) is None or time.time() - folder.stat().st_mtime > 60)
         if owner["host"] == _host():
             return _started(owner["pid"]) != owner["started"]
         with (folder / OWNER).open() as f:  # of another container, or from before a restart

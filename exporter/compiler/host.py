@@ -27,7 +27,7 @@ def check_compiler(folder: Path) -> None:
     source, library = folder / "trial.cpp", folder / "trial.so"
     try:
         source.write_text(TRIAL)
-        command = [name, *FLAGS, source, "-o", library]
+        command = [name, *FLAGS, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise KilnError(f"{said} could not be started: {e}") from e

@@ -70,7 +70,8 @@ class Worker:
             if self in _started:
                 _started.remove(self)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                    if self._process.pid is not None:
+                        os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.kill()  # it may not have its group yet
                 self._process.join()
 

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
@@ -123,7 +124,7 @@ class _Loaded:
     def __init__(self, artifact: Path, manifest: dict, package: str):
         import torch
 
-        from exporter.artifact.weights import load_weights
+        from exporter.artifact.load import load_weights
         from exporter.compiler.torch_private import load_package
 
         self.manifest = manifest
@@ -150,7 +151,7 @@ class _Loaded:
             "seed": torch.zeros(1, dtype=torch.int64, device="cuda"),
         }
 
-    def call(self, entry: str, values: dict):
+    def call(self, entry: str, values: dict) -> Any:
         point = self.manifest["entry_points"][entry]
         outputs = self.models[entry].run([values[v["name"]] for v in point["inputs"]])
         return outputs[[v["name"] for v in point["outputs"]].index("token")]

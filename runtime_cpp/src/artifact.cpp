@@ -175,7 +175,10 @@ void Artifact::read_manifest() {
       for (const Json& id : t->at("eog")) spec.eog.push_back(id.as_int());
       tokenizer = std::move(spec);
     }
-    if (const Json* c = root.find("chat"); c && !c->is_null()) chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix")};
+    if (const Json* c = root.find("chat"); c && !c->is_null()) {
+      const Json* trim = c->find("trim");
+      chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix"), !trim || trim->as_bool()};
+    }
   } catch (const Error& e) {
     fail(where, ": ", e.what());
   }

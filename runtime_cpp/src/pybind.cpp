@@ -90,9 +90,9 @@ PYBIND11_MODULE(kiln, m) {
           "encode",
           [](const Tokenizer& t, const std::string& text, bool parse_special, bool add_bos) { return t.encode(text, parse_mode(parse_special), add_bos); },
           py::arg("text"), py::arg("parse_special") = false, py::arg("add_bos") = true, ReleaseGil(), "Token ids of a str or of bytes.")
-      .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix) {
-            return t.encode_chat(prefix, user, suffix);
-          }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")
+      .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix, bool trimmed) {
+            return t.encode_chat(prefix, user, suffix, trimmed);
+          }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), py::arg("trimmed") = true, ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")
       .def("decode", &Tokenizer::decode, py::arg("ids"), py::arg("skip_special") = true)
       .def("piece", [](const Tokenizer& t, int64_t id, bool skip_special) { return py::bytes(std::string(t.piece(id, skip_special))); }, py::arg("id"),
            py::arg("skip_special") = true, "The raw bytes of one token.")

@@ -77,7 +77,16 @@ Tokenizer Tokenizer::load(const std::string& path) {
       if (token.at("id").as_int() < 0) fail("an added token has id ", token.at("id").as_int());
       n = std::max(n, static_cast<size_t>(token.at("id").as_int()) + 1);
     }
-    if (n > vocab.size() + added.size()) fail("the token ids have gaps: ", vocab.size(), " tokens, the largest id is ", n - 1);
+    for (size_t i = 0; i < vocab.size(); ++i) n = std::max(n, static_cast<size_t>(std::max<int64_t>(vocab.value(i).as_int(), -1)) + 1);
+    // Ids whose text a lower id has: they decode to it, and no text encodes to them.
+    const Json* duplicates = root.at("model").find("duplicates");
+    size_t twice = duplicates ? duplicates->size() : 0;
+    for (size_t i = 0; i < twice; ++i) {
+      int64_t id = (*duplicates)[i].at("id").as_int();
+      if (id < 0) fail("a duplicate token has id ", id);
+      n = std::max(n, static_cast<size_t>(id) + 1);
+    }
+    if (n > vocab.size() + added.size() + twice) fail("the token ids have gaps: ", vocab.size(), " tokens, the largest id is ", n - 1);
 
     std::vector<std::string_view> texts(n);
     std::unordered_map<std::string_view, int32_t> ids;
@@ -99,6 +108,12 @@ Tokenizer Tokenizer::load(const std::string& path) {
       t.pieces_[id].control = token.at("special").as_bool();
       t.specials_[static_cast<uint8_t>(text[0])].push_back({std::string(text), static_cast<int32_t>(id)});
     }
+    for (size_t i = 0; i < twice; ++i) {
+      const Json& token = (*duplicates)[i];
+      auto id = static_cast<size_t>(token.at("id").as_int());
+      texts[id] = token.at("content").as_string();
+      t.pieces_[id].control = token.at("special").as_bool();
+    }
     for (auto& list : t.specials_)
       std::sort(list.begin(), list.end(), [](const Special& a, const Special& b) { return a.text.size() > b.text.size(); });
 
@@ -112,12 +127,13 @@ Tokenizer Tokenizer::load(const std::string& path) {
       if (is_special[id]) {
         t.text_ += text;
       } else if (byte >= 0) {
-        t.bytes_[byte] = static_cast<int32_t>(id);
+        if (t.bytes_[byte] == kUnknown) t.bytes_[byte] = static_cast<int32_t>(id);
         t.text_ += static_cast<char>(byte);
       } else {
         if (!text.empty()) {
           Utf8Step step = utf8_step(text);
-          if (step.valid && step.length == text.size()) t.code_points_[step.code_point] = static_cast<int32_t>(id);
+          if (step.valid && step.length == text.size() && t.code_points_[step.code_point] == kUnknown)
+            t.code_points_[step.code_point] = static_cast<int32_t>(id);
         }
         for (size_t at = 0; at < text.size();) {
           bool space = text.substr(at, kSpace.size()) == kSpace;
@@ -180,8 +196,9 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, ParseSpecial parse
   return encode_segments({{text, parse}}, add_bos);
 }
 
-std::vector<int64_t> Tokenizer::encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix) const {
-  return encode_segments({{prefix, ParseSpecial::All}, {trim(user), ParseSpecial::None}, {suffix, ParseSpecial::All}}, true);
+std::vector<int64_t> Tokenizer::encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix, bool trimmed) const {
+  std::string_view text = trimmed ? trim(user) : user;
+  return encode_segments({{prefix, ParseSpecial::All}, {text, ParseSpecial::None}, {suffix, ParseSpecial::All}}, true);
 }
 
 std::vector<int64_t> Tokenizer::encode_segments(const std::vector<Segment>& segments, bool add_bos) const {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import shared
 from tests.runtime.toy import write_artifact
 
 
@@ -17,10 +18,11 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def toy(device, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("toy") / "artifact"
-    root.mkdir()
-    write_artifact(root, device)
-    return root
+    def make(path: Path) -> None:
+        path.mkdir()
+        write_artifact(path, device)
+
+    return shared(tmp_path_factory, f"toy-{device}", make)
 
 
 @pytest.fixture
