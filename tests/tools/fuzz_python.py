@@ -230,7 +230,8 @@ def check_tokenizer(metadata: dict[str, Any]) -> None:
                 assert loaded.decode([i], skip_special=False) == (text if special else text.replace("\u2581", " ")), (i, text)
         for text in tokenizer.tokens[:12]:
             encoded = loaded.encode(text, add_bos=False)
-            assert loaded.decode(encoded, skip_special=False) == text.replace("\u2581", " "), (text, encoded)
+            decoded = loaded.decode(encoded, skip_special=False)  # U+2581 comes back as itself where its bytes were encoded
+            assert decoded.replace("\u2581", " ") == text.replace("\u2581", " "), (text, encoded)
 
 
 _PARTS = (
