@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from custom_ops.dtypes import DTYPES, dtype_name
-from custom_ops.gpu.early import WAITING_KERNELS
+from custom_ops.gpu.early import waiting_kernels
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
@@ -47,6 +47,7 @@ class ExportOptions:
     decode_activations: str = "exact"
     fuse_decode: bool = True
     kv_len: bool = True
+    matmul: str = "auto"
     head_budget_mib: int = 256
     allow_nonfinite: bool = False
     dump_passes: Path | None = None
@@ -97,6 +98,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
+            matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
         ),
     )
@@ -142,7 +144,7 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())

@@ -94,6 +94,13 @@ def main() -> None:
     help="Of one token's products on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a product.",
 )
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
+@click.option(
+    "--matmul",
+    type=click.Choice(["auto", "kiln", "blas"]),
+    default="auto",
+    show_default=True,
+    help="A prefill's products on a GPU. kiln: compiled into the package; blas: by cuBLAS; auto: the one measured to be better.",
+)
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."

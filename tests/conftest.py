@@ -24,6 +24,26 @@ def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     return result
 
 
+# A process of its own between this one and the command: a child's peak counts what its parent had in memory when it was started.
+_MEASURED = """
+import os, sys
+pid = os.fork()
+if not pid:
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(pid, 0)
+open(sys.argv[1], "w").write(str(used.ru_maxrss << 10))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def with_peak_memory(tmp_path: Path, *command: object) -> tuple[subprocess.CompletedProcess, int]:
+    """A command that must succeed, and the bytes that its process had in memory at most; processes that it starts are not counted."""
+    peak = tmp_path / "peak"
+    result = subprocess.run([sys.executable, "-SEc", _MEASURED, peak, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result, int(peak.read_text())
+
+
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that `make` fills, once for all workers of a run: it gets a path that does not exist yet."""
     base = factory.getbasetemp()

@@ -14,8 +14,9 @@ from custom_ops.cases import KernelCase
 from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import MIB, GpuTarget
+from custom_ops.weights import matmul
 from custom_ops.weights.block_types import LAYOUTS, usual_targets
-from custom_ops.weights.dequantize import dequantize_rows
+from custom_ops.weights.dequantize import kiln_dequantize
 from custom_ops.weights.fixed_point import TERMS
 from custom_ops.weights.gemv import COUNTERS, fix, multiply
 from custom_ops.weights.layouts import dequantize
@@ -39,7 +40,7 @@ def chunk_rows(n: int, k: int, itemsize: int) -> int:
 
 
 def dequantize_launch(kind: str, n: int) -> dict[str, int | bool]:
-    """Constants of `dequantize_rows` beside the format's, for a whole matrix of n rows."""
+    """Constants of `kiln_dequantize` beside the format's, for a whole matrix of n rows."""
     return {"GATHER": False, "GROUPS": min(LAYOUTS[kind].block // 32, 2), "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
 
 
@@ -52,7 +53,7 @@ def dequantized(words: torch.Tensor, halves: torch.Tensor, kind: str, dtype: tor
     out = torch.empty((k, n), dtype=dtype, device=words.device)
     constants = dequantize_launch(kind, n)
     grid = (triton.cdiv(n, constants["ROWS"]), k // 32 // constants["GROUPS"])
-    kernel(dequantize_rows)[grid](words, halves, after, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
+    kernel(kiln_dequantize)[grid](words, halves, after, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
                                   num_warps=1)
     return out
 
@@ -76,6 +77,12 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
         return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())
+    if matmul.own(x):
+        out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+        for i in range(0, n, step):
+            part = words[:, :, i : i + step], halves[:, :, i : i + step]
+            matmul.multiply_into(x, dequantized(*part, kind, x.dtype, out if i else x), out, i)
+        return out
     # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
     parts: list[torch.Tensor] = []
     for i in range(0, n, step):
@@ -107,7 +114,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         for m in model.matrices():
             k, rows = m.k, chunk_rows(m.n, m.k, 2)
             dense = format_constants(kind) | dequantize_launch(kind, rows)
-            case = KernelCase(f"dequantize_rows {kind} {rows}x{k}", dequantize_rows, dequantize_types, dense, {"num_warps": 1},
+            case = KernelCase(f"kiln_dequantize {kind} {rows}x{k}", kiln_dequantize, dequantize_types, dense, {"num_warps": 1},
                               usual_targets(kind), tuple(_INTEGERS))
             cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
     return list(cases.values())

@@ -50,7 +50,7 @@ class Matrix(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:  # [T] -> [T, K] float32
         if self.kind in LAYOUTS:
             return torch.ops.kiln.quantized_embedding(ids, self.words, self.halves, self.kind)
-        return F.embedding(ids, self.weight).float()
+        return F.embedding(ids.clamp(min=0), self.weight).float()  # -1: this step is queued behind one that found no token
 
 
 class Norm(nn.Module):
@@ -215,7 +215,9 @@ class Decoder(nn.Module):
         """[T, D] -> soft-capped float32 [T, V]."""
         logits = (self.output or self.token_embd).linear(self.output_norm(x, torch.float32))
         cap = self.config.final_logit_softcapping
-        return torch.tanh(logits / cap) * cap if cap else logits
+        if not cap:
+            return logits
+        return torch.where(torch.isfinite(logits), torch.tanh(logits / cap) * cap, torch.nan)  # tanh would make a number of Inf
 
     def forward(
         self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor

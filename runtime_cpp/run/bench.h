@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "kiln/session.h"
 
 namespace kiln {

@@ -33,12 +33,6 @@ DType parse_dtype(std::string_view name) {
   fail("unknown dtype '", name, "'");
 }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string out = "[";
-  for (int64_t d : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(d);
-  return out + "]";
-}
-
 std::string string_at(const Json& object, std::string_view key) {
   try {
     return std::string(object.at(key).as_string());
@@ -122,6 +116,12 @@ TargetSpec parse_target(const Json& object) {
 const char* dtype_name(DType dtype) { return row(dtype).name; }
 uint64_t dtype_bytes(DType dtype) { return row(dtype).bytes; }
 
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (int64_t d : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(d);
+  return out + "]";
+}
+
 Artifact::Artifact(const std::string& directory) : directory_(directory) {
   while (directory_.size() > 1 && directory_.back() == '/') directory_.pop_back();
   if (!file_exists(directory_)) fail(directory_, ": no such directory");
@@ -148,8 +148,15 @@ void Artifact::read_manifest() {
     prefill_chunk = int_at(root, "prefill_chunk", 1);
     for (const Json& t : root.at("targets")) targets.push_back(parse_target(t));
     if (targets.empty()) fail("the artifact has no targets");
-    prefill = parse_entry(root.at("entry_points").at("prefill"));
-    decode = parse_entry(root.at("entry_points").at("decode"));
+    const Json& entries = root.at("entry_points");
+    for (size_t i = 0; i < entries.size(); ++i) {
+      std::string name(entries.key(i));
+      if (name.empty() || name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") != std::string::npos)
+        fail("'entry_points': '", name, "' is not a name of lower-case letters, digits and _");
+      if (!entry_points.emplace(name, parse_entry(entries.value(i))).second) fail("'entry_points': '", name, "' is there twice");
+    }
+    for (const char* name : {"prefill", "decode"})
+      if (!entry_points.count(name)) fail("'entry_points': has no '", name, "'");
     for (const Json& c : root.at("constants")) {
       ConstantSpec spec;
       parse_tensor(c, spec);
@@ -237,13 +244,7 @@ std::string Artifact::target_names() const {
   return out;
 }
 
-void Artifact::verify(const TargetSpec& target, int threads) const {
-  {
-    MappedFile file(path(target.file));
-    if (file.size() != target.bytes) fail(file.path(), ": ", file.size(), " bytes, the manifest says ", target.bytes);
-    std::string found = sha256(file.data(), file.size());
-    if (found != target.sha256) fail(file.path(), ": damaged: SHA-256 is ", found, ", the manifest says ", target.sha256, "; copy the artifact again");
-  }
+void Artifact::verify(int threads) const {
   std::atomic<size_t> next{0};
   std::mutex mutex;
   size_t bad = constants.size();

@@ -142,6 +142,12 @@ PYBIND11_MODULE(kiln, m) {
       .def("set_logits_sink", &set_logits_sink, py::arg("sink"), "sink(row) gets every logits row as it is computed; None: off.")
       .def("set_sampling", [](Session& s, float temperature, int32_t top_k, float top_p, int64_t seed) { s.set_sampling({temperature, top_k, top_p, seed}); },
            py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0, ReleaseGil())
+      .def("cache_memory", [](const Session& s) {
+            py::dict out;
+            for (const auto& cache : s.cache_memory()) out[cache.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(cache.data), cache.bytes);
+            return out;
+          }, "For measurements: name -> (address on the device, bytes) of each cache.")
+      .def("pretend", &Session::pretend, py::arg("position"), ReleaseGil(), "For measurements: goes on at `position`, over the caches as they are.")
       .def("reset", &Session::reset, ReleaseGil())
       .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")

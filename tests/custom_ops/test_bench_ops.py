@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import custom_ops
+from custom_ops import geometry
 from custom_ops.attention import flash, sliding_decode
 from custom_ops.attention.flash import Tile
 from custom_ops.bench import __main__ as command
 from custom_ops.bench import harness, tune
-from custom_ops.bench.cases import GEMMA4_31B, Workload, fixed_cases, gemv_cases
+from custom_ops.bench.cases import Workload, fixed_cases, gemv_cases, workload
 from custom_ops.bench.ceilings import Ceilings
 from custom_ops.bench.harness import all_cases
 from custom_ops.geometry import Heads, Matrix
@@ -133,9 +134,11 @@ def test_group_lines():
     assert harness.group_lines([*rows, {"group": "g", "count": 1}]) == []
 
 
-def test_the_31b_is_what_the_exporter_plans(tmp_path):
-    path = tmp_path / "31b.gguf"
-    write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)
+@pytest.mark.parametrize("model, step", [(geometry.GEMMA4_31B, 18.67e9), (geometry.GEMMA4_12B, 7.367e9)], ids=["31b", "12b"])
+def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
+    """Matrices, heads and windows of the geometry, and the bytes that a decode step reads."""
+    path, work = tmp_path / "model.gguf", workload(model, "q4_k_m")
+    write_synthetic(path, model.name, "q4_k_m", 0, sparse=True)
     gguf = open_gguf(path)
     config = from_gguf(gguf)
     counts: dict[tuple, int] = {}
@@ -143,14 +146,14 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
         if p.K:
             key = (p.name.split(".")[-1], p.kind, p.N, p.K)
             counts[key] = counts.get(key, 0) + 1
-    assert counts == {(m.name, m.kind, m.n, m.k): m.count for m in (*GEMMA4_31B.matrices, GEMMA4_31B.head)}
-    for heads, sliding in ((GEMMA4_31B.sliding, True), (GEMMA4_31B.full, False)):
+    assert counts == {(m.name, m.kind, m.n, m.k): m.count for m in (*work.matrices, work.head)}
+    for heads, sliding in ((work.sliding, True), (work.full, False)):
         layers = [layer for layer in config.layers if layer.sliding == sliding]
         assert len(layers) == heads.layers
         assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {(heads.queries, heads.kv, heads.dim)}
-    assert config.sliding_window == GEMMA4_31B.window
-    for cases in (gemv_cases(GEMMA4_31B), fixed_cases(GEMMA4_31B)):
-        assert sum(case.bytes * case.count for case in cases) == pytest.approx(18.67e9, rel=2e-3)  # what a decode step reads
+    assert config.sliding_window == work.window
+    for cases in (gemv_cases(work), fixed_cases(work)):
+        assert sum(case.bytes * case.count for case in cases) == pytest.approx(step, rel=2e-3)
 
 
 # ---- tuning ----

@@ -1,4 +1,5 @@
-"""Every kernel of every op compiles for every architecture and fits it: shared memory, and registers without spilling. No GPU needed."""
+"""Every kernel of every op compiles for every architecture and fits it: shared memory, registers without spilling, and what it does before
+it waits for earlier kernels. No GPU needed."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from custom_ops.cases import KernelCase, all_cases
+from custom_ops.gpu import contract
 from custom_ops.gpu.target import KIB, GpuTarget, gpu_targets
 from custom_ops.tq4 import attention, codec
 from custom_ops.weights.block_types import LAYOUTS
@@ -47,6 +49,8 @@ def examine(case: KernelCase, target: GpuTarget) -> tuple[str, list[str]]:
         problems.append(f"{shown}: {shared} bytes of shared memory, the limit of {target.name} is {target.smem_optin}")
     if registers < FEWEST_REGISTERS:
         problems.append(f"{shown}: {registers} registers; the compiler found nothing to do")
+    if target.sm >= 90:
+        problems += [f"{shown}: {problem}" for problem in contract.check(compiled.asm["cubin"])]
     if stack:
         problems.append(f"{shown}: spills {stack} bytes, {registers} registers")
     return f"{case.name}: {registers} registers, {shared} bytes of shared memory", problems
@@ -106,7 +110,7 @@ def test_an_oversize_configuration_is_named() -> None:
 def test_an_empty_kernel_is_named() -> None:
     """Of this tile the compiler makes one on sm_100, which is why the table has another there."""
     constants = attention.prefill_launch(False, True, TARGETS["sm_90"], 32, 4, 512, 131072, 256)[1]
-    case = next(c for c in all_cases(TARGETS["sm_100"]) if c.fn is attention.tq4_prefill_kernel and "bf16" in c.name)
+    case = next(c for c in all_cases(TARGETS["sm_100"]) if c.fn is attention.kiln_tq4_prefill and "bf16" in c.name)
     assert examine(case, TARGETS["sm_100"])[1] == []
     _, problems = examine(dataclasses.replace(case, constexprs=constants), TARGETS["sm_100"])
     assert any("nothing to do" in problem for problem in problems)
@@ -121,7 +125,7 @@ def test_a_spill_is_named() -> None:
 @pytest.mark.parametrize("target", ["sm_86", "sm_90", "sm_120"])
 def test_tables_of_tq4_stay_in_registers(target: str) -> None:
     """Were their values known to the assembler it would fetch them again for every lookup: a tenth more instructions in decode."""
-    case = next(c for c in attention.kernel_cases(TARGETS[target]) if c.fn is attention.tq4_decode_kernel and "bf16" in c.name)
+    case = next(c for c in attention.kernel_cases(TARGETS[target]) if c.fn is attention.kiln_tq4_decode and "bf16" in c.name)
     code = re.sub(r"/\*.*?\*/", "", cuobjdump(compile_case(case, TARGETS[target]).asm["cubin"], "-sass"))
     tables = re.findall(r"\.b32 \w, t, (0x[0-9a-f]+);", codec.PLANES_ASM.value[0])
     assert len(tables) == 2

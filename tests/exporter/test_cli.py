@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import struct
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from exporter.errors import KilnError
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
 from exporter.source.plan import read_plan
-from tests.conftest import kiln
+from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
 
@@ -191,34 +190,27 @@ def test_the_cpu_target_goes_alone(tmp_path):
 def test_dry_run_of_the_31b(tmp_path):
     path = tmp_path / "31b.gguf"
     sparse_31b(path)
-    command = [
-        sys.executable,
-        "-m",
-        "exporter",
-        "export",
-        "--gguf",
-        str(path),
-        "--out",
-        str(tmp_path / "out"),
-        "--max-seq-len",
-        "131072",
-        "--turboquant",
-        "--target",
-        "sm_90",
-        "--dry-run",
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(result.stdout, peak)
+    options = ("--gguf", path, "--out", tmp_path / "out", "--max-seq-len", 131072, "--turboquant", "--target", "sm_90", "--dry-run")
+    result, peak = with_peak_memory(tmp_path, sys.executable, "-m", "exporter", "export", *options)
+    print(result.stdout, f"{peak / 2**20:.0f} MiB")
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
     assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
     assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the residual
     assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
     assert not (tmp_path / "out").exists()
-    if peak > before:  # the largest child so far was this one
-        assert peak < 1 << 20, "KiB"
+    assert 100 << 20 < peak < 1 << 30  # PyTorch alone is several hundred MiB
+
+
+def test_the_peak_is_the_childs_own(tmp_path):
+    """Whatever this process or an earlier child had in memory."""
+    ballast = bytearray(400 << 20)
+    for i in range(0, len(ballast), 4096):
+        ballast[i] = 1
+    subprocess.run([sys.executable, "-SEc", "bytearray(b'x') * (500 << 20)"], check=True)
+    _, small = with_peak_memory(tmp_path, sys.executable, "-SEc", "pass")
+    _, large = with_peak_memory(tmp_path, sys.executable, "-SEc", "bytearray(b'x') * (200 << 20)")
+    assert small < 50 << 20 and 200 << 20 < large < 250 << 20
 
 
 def sparse_31b(path: Path) -> None:

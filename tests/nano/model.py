@@ -1,6 +1,6 @@
 """Gemma 4 as the data sheet has it, in batches and with gradients: for training, and for reading long contexts with a cache of our choice.
 
-`exporter/model.py` is the product's decoder (one sequence, caches mutated in place, packed weights); the tests hold this one against it.
+`exporter/model/decoder.py` is the decoder of the product: one sequence, caches mutated in place, packed weights. Tests compare the two.
 Parameters carry the GGUF file's tensor names. Shapes: B sequences, T tokens, D hidden size, H query heads, KV key/value heads, hd head
 size.
 """
