@@ -15,6 +15,7 @@ namespace {
 
 constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581, stands for " " in the vocabulary
 constexpr uint32_t kSpaceCodePoint = 0x2581;
+constexpr uint64_t kMaxText = 1'000'000'000;  // of a tokenizer.json
 constexpr int32_t kUnknown = -1, kMerged = -2;  // symbol states beside ids
 
 uint64_t pair_key(int32_t left, int32_t right) { return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right); }
@@ -64,8 +65,10 @@ int64_t bos_of(const Json& root) {
 
 }  // namespace
 
-Tokenizer Tokenizer::load(const std::string& path) {
-  JsonDocument doc(read_file(path), path);
+Tokenizer Tokenizer::load(const std::string& path) { return parse(read_file(path, kMaxText), path); }
+
+Tokenizer Tokenizer::parse(std::string json, const std::string& name) {
+  JsonDocument doc(std::move(json), name);
   Tokenizer t;
   try {
     const Json& root = doc.root();
@@ -94,6 +97,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
     for (size_t i = 0; i < vocab.size(); ++i) {
       int64_t id = vocab.value(i).as_int();
       if (id < 0 || static_cast<size_t>(id) >= n) fail("token '", vocab.key(i), "' has id ", id, ", the vocabulary has ", n, " tokens");
+      if (texts[static_cast<size_t>(id)].data()) fail("two tokens have the id ", id);
       texts[static_cast<size_t>(id)] = vocab.key(i);
       ids[vocab.key(i)] = static_cast<int32_t>(id);
     }
@@ -162,7 +166,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
     t.bos_ = bos_of(root);
     if (t.bos_ >= t.size()) fail("the BOS id is ", t.bos_, ", the vocabulary has ", n, " tokens");
   } catch (const Error& e) {
-    fail(path, ": ", e.what());
+    fail(name, ": ", e.what());
   }
   return t;
 }

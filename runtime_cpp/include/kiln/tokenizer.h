@@ -17,6 +17,7 @@ class Tokenizer {
  public:
   // Throws Error when the file is not a tokenizer of the kind written by the exporter.
   static Tokenizer load(const std::string& path);
+  static Tokenizer parse(std::string json, const std::string& name);  // the text of such a file; `name` stands at the head of messages
 
   // Token ids of `text` (UTF-8; bytes that are not become byte tokens). With add_bos the ids start with exactly one BOS.
   std::vector<int64_t> encode(std::string_view text, ParseSpecial parse = ParseSpecial::None, bool add_bos = true) const;
