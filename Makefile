@@ -98,7 +98,7 @@ tidy: build
 # What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
 FUZZ_SECONDS ?= 60
-FUZZED = $(notdir $(wildcard tests/corpus/*))
+FUZZED = $(filter $(basename $(notdir $(wildcard runtime_cpp/fuzz/*.cpp))), $(notdir $(wildcard tests/corpus/*)))
 LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
 FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
 fuzz: $(SETUP)
@@ -107,6 +107,7 @@ fuzz: $(SETUP)
 	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P 2 -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
 	  -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -artifact_prefix="$$top/tests/corpus/{}/" found/{} "$$top/tests/corpus/{}" >{}.log 2>&1 \
 	  && echo "{}: $$(grep "^Done" {}.log)" || { tail -n 40 {}.log; exit 255; }'
+	FUZZ_SECONDS=$(FUZZ_SECONDS) "$$PY" -m tests.tools.fuzz_python
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.dtypes import DTYPES, dtype_name
 from custom_ops.gpu.early import waiting_kernels
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
+from custom_ops.tq4.codec import check_dim
 from custom_ops.weights.fixed_point import TERMS
 from exporter.artifact.memory import kv_plan, memory_plan
 from exporter.artifact.output import check_output, check_space, staged
@@ -90,6 +92,9 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
     if options.residual_length < 32 or options.residual_length % 32:
         raise KilnError(f"--residual-length {options.residual_length}: give a multiple of 32, at least 32")
+    global_layers = any(not layer.sliding for layer in config.layers)
+    if options.turboquant and not global_layers:
+        raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     spec = GraphSpec(
         cache=options.cache,
         config=config,
@@ -100,7 +105,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         options=PassOptions(
             turboquant=options.turboquant,
             residual_length=options.residual_length,
-            kv_len=options.kv_len,
+            kv_len=options.kv_len and global_layers,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
             matmul="blas" if cpu else options.matmul,
@@ -110,7 +115,21 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     largest, tensor = plan.key_bound
     if spec.cache_dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
         raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
+    _check_shapes(spec, gpu=not cpu)
     return spec
+
+
+def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
+    """KilnError for head sizes and caches that the kernels do not take: compiling would find out after minutes."""
+    try:
+        for layer in spec.config.layers:
+            if spec.options.turboquant and not layer.sliding:
+                check_dim(layer.head_dim)
+        for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
+            if buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
+                check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
+    except ValueError as e:
+        raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e
 
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
