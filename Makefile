@@ -11,7 +11,7 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-.PHONY: build demo test nightly lint test-gpu sanitize bench-ops tune clean
+.PHONY: build demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml
 # kiln-run beside Python, the extension module in its site-packages
 build: $(SETUP)
 	@mkdir -p $(BUILD)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(BUILD)/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(BUILD)/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_INSTALL_MESSAGE=NEVER \
 	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$(abspath $(BIN))" -DKILN_PYTHON_DIR="$(SITE)" \
 	  >$(BUILD)/cmake.log 2>&1 || { cat $(BUILD)/cmake.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
@@ -67,6 +67,42 @@ sanitize: build
 	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file $(BUILD)/racecheck.log $(STEPS)
 	grep 'RACECHECK SUMMARY' $(BUILD)/racecheck.log
 	! grep 'Race reported\|and Write access\|and Read access\|Internal' $(BUILD)/racecheck.log | grep -v ' at nvjet_'
+
+# The C++ library and tests/runtime with AddressSanitizer and UndefinedBehaviorSanitizer; sessions in threads with ThreadSanitizer. The tests'
+# artifact is compiled first, without them. setarch: ThreadSanitizer of GCC 12 does not know newer kernels' address spaces.
+SANITIZED_CPU = $(abspath $(BUILD)/sanitize-cpu)
+sanitized = PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(SANITIZED_CPU)/$(1) -G Ninja -DKILN_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(SANITIZED_CPU)/$(1)/bin \
+  -DKILN_PYTHON_DIR=$(SANITIZED_CPU)/$(1)/site >/dev/null && PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED_CPU)/$(1) --target $(3)
+PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "$$(c++ -print-file-name=$$l)"; done)
+sanitize-cpu: $(SETUP)
+	@rm -rf $(SANITIZED_CPU)/toy && mkdir -p $(SANITIZED_CPU)
+	$(PY) -m tests.runtime.toy $(SANITIZED_CPU)/toy
+	$(call sanitized,asan,address$(comma)undefined,install kiln-sessions)
+	$(call sanitized,tsan,thread,kiln-sessions)
+	$(SANITIZED_CPU)/asan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu 4
+	TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R $(SANITIZED_CPU)/tsan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED_CPU)/asan/site KILN_RUN=$(SANITIZED_CPU)/asan/bin/kiln-run \
+	  KILN_TEST_TOY=$(SANITIZED_CPU)/toy $(PY) -m pytest -m "not gpu and not builds" tests/runtime
+comma = ,
+
+# What clang-tidy says of the C++ code, by .clang-tidy
+tidy: build
+	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
+	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p $(BUILD)/cpp --warnings-as-errors='*'
+
+# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
+# a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
+FUZZ_SECONDS ?= 60
+FUZZED = $(notdir $(wildcard tests/corpus/*))
+LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
+FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
+fuzz: $(SETUP)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp/fuzz -B $(BUILD)/fuzz -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/fuzz
+	@printf '%s\n' $(FUZZED) | xargs -P 2 -I{} sh -c 'cd $(BUILD)/fuzz && mkdir -p found/{} && ./fuzz_{} -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
+	  -timeout=20 -artifact_prefix=$(CURDIR)/tests/corpus/{}/ found/{} $(CURDIR)/tests/corpus/{} >{}.log 2>&1 && echo "{}: $$(grep "^Done" {}.log)" \
+	  || { tail -n 40 {}.log; exit 255; }'
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

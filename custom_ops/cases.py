@@ -14,6 +14,7 @@ MODULES = (
     "step.add_norm",
     "attention.prepare",
     "weights.linear",
+    "weights.matmul",
     "weights.embedding",
     "step.sample",
     "attention.sliding_attention",

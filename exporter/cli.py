@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -14,13 +16,27 @@ from custom_ops.geometry import GEOMETRIES
 from custom_ops.weights.mixes import SYNTHETIC
 from exporter.errors import KilnError
 
-PATH = click.Path(path_type=Path)
+
+class UserPath(click.Path):
+    """A path as a shell hands it over: `--out=~/model` arrives with its tilde."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # nobody's home; no path at all, which is told where it is opened
+            return path.expanduser() if str(path).startswith("~") and not path.exists() else path
+        return path
+
+
+PATH = UserPath(path_type=Path)
 
 
 class Group(click.Group):
     """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # UTF-8 whatever the locale says; what is no text in it is escaped
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except KilnError as e:
@@ -78,11 +94,19 @@ def main() -> None:
     help="Of one token's products on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a product.",
 )
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
+@click.option(
+    "--matmul",
+    type=click.Choice(["auto", "kiln", "blas"]),
+    default="auto",
+    show_default=True,
+    help="A prefill's products on a GPU. kiln: compiled into the package; blas: by cuBLAS; auto: the one measured to be better.",
+)
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
 )
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
@@ -98,26 +122,44 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
-    if not options["dry_run"] and options["gguf_path"].is_file():
+    from exporter.source.plan import ReadOptions, read_plan
+
+    # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
+    scan = options["dry_run"] and not options["allow_nonfinite"]
+    # Before torch is imported: a bad file is refused at once.
+    plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
+    if not options["dry_run"]:
         from exporter.compiler.workers import AT_ONCE, prepare
 
         prepare(AT_ONCE)  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
+    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
 
 
 @main.command()
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 @click.option("--verify", is_flag=True, help="Recompute every checksum of an artifact.")
-def inspect(path: Path, as_json: bool, verify: bool) -> None:
-    """Show what a GGUF file or an artifact holds."""
+@click.option("--no-scan", is_flag=True, help="Leave the weights of a GGUF file unread: whether all of them are finite is not known then.")
+def inspect(path: Path, as_json: bool, verify: bool, no_scan: bool) -> None:
+    """Show what a GGUF file or an artifact holds, and everything for which `kiln export` would refuse the file (exit code 1)."""
     from exporter.artifact import show as show
 
-    record = show.artifact(path, verify) if path.is_dir() else show.gguf(path)
+    record = show.artifact(path, verify) if _is_artifact(path) else show.gguf(path, scan=not no_scan)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
+    for note in record.get("notes", ()):
+        click.echo(note, err=True)
+    for problem in record.get("problems", ()):
+        click.echo(f"kiln: error: {problem}", err=True)
+    if record.get("problems"):
+        sys.exit(1)
+
+
+def _is_artifact(path: Path) -> bool:
+    """A folder, unless it holds GGUF files and no manifest: what to give instead is said there."""
+    return path.is_dir() and ((path / "manifest.json").exists() or not any(path.glob("*.gguf")))
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})

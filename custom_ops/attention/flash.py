@@ -32,7 +32,7 @@ class Tile:
     splits_per_sm: int = 2
 
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 DECODE_TILES = {
     (80, 512): Tile(keys=32, warps=4, stages=2),
     (86, 256): Tile(keys=32, warps=4, stages=2),

@@ -34,7 +34,7 @@ from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.weights import fixed_point
 from custom_ops.weights.fixed_point import GROUP, group_words
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {
     (86, 256): Tile(keys=32, warps=8, stages=1),
     (86, 512): Tile(keys=16, warps=8, stages=1),

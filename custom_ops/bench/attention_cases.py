@@ -1,4 +1,4 @@
-"""Benchmark cases of the ops that read or write caches; see `bench_cases`."""
+"""Benchmark cases of the ops that read or write caches; see `cases.py`."""
 
 from __future__ import annotations
 

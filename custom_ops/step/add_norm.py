@@ -1,8 +1,8 @@
-"""What lies between two products of one token in one kernel: residual, post-norm, layer scale, the next norm's weight and fixed point.
+"""One kernel between two matmuls of one token: post-norm, residual stream, layer scale, the next norm's weight, fixed point.
 
-A root mean square needs a whole row, which no program has: so the sums of squares of pieces of a row go from kernel to kernel. The product
-before leaves those of its result (`fixed_linear_squares`); what follows here leaves those of its own, and the product after multiplies by
-the root, which commutes with it.
+RMSNorm needs the mean square of a whole row, and no program has a whole row. So sums of squares of pieces travel from kernel to kernel: the
+matmul before leaves those of its result (`fixed_linear_squares`), this kernel leaves those of the new stream, and the matmul after
+multiplies its result by the root, which commutes with it.
 """
 
 from __future__ import annotations

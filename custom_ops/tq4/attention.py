@@ -1,7 +1,7 @@
-"""Causal attention over a TQ4 cache (`custom_ops/tq4.py`) whose newest keys and values are kept exact beside the codes, the residual.
+"""Causal attention over a TQ4 cache (`codec.py`): codes of every position, and an exact window, the ring of the newest keys and values.
 
-Two attentions, one of a sliding window over a ring and one over the codes of what is older, are merged by their total weights. For the
-second, queries and output are rotated once, cached vectors never.
+Two attentions are merged by their total weights: one over the ring, one over the codes of what is older. The second rotates its queries
+and its output once, cached vectors never.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
 from custom_ops.weights.fixed_point import largest, largest_size, store_fixed
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 PREFILL_TILES = {

@@ -1,4 +1,4 @@
-"""Products of a few tokens with packed weights: fixed-point activations in, one kernel, every weight read once at its own bits."""
+"""Matmuls of a few tokens with packed weights: fixed-point activations in, one kernel; each token reads every weight once, at its bits."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
     """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
     counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
-    is multiplied by `norm.root` of them. Raises ValueError when a shape does not fit.
+    is multiplied by `add_norm.root` of them. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, kind, squares)
     if not use_triton(x):
@@ -169,7 +169,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
 @triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fixed_linear` of one token, and float32 sums that add up to the sum of squares of it; how many is the kernel's choice."""
+    """`fixed_linear` of one token, and float32 partial sums of its squares; the kernel chooses how many."""
     _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         y = reference(x, words, halves, kind, squares, eps)
@@ -180,7 +180,7 @@ def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Ten
 @triton_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
-    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
+    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the result; the kernel chooses S."""
     _check("fixed_partials", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         return reference(x, words, halves, kind, squares, eps)

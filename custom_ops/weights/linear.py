@@ -14,6 +14,7 @@ from custom_ops.cases import KernelCase
 from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import MIB, GpuTarget
+from custom_ops.weights import matmul
 from custom_ops.weights.block_types import LAYOUTS, usual_targets
 from custom_ops.weights.dequantize import kiln_dequantize
 from custom_ops.weights.fixed_point import TERMS
@@ -76,6 +77,12 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
         return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())
+    if matmul.own(x):
+        out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+        for i in range(0, n, step):
+            part = words[:, :, i : i + step], halves[:, :, i : i + step]
+            matmul.multiply_into(x, dequantized(*part, kind, x.dtype, out if i else x), out, i)
+        return out
     # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
     parts: list[torch.Tensor] = []
     for i in range(0, n, step):

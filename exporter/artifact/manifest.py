@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exporter.errors import KilnError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

@@ -11,11 +11,11 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from custom_ops.dtypes import DTYPES
-from exporter.artifact.weights import WeightPlan
 from exporter.compiler.torch_private import fake_export
 from exporter.errors import KilnError
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.source.config import ModelConfig
+from exporter.source.weights import WeightPlan
 from passes.edit import PassError
 from passes.pipeline import run_pipeline
 from passes.records import KVBuffer, Lowered, PassOptions

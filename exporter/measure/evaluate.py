@@ -29,7 +29,7 @@ from exporter.measure.players import (
     reference_player,
 )
 from exporter.progress import say
-from exporter.source.gguf import open_gguf
+from exporter.source.plan import ModelPlan, read_plan
 
 SUITES = ("ppl", "kld", "needle")
 SCORED_TOKENS = 512  # fed at once where rows are compared in float64
@@ -203,12 +203,13 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     written = _read_text(options.text) if options.text else None
     longest = max([options.tokens] * scored + list(options.depths) * ("needle" in options.suites))
     is_artifact = options.path.is_dir()
+    plan = None if is_artifact else read_plan(options.path)
     if is_artifact and "kld" in options.suites and options.reference is None:
         raise KilnError("--suite kld of an artifact needs the GGUF file it was made from: give --reference FILE")
-    if is_artifact:
+    if plan is None:
         player, text, record = _artifact(options)
     else:
-        player, text, record = _gguf(options, longest)
+        player, text, record = _gguf(options, plan, longest)
     if longest > player.max_seq_len:
         raise KilnError(f"{longest} tokens are asked for, {options.path} holds {player.max_seq_len}; ask for at most that")
     if scored:
@@ -217,7 +218,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
             raise KilnError(f"{options.text} has {len(ids)} tokens, more than --tokens {options.tokens} are needed; give a longer text")
         reference = None
         if "kld" in options.suites:
-            reference = reference_player(open_gguf(options.reference or options.path), options.tokens, choose_device(options.device))
+            other = plan if plan and not options.reference else read_plan(options.reference or options.path)
+            reference = reference_player(other, options.tokens, choose_device(options.device))
             if reference.vocab_size != player.vocab_size:
                 sizes = f"{reference.vocab_size} tokens, {player.vocab_size} are needed"
                 raise KilnError(f"the vocabulary of --reference has {sizes}; give the file that the artifact was made from")
@@ -244,9 +246,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise KilnError(f"--text {path}: {getattr(e, 'strerror', None) or e}") from e
+        text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are: they are part of what is scored
+    except UnicodeDecodeError as e:
+        raise KilnError(f"--text {path}: not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+    except OSError as e:
+        raise KilnError(f"--text {path}: {e.strerror}") from e
+    if not text.strip():
+        raise KilnError(f"--text {path}: the file has no text; give a longer one")
+    return text
 
 
 def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
@@ -258,12 +265,11 @@ def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
     return player, artifact_text(options.path, manifest), record
 
 
-def _gguf(options: EvalOptions, max_seq_len: int) -> tuple[Player, Text, dict[str, Any]]:
+def _gguf(options: EvalOptions, plan: ModelPlan, max_seq_len: int) -> tuple[Player, Text, dict[str, Any]]:
     device = choose_device(options.device)
     kv_cache = options.kv_cache or {"cpu": "f32", "cuda": "f16"}[device]
-    gguf = open_gguf(options.path)
-    text = gguf_text(gguf)
-    player = graph_player(gguf, kv_cache, max_seq_len, device)
+    text = gguf_text(plan)
+    player = graph_player(plan, kv_cache, max_seq_len, device)
     return player, text, {"model": str(options.path), "player": f"lowered graph on {device}", "kv_cache": KV_CACHES[kv_cache]}
 
 

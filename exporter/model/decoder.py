@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
 from custom_ops.dtypes import FLOATS
 from custom_ops.weights.layouts import LAYOUTS
-from exporter.artifact.weights import WeightPlan
 from exporter.errors import KilnError
 from exporter.source.config import LayerConfig, ModelConfig
+from exporter.source.weights import WeightPlan
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
 
@@ -166,7 +166,7 @@ def _below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]
 class Decoder(nn.Module):
     """Tokens of one chunk in, the next token and the last position's logits out.
 
-    Parameters carry the names of `exporter.weights.constants`; buffers are the KV caches and nothing else.
+    Parameters carry the names of `exporter.source.weights.constants`; buffers are the KV caches and nothing else.
     """
 
     def __init__(

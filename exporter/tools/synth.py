@@ -96,7 +96,12 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-_CODES = {GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?"}
+_CODES = {  # value type -> how `struct` writes it
+    GGUFValueType[name]: code
+    for name, code in zip(
+        ("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "UINT64", "INT64", "FLOAT64"), "BbHhIif?Qqd", strict=True
+    )
+}
 
 
 def key_value(key: str, kind: GGUFValueType, value: Any) -> KeyValue:
@@ -299,7 +304,7 @@ def write_synthetic(
 
     preset: one of `GEOMETRIES`. mix: one of `SYNTHETIC`. layers: only the first ones.
     vocab_from: a GGUF whose tokenizer is copied; without it a small tokenizer is made and padded with unused tokens.
-    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the tensor data a hole in the file, to
+    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the matrices a hole in the file, to
     plan with and nothing else. Raises KilnError.
     """
     path = Path(path)
@@ -323,5 +328,6 @@ def write_synthetic(
                     if progress:
                         progress(tensor[0], done, total)
 
-        for _ in pool.map(write, tensors, offsets) if not sparse else ():
+        written = [pair for pair in zip(tensors, offsets, strict=True) if not sparse or len(pair[0][1]) == 1]
+        for _ in pool.map(lambda pair: write(*pair), written):
             pass

@@ -41,7 +41,8 @@ class Bench {
         limit_(session.model().artifact().max_seq_len),
         chunk_(options.prefill_chunk ? options.prefill_chunk : session.model().artifact().prefill_chunk),
         steps_(options.steps),
-        depths_(options.depths) {
+        depths_(options.depths),
+        look_(options.look ? options.look : [] {}) {
     if (steps_ < 1) fail("bench: ", steps_, " steps, must be 1 or more");
     int64_t last = limit_ - kWarmUpSteps - steps_;
     if (last < 1) fail("bench: ", steps_, " steps after ", kWarmUpSteps, " to warm up do not fit: the artifact holds ", limit_, " tokens");
@@ -73,6 +74,7 @@ class Bench {
     std::uniform_int_distribution<int64_t> any(0, session_.model().vocab_size() - 1);
     std::vector<int64_t> tokens(static_cast<size_t>(n));
     for (int64_t& t : tokens) t = any(random_);
+    look_();
     auto start = Clock::now();
     session_.prefill(tokens);
     double s = seconds_since(start);
@@ -114,7 +116,7 @@ class Bench {
     row.prompt_s = prompt_s_;
     row.window = std::max<int64_t>(1, steps_ / kWindows);
     std::vector<Clock::time_point> at;  // when each token was on the host; the first is prefill's
-    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return at.push_back(Clock::now()), true; }, false);
+    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return look_(), at.push_back(Clock::now()), true; }, false);
     for (size_t i = kWarmUpSteps, w = static_cast<size_t>(row.window); i + w < at.size(); i += w)
       row.decode_s.push_back(std::chrono::duration<double>(at[i + w] - at[i]).count());
     return row;
@@ -123,6 +125,7 @@ class Bench {
   Session& session_;
   int64_t limit_, chunk_, steps_;
   std::vector<int64_t> depths_;
+  std::function<void()> look_;
   std::mt19937_64 random_{0};
   int64_t prompt_tokens_ = 0;
   double prompt_s_ = 0;

@@ -1,8 +1,10 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "kiln/session.h"
 
 namespace kiln {
@@ -11,6 +13,7 @@ struct BenchOptions {
   std::vector<int64_t> depths;  // tokens in the caches when decoding starts; empty: 128, 512, 2048, .. up to max_seq_len
   int64_t prefill_chunk = 0;    // of the session: tokens of the prefill call that is timed; 0: the artifact's
   int64_t steps = 64;           // decode steps timed at each depth
+  std::function<void()> look;   // called before every chunk and step; what it throws ends the measurement
 };
 
 // What one depth gave. Seconds are of the host's clock, from the call until the sampled token is on the host.

@@ -26,9 +26,9 @@ from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.tq4 import attention, prefill
 from custom_ops.weights import gemv
 from custom_ops.weights.gemv import GemvConfig
-from exporter.artifact.weights import plan_weights
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import plan_weights
 from exporter.tools.synth import write_synthetic
 
 TINY = Workload(

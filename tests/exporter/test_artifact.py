@@ -9,13 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kiln as kiln_module
 import numpy as np
 import pytest
 import torch
 
-from custom_ops.dtypes import DTYPES
-from exporter.artifact.weights import load_weights
-from exporter.compiler.torch_private import load_package
 from passes.pipeline import PIPELINE
 from tests.conftest import kiln
 from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
@@ -38,21 +36,19 @@ def ids(tokens: torch.Tensor) -> str:
     return ",".join(map(str, tokens.tolist()))
 
 
-def test_aot_inductor(artifacts):
-    """Both compiled graphs over one copy of the weights and of the caches, from Python."""
-    directory = artifacts["plain"]
-    record = manifest(directory)
-    weights = {k: v for k, v in load_weights(directory / "weights.safetensors").items() if not k.startswith("__pad")}
+def test_session(artifacts):
+    """Both compiled graphs over one copy of the weights and of the caches, from Python, every call with its own tokens."""
+    model = kiln_module.Model(str(artifacts["plain"]), "cpu")
 
     def start():
-        kv = {b["name"]: torch.zeros(b["shape"], dtype=DTYPES[b["dtype"]].torch) for b in record["kv"]}
-        entries = []
-        for name in ("prefill", "decode"):
-            package = load_package(directory / "model.pt2", name)
-            assert sorted(package.get_constant_fqns()) == sorted({**weights, **kv})
-            package.load_constants({**weights, **kv}, False, True, True)
-            entries.append(lambda *args, package=package: package.run(list(args)))
-        return entries
+        session = kiln_module.Session(model)
+
+        def call(tokens, pos, *_):
+            assert session.position == pos[0]
+            session.decode(int(tokens)) if len(tokens) == 1 else session.prefill(tokens.tolist())
+            return None, torch.from_numpy(session.logits())[None]
+
+        return call, call
 
     for way, rows in all_ways(start, fixture_tokens()).items():
         error = worst(rows, fixture_logits())
@@ -142,7 +138,7 @@ def test_manifest(artifacts):
     record = json.loads(result.stdout)
     assert [p["name"] for p in record["passes"]] == [name for name, _ in PIPELINE]
     assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "off", "applied"]
-    assert record["format_version"] == 1 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
+    assert record["format_version"] == 2 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
     assert record["residual_length"] == 32 and json.loads((artifacts["plain"] / "manifest.json").read_text())["residual_length"] is None
     rings = [kv for kv in record["kv"] if kv["name"].endswith("_residual")]
     assert [(kv["kind"], kv["dtype"], kv["shape"][0]) for kv in rings] == [("ring", "float32", 32)] * 4
@@ -182,8 +178,10 @@ class TestInspectOfBadArtifacts:
         assert result.returncode == 1 and match in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
     def test_another_format_version(self, copy):
-        (copy / "manifest.json").write_text(json.dumps(manifest(copy) | {"format_version": 99}))
-        self.fails(copy, match="version 99")
+        record = manifest(copy) | {"format_version": 1}
+        (copy / "manifest.json").write_text(json.dumps(record))
+        self.fails(copy, "--tokens", "2", match="version 1")
+        assert "version 1" in kiln("inspect", copy, check=False).stderr
 
     def test_weights_cut_short(self, copy):
         with (copy / "weights.safetensors").open("r+b") as f:

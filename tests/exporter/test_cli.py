@@ -17,7 +17,9 @@ from exporter.cli import main
 from exporter.errors import KilnError
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.plan import read_plan
 from tests.conftest import kiln, with_peak_memory
+from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
 
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
@@ -110,13 +112,15 @@ def test_kv_cache(tmp_path, options, cache):
     assert line.endswith(f"({cache})"), line
 
 
-def test_keys_that_do_not_fit_float16(tmp_path, monkeypatch):
+def test_keys_that_do_not_fit_float16(tmp_path):
     """Where 16 bits are asked for: a norm's weight times the root of the head size may be too large, a little less is not."""
     head_dim = min(layer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
 
     def export(weight, *options):
-        monkeypatch.setattr(build, "to_float", lambda gguf, name: np.float32([1, -weight if name.endswith("k_norm.weight") else 1]))
-        arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+        norm = np.ones(head_dim, np.float32)
+        norm[1] = -weight
+        path = rewrite(tmp_path / "m.gguf", TINY, set_tensors={"blk.0.attn_k_norm.weight": ((head_dim,), "F32", norm)})
+        arguments = ["export", "--gguf", str(path), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
         return CliRunner().invoke(main, arguments)
 
     large, activations = 65504 / head_dim**0.5 * 1.01, ("--activation-dtype", "bfloat16")
@@ -153,7 +157,7 @@ def test_the_plan_counts_the_residual():
     plans = {}
     for turboquant in (False, True):
         options = build.ExportOptions(TINY, Path(), turboquant=turboquant, residual_length=64)
-        spec = build.graph_spec(options, open_gguf(TINY), ("cpu",))
+        spec = build.graph_spec(options, read_plan(TINY), ("cpu",))
         plans[turboquant] = memory_plan(spec)
     elements = sum(layer.num_kv_heads * layer.head_dim for layer in spec.config.layers if not layer.sliding)
     assert elements and plans[True].kv_ring == plans[False].kv_ring + 2 * 64 * elements * 4
@@ -168,7 +172,7 @@ def test_residual_lengths_that_do_not_go(tmp_path):
     for length in ("0", "31", "-32"):
         fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", length, match="is not in the range x>=32", code=2)
     with pytest.raises(KilnError, match="--residual-length 100: give a multiple of 32, at least 32"):
-        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), open_gguf(TINY), ("cpu",))
+        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), read_plan(TINY), ("cpu",))
 
 
 def test_an_existing_artifact_is_kept(tmp_path):

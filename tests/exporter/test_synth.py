@@ -17,7 +17,7 @@ from custom_ops.weights.mixes import MIXES, SYNTHETIC
 from exporter.errors import KilnError
 from exporter.source.config import check_tensors, from_gguf
 from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.tokenizer import write_tokenizer
+from exporter.source.tokenizer import read_tokenizer
 from exporter.tools.synth import synth_plan, tensor_bytes, write_synthetic
 from tests.gguf_files import FIXTURES
 
@@ -130,7 +130,9 @@ def test_generated_tokenizer(tmp_path: Path, preset: str) -> None:
 
     file = header_only(tmp_path / "m.gguf", preset, None)
     assert file.metadata.length("tokenizer.ggml.tokens") == GEOMETRIES[preset].vocab
-    assert write_tokenizer(file, tmp_path / "tokenizer.json") == {"bos": 2, "eog": [1, 6, 7]}
+    read = read_tokenizer(file.metadata)
+    assert read and read.record() == {"bos": 2, "eog": [1, 6, 7]}
+    read.write(tmp_path / "tokenizer.json")
     tokens = file.metadata["tokenizer.ggml.tokens"]
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     encoded = tokenizer.encode("hello the World\n\u00e9").ids

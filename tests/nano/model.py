@@ -1,6 +1,6 @@
 """Gemma 4 as the data sheet has it, in batches and with gradients: for training, and for reading long contexts with a cache of our choice.
 
-`exporter/model.py` is the product's decoder (one sequence, caches mutated in place, packed weights); the tests hold this one against it.
+`exporter/model/decoder.py` is the decoder of the product: one sequence, caches mutated in place, packed weights. Tests compare the two.
 Parameters carry the GGUF file's tensor names. Shapes: B sequences, T tokens, D hidden size, H query heads, KV key/value heads, hd head
 size.
 """
@@ -19,9 +19,9 @@ from gguf import GGUFValueType
 from torch import Tensor, nn
 
 from custom_ops.geometry import EPS, GEMMA4_31B
-from exporter.artifact.weights import derived_constants
 from exporter.source.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import derived_constants
 from exporter.tools import synth
 from exporter.tools.quantize import quantize, to_float
 

@@ -14,7 +14,7 @@ from exporter.artifact.memory import kv_plan
 from exporter.compiler.torch_private import fake_export
 from exporter.compiler.trace import lower, make_kv, runnable, trace
 from exporter.errors import KilnError
-from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, turboquant
+from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError
 from passes.pipeline import PIPELINE, run_pipeline
 from passes.records import Lowered, PassOptions
@@ -250,6 +250,33 @@ def test_chunked_lm_head_near_miss():
     assert report.status == "not needed" and count(program, aten.linear.default) == 1
     _, report = run(chunked_lm_head, program, materializes_head=False)
     assert report.status == "not needed"
+
+
+class Floats(nn.Module):
+    """Two products with float weights, and one that is no plain product."""
+
+    def __init__(self):
+        super().__init__()
+        for name, n, k in (("first", 24, 16), ("second", 8, 24), ("third", 8, 8)):
+            setattr(self, name, nn.Parameter(torch.zeros(n, k), requires_grad=False))
+        self.bias = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def forward(self, x):
+        x = nn.functional.linear(torch.tanh(nn.functional.linear(x, self.first)), self.second)
+        return nn.functional.linear(x, self.third, self.bias)
+
+
+def test_own_matmul():
+    program = export(Floats, ((5, 16), torch.float32))
+    torch.manual_seed(0)
+    state, x = {n: torch.randn(t.shape) for n, t in program.state_dict.items()}, torch.randn(5, 16)
+    before = runnable(program, state)(x)
+    _, report = run(own_matmul, program, matmul="blas")
+    assert report.status == "off" and count(program, aten.linear.default) == 3
+    _, report = run(own_matmul, program, matmul="auto")
+    assert (report.status, report.note) == ("applied", "2 products, by auto")
+    assert count(program, kiln.matmul.default) == 2 and count(program, aten.linear.default) == 1
+    assert torch.allclose(runnable(program, state)(x), before, rtol=1e-6, atol=1e-6)
 
 
 def test_free_kv_buffers():

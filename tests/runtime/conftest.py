@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,17 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def toy(device, tmp_path_factory) -> Path:
+    """KILN_TEST_TOY names a directory that keeps it from run to run, and is believed to be of this code."""
+
     def make(path: Path) -> None:
-        path.mkdir()
+        path.mkdir(parents=True)
         write_artifact(path, device)
 
+    if kept := os.environ.get("KILN_TEST_TOY"):
+        root = Path(kept) / device
+        if not root.exists():
+            make(root)
+        return root
     return shared(tmp_path_factory, f"toy-{device}", make)
 
 
