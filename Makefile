@@ -53,8 +53,9 @@ nightly: build lint
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.
 GPU_RECORD ?= docs/measurements/gpu-tests.json
+PARALLEL = $(shell "$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS)" || echo "note: no pytest-xdist: one worker" >&2)
 test-gpu: build
-	"$$PY" -m pytest -m gpu -n $(WORKERS) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
+	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 
 # on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
 # time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down
