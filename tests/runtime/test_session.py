@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import kiln
 import numpy as np
@@ -190,3 +191,48 @@ def test_end_of_generation_tokens_stop(copy):
     assert (result["tokens"], result["stop"], result["text"]) == (before, "eog", "".join(texts[t].replace("<bos>", "") for t in before))
     result = json.loads(run(copy, "--tokens", ids(PROMPT), "--json", "--no-eog", "--max-new-tokens", 8).stdout)
     assert (result["tokens"], result["stop"]) == (want, "length")
+
+
+def test_sessions_from_many_threads(toy, device):
+    """Made, used and destroyed by eight threads; every answer as alone. `make sanitize-threads` is the same under ThreadSanitizer."""
+    model = kiln.Model(str(toy), device)
+
+    def answer(which: int) -> list[int]:
+        session = kiln.Session(model)
+        session.prefill([(which * 31 + i * i * 7) % VOCAB for i in range(2 + which % 8)])
+        return session.generate(10, stop_at_eog=False)[0]
+
+    alone = [answer(i) for i in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(answer, range(32))) == alone
+
+
+def test_a_session_is_one_threads_at_a_time(toy, device):
+    session = kiln.Session(kiln.Model(str(toy), device))
+    session.prefill(PROMPT)
+    refused = []
+
+    def on_token(token: int) -> None:
+        assert session.position >= len(PROMPT)  # this may be asked at any time
+        for call in (session.decode, session.reset, session.logits, lambda: session.prefill([1, 2]), lambda: session.generate(1)):
+            with pytest.raises(kiln.Error, match="the session is in use"):
+                call()
+        with ThreadPoolExecutor(1) as pool:
+            assert "the session is in use" in str(pool.submit(session.decode).exception())
+        refused.append(token)
+
+    tokens, _ = session.generate(4, on_token, stop_at_eog=False)
+    assert tokens == refused == eager(PROMPT, 4)[0]
+    session.reset()  # and afterwards it goes on as ever
+    session.prefill(PROMPT)
+    assert session.generate(4, stop_at_eog=False)[0] == tokens
+
+
+def test_pretending_for_a_measurement(toy, device):
+    session = kiln.Session(kiln.Model(str(toy), device))
+    assert sorted(session.cache_memory()) == ["cache", "ring"] and session.cache_memory()["cache"][1] == MAX_SEQ * WIDTH * 4
+    session.pretend(MAX_SEQ - 2)
+    assert session.position == MAX_SEQ - 2 and len(session.generate(9, stop_at_eog=False)[0]) == 3
+    with pytest.raises(kiln.Error, match="position 25: the artifact holds 24 tokens"):
+        session.pretend(MAX_SEQ + 1)

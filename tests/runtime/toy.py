@@ -165,3 +165,8 @@ def fails(message: str, *arguments: object, code: int = 1, env: dict[str, str] |
     assert result.stdout == ""
     assert result.stderr.startswith("kiln-run: error: ") and result.stderr.count("\n") == 1, result.stderr
     assert message in result.stderr, result.stderr
+
+
+if __name__ == "__main__":  # python -m tests.runtime.toy DIRECTORY
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    write_artifact(Path(sys.argv[1]), "cpu")
