@@ -67,7 +67,7 @@ STEPS = $(BIN)/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 
 sanitize: build
 	[ -f "$$SANITIZED/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED" \
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
+	KILN_NO_POOLS=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
 	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file "$$BUILD/racecheck.log" $(STEPS)
 	grep 'RACECHECK SUMMARY' "$$BUILD/racecheck.log"
@@ -79,14 +79,17 @@ sanitized = PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$SANITIZED_CPU/$(1)" 
   -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$$SANITIZED_CPU/$(1)/bin" \
   -DKILN_PYTHON_DIR="$$SANITIZED_CPU/$(1)/site" >/dev/null && PATH=$(BIN):"$$PATH" cmake --build "$$SANITIZED_CPU/$(1)" --target $(3)
 PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "$$(c++ -print-file-name=$$l)"; done)
+# One OpenMP thread: its library synchronizes out of the sanitizer's sight.
+TSAN = OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu
 sanitize-cpu: export SANITIZED_CPU = $(CURDIR)/$(BUILD)/sanitize-cpu
 sanitize-cpu: $(SETUP)
 	@rm -rf "$$SANITIZED_CPU/toy" && mkdir -p "$$SANITIZED_CPU"
 	"$$PY" -m tests.runtime.toy "$$SANITIZED_CPU/toy"
-	$(call sanitized,asan,address$(comma)undefined,install kiln-sessions)
-	$(call sanitized,tsan,thread,kiln-sessions)
-	"$$SANITIZED_CPU/asan/kiln-sessions" "$$SANITIZED_CPU/toy/cpu" cpu 4
-	TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-sessions" "$$SANITIZED_CPU/toy/cpu" cpu
+	$(call sanitized,asan,address$(comma)undefined,install kiln-threads)
+	$(call sanitized,tsan,thread,kiln-threads)
+	"$$SANITIZED_CPU/asan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu 8 64 4
+	$(TSAN) 8 64 20
+	$(TSAN) 8 40 3 alive
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$SANITIZED_CPU/asan/site" KILN_RUN="$$SANITIZED_CPU/asan/bin/kiln-run" \
 	  KILN_TEST_TOY="$$SANITIZED_CPU/toy" "$$PY" -m pytest -m "not gpu and not builds" tests/runtime
 comma = ,

@@ -112,6 +112,6 @@ def link(objects: list[str], wrapper: str, output: Path) -> None:
 
 def write_package(path: Path, libraries: dict[str, Path]) -> None:
     """`libraries` by entry point, as `ENTRY.so` in a zip archive whose bytes depend on nothing else."""
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for entry, library in libraries.items():
             archive.writestr(zipfile.ZipInfo(f"{entry}.so", EPOCH), library.read_bytes())
