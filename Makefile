@@ -67,10 +67,11 @@ PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "
 sanitize-cpu: $(SETUP)
 	@rm -rf $(SANITIZED_CPU)/toy && mkdir -p $(SANITIZED_CPU)
 	$(PY) -m tests.runtime.toy $(SANITIZED_CPU)/toy
-	$(call sanitized,asan,address$(comma)undefined,install kiln-sessions)
-	$(call sanitized,tsan,thread,kiln-sessions)
-	$(SANITIZED_CPU)/asan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu 4
-	TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R $(SANITIZED_CPU)/tsan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu
+	$(call sanitized,asan,address$(comma)undefined,install kiln-threads)
+	$(call sanitized,tsan,thread,kiln-threads)
+	$(SANITIZED_CPU)/asan/kiln-threads $(SANITIZED_CPU)/toy/cpu cpu 8 64 4
+	for alive in "" alive; do TSAN_OPTIONS=suppressions=runtime_cpp/test/tsan.supp setarch -R \
+	  $(SANITIZED_CPU)/tsan/kiln-threads $(SANITIZED_CPU)/toy/cpu cpu 8 64 20 $$alive || exit 1; done
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED_CPU)/asan/site KILN_RUN=$(SANITIZED_CPU)/asan/bin/kiln-run \
 	  KILN_TEST_TOY=$(SANITIZED_CPU)/toy $(PY) -m pytest -m "not gpu and not builds" tests/runtime
 comma = ,
