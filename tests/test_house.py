@@ -114,7 +114,7 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
     """What `pip install .` takes: every module and every table, loaded from there and not from here."""
     source, target = tmp_path / "source", tmp_path / "site"
     source.mkdir()  # pip builds in the folder that it is given
-    for name in (*ROOMS, "pyproject.toml", "README.md"):
+    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

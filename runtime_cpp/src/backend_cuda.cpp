@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -56,7 +57,7 @@ class CudaTimeline : public Timeline {
         lasting_(std::make_shared<DevicePool>(gpu_)),
         prefill_(std::make_shared<DevicePool>(gpu_)),
         decode_(std::make_shared<DevicePool>(gpu_)),
-        calls_(gpu_, std::move(modules), lasting_),
+        calls_(std::in_place, gpu_, std::move(modules), lasting_),
         ring_(*gpu_, kInFlight * sizeof(int64_t)) {
     Current current(*gpu_);
     state_.emplace();
@@ -66,6 +67,7 @@ class CudaTimeline : public Timeline {
       Current current(*gpu_);
       driver().stream_wait(stream());
       state_.reset();
+      calls_.reset();
     } catch (const Error&) {  // the driver is gone
     }
   }
@@ -81,9 +83,11 @@ class CudaTimeline : public Timeline {
   Surroundings surroundings(const std::string& entry) override {
     Surroundings s;
     s.memory = entry == "decode" ? decode_ : prefill_;
+    // For compute-sanitizer, which sees the bounds of the driver's allocations only. Freeing one waits for the device; no graph can hold one.
+    if (std::getenv("KILN_NO_POOLS")) s.memory = std::make_shared<DeviceMemory>(gpu_);
     s.device = device();
     s.stream = stream();
-    s.cuda = &calls_;
+    s.cuda = &*calls_;
     return s;
   }
 
@@ -153,7 +157,7 @@ class CudaTimeline : public Timeline {
   std::shared_ptr<const Gpu> gpu_;
   // Caches, inputs and the workspace of matmuls; temporaries and outputs of prefill; those of decode, whose addresses are in its graph.
   std::shared_ptr<DevicePool> lasting_, prefill_, decode_;
-  CudaCalls calls_;
+  std::optional<CudaCalls> calls_;
   PinnedBuffer ring_;  // [kInFlight] int64
   std::optional<StreamState> state_;
   size_t sent_ = 0, received_ = 0;

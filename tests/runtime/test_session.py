@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import kiln
 import numpy as np
@@ -289,3 +290,33 @@ def test_two_gpus_at_once(toy, device, solo):
     in_threads(4, work)
     sessions = [kiln.Session(model) for model in models]
     assert [answer(session, PROMPTS[0]) for session in sessions] == [solo[0]] * 2
+
+
+def test_a_session_is_one_threads_at_a_time(toy, device):
+    session = kiln.Session(kiln.Model(str(toy), device))
+    session.prefill(PROMPT)
+    refused = []
+
+    def on_token(token: int) -> None:
+        assert session.position >= len(PROMPT)  # this may be asked at any time
+        for call in (session.decode, session.reset, session.logits, lambda: session.prefill([1, 2]), lambda: session.generate(1)):
+            with pytest.raises(kiln.Error, match="the session is in use"):
+                call()
+        with ThreadPoolExecutor(1) as pool:
+            assert "the session is in use" in str(pool.submit(session.decode).exception())
+        refused.append(token)
+
+    tokens, _ = session.generate(4, on_token, stop_at_eog=False)
+    assert tokens == refused == eager(PROMPT, 4)[0]
+    session.reset()  # and afterwards it goes on as ever
+    session.prefill(PROMPT)
+    assert session.generate(4, stop_at_eog=False)[0] == tokens
+
+
+def test_pretending_for_a_measurement(toy, device):
+    session = kiln.Session(kiln.Model(str(toy), device))
+    assert sorted(session.cache_memory()) == ["cache", "ring"] and session.cache_memory()["cache"][1] == MAX_SEQ * WIDTH * 4
+    session.pretend(MAX_SEQ - 2)
+    assert session.position == MAX_SEQ - 2 and len(session.generate(9, stop_at_eog=False)[0]) == 3
+    with pytest.raises(kiln.Error, match="position 25: the artifact holds 24 tokens"):
+        session.pretend(MAX_SEQ + 1)
