@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from custom_ops.gpu.early import waiting_kernels
-from custom_ops.gpu.tables import borrowed
+from custom_ops.gpu.tables import borrowed, lacking
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
 from exporter.artifact.manifest import dtype_name, staged, write_manifest
@@ -22,6 +22,7 @@ from exporter.compiler.compile import CompiledEntry, available_targets, clean, c
 from exporter.compiler.torch_private import check_versions
 from exporter.compiler.trace import DTYPES, GraphSpec
 from exporter.errors import KilnError
+from exporter.model.places import needed_tables
 from exporter.progress import bar, say, size_text
 from exporter.source.config import ModelConfig, check_tensors, from_gguf
 from exporter.source.gguf import GGUFFile, open_gguf
@@ -48,6 +49,7 @@ class ExportOptions:
     activation_dtype: str = "auto"
     decode_activations: str = "exact"
     fuse_decode: bool = True
+    allow_unfused: bool = False
     kv_len: bool = True
     head_budget_mib: int = 256
     chat_template: Path | None = None
@@ -101,6 +103,7 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
+            allow_unfused=options.allow_unfused,
         ),
     )
     if spec.cache_dtype == torch.float16:
@@ -132,6 +135,7 @@ def export_artifact(options: ExportOptions) -> None:
     spec = graph_spec(options, gguf, targets)
     template = chat_template(gguf, options.chat_template)
     print_plan(spec, options, targets)
+    check_tables(spec, targets)
     note_borrowed(targets)
     if options.dry_run:
         return
@@ -163,10 +167,19 @@ def export_artifact(options: ExportOptions) -> None:
 
 
 def _report(entry: CompiledEntry) -> None:
+    for report in entry.reports:
+        if report.shortfall:
+            say(f"note: {entry.entry}: {report.shortfall}")
     say(
         f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
         f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB"
     )
+
+
+def check_tables(spec: GraphSpec, targets: tuple[str, ...]) -> None:
+    """KilnError where the kernels have no configuration for one of the model's head sizes."""
+    if targets != ("cpu",) and spec.model_dtype != torch.float32 and (gaps := lacking(needed_tables(spec.config, spec.options))):
+        raise KilnError(f"no kernel is configured for this model's head sizes: {', '.join(gaps)}; add entries there (see make tune)")
 
 
 def note_borrowed(targets: tuple[str, ...]) -> None:

@@ -22,7 +22,6 @@ from custom_ops.bench.attention_cases import global_case, sliding_case, sliding_
 from custom_ops.bench.cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
 from custom_ops.gpu.tables import nearest, pick
 from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.tq4 import prefill as tq4_prefill
 from custom_ops.weights import gemv
 from custom_ops.weights.gemv import GemvConfig
 
@@ -103,11 +102,8 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
     tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(geometry, 1, short), tq4_case(geometry, 1, long)], **decode)
-    if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
-        pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(geometry, chunk, far)], **pieces)
-    else:
-        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(geometry, chunk, far)], **prefill)
+    pieces = {"rows": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
+    tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(geometry, chunk, far)], **pieces)
     decode["keys"] = (16, 32, 64)
     tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", geometry.sliding.dim, [sliding_decode_case(geometry)],
           **decode | {"stages": (1,)})  # fmt: skip

@@ -41,7 +41,10 @@ def text(record: dict) -> str:
         lines.append(f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers, context {record['max_seq_len']}")
         lines.append(f"made by Kiln {producer['kiln']} with torch {producer['torch']}, triton {producer['triton']}")
         lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
-        lines += [f"pass    {p['name']:16} {p['status']:10} {p['matches'] or '':4} {p['note']}" for p in record["passes"]]
+        for p in record["passes"]:
+            count = f"{p['matches']}/{p['expected']}" if p["expected"] else ""
+            lines.append(f"pass    {p['name']:16} {p['status']:10} {count:8} {p['note']}")
+        lines += [f"note    {t['target']} {shortfall}" for t in record["targets"] for shortfall in t["shortfalls"]]
         lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
         kinds = Counter()
         for kv in record["kv"]:

@@ -19,7 +19,7 @@ from custom_ops.gpu.target import compiling_for, gpu_targets
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
 from exporter.errors import KilnError
-from passes.edit import symbolic, user_input
+from passes import edit
 from passes.records import KVBuffer, PassReport
 
 PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
@@ -129,11 +129,13 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             )
     if entry == "decode" and gpu is not None:
         _keeps_the_contract(files)
-    length = user_input(program, "tokens").meta["val"].shape[0]
-    if entry == "prefill" and not symbolic(length):
+    length = edit.user_input(program, "tokens").meta["val"].shape[0]
+    if entry == "prefill" and not edit.symbolic(length):
         raise KilnError(
             f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size"
         )
+    if entry == "prefill" and (found := edit.bounds(length)) != (2, spec.prefill_chunk):
+        raise KilnError(f"compiling prefill: the compiler narrowed 2 to {spec.prefill_chunk} tokens to {found[0]} to {found[1]}")
     constants = _constant_names(files)
     return CompiledEntry(
         entry=entry,

@@ -157,7 +157,7 @@ def tq4_exact(q, k, v, first: int, residual: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(attention.DECODE_TILES, attention.PREFILL_TILES))
+@pytest.mark.parametrize("target", targets_that_differ(attention.DECODE_TILES))
 @pytest.mark.parametrize("tokens", [1, 70, 700])
 def test_tq4_attention(target, dtype, tokens):
     """Within the residual, from its end on, and far beyond; chunks longer than it included."""
@@ -373,7 +373,7 @@ def test_tq4_decode(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sm, dim", list(prefill.PIECE_TILES))
+@pytest.mark.parametrize("sm, dim", list({tile: key for key, tile in prefill.PIECE_TILES.items()}.values()))
 def test_tq4_prefill_in_pieces(sm, dim, dtype):
     """Chunks without codes, within a piece of codes, up to its end, across it, and after several."""
     piece = prefill.PIECE_TILES[sm, dim].piece
