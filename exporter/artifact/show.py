@@ -42,9 +42,9 @@ def text(record: dict) -> str:
         lines.append(f"made by Kiln {producer['kiln']} with torch {producer['torch']}, triton {producer['triton']}")
         lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
         for p in record["passes"]:
-            count = f"{p['matches']}/{p['expected']}" if p["expected"] else ""
+            count = f"{p['matches']}/{p['expected']}" if p.get("expected") else ""  # older artifacts have no "expected"
             lines.append(f"pass    {p['name']:16} {p['status']:10} {count:8} {p['note']}")
-        lines += [f"note    {t['target']} {shortfall}" for t in record["targets"] for shortfall in t["shortfalls"]]
+        lines += [f"note    {t['target']} {shortfall}" for t in record["targets"] for shortfall in t.get("shortfalls", ())]
         lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
         kinds = Counter()
         for kv in record["kv"]:
