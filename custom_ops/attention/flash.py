@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import Heads
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel
 from custom_ops.gpu.tables import pick
@@ -31,7 +32,7 @@ class Tile:
     splits_per_sm: int = 2
 
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 DECODE_TILES = {
     (80, 512): Tile(keys=32, warps=4, stages=2),
     (86, 256): Tile(keys=32, warps=4, stages=2),
@@ -372,11 +373,11 @@ def prefill_case(name: str, dtype: torch.dtype, kind: str, target: GpuTarget, he
                       {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> list[KernelCase]:
+def flash_cases(name: str, target: GpuTarget, shape: Heads, slots: int, window: int) -> list[KernelCase]:
     """The compilations behind `flash_attention`, in bfloat16 and float32."""
-    cases = []
+    heads, kv_heads, dim, cases = shape.queries, shape.kv, shape.dim, []
     for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        label = f"{name} {kind[1:]} {heads}:{kv_heads}x{dim}"
+        label = f"{name} {kind[1:]} {shape.label}"
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
         position = {"pos_ptr": "*i64", "len_ptr": "*i64" if window else "*i32"}
         parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -135,14 +136,16 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     return outs[0], outs[1], outs[2]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernel at the shape of the 31B's global layers."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel at the shape of the model's global layers."""
     raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
-    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
+    constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
     table = dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"pos_ptr": "*i64", "half": "i32"}
     return [
-        KernelCase("prepare 32:4x512", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")),
-        KernelCase("rope_table 512", kiln_rope_table, table, {"BLOCK": 256, "EARLY": early(target)}, {"num_warps": 1}, aligned=("half",)),
+        KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
+                   aligned=("stride", "v_stride")),
+        KernelCase(f"rope_table {model.full.dim}", kiln_rope_table, table, {"BLOCK": 256, "EARLY": early(target)}, {"num_warps": 1},
+                   aligned=("half",)),
     ]

@@ -26,6 +26,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.prepare import check_projections, prepare_reference
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -33,7 +34,7 @@ from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.weights import fixed_point
 from custom_ops.weights.fixed_point import GROUP, group_words
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {
     (86, 256): Tile(keys=32, warps=8, stages=1),
     (86, 512): Tile(keys=16, warps=8, stages=1),
@@ -217,20 +218,20 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B: V from the product of q and k, and from its own."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes: V from the product of q and k, and from its own."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
     signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
-    cases = []
+    h, cases = model.sliding, []
     for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        tile = _tile(dtype, target, 256)
         rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
+        tile = _tile(dtype, target, h.dim)
         for parts, v_parts in ((3, 3), (4, 14)):
-            split, merge = _constants(tile, target, 32, 16, 256, 1024, 1024, parts, v_parts, 2)
-            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} 32:16x256", kiln_sliding_decode, signature | rings,
-                                    {"EPS": 1e-6} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
+            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2)
+            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} {h.label}", kiln_sliding_decode, signature | rings,
+                                    {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
                                     aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
-        cases.append(KernelCase(f"sliding_decode {kind} merge 32:16x256", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
-                                {"num_warps": merge_warps(256)}))
+        cases.append(KernelCase(f"sliding_decode {kind} merge {h.label}", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
+                                {"num_warps": merge_warps(h.dim)}))
     return cases

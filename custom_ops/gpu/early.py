@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ import triton.language as tl
 from custom_ops.gpu.target import GpuTarget, current_target
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # cannot run assembly
-F = TypeVar("F")
+F = TypeVar("F", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def early(target: GpuTarget | None = None) -> bool:
 
 
 @triton.jit
-def wait_for_earlier_kernels(EARLY: tl.constexpr):
+def wait_for_earlier_kernels(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     if EARLY and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def after_waiting(x, EARLY: tl.constexpr):
+def after_waiting(x, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """The integer x, known to the compiler only after `wait_for_earlier_kernels`: pure assembly that needs it cannot move above."""
     if EARLY and not INTERPRETED:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)

@@ -1,8 +1,8 @@
-"""What lies between two products of one token in one kernel: residual, post-norm, layer scale, the next norm's weight and fixed point.
+"""One kernel between two matmuls of one token: post-norm, residual stream, layer scale, the next norm's weight, fixed point.
 
-A root mean square needs a whole row, which no program has: so the sums of squares of pieces of a row go from kernel to kernel. The product
-before leaves those of its result (`fixed_linear_squares`); what follows here leaves those of its own, and the product after multiplies by
-the root, which commutes with it.
+RMSNorm needs the mean square of a whole row, and no program has a whole row. So sums of squares of pieces travel from kernel to kernel: the
+matmul before leaves those of its result (`fixed_linear_squares`), this kernel leaves those of the new stream, and the matmul after
+multiplies its result by the root, which commutes with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -136,12 +137,12 @@ def norm_fixed(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch
     return _launch(x, None, None, None, None, weight, 0.0, terms)[1:]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the 31B's hidden size."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's hidden size."""
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
     squares = torch.empty(84)  # of the product before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = {"EPS": 1e-6} | _constants(5376, given, scale, 2, target)
-        cases.append(KernelCase(f"{name} 5376", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
+        constants = {"EPS": EPS} | _constants(model.hidden, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} {model.hidden}", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

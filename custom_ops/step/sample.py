@@ -14,6 +14,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
@@ -100,17 +101,18 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The four launches for a vocabulary of 262144."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The four launches for the model's vocabulary."""
     types = {
         "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
         "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
         "vocab": "i32", "chunks": "i32",
     }
-    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": 262144 // CHUNK, "TILE": TILE}
+    vocab = model.vocab
+    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
     cases = []
     for fn, warps in ((kiln_row_maxima, WARPS), (kiln_weigh_bins, WARPS), (kiln_settle_bins, WARPS), (kiln_choose, CHOOSE_WARPS)):
         signature = {name: types[name] for name in fn.arg_names if name in types}
         constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
-        cases.append(KernelCase(f"{fn.__name__} 262144", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+        cases.append(KernelCase(f"{fn.__name__} {vocab}", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
     return cases

@@ -1,7 +1,7 @@
-"""Causal attention over a TQ4 cache (`custom_ops/tq4.py`) whose newest keys and values are kept exact beside the codes, the residual.
+"""Causal attention over a TQ4 cache (`codec.py`): codes of every position, and an exact window, the ring of the newest keys and values.
 
-Two attentions, one of a sliding window over a ring and one over the codes of what is older, are merged by their total weights. For the
-second, queries and output are rotated once, cached vectors never.
+Two attentions are merged by their total weights: one over the ring, one over the codes of what is older. The second rotates its queries
+and its output once, cached vectors never.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.global_attention import causal_mask
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, RESIDUAL, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -39,7 +40,7 @@ from custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
 from custom_ops.weights.fixed_point import largest, largest_size, store_fixed
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
@@ -422,9 +423,9 @@ def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, 
         raise ValueError(f"{op}: residual {tuple(k_residual.shape)}, {tuple(v_residual.shape)}; expected [R, {kv_heads}, {dim}]")
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B, and decode at those of the 12B, whose group is wide."""
-    dim, slots, residual = 512, 131072, 256
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    h, dim, slots, residual = model.full, model.full.dim, CONTEXT, RESIDUAL
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
 
@@ -441,21 +442,21 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
             cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": kind_out},
                                     {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        constants = {"RESIDUAL": residual, "HEADS": 32, "GROUP": 8, "D": dim}
-        cases.append(KernelCase(f"{name} unrotate {dim}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
-        for heads, kv_heads, terms in ((32, 4, 0), (32, 4, 2), (16, 1, 0)):
-            tile, split, merge = decode_launch(dtype, not float32, target, heads, kv_heads, dim, slots, residual, terms)
-            label = f"{heads}:{kv_heads}x{dim}"
+        constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
+        cases.append(KernelCase(f"{name} unrotate {h.label}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        for terms in (0, 2):
+            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
             if not terms:
-                cases.append(KernelCase(f"{name} decode {label}", kiln_tq4_decode, query | rings | caches | parts, split, options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else kind}
-            cases.append(KernelCase(f"{name} merge {label} {terms} bytes", kiln_tq4_merge, signature, merge,
-                                    {"num_warps": merge_warps(dim)}))
-        cases.append(prefill_case(f"{name} prefill of the residual 32:4x{dim}", dtype, kind, target, 32, 4, dim, residual, residual, True))
+                cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
+                                        options(tile)))
+            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge,
+                                    parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
+        cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
+                                  residual, True))
         if not float32:
-            cases += piece_cases(name, piece_tile(target, dim), 32, 4, dim, slots, residual)
+            cases += piece_cases(name, piece_tile(target, dim), h.queries, h.kv, dim, slots, residual)
             continue
-        constants = prefill_constants(32, 4, dim, slots, residual)
+        constants = prefill_constants(h.queries, h.kv, dim, slots, residual)
         signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
-        cases.append(KernelCase(f"{name} prefill 32:4x{dim}", kiln_tq4_prefill, signature, constants, options(PREFILL_FLOAT32)))
+        cases.append(KernelCase(f"{name} prefill {h.label}", kiln_tq4_prefill, signature, constants, options(PREFILL_FLOAT32)))
     return cases

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -257,12 +258,13 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
                                    num_warps=WRITE_WARPS)
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     return [
-        KernelCase(f"tq4_write {kind[1:]} 4x512", kiln_tq4_write,
+        KernelCase(f"tq4_write {kind[1:]} {model.full.kv}x{model.full.dim}", kiln_tq4_write,
                    caches | {"k_ptr": kind, "v_ptr": kind, "pos_ptr": "*i64", "rows": "i32"},
-                   {"SLOTS": 131072, "KV": 4, "D": 512, "ROWS": WRITE_ROWS, "EARLY": early(target)}, {"num_warps": WRITE_WARPS})
+                   {"SLOTS": CONTEXT, "KV": model.full.kv, "D": model.full.dim, "ROWS": WRITE_ROWS, "EARLY": early(target)},
+                   {"num_warps": WRITE_WARPS})
         for kind in ("*bf16", "*fp32")
     ]

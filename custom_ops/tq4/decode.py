@@ -10,6 +10,7 @@ from torch.library import triton_op
 from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.attention.prepare import PREPARE_WARPS, check_projections, prepare_reference, prepared_head
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, EPS, GEMMA4_31B, RESIDUAL, Geometry
 from custom_ops.gpu.early import early, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -94,16 +95,16 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernel at the shapes of the 31B, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel at the model's shapes, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr"), "*fp32")
     types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
-    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "SLOTS": 131072, "RESIDUAL": 256, "EARLY": early(target)}
-    cases = []
+    h, cases = model.full, []
+    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "RESIDUAL": RESIDUAL, "EARLY": early(target)}
     for residual in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if residual == "*fp32" else "*fp16"}
         signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), residual)
-        cases.append(KernelCase(f"tq4_prepare {residual[1:]} 32:4x512", kiln_tq4_prepare, signature, constants,
+        cases.append(KernelCase(f"tq4_prepare {residual[1:]} {h.label}", kiln_tq4_prepare, signature, constants,
                                 {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
     return cases

@@ -7,11 +7,13 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
+from custom_ops.weights.block_types import LAYOUTS, usual_targets
 from custom_ops.weights.dequantize import kiln_dequantize
-from custom_ops.weights.layouts import LAYOUTS, dequantize
-from custom_ops.weights.linear import USUAL_KINDS, USUAL_TARGETS, check_weight, format_constants
+from custom_ops.weights.layouts import dequantize
+from custom_ops.weights.packed import check_weight, format_constants
 
 TOKENS = 32  # of a program of one warp; a lane takes one token and one group of 32 elements
 
@@ -50,15 +52,14 @@ def embedding_launch(tokens: int | torch.SymInt) -> dict[str, int | bool]:
     return {"GATHER": True, "GROUPS": 1, "ROWS": 1 if one else TOKENS, "EVEN": one}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """One token and many, from a table of any block type."""
     integers = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
     signature = {"words": "*i32", "halves": "*fp16", "ids": "*i64", "out": "*fp32", **integers}
     cases = []
     for kind in LAYOUTS:
-        targets = None if kind in USUAL_KINDS else USUAL_TARGETS
         for constants in (embedding_launch(1), embedding_launch(2)):
-            name = f"kiln_dequantize {kind} rows of 262144x5376, {constants['ROWS']} at a time"
-            cases.append(KernelCase(name, kiln_dequantize, signature, format_constants(kind) | constants, {"num_warps": 1}, targets,
-                                    ("k", "stride", "halves_stride")))
+            name = f"kiln_dequantize {kind} rows of {model.vocab}x{model.hidden}, {constants['ROWS']} at a time"
+            cases.append(KernelCase(name, kiln_dequantize, signature, format_constants(kind) | constants, {"num_warps": 1},
+                                    usual_targets(kind), ("k", "stride", "halves_stride")))
     return cases

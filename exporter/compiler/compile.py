@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -16,21 +14,22 @@ from pathlib import Path
 from custom_ops.gpu import contract
 from custom_ops.gpu.cubin import images
 from custom_ops.gpu.target import compiling_for, gpu_targets
+from custom_ops.weights.matmul import choosing
+from exporter.compiler.host import compile_failure
+from exporter.compiler.package import declared_constants, write_package
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
 from exporter.errors import KilnError
 from passes import edit
 from passes.records import KVBuffer, PassReport
 
-PACKED_SUFFIXES = (".so", ".json", ".cubin", ".fatbin")  # the generated sources stay out of the package; see _packed
-
 
 @dataclass
 class CompiledEntry:
-    """One compiled graph, still as loose files."""
+    """One compiled graph, its library still a loose file."""
 
     entry: str
-    files: list[str]
+    library: Path
     reports: list[PassReport]
     kv: list[KVBuffer]
     constants: list[str]  # fully qualified names, weights and caches
@@ -67,18 +66,16 @@ def compile_target(
         workers = [take() for _ in some]
         for worker, entry in zip(workers, some, strict=True):
             worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
-        from torch._inductor.package import package_aoti  # seconds, while the workers work
-
         for worker in workers:
             entries.append(worker.result())
             done(entries[-1])
     _check(spec, entries)
-    package_aoti(str(out), {e.entry: e.files for e in entries})
+    write_package(out, {e.entry: e.library for e in entries})
     return CompiledTarget(target, out, entries)
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
-    from exporter.artifact.weights import constants
+    from exporter.source.weights import constants
 
     weights = {c.name for c in constants(spec.config, list(spec.plan))}
     kv = {b.name for b in entries[0].kv}
@@ -96,13 +93,19 @@ def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: P
     """Runs in a process of its own; what a compiler raises there is told as text, since it may not be picklable."""
     try:
         return _compile(spec, entry, target, work, dump)
-    except KilnError:
-        raise
     except Exception as e:
         if os.environ.get("KILN_DEBUG"):
             traceback.print_exc()
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise KilnError(f"compiling {entry} for {target}: {type(e).__name__}: {reason} (KILN_DEBUG=1 shows where)") from None
+        if ours := _ours(e):
+            raise ours from None
+        raise KilnError(f"compiling {entry} for {target}: {compile_failure(e)}") from None
+
+
+def _ours(error: BaseException | None) -> KilnError | None:
+    """The KilnError in `error`, which the compiler may have wrapped."""
+    while error is not None and not isinstance(error, KilnError):
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return error
 
 
 def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
@@ -119,7 +122,7 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
     with torch_private.quiet():
         torch_private.install(gpu)
         start = time.monotonic()
-        with compiling_for(gpu) if gpu else nullcontext():
+        with compiling_for(gpu) if gpu else nullcontext(), choosing(spec.options.matmul):
             lowered = lower(spec, entry, device, dump)
             traced = time.monotonic()
             program = lowered.program
@@ -136,10 +139,10 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
         )
     if entry == "prefill" and (found := edit.bounds(length)) != (2, spec.prefill_chunk):
         raise KilnError(f"compiling prefill: the compiler narrowed 2 to {spec.prefill_chunk} tokens to {found[0]} to {found[1]}")
-    constants = _constant_names(files)
+    constants = [c.name for c in declared_constants(next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp")))]
     return CompiledEntry(
         entry=entry,
-        files=_packed(files),
+        library=next(Path(f) for f in files if f.endswith(".so")),
         reports=lowered.reports,
         kv=lowered.kv,
         constants=constants,
@@ -157,22 +160,6 @@ def _keeps_the_contract(files: list[str]) -> None:
         raise KilnError(f"compiling decode: {found[0]}{f' ({len(found)} findings)' if found[1:] else ''}; this is a bug in Kiln")
 
 
-def _packed(files: list[str]) -> list[str]:
-    """What goes into the package: no generated source, but for the name of one, by which torch's loader finds the metadata."""
-    kept = [f for f in files if f.endswith(PACKED_SUFFIXES)]
-    for f in files:
-        if f.endswith("wrapper.cpp"):
-            Path(f).write_text("// generated source, not kept\n")
-            kept.append(f)
-    return kept
-
-
-def _constant_names(files: list[str]) -> list[str]:
-    """The original names of a compiled model's constants, from its generated source."""
-    source = next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp"))
-    return re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source)
-
-
 def available_targets() -> list[str]:
     return ["cpu", *gpu_targets()]
 
@@ -188,7 +175,3 @@ def native_target() -> str:
     if name not in gpu_targets():
         raise KilnError(f"--target native: this GPU is {name}, which is not in configs/gpus.toml ({', '.join(gpu_targets())})")
     return name
-
-
-def clean(work: Path) -> None:
-    shutil.rmtree(work, ignore_errors=True)

@@ -8,15 +8,18 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   2. `triton.runtime.driver.set_active`, `CudaDriver.is_active`: target architecture, shared memory, no launches
   3. `torch.cuda.get_device_properties` and three more: asked directly by Inductor
   4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them; and
-     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
+     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers;
+     `torch._inductor.codegen.cuda.device_op_overrides.CUDADeviceOpOverrides.cpp_scratch`: scratch for every program of a grid
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
-  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native
-  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
-  8. `torch._C._aoti.AOTIModelPackageLoader`: loads a package without probing the CPU's instruction sets for a minute
+  6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native; `CppKernel.decide_parallel_depth`: loops too short for threads
+  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each
+     other; and splits its commands at spaces
+  8. `AotCodeCompiler`'s link step (see 11) and generated source: packages link to nothing of torch, and errors go to the runner
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
  10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
- 12. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
+ 12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
+ 13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
      tells that the analysis of a kernel gave up
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
@@ -30,9 +33,8 @@ import functools
 import gc
 import os
 import re
-import shutil
+import shlex
 import subprocess
-import sysconfig
 import tempfile
 import types
 from collections.abc import Callable, Iterator
@@ -44,10 +46,11 @@ import torch
 import triton
 
 from custom_ops.gpu.target import KIB, GpuTarget
+from exporter.compiler import package
+from exporter.compiler.host import MARCH, cuda_home
 from exporter.errors import KilnError
 
 CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
-HOST_MARCH = "x86-64-v3"
 
 
 def check_versions() -> None:
@@ -76,17 +79,14 @@ def fake_export(
         return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def load_package(path: str | Path, entry: str):
-    """An AOTInductor model of a package: `.run(list of tensors)`, `.load_constants(map, use_inactive, check_full_update, user_managed)`."""
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), entry, True, 1, -1)
-
-
 def install(target: GpuTarget | None) -> None:
     """Turn this process into a compiler for `target` (None: the CPU)."""
     check_versions()
     _keep_fake_constants_apart()
     _portable_host_code()
     _same_work_once()
+    packages_for_the_runner()
+    _paths_in_quotes()
     _objects_side_by_side()
     if target is not None:
         _cuda_toolchain()
@@ -142,7 +142,9 @@ def _keep_fake_constants_apart() -> None:
 
 def _portable_host_code() -> None:
     """Code for any x86-64-v3 CPU, without the build machine's paths in it."""
+    import torch._inductor.config
     from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor.codegen import cpp
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     paths = {cache_dir(): "kiln", str(Path(torch.__file__).parent): "torch"}
@@ -151,9 +153,14 @@ def _portable_host_code() -> None:
     @functools.wraps(original)
     def portable(*args, **kwargs):
         cflags, ldflags = original(*args, **kwargs)
-        cflags = [f"march={HOST_MARCH}" if flag == "march=native" else flag for flag in cflags]
-        return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
+        cflags = [f"march={MARCH}" if flag == "march=native" else flag for flag in cflags]
+        return cflags + [shlex.quote(f"ffile-prefix-map={path}={name}") for path, name in paths.items()], ldflags
 
+    def enough_work(self, most, threads: int):  # with dynamic threads every loop, however short, would get a parallel region
+        with torch._inductor.config.patch({"cpp.dynamic_threads": False}):
+            return decide(self, most, threads)
+
+    decide, cpp.CppKernel.decide_parallel_depth = cpp.CppKernel.decide_parallel_depth, enough_work
     cpp_builder._get_optimization_cflags = portable
     cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [cpu_vec_isa.VecAVX2()])  # ten seconds of trial programs otherwise
 
@@ -197,6 +204,23 @@ def _same_work_once() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
+def _paths_in_quotes() -> None:
+    """A compiler's command is one string that is split as a shell would do it: its paths are quoted, which Inductor does for a few."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    original = CppBuilder.__init__
+
+    @functools.wraps(original)
+    def quoted(self, name, sources, BuildOption, output_dir=""):
+        sources = [sources] if isinstance(sources, str) else sources
+        original(self, name, [shlex.quote(source) for source in sources], BuildOption, output_dir)
+        self._compiler = shlex.quote(self._compiler)
+        self._output = self._output.replace(self._target_file, shlex.quote(self._target_file))
+        self._libraries_dirs_args = "".join(f"-L{shlex.quote(path)} " for path in BuildOption.get_libraries_dirs())
+
+    CppBuilder.__init__ = quoted
+
+
 def _objects_side_by_side() -> None:
     from torch._inductor.cpp_builder import CppBuilder
 
@@ -216,27 +240,36 @@ def _objects_side_by_side() -> None:
     CppBuilder.build = build_or_start
 
 
+TOLD = "std::cerr << \"Error: \" << e.what() << '\\n';"  # by the generated interface, which gives its caller no text
+
+
+def packages_for_the_runner() -> None:
+    """Shared libraries that link to nothing of torch, see `package.link`; what goes wrong in them is told to the runner."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build = CppBuilder.build
+
+    @functools.wraps(build)
+    def build_or_link(self) -> None:
+        sources = shlex.split(self._sources_args)
+        wrapper = next((Path(s).with_suffix(".cpp") for s in sources if Path(s).stem.endswith(".wrapper")), None)
+        if wrapper and self._compile_only:
+            text = wrapper.read_text()
+            told = "kiln_model_error(e.what());"
+            if TOLD not in text and told not in text:
+                raise KilnError("AOTInductor's interface has changed: it does not print its errors as it did; this is a bug in Kiln")
+            wrapper.write_text('extern "C" void kiln_model_error(const char*);\n' + text.replace(TOLD, told))
+        if wrapper and not self._compile_only:
+            package.link(sources, wrapper.read_text(), Path(self._target_file))
+        else:
+            build(self)
+
+    CppBuilder.build = build_or_link
+
+
 def _cuda_toolchain() -> None:
-    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit, and a libcuda to link against."""
-    named = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc")
-    toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    homes = [named] if named else [os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"), *toolkits, "/usr/local/cuda"]
-    needed = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
-    home = next((h for h in homes if all(Path(h, "include", f).is_file() for f in needed)), None)
-    if home is None:
-        raise KilnError(
-            f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
-        )
-    os.environ["CUDA_HOME"] = home
-    header = Path(home, "include", "cuda.h")
-    directory = Path(tempfile.mkdtemp(prefix="kiln-libcuda-"))
-    # all of the driver API's names must be there: with an empty library the linker drops the dependency on libcuda.so.1
-    names = sorted(set(re.findall(r"CUresult CUDAAPI (cu\w+)\(", header.read_text())))
-    source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
-    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(directory / "libcuda.so")]
-    subprocess.run(command, input=source.encode(), check=True)
-    os.environ["LIBRARY_PATH"] = ":".join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+    """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit."""
+    os.environ["CUDA_HOME"] = cuda_home()
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:
@@ -370,20 +403,43 @@ def _wrapper() -> None:
         return options(self, config, meta) | ({} if registers is None else {"maxnreg": registers})
 
     CachingAutotuner._create_compile_options = limited
+    _scratch_for_every_program()
     common.init_backend_registration()
     old = common.device_codegens["cuda"]
     common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)
 
 
+def _scratch_for_every_program() -> None:
+    """A kernel's scratch (its tensor descriptors) is so many bytes a program; the original allocates them once for the whole grid."""
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    original = CUDADeviceOpOverrides.cpp_scratch
+
+    def cpp_scratch(self, idx, workspace, prefix=None):
+        lines, name = original(self, idx, workspace, prefix)
+        one = f"{name}_size[] = {{{workspace.size}}};"
+        if workspace.size > 0:
+            if sum(one in line for line in lines) != 1:
+                raise KilnError("the compiler declares a kernel's scratch in another way than expected; this is a bug in Kiln")
+            whole = f"{name}_size[] = {{int64_t({workspace.size}) * grid_0 * grid_1 * grid_2}};"
+            lines = [line.replace(one, whole) for line in lines]
+        return lines, name
+
+    CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
+
+
 def _one_object_for_each_kernel() -> None:
     from torch._inductor import codecache
 
-    original = codecache.convert_cubin_to_obj
-
     def convert(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
-        own = Path(cubin_file).with_name(f"{kernel_name}.cubin")
-        own.write_bytes(Path(cubin_file).read_bytes())
-        return original(str(own), kernel_name, ld, objcopy)
+        folder, own = Path(cubin_file).parent, f"{kernel_name}.cubin"
+        (folder / own).write_bytes(Path(cubin_file).read_bytes())
+        symbol = re.sub(r"\W", "_", own)  # of the path as it is given: here a name without folders
+        names = [f"--redefine-sym=_binary_{symbol}_{part}=__{kernel_name}_{part}" for part in ("start", "size", "end")]
+        section = "--rename-section=.data=.rodata,alloc,load,readonly,data,contents"
+        for command in ([ld, "-r", "-b", "binary", "-z", "noexecstack", "-o", f"{own}.o", own], [objcopy, section, *names, f"{own}.o"]):
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return str(folder / f"{own}.o")
 
     codecache.convert_cubin_to_obj = convert
 
@@ -396,12 +452,15 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     options = {
         "aot_inductor.package": True,
         "aot_inductor.model_name_for_generated_files": entry,
+        "aot_inductor.link_libtorch": False,
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.package_constants_on_disk_format": None,
         "aot_inductor.precompile_headers": False,  # used once, kept for ever
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
         "compile_threads": 1,
+        "cpp.dynamic_threads": True,  # those of the machine that plays, not of this one
+        "cpp.threads": 8,  # what loops are cut for
         "cpp.vec_isa_ok": True,
         "cpp.simdlen": 256,
     }

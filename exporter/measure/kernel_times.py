@@ -6,8 +6,11 @@ import json
 import re
 import statistics
 import tempfile
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
@@ -100,12 +103,16 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     chunk = min(prefill_chunk or manifest["prefill_chunk"], manifest["prefill_chunk"], limit)
     if chunk < 2:
         raise KilnError(f"{artifact}: holds {manifest['max_seq_len']} tokens; --profile needs more than {SPARE + 2}")
-    with torch.inference_mode():
-        model = _Loaded(artifact, manifest, target["file"])
+    import kiln
+
+    try:
+        model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}")
         profiles = []
         for depth in depths or [DEFAULT_DEPTH]:
             at = max(min(depth, limit), 2)
-            profiles += [model.decode(at), model.prefill(at, min(chunk, at))]
+            profiles += [_decode(model, at), _prefill(model, at, min(chunk, at))]
+    except kiln.Error as e:
+        raise KilnError(str(e)) from e
     return {
         "artifact": artifact.name,
         "model": manifest["config"]["name"],
@@ -117,111 +124,66 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     }
 
 
-class _Loaded:
-    """Both compiled models of an artifact on the current GPU, over one copy of the weights and caches full of random values."""
-
-    def __init__(self, artifact: Path, manifest: dict, package: str):
-        import torch
-
-        from exporter.artifact.weights import load_weights
-        from exporter.compiler.torch_private import load_package
-
-        self.manifest = manifest
-        weights = load_weights(artifact / manifest["weights"]["file"], manifest["constants"])
-        constants = {name: weights.pop(name).cuda() for name in list(weights)}
-        for kv in manifest["kv"]:
-            dtype = getattr(torch, kv["dtype"])
-            if dtype == torch.int16:
-                cache = torch.randint(-(1 << 15), 1 << 15, kv["shape"], dtype=dtype, device="cuda")
-            else:  # zeros would time a softmax over equal scores, and less power than real work takes
-                cache = torch.empty(kv["shape"], dtype=dtype, device="cuda").uniform_(0.5, 1.5)
-            constants[kv["name"]] = cache
-        self.constants = constants
-        self.models = {}
-        for entry in ("prefill", "decode"):
-            self.models[entry] = load_package(artifact / package, entry)
-            self.models[entry].load_constants(constants, False, True, True)
-        self.values = {
-            "tokens": torch.zeros(1, dtype=torch.int64, device="cuda"),
-            "pos": torch.zeros(1, dtype=torch.int64, device="cuda"),
-            "temperature": torch.zeros(1, device="cuda"),
-            "top_k": torch.zeros(1, dtype=torch.int32, device="cuda"),
-            "top_p": torch.ones(1, device="cuda"),
-            "seed": torch.zeros(1, dtype=torch.int64, device="cuda"),
-        }
-
-    def call(self, entry: str, values: dict):
-        point = self.manifest["entry_points"][entry]
-        outputs = self.models[entry].run([values[v["name"]] for v in point["inputs"]])
-        return outputs[[v["name"] for v in point["outputs"]].index("token")]
-
-    def decode(self, depth: int) -> dict:
-        import torch
-
-        values = self.values
-
-        def step() -> None:  # as the runner's, token and position stay on the device
-            values["tokens"].copy_(self.call("decode", values))
-            values["pos"].add_(1)
-
-        def place() -> None:
-            values["pos"].fill_(depth)
-
-        place()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a capture can neither load kernels nor make the libraries' workspaces
-            for _ in range(2):
-                step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
-        place()
-        measured = _microseconds(graph.replay, REPLAYS)
-        place()
-        return _part("decode", depth, 1, True, measured, _trace(step, DECODE_STEPS), DECODE_STEPS)
-
-    def prefill(self, depth: int, chunk: int) -> dict:
-        import torch
-
-        vocab = self.manifest["config"]["vocab_size"]
-        tokens = torch.randint(vocab, (chunk,), device="cuda")
-        values = self.values | {"tokens": tokens, "pos": torch.arange(depth - chunk, depth, device="cuda")}
-
-        def call() -> None:
-            self.call("prefill", values)
-
-        call()
-        measured = _microseconds(call, 1)
-        return _part("prefill", depth, chunk, False, measured, _trace(call, PREFILL_CALLS), PREFILL_CALLS)
-
-
-def _microseconds(call: Callable[[], None], calls: int) -> float:
-    """Of one call: the median over batches, by events on the device."""
+def _session(model: Any, **options: Any) -> Any:
+    """A session over caches of random values: zeros would time a softmax over equal scores, and take less power than real work."""
+    import kiln
     import torch
 
+    session = kiln.Session(model, **options)
+    dtypes = {kv["name"]: getattr(torch, kv["dtype"]) for kv in model.manifest["kv"]}
+    for name, (address, size) in session.cache_memory().items():
+        view = types.SimpleNamespace(__cuda_array_interface__={"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3})
+        cache = torch.as_tensor(view, device="cuda").view(dtypes[name])
+        if cache.dtype == torch.int16:
+            cache.copy_(torch.randint(-(1 << 15), 1 << 15, cache.shape, dtype=torch.int16, device="cuda"))
+        else:
+            cache.uniform_(0.5, 1.5)
+    torch.cuda.synchronize()
+    return session
+
+
+def _decode(model: Any, depth: int) -> dict:
+    replayed, direct = _session(model), _session(model, graph=False)
+
+    def steps(session: Any, count: int) -> None:
+        session.pretend(depth)
+        session.generate(count + 1, stop_at_eog=False)  # the first token is at hand
+
+    measured = _microseconds(lambda n: steps(replayed, n), REPLAYS)
+    return _part("decode", depth, 1, True, measured, _trace(lambda n: steps(direct, n), DECODE_STEPS), DECODE_STEPS)
+
+
+def _prefill(model: Any, depth: int, chunk: int) -> dict:
+    import torch
+
+    session, tokens = _session(model), torch.randint(model.vocab_size, (chunk,)).tolist()
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            session.pretend(depth - chunk)
+            session.prefill(tokens)
+
+    return _part("prefill", depth, chunk, False, _microseconds(calls, 1), _trace(calls, PREFILL_CALLS), PREFILL_CALLS)
+
+
+def _microseconds(calls: Callable[[int], None], count: int) -> float:
+    """Of one call of `calls(count)`: the median over batches, each until its last token is on the host."""
     times = []
     for _ in range(BATCHES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / calls)
+        start = time.perf_counter()
+        calls(count)
+        times.append(1e6 * (time.perf_counter() - start) / count)
     return statistics.median(times[1:])
 
 
-def _trace(call: Callable[[], None], calls: int) -> dict:
+def _trace(calls: Callable[[int], None], count: int) -> dict:
     import torch
     from torch.profiler import ProfilerActivity
 
     trace = {}
     for _ in range(2):  # the first one starts the profiler up and may miss kernels
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-            for _ in range(calls):
-                call()
+            calls(count)
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "trace.json")

@@ -1,20 +1,11 @@
 #include "bench.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <functional>
 #include <random>
 
 #include "kiln/json.h"
-#include "model_impl.h"
 
 namespace kiln {
 
@@ -23,8 +14,6 @@ namespace {
 constexpr int64_t kWarmUpSteps = 4;  // not timed: the first token of a generate() waits for an empty queue
 constexpr int64_t kWindows = 16;
 constexpr int kShortRepeats = 3;  // of a prompt that is one chunk
-constexpr uint64_t kCopyBytes = 4'000'000'000;
-constexpr int64_t kMatmul = 8192;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }
@@ -52,7 +41,8 @@ class Bench {
         limit_(session.model().artifact().max_seq_len),
         chunk_(options.prefill_chunk ? options.prefill_chunk : session.model().artifact().prefill_chunk),
         steps_(options.steps),
-        depths_(options.depths) {
+        depths_(options.depths),
+        look_(options.look ? options.look : [] {}) {
     if (steps_ < 1) fail("bench: ", steps_, " steps, must be 1 or more");
     int64_t last = limit_ - kWarmUpSteps - steps_;
     if (last < 1) fail("bench: ", steps_, " steps after ", kWarmUpSteps, " to warm up do not fit: the artifact holds ", limit_, " tokens");
@@ -84,6 +74,7 @@ class Bench {
     std::uniform_int_distribution<int64_t> any(0, session_.model().vocab_size() - 1);
     std::vector<int64_t> tokens(static_cast<size_t>(n));
     for (int64_t& t : tokens) t = any(random_);
+    look_();
     auto start = Clock::now();
     session_.prefill(tokens);
     double s = seconds_since(start);
@@ -125,7 +116,7 @@ class Bench {
     row.prompt_s = prompt_s_;
     row.window = std::max<int64_t>(1, steps_ / kWindows);
     std::vector<Clock::time_point> at;  // when each token was on the host; the first is prefill's
-    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return at.push_back(Clock::now()), true; }, false);
+    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return look_(), at.push_back(Clock::now()), true; }, false);
     for (size_t i = kWarmUpSteps, w = static_cast<size_t>(row.window); i + w < at.size(); i += w)
       row.decode_s.push_back(std::chrono::duration<double>(at[i + w] - at[i]).count());
     return row;
@@ -134,46 +125,11 @@ class Bench {
   Session& session_;
   int64_t limit_, chunk_, steps_;
   std::vector<int64_t> depths_;
+  std::function<void()> look_;
   std::mt19937_64 random_{0};
   int64_t prompt_tokens_ = 0;
   double prompt_s_ = 0;
 };
-
-// Seconds of one call: the median over a few batches of `calls`, each waited for.
-double time_calls(const c10::Stream& stream, int calls, const std::function<void()>& f) {
-  std::vector<double> times;
-  for (int batch = 0; batch < 6; ++batch) {
-    auto start = Clock::now();
-    for (int i = 0; i < calls; ++i) f();
-    stream.synchronize();
-    if (batch > 0) times.push_back(seconds_since(start) / calls);  // the first one warms up
-  }
-  return median(times);
-}
-
-// Random data: a product of zeros takes less power and runs faster.
-Ceilings measure_ceilings(const Backend& backend) {
-  c10::InferenceMode inference;
-  c10::Device device = backend.device();
-  c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  at::TensorOptions on(device);
-  Ceilings ceilings;
-  {
-    auto n = static_cast<int64_t>(std::min(kCopyBytes, backend.free_bytes() / 3) / sizeof(float));
-    at::Tensor from = at::empty({n}, on.dtype(at::kFloat)).normal_(), to = at::empty_like(from);
-    auto bytes = static_cast<double>(n) * sizeof(float);
-    ceilings.copy_gb_s = 2 * bytes / 1e9 / time_calls(stream, 8, [&] { to.copy_(from); });
-    ceilings.read_gb_s = bytes / 1e9 / time_calls(stream, 8, [&] { at::sum(from); });
-  }
-  at::TensorOptions bf16 = on.dtype(at::kBFloat16);
-  at::Tensor a = at::empty({kMatmul, kMatmul}, bf16).normal_(), b = at::empty({kMatmul, kMatmul}, bf16).normal_(), c = at::empty_like(a);
-  const double tflop = 2e-12 * kMatmul * kMatmul * kMatmul;
-  auto product = [&] { at::mm_out(c, a, b); };
-  double one = time_calls(stream, 2, product);
-  ceilings.matmul_tflop_s = tflop / one;
-  ceilings.matmul_sustained_tflop_s = tflop / time_calls(stream, std::max(1, static_cast<int>(0.3 / one)), product);
-  return ceilings;
-}
 
 std::string number(double x) { return json_number(x); }
 std::string number(int64_t x) { return std::to_string(x); }
@@ -185,12 +141,7 @@ std::string list(const std::vector<double>& values) {
 
 }  // namespace
 
-BenchReport bench(Session& session, const BenchOptions& options) {
-  BenchReport report = Bench(session, options).run();
-  const Backend& backend = *session.model().impl().backend;
-  if (backend.device().is_cuda()) report.ceilings = guarded([&] { return measure_ceilings(backend); });
-  return report;
-}
+BenchReport bench(Session& session, const BenchOptions& options) { return Bench(session, options).run(); }
 
 std::string bench_json(const BenchReport& report) {
   std::string out = "\"first_chunk\": {\"tokens\": " + number(report.first_tokens) + ", \"cold_s\": " + number(report.first_cold_s) +
@@ -205,11 +156,7 @@ std::string bench_json(const BenchReport& report) {
            ", \"steps\": " + number(r.window * static_cast<int64_t>(rates.size())) + ", \"tok_s\": " + number(median(rates)) +
            ", \"p10\": " + number(quantile(rates, 0.1)) + ", \"p90\": " + number(quantile(rates, 0.9)) + ", \"windows\": " + list(rates) + "}}";
   }
-  out += "], \"ceilings\": ";
-  if (!report.ceilings) return out + "null";
-  const Ceilings& c = *report.ceilings;
-  return out + "{\"copy_gb_s\": " + number(c.copy_gb_s) + ", \"read_gb_s\": " + number(c.read_gb_s) + ", \"matmul_tflop_s\": " + number(c.matmul_tflop_s) +
-         ", \"matmul_sustained_tflop_s\": " + number(c.matmul_sustained_tflop_s) + "}";
+  return out + "]";
 }
 
 std::string bench_table(const BenchReport& report) {
@@ -224,12 +171,6 @@ std::string bench_table(const BenchReport& report) {
     std::snprintf(line, sizeof line, "%9lld %9lld  %14lld %9.1f  %12.1f  %12.2f %9.2f %9.2f\n", static_cast<long long>(r.depth),
                   static_cast<long long>(r.position), static_cast<long long>(r.chunk_tokens), static_cast<double>(r.chunk_tokens) / r.chunk_s,
                   static_cast<double>(r.prompt_tokens) / r.prompt_s, median(rates), quantile(rates, 0.1), quantile(rates, 0.9));
-    out += line;
-  }
-  if (report.ceilings) {
-    const Ceilings& c = *report.ceilings;
-    std::snprintf(line, sizeof line, "ceilings: copy %.0f GB/s, read %.0f GB/s, bfloat16 matmul %.0f TFLOP/s (%.0f sustained)\n", c.copy_gb_s, c.read_gb_s,
-                  c.matmul_tflop_s, c.matmul_sustained_tflop_s);
     out += line;
   }
   return out;

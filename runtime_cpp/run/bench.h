@@ -1,9 +1,10 @@
 #pragma once
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "kiln/session.h"
 
 namespace kiln {
@@ -12,6 +13,7 @@ struct BenchOptions {
   std::vector<int64_t> depths;  // tokens in the caches when decoding starts; empty: 128, 512, 2048, .. up to max_seq_len
   int64_t prefill_chunk = 0;    // of the session: tokens of the prefill call that is timed; 0: the artifact's
   int64_t steps = 64;           // decode steps timed at each depth
+  std::function<void()> look;   // called before every chunk and step; what it throws ends the measurement
 };
 
 // What one depth gave. Seconds are of the host's clock, from the call until the sampled token is on the host.
@@ -26,19 +28,11 @@ struct DepthRow {
   std::vector<double> decode_s;  // of each window
 };
 
-// What the device can do, measured in this process. Rates are medians.
-struct Ceilings {
-  double copy_gb_s = 0;  // device to device, bytes read + bytes written
-  double read_gb_s = 0;  // a sum over float32
-  double matmul_tflop_s = 0, matmul_sustained_tflop_s = 0;  // bfloat16, 8192^3: single calls, and after a second of them
-};
-
 struct BenchReport {
   int64_t first_tokens = 0;  // the first chunk of a prompt; cold: the first call after loading
   double first_cold_s = 0, first_warm_s = 0;
   std::vector<DepthRow> rows;
   MemoryReport memory;  // after the deepest row
-  std::optional<Ceilings> ceilings;  // GPUs only
 };
 
 // Fills the caches with random tokens to each depth and decodes there. Throws Error when a depth is beyond max_seq_len or the steps

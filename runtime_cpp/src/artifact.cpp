@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <unordered_map>
 
@@ -24,6 +25,9 @@ struct DTypeRow {
 constexpr DTypeRow kDTypes[] = {{DType::U8, "uint8", "U8", 1},     {DType::I16, "int16", "I16", 2},     {DType::I32, "int32", "I32", 4},  {DType::I64, "int64", "I64", 8},
                                 {DType::F16, "float16", "F16", 2}, {DType::BF16, "bfloat16", "BF16", 2}, {DType::F32, "float32", "F32", 4}};
 constexpr uint64_t kAlignment = 256;
+constexpr uint64_t kMaxHeader = 100'000'000;  // of a safetensors file, as its other readers have it
+constexpr size_t kMaxDims = 8;
+constexpr uint64_t kMaxText = 1'000'000'000;  // of a manifest
 
 const DTypeRow& row(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 
@@ -31,12 +35,6 @@ DType parse_dtype(std::string_view name) {
   for (const DTypeRow& r : kDTypes)
     if (r.name == name) return r.dtype;
   fail("unknown dtype '", name, "'");
-}
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string out = "[";
-  for (int64_t d : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(d);
-  return out + "]";
 }
 
 std::string string_at(const Json& object, std::string_view key) {
@@ -64,10 +62,14 @@ void parse_tensor(const Json& object, TensorSpec& spec) {
   spec.dtype = parse_dtype(string_at(object, "dtype"));
   spec.shape = parse_shape(object.at("shape"));
   spec.bytes = static_cast<uint64_t>(int_at(object, "bytes", 0));
-  uint64_t bytes = dtype_bytes(spec.dtype);
+  // Neither the bytes nor a stride of the tensor, which a size of 0 does not shorten, may leave int64.
+  auto unit = static_cast<int64_t>(dtype_bytes(spec.dtype)), span = unit, elements = int64_t{1};
+  if (spec.shape.size() > kMaxDims) fail("'", spec.name, "': ", spec.shape.size(), " dimensions, this runner knows ", kMaxDims);
   for (int64_t d : spec.shape) {
-    if (d < 0 || __builtin_mul_overflow(bytes, static_cast<uint64_t>(d), &bytes)) fail("'", spec.name, "': shape ", shape_text(spec.shape));
+    if (d < 0 || __builtin_mul_overflow(span, std::max<int64_t>(d, 1), &span)) fail("'", spec.name, "': shape ", shape_text(spec.shape));
+    elements *= d;
   }
+  auto bytes = static_cast<uint64_t>(elements * unit);
   if (bytes != spec.bytes)
     fail("'", spec.name, "': ", dtype_name(spec.dtype), " ", shape_text(spec.shape), " takes ", bytes, " bytes, 'bytes' says ", spec.bytes);
 }
@@ -109,8 +111,11 @@ TargetSpec parse_target(const Json& object) {
   if (device != "cpu" && device != "cuda") fail("target '", t.target, "': unknown device '", device, "'");
   t.cuda = device == "cuda";
   if (t.cuda) {
-    t.major = static_cast<int>(object.at("compute_capability")[0].as_int());
-    t.minor = static_cast<int>(object.at("compute_capability")[1].as_int());
+    for (auto [part, i] : {std::pair(&t.major, 0), {&t.minor, 1}}) {
+      int64_t number = object.at("compute_capability")[static_cast<size_t>(i)].as_int();
+      if (number < 0 || number > 999) fail("target '", t.target, "': compute capability ", number);
+      *part = static_cast<int>(number);
+    }
   }
   t.bytes = static_cast<uint64_t>(int_at(object, "bytes", 1));
   t.sha256 = string_at(object, "sha256");
@@ -122,6 +127,12 @@ TargetSpec parse_target(const Json& object) {
 const char* dtype_name(DType dtype) { return row(dtype).name; }
 uint64_t dtype_bytes(DType dtype) { return row(dtype).bytes; }
 
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (int64_t d : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(d);
+  return out + "]";
+}
+
 Artifact::Artifact(const std::string& directory) : directory_(directory) {
   while (directory_.size() > 1 && directory_.back() == '/') directory_.pop_back();
   if (!file_exists(directory_)) fail(directory_, ": no such directory");
@@ -132,7 +143,7 @@ Artifact::Artifact(const std::string& directory) : directory_(directory) {
 
 void Artifact::read_manifest() {
   const std::string where = path("manifest.json");
-  manifest = read_file(where);
+  manifest = read_file(where, kMaxText);
   JsonDocument doc(manifest, where);
   try {
     const Json& root = doc.root();
@@ -148,8 +159,15 @@ void Artifact::read_manifest() {
     prefill_chunk = int_at(root, "prefill_chunk", 1);
     for (const Json& t : root.at("targets")) targets.push_back(parse_target(t));
     if (targets.empty()) fail("the artifact has no targets");
-    prefill = parse_entry(root.at("entry_points").at("prefill"));
-    decode = parse_entry(root.at("entry_points").at("decode"));
+    const Json& entries = root.at("entry_points");
+    for (size_t i = 0; i < entries.size(); ++i) {
+      std::string name(entries.key(i));
+      if (name.empty() || name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") != std::string::npos)
+        fail("'entry_points': '", name, "' is not a name of lower-case letters, digits and _");
+      if (!entry_points.emplace(name, parse_entry(entries.value(i))).second) fail("'entry_points': '", name, "' is there twice");
+    }
+    for (const char* name : {"prefill", "decode"})
+      if (!entry_points.count(name)) fail("'entry_points': has no '", name, "'");
     for (const Json& c : root.at("constants")) {
       ConstantSpec spec;
       parse_tensor(c, spec);
@@ -164,8 +182,15 @@ void Artifact::read_manifest() {
       std::string kind = string_at(k, "kind");
       if (kind != "ring" && kind != "global") fail("kv '", spec.name, "': unknown kind '", kind, "'");
       spec.ring = kind == "ring";
+      if (!spec.ring && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
+        fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), " and no slots for 'max_seq_len' ", max_seq_len, " positions");
       kv.push_back(std::move(spec));
     }
+    std::set<std::string_view> names;
+    for (const ConstantSpec& c : constants)
+      if (!names.insert(c.name).second) fail("'", c.name, "' is there twice");
+    for (const KvSpec& k : kv)
+      if (!names.insert(k.name).second) fail("'", k.name, "' is there twice, as a constant or a KV cache");
     weights_file_ = file_name(root.at("weights"));
     weights_bytes_ = static_cast<uint64_t>(int_at(root.at("weights"), "bytes", 1));
     if (const Json* t = root.find("tokenizer"); t && !t->is_null()) {
@@ -175,7 +200,10 @@ void Artifact::read_manifest() {
       for (const Json& id : t->at("eog")) spec.eog.push_back(id.as_int());
       tokenizer = std::move(spec);
     }
-    if (const Json* c = root.find("chat"); c && !c->is_null()) chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix")};
+    if (const Json* c = root.find("chat"); c && !c->is_null()) {
+      const Json* trim = c->find("trim");
+      chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix"), !trim || trim->as_bool()};
+    }
   } catch (const Error& e) {
     fail(where, ": ", e.what());
   }
@@ -191,7 +219,7 @@ void Artifact::open_weights() {
   uint64_t header_size = 0;
   if (size < 8) fail(where, ": too short for a safetensors file");
   std::memcpy(&header_size, file->data(), 8);
-  if (header_size > size - 8) fail(where, ": the header is said to have ", header_size, " bytes, the file has ", size);
+  if (header_size > std::min(size - 8, kMaxHeader)) fail(where, ": the header is said to have ", header_size, " bytes, the file has ", size);
   const uint64_t data_start = 8 + header_size;
   JsonDocument doc(std::string(file->data() + 8, header_size), where);
   const Json& header = doc.root();
@@ -234,13 +262,7 @@ std::string Artifact::target_names() const {
   return out;
 }
 
-void Artifact::verify(const TargetSpec& target, int threads) const {
-  {
-    MappedFile file(path(target.file));
-    if (file.size() != target.bytes) fail(file.path(), ": ", file.size(), " bytes, the manifest says ", target.bytes);
-    std::string found = sha256(file.data(), file.size());
-    if (found != target.sha256) fail(file.path(), ": damaged: SHA-256 is ", found, ", the manifest says ", target.sha256, "; copy the artifact again");
-  }
+void Artifact::verify(int threads) const {
   std::atomic<size_t> next{0};
   std::mutex mutex;
   size_t bad = constants.size();

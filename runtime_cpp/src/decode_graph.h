@@ -1,6 +1,4 @@
 #pragma once
-#include <ATen/cuda/CUDAGraph.h>
-
 #include <cstdio>
 #include <functional>
 #include <mutex>
@@ -8,7 +6,6 @@
 
 #include "early_launch.h"
 #include "kiln/error.h"
-#include "model_impl.h"
 
 namespace kiln {
 
@@ -16,48 +13,52 @@ namespace kiln {
 //
 // Cold      owns nothing. Whoever captures has run the step before on the same stream: loading a kernel or making a
 //           library's workspace is not allowed inside a capture.
-// Captured  owns the graph and its private memory pool, which holds every tensor the step allocates; the step's outputs
-//           (logits) live there and are overwritten by each replay.
-//           Does not own the weights, the KV caches and the inputs (token, position, sampling): their addresses are in
-//           the graph, so their owner, the session, keeps them in place for longer than this object lives.
+// Captured  owns the graph. Does not own the memory whose addresses are in it: weights, KV caches and inputs (token, position, sampling) are
+//           the session's, which keeps them in place; temporaries and outputs (logits) are of the pool that decode alone uses. They are free
+//           when the capture ends, so a replay may overwrite them: it is the only thing that uses them.
 class DecodeGraph {
  public:
-  // On the current stream. Runs nothing: the step's effects happen at replay(). Kernels whose names begin with one of `waits`
+  DecodeGraph() = default;
+  ~DecodeGraph() {
+    if (exec_) cuda::driver().graph_exec_destroy(exec_);
+    if (graph_) cuda::driver().graph_destroy(graph_);
+  }
+  DecodeGraph(const DecodeGraph&) = delete;
+  DecodeGraph& operator=(const DecodeGraph&) = delete;
+
+  // On `stream`. Runs nothing: the step's effects happen at replay(). Kernels whose names begin with one of `waits`
   // start early, see EarlyEdges; where the driver refuses that, it is said once and the plain graph is used.
-  void capture(const std::function<void()>& step, const std::vector<std::string>& waits) {
-    if (state_ != State::Cold) fail("internal error: the decode graph is captured already");
-    static std::mutex one_capture;  // torch's default generator takes part in every capture
-    std::lock_guard<std::mutex> lock(one_capture);
+  void capture(cuda::Stream stream, const std::function<void()>& step, const std::vector<std::string>& waits) {
+    if (exec_) fail("internal error: the decode graph is captured already");
+    const cuda::Driver& d = cuda::driver();
     // Thread-local: another session may allocate while this one captures.
-    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    d.check(d.begin_capture(stream, cuda::kCaptureThreadLocal), "cannot start to capture the decode step");
     try {
       step();
     } catch (...) {
-      try {
-        graph_.capture_end();  // gives the stream back; the step's own error is the one to report
-      } catch (const std::exception&) {
-      }
+      d.end_capture(stream, &graph_);  // gives the stream back; the step's own error is the one to report
       throw;
     }
-    graph_.capture_end();
-    if (!instantiate_early(waits)) graph_.instantiate();
-    state_ = State::Captured;
+    d.check(d.end_capture(stream, &graph_), "cannot capture the decode step");
+    if (!instantiate_early(waits)) instantiate();
   }
 
-  void replay() {
-    if (state_ != State::Captured) fail("internal error: replay of a decode graph that is not captured");
-    graph_.replay();
+  void replay(cuda::Stream stream) {
+    if (!exec_) fail("internal error: replay of a decode graph that is not captured");
+    cuda::driver().check(cuda::driver().graph_launch(exec_, stream), "cannot launch the decode graph");
   }
 
   int64_t early_launches() const { return early_launches_; }  // kernels that start early
 
  private:
+  void instantiate() { cuda::driver().check(cuda::driver().graph_instantiate(&exec_, graph_, 0), "cannot make the decode graph runnable"); }
+
   bool instantiate_early(const std::vector<std::string>& waits) {
     if (waits.empty()) return false;
     std::optional<EarlyEdges> edges;
     try {
-      edges.emplace(graph_.raw_cuda_graph(), waits);
-      guarded([&] { graph_.instantiate(); });
+      edges.emplace(graph_, waits);
+      instantiate();
     } catch (const Error& e) {
       static std::once_flag said;
       std::call_once(said, [&] { std::fprintf(stderr, "note: no early launch in the decode graph: %s\n", e.what()); });
@@ -68,9 +69,9 @@ class DecodeGraph {
     return true;
   }
 
-  enum class State { Cold, Captured } state_ = State::Cold;
+  cuda::Graph graph_ = nullptr;
+  cuda::GraphExec exec_ = nullptr;
   int64_t early_launches_ = 0;
-  at::cuda::CUDAGraph graph_{/*keep_graph=*/true};  // its edges are changed before it is instantiated
 };
 
 }  // namespace kiln

@@ -1,11 +1,9 @@
 #pragma once
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
 #include <string>
 #include <vector>
 
-#include "kiln/error.h"
+#include "cuda_driver.h"
 
 namespace kiln {
 
@@ -16,7 +14,7 @@ namespace kiln {
 class EarlyEdges {
  public:
   // Turns them. Throws Error with the driver's reason; the graph is then as it was.
-  EarlyEdges(cudaGraph_t graph, const std::vector<std::string>& waits);
+  EarlyEdges(cuda::Graph graph, const std::vector<std::string>& waits);
 
   void restore();                                // full dependencies again
   size_t size() const { return from_.size(); }   // edges turned
@@ -24,8 +22,8 @@ class EarlyEdges {
  private:
   void replace(bool early);
 
-  cudaGraph_t graph_;
-  std::vector<cudaGraphNode_t> from_, to_;
+  cuda::Graph graph_;
+  std::vector<cuda::GraphNode> from_, to_;
 };
 
 }  // namespace kiln

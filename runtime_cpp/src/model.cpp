@@ -1,14 +1,10 @@
 #include "kiln/model.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/from_blob.h>
-#include <c10/core/InferenceMode.h>
-#include <torch/version.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <set>
 
+#include "cpu_ops.h"
 #include "file.h"
 #include "model_impl.h"
 
@@ -60,15 +56,7 @@ Place choose_place(const Artifact& artifact, const std::string& device) {
   return cuda_place(artifact, index);
 }
 
-// A package runs on the torch it was compiled with and on newer ones, not on older ones.
-void check_torch(const std::string& producer) {
-  int major = 0, minor = 0;
-  if (std::sscanf(producer.c_str(), "%d.%d", &major, &minor) != 2) fail("manifest.json: producer.torch '", producer, "' is not a version");
-  if (std::pair(major, minor) > std::pair(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR))
-    fail("the artifact was compiled with torch ", producer, ", this runner has ", TORCH_VERSION, "; rebuild the runner with that torch");
-}
-
-void check_inputs(const char* entry, const EntryPoint& point) {
+void check_inputs(const std::string& entry, const EntryPoint& point) {
   static const std::set<std::string> known = {"tokens", "pos", "temperature", "top_k", "top_p", "seed"};
   for (const ValueSpec& v : point.inputs)
     if (!known.count(v.name)) fail("manifest.json: ", entry, " has the input '", v.name, "', which this runner does not know");
@@ -84,19 +72,6 @@ void check_inputs(const char* entry, const EntryPoint& point) {
 
 }  // namespace
 
-at::ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::U8: return at::kByte;
-    case DType::I16: return at::kShort;
-    case DType::I32: return at::kInt;
-    case DType::I64: return at::kLong;
-    case DType::F16: return at::kHalf;
-    case DType::BF16: return at::kBFloat16;
-    case DType::F32: return at::kFloat;
-  }
-  fail("internal error: dtype");
-}
-
 std::string gigabytes(uint64_t bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.3f GB", static_cast<double>(bytes) / 1e9);
@@ -107,24 +82,19 @@ Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
 
 std::shared_ptr<const Model> Model::load(const std::string& directory, const LoadOptions& options) {
-  return guarded([&] { return std::shared_ptr<const Model>(new Model(load_impl(directory, options))); });
+  return std::shared_ptr<const Model>(new Model(load_impl(directory, options)));
 }
 
 std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, const LoadOptions& options) {
-  c10::InferenceMode inference;
   auto impl = std::make_unique<Impl>(directory);
   const Artifact& artifact = impl->artifact;
-  check_torch(artifact.producer_torch);
-  check_inputs("prefill", artifact.prefill);
-  check_inputs("decode", artifact.decode);
+  for (const char* entry : {"prefill", "decode"}) check_inputs(entry, artifact.entry(entry));
   Place place = choose_place(artifact, options.device);
   impl->target = place.target;
-  std::string package = artifact.path(place.target->file);
-  if (uint64_t size = file_size(package); size != place.target->bytes)
-    fail(package, ": ", size, " bytes, the manifest says ", place.target->bytes, "; copy the artifact again");
-  if (options.verify) artifact.verify(*place.target, options.threads);
+  impl->package = std::make_unique<Package>(artifact, *place.target);
+  if (options.verify) artifact.verify(options.threads);
 
-  for (const ValueSpec& v : artifact.decode.outputs)
+  for (const ValueSpec& v : artifact.entry("decode").outputs)
     if (v.name == "logits") impl->vocab_size = v.shape.empty() ? 0 : v.shape.back();
   if (impl->vocab_size <= 0) fail(directory, "/manifest.json: decode's logits have no vocabulary size");
   if (artifact.tokenizer) {
@@ -146,9 +116,11 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
              " bytes) free");
     }
     impl->blob = impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
-    auto* base = static_cast<char*>(impl->blob.data_ptr());
-    for (const ConstantSpec& c : artifact.constants)
-      impl->constants[c.name] = at::from_blob(base + (c.offset - begin), c.shape, at::TensorOptions(scalar_type(c.dtype)).device(impl->blob.device()));
+    auto* base = static_cast<char*>(impl->blob.data());
+    for (const ConstantSpec& c : artifact.constants) {
+      Tensor view = Tensor::over(base + (c.offset - begin), impl->blob.device, scalar_of(c.dtype), c.shape);
+      impl->constants.emplace(c.name, std::move(view));
+    }
   }
   return impl;
 }
@@ -170,11 +142,11 @@ bool Model::is_eog(int64_t token) const {
 std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {
   const auto& chat = impl_->artifact.chat;
   if (raw || !chat) return tokenizer().encode(text);
-  return tokenizer().encode_chat(chat->prefix, text, chat->suffix);
+  return tokenizer().encode_chat(chat->prefix, text, chat->suffix, chat->trim);
 }
 
-void set_threads(int threads) { at::set_num_threads(threads); }
+void set_threads(int threads) { set_cpu_threads(threads); }
 
-std::string version() { return std::string("0.1.0 (artifact format ") + std::to_string(kFormatVersion) + ", torch " + TORCH_VERSION + ")"; }
+std::string version() { return "0.1.0 (artifact format " + std::to_string(kFormatVersion) + ")"; }
 
 }  // namespace kiln

@@ -1,7 +1,4 @@
 #pragma once
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,6 +6,7 @@
 
 #include "backend.h"
 #include "kiln/model.h"
+#include "package.h"
 
 namespace kiln {
 
@@ -17,24 +15,14 @@ struct Model::Impl {
 
   Artifact artifact;  // owns the mapping that the CPU's constants view
   const TargetSpec* target = nullptr;
+  std::unique_ptr<Package> package;
   std::unique_ptr<Backend> backend;
   std::optional<Tokenizer> tokenizer;
   int64_t vocab_size = 0;
-  at::Tensor blob;                                        // uint8, all weights
-  std::unordered_map<std::string, at::Tensor> constants;  // views of blob, by fully qualified name
+  Tensor blob;                                        // uint8, all weights
+  std::unordered_map<std::string, Tensor> constants;  // views of blob, by fully qualified name
 };
 
-// Runs `f`; an error of torch (out of memory, a failed device) becomes an Error without its backtrace.
-template <typename F>
-auto guarded(F&& f) -> decltype(f()) {
-  try {
-    return f();
-  } catch (const c10::Error& e) {
-    fail(e.what_without_backtrace());
-  }
-}
-
-at::ScalarType scalar_type(DType dtype);
 std::string gigabytes(uint64_t bytes);  // "18.670 GB"
 
 }  // namespace kiln

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from exporter.artifact.memory import kv_plan
-from exporter.artifact.weights import constants, plan_weights
 from exporter.errors import KilnError
 from exporter.measure import bench, kernel_times
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import constants, plan_weights
 from exporter.tools.synth import write_synthetic
 from passes.records import PassOptions
 from tests.conftest import kiln

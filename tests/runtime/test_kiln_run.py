@@ -75,7 +75,7 @@ def test_waits(copy, device):
 def test_help_version_and_usage_errors(toy):
     shown = run("--help").stdout
     assert shown.startswith("usage: kiln-run ARTIFACT") and "KILN_FULL_STACK" in shown
-    assert "artifact format 1" in run("--version").stdout
+    assert "artifact format 2" in run("--version").stdout
     fails("no artifact", code=2)
     fails("give one of --prompt", toy, code=2)
     fails("give one of --prompt", toy, "--prompt", "a", "--tokens", "1", code=2)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import subprocess
+import warnings
+import zipfile
+from pathlib import Path
 
 import torch
 
-from tests.runtime.toy import PROMPT, VOCAB, WIDTH, change, fails, ids, run
+from tests.runtime.toy import MAX_SEQ, PROMPT, VOCAB, WIDTH, change, fails, ids, run
 
 
 def test_not_an_artifact(toy, tmp_path):
@@ -18,17 +24,19 @@ def test_not_an_artifact(toy, tmp_path):
 
 
 def test_other_format_version(copy):
-    change(copy, lambda m: m.update(format_version=2))
-    fails("the artifact has format version 2, this runner reads 1", copy, "--tokens", "1")
+    change(copy, lambda m: m.update(format_version=1))
+    fails("the artifact has format version 1, this runner reads 2; export the model again", copy, "--tokens", "1")
+    change(copy, lambda m: m.update(format_version=3))
+    fails("the artifact has format version 3, this runner reads 2; use a newer runner", copy, "--tokens", "1")
     change(copy, lambda m: m.update(format="other"))
     fails("not a kiln artifact", copy, "--tokens", "1")
     (copy / "manifest.json").write_text("{")
     fails("not valid JSON", copy, "--tokens", "1")
 
 
-def test_newer_torch(copy):
+def test_the_torch_that_compiled_it_does_not_matter(copy):
     change(copy, lambda m: m["producer"].update(torch="99.0.0"))
-    fails("compiled with torch 99.0.0", copy, "--tokens", "1")
+    assert run(copy, "--tokens", "1").returncode == 0
 
 
 def test_weights_cut_short(copy):
@@ -54,6 +62,7 @@ def test_flipped_bytes_are_found_by_verify(copy):
     package[len(package) // 2] ^= 1
     (copy / "model.pt2").write_bytes(package)
     fails("model.pt2: damaged", copy, "--tokens", "1", "--verify")
+    fails("model.pt2: damaged: SHA-256 is", copy, "--tokens", "1")  # code is always checked
 
 
 def test_weights_that_are_not_the_manifests(copy):
@@ -87,7 +96,7 @@ def test_constants_that_are_not_the_models(copy):
     fails("'layer' must be an integer >= 0", copy, "--tokens", "1")
     (copy / "manifest.json").write_text(original)
     change(copy, lambda m: m["kv"][0].update(dtype="float16"))
-    fails("wants 'ring' as BFloat16, the manifest has Half", copy, "--tokens", "1")
+    fails("wants 'ring' as bfloat16, the manifest has float16", copy, "--tokens", "1")
     (copy / "manifest.json").write_text(original)
     change(copy, lambda m: m["kv"][0].update(shape=[1 << 40, WIDTH], bytes=(1 << 40) * WIDTH * 2))
     fails("bytes) free; export with a smaller --max-seq-len", copy, "--tokens", "1")
@@ -110,3 +119,96 @@ def test_package_cut_short(copy):
     package = copy / "model.pt2"
     package.write_bytes(package.read_bytes()[:-10])
     fails("model.pt2", copy, "--tokens", "1")
+
+
+def repack(artifact: Path, data: bytes) -> None:
+    """`data` as the code package, with a manifest that agrees."""
+    (artifact / "model.pt2").write_bytes(data)
+    change(artifact, lambda m: m["targets"][0].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+
+
+def archive(files: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two files with one name
+        with zipfile.ZipFile(out, "w", method) as archive:
+            for name, data in files:
+                archive.writestr(zipfile.ZipInfo(name), data, method)
+    return out.getvalue()
+
+
+def test_packages_with_other_files(copy):
+    with zipfile.ZipFile(copy / "model.pt2") as package:
+        good = [(name, package.read(name)) for name in package.namelist()]
+    assert [name for name, _ in good] == ["prefill.so", "decode.so"]
+    prefill, decode = good
+    for files, message in (
+        ([*good, ("../evil.so", b"x")], "has '../evil.so', which the manifest does not name"),
+        ([*good, ("/etc/evil.so", b"x")], "has '/etc/evil.so', which the manifest does not name"),
+        ([*good, decode], "two files have one name"),
+        ([prefill], "has no decode.so, which the manifest names"),
+        ([("prefill.cpp", b"int main() {}"), ("decode.cpp", b"int main() {}")], "has no decode.so, which the manifest names"),
+        ([prefill, ("decode.so", b"int main() {}")], "cannot open the compiled model"),
+        ([prefill, ("decode.so", b"")], "cannot open the compiled model"),
+        ([], "has no decode.so"),
+    ):
+        repack(copy, archive(files))
+        fails(message, copy, "--tokens", "1")
+    repack(copy, archive(good))
+    assert run(copy, "--tokens", "1").returncode == 0
+
+
+def test_archives_of_other_kinds(copy):
+    with zipfile.ZipFile(copy / "model.pt2") as package:
+        good = [(name, package.read(name)) for name in package.namelist()]
+    plain = archive(good)
+    for data, message in (
+        (archive(good, zipfile.ZIP_DEFLATED), "a file in it is compressed or encrypted"),
+        (b"#!/bin/sh\n" + plain, "its directory is not where it should be"),
+        (plain + b"\0", "no zip archive"),
+        (b"", "no zip archive"),
+        (plain[:-22] + plain[-22:].replace(b"\2\0\2\0", b"\3\0\3\0"), "its directory is damaged"),
+        (plain[-22:], "its directory is not where it should be"),
+        (plain.replace(b"decode.so", b"decode.sx", 1), "another name in the directory"),
+    ):
+        repack(copy, data) if data else (copy / "model.pt2").write_bytes(data)
+        if not data:
+            change(copy, lambda m: m["targets"][0].update(bytes=1, sha256=hashlib.sha256(b"").hexdigest()))
+            message = "model.pt2: 0 bytes, the manifest says 1"
+        fails(message, copy, "--tokens", "1")
+
+
+def test_a_library_that_was_not_made_for_this_runner(copy, tmp_path):
+    library = tmp_path / "other.so"
+    subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", library], input=b"int f(void) { return 1; }", check=True)
+    repack(copy, archive([("prefill.so", library.read_bytes()), ("decode.so", library.read_bytes())]))
+    fails("decode: not compiled for this runner; export the model again", copy, "--tokens", "1")
+
+
+def test_a_manifest_beside_another_models_package(copy):
+    """Names and dtypes agree, shapes do not: what the code was compiled for decides."""
+    change(copy, lambda m: m["kv"][1].update(shape=[WIDTH, MAX_SEQ]))
+    fails(f"wants 'cache' as [{MAX_SEQ}, {WIDTH}], the manifest has [{WIDTH}, {MAX_SEQ}]", copy, "--tokens", "1")
+
+
+def test_entry_points(copy):
+    original = (copy / "manifest.json").read_text()
+    for edit, message in (
+        (lambda e: e.pop("decode"), "'entry_points': has no 'decode'"),
+        (lambda e: e.update({"../x": e["decode"]}), "'../x' is not a name of lower-case letters, digits and _"),
+        (lambda e: e.update(verify=e["decode"]), "has no verify.so, which the manifest names"),
+        (lambda e: e["decode"]["inputs"].pop(), "takes 6 inputs and gives 2, the manifest says 5 and 2"),
+    ):
+        change(copy, lambda m, edit=edit: edit(m["entry_points"]))
+        fails(message, copy, "--tokens", "1")
+        (copy / "manifest.json").write_text(original)
+
+
+def test_folders_for_code_without_memory_files(copy, tmp_path):
+    """KILN_TMPDIR serves where the kernel has no memory files; nothing stays in it."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    result = run(copy, "--tokens", "1", env={"KILN_NO_MEMFD": "1", "KILN_TMPDIR": str(scratch)})
+    assert result.returncode == 0, result.stderr
+    assert not list(scratch.iterdir())
+    fails("cannot make a folder in", copy, "--tokens", "1", env={"KILN_NO_MEMFD": "1", "KILN_TMPDIR": str(tmp_path / "missing")})

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-KILN_RUN = Path(sys.executable).parent / "kiln-run"
+from exporter.compiler.package import write_package
+from exporter.compiler.workers import take
+
+KILN_RUN = Path(os.environ.get("KILN_RUN", Path(sys.executable).parent / "kiln-run"))  # named where it is built with sanitizers
 VOCAB, WIDTH, WINDOW, MAX_SEQ, CHUNK = 61, 8, 4, 24, 12
 ALIGN = 256
 TOLERANCE = 1e-5  # of logits below 1
@@ -43,21 +48,36 @@ class Toy(torch.nn.Module):
         h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * self.ring.float().sum(0)
         logits = torch.tanh(h @ self.head.float() / 64).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
-        return (logits.argmax(-1) + shift) % VOCAB, logits
+        return torch.where(logits.amax().isfinite(), (logits.argmax(-1) + shift) % VOCAB, -1), logits
 
 
 def compile_toy(path: Path, device: str) -> None:
-    from torch._inductor.package import package_aoti
+    """In processes of their own: the compiler of packages is installed into them."""
+    libraries = {}
+    with tempfile.TemporaryDirectory() as work:
+        for entry in ("prefill", "decode"):
+            worker = take()
+            worker.start(_compile_entry, entry, device, f"{work}/{entry}")
+            libraries[entry] = Path(worker.result())
+        write_package(path, libraries)
 
-    options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True,
-               "compile_threads": 1}
-    files = {}
-    for name, t in (("prefill", 3), ("decode", 1)):
-        inputs = tuple(x.to(device) for x in (torch.arange(t), torch.arange(t), *sampling_tensors()))
-        length = {0: torch.export.Dim("T", min=2, max=CHUNK)} if t > 1 else None
-        exported = torch.export.export(Toy().to(device), inputs, dynamic_shapes=(length, length, None, None, None, None))
-        files[name] = torch._inductor.aot_compile(exported.module(), inputs, options=options)
-    package_aoti(str(path), files)
+
+def _compile_entry(entry: str, device: str, work: str) -> str:
+    from exporter.compiler import torch_private
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = work
+    options = torch_private.inductor_options(None, entry)
+    if device == "cpu":
+        torch_private.install(None)
+    else:  # for this machine's GPU
+        torch_private.packages_for_the_runner()
+        options |= {"aot_inductor.embed_kernel_binary": True}
+    t = 3 if entry == "prefill" else 1
+    inputs = tuple(x.to(device) for x in (torch.arange(t), torch.arange(t), *sampling_tensors()))
+    length = {0: torch.export.Dim("T", min=2, max=CHUNK)} if t > 1 else None
+    exported = torch.export.export(Toy().to(device), inputs, dynamic_shapes=(length, length, None, None, None, None))
+    files = torch._inductor.aot_compile(exported.module(), inputs, options=options)
+    return next(f for f in files if f.endswith(".so"))
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict]:
@@ -95,7 +115,7 @@ def write_artifact(root: Path, device: str) -> None:
                 "outputs": [{"name": "token", "dtype": "int64", "shape": [1]}, {"name": "logits", "dtype": "float32", "shape": [1, VOCAB]}]}
 
     manifest = {
-        "format": "kiln", "format_version": 1, "producer": {"kiln": "0.1.0", "torch": torch.__version__.split("+")[0], "triton": "0"},
+        "format": "kiln", "format_version": 2, "producer": {"kiln": "0.1.0", "torch": torch.__version__.split("+")[0], "triton": "0"},
         "source": {"file": "toy.gguf", "architecture": "toy", "name": "toy"}, "config": {}, "max_seq_len": MAX_SEQ, "prefill_chunk": CHUNK,
         "activation_dtype": "float32", "kv_cache": "float32", "passes": [], "quantization": [],
         "targets": [{"target": "sm_{}{}".format(*capability) if capability else "cpu", "file": "model.pt2", "device": device,
@@ -131,17 +151,22 @@ def eager(prompt: list[int], n: int, sampling=None) -> tuple[list[int], np.ndarr
     return tokens, np.stack(rows)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([KILN_RUN, *map(str, arguments), "--threads", "1"], capture_output=True, text=True)
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([KILN_RUN, *map(str, arguments), "--threads", "1"], capture_output=True, text=True, env=os.environ | (env or {}))
 
 
 def ids(tokens: list[int]) -> str:
     return ",".join(map(str, tokens))
 
 
-def fails(message: str, *arguments: object, code: int = 1) -> None:
-    result = run(*arguments)
+def fails(message: str, *arguments: object, code: int = 1, env: dict[str, str] | None = None) -> None:
+    result = run(*arguments, env=env)
     assert result.returncode == code, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("kiln-run: error: ") and result.stderr.count("\n") == 1, result.stderr
     assert message in result.stderr, result.stderr
+
+
+if __name__ == "__main__":  # python -m tests.runtime.toy FOLDER: what KILN_TEST_TOY may name
+    (folder := Path(sys.argv[1]) / "cpu").mkdir(parents=True)
+    write_artifact(folder, "cpu")

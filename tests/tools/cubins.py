@@ -24,7 +24,7 @@ def cubins(package: Path) -> dict[str, list[bytes]]:
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".so"):
-                found[name.split("/")[-2]] = images(archive.read(name))
+                found[Path(name).stem] = images(archive.read(name))
     return found
 
 

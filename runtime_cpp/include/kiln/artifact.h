@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,11 +11,12 @@
 
 namespace kiln {
 
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 
 enum class DType { U8, I16, I32, I64, F16, BF16, F32 };
 const char* dtype_name(DType dtype);  // as in manifest.json: "bfloat16"
 uint64_t dtype_bytes(DType dtype);
+std::string shape_text(const std::vector<int64_t>& shape);  // "[2, 3]"
 
 struct TensorSpec {
   std::string name;  // fully qualified, as in the compiled models
@@ -61,6 +63,7 @@ struct TokenizerSpec {
 
 struct ChatSpec {
   std::string prefix, suffix;
+  bool trim = true;  // the template takes white space off the user's text
 };
 
 class MappedFile;
@@ -78,8 +81,10 @@ class Artifact {
   const TargetSpec* find_target(bool cuda, int major = 0, int minor = 0) const;
   std::string target_names() const;  // "cpu, sm_90"
 
-  // Recomputes the SHA-256 of the target's file and of every constant. Throws Error with the first that differs.
-  void verify(const TargetSpec& target, int threads) const;
+  const EntryPoint& entry(const std::string& name) const { return entry_points.at(name); }
+
+  // Recomputes the SHA-256 of every constant. Throws Error with the first that differs. (That of a target's code is checked at every load.)
+  void verify(int threads) const;
 
   std::string producer_torch;
   std::string architecture;
@@ -87,7 +92,7 @@ class Artifact {
   int64_t prefill_chunk = 0;
   std::string manifest;  // the JSON text
   std::vector<TargetSpec> targets;
-  EntryPoint prefill, decode;
+  std::map<std::string, EntryPoint> entry_points;  // prefill and decode at least
   std::vector<ConstantSpec> constants;
   std::vector<KvSpec> kv;
   std::optional<TokenizerSpec> tokenizer;

@@ -50,6 +50,6 @@ class Model {
 
 // Threads of the CPU kernels, for the whole process.
 void set_threads(int threads);
-std::string version();  // "0.1.0 (artifact format 1, torch 2.11.0)"
+std::string version();  // "0.1.0 (artifact format 2)"
 
 }  // namespace kiln

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kiln/model.h"
@@ -26,10 +27,10 @@ const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
 struct MemoryReport {  // bytes
   uint64_t weights = 0, kv_ring = 0, kv_global = 0;
-  uint64_t activations = 0;  // GPU: the most that was allocated beside them at any time
-  uint64_t graph = 0;        // GPU: the decode graph's own memory
-  uint64_t other = 0;        // GPU: the rest the allocator holds. CPU: the process's anonymous memory less the KV cache
-  uint64_t outside = 0;      // GPU, not in total(): in use beside the allocator by CUDA's context, loaded code and other processes
+  uint64_t activations = 0;  // the most that this session's model calls took at any time; GPU: the memory kept for them
+  uint64_t graph = 0;        // GPU: the same of the decode step, once it is a graph
+  uint64_t other = 0;        // GPU: inputs and the workspace of matmuls. CPU: the process's anonymous memory less all of these
+  uint64_t outside = 0;      // GPU, not in total(): in use beside all this, by other sessions, CUDA's context, loaded code and other processes
   uint64_t kv() const { return kv_ring + kv_global; }
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
@@ -61,8 +62,22 @@ class Session {
   // Logits [vocab_size] of the last position. Error before the first prefill, and after a generate() on a GPU that stopped
   // with a step in flight, unless a sink is set.
   const std::vector<float>& logits();
-  // Called with every logits row as it is computed: one per prefill chunk and decode step. Steps then run one by one.
+  // Called with every logits row as it is computed: one per prefill chunk and decode step. Steps then run one by one. Where it throws, the call
+  // ends and the session stands where it stood: before prefill(), before the step. (on_token of generate(): that token has been handed out.)
   void set_logits_sink(std::function<void(const std::vector<float>&)> sink);
+  // Called between the chunks of prefill() and the steps of generate(). Where it throws, the call ends and the session stands behind the chunk or
+  // step that ran last: position() tokens are in the caches, and the token sampled after them is next.
+  void set_look(std::function<void()> look);
+
+  // For measurements. Where each cache lies on the device, by name: what a session computes next is of what is written there.
+  struct CacheMemory {
+    std::string name;
+    void* data;
+    uint64_t bytes;
+  };
+  std::vector<CacheMemory> cache_memory() const;
+  // Goes on at `position` with token 0, over the caches as they are. Error when it is beyond max_seq_len.
+  void pretend(int64_t position);
 
   MemoryReport memory() const;
   int64_t early_launches() const;  // kernels of the decode graph that start early
