@@ -84,11 +84,12 @@ def test_kernels_that_may_start_early_wait(export, target):
     """In the machine code of the decode package: what the export has checked itself, and that there is something to check."""
     artifact, _ = export
     waits = json.loads((artifact / "manifest.json").read_text())["entry_points"]["decode"]["waits"]
-    found = [name for image in cubins(artifact / f"model.{target}.pt2")["decode"] for name in kernels(image) if name.startswith(tuple(waits))]
+    images = cubins(artifact / f"model.{target}.pt2")["decode"]
+    found = [name for image in images for name in kernels(image) if name.startswith(tuple(waits))]
     assert {re.sub(r"_\d+$", "", name) for name in found} == {
         "kiln_gemv", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge", "kiln_tq4_prepare", "kiln_tq4_decode",
         "kiln_tq4_merge"}  # fmt: skip
-    for image in cubins(artifact / f"model.{target}.pt2")["decode"]:
+    for image in images:
         assert contract.check(image) == []
 
 
