@@ -80,7 +80,7 @@ sanitized = PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$SANITIZED_CPU/$(1)" 
   -DKILN_PYTHON_DIR="$$SANITIZED_CPU/$(1)/site" >/dev/null && PATH=$(BIN):"$$PATH" cmake --build "$$SANITIZED_CPU/$(1)" --target $(3)
 PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "$$(c++ -print-file-name=$$l)"; done)
 # One OpenMP thread: its library synchronizes out of the sanitizer's sight.
-TSAN = OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu
+TSAN = OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=runtime_cpp/test/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu
 sanitize-cpu: export SANITIZED_CPU = $(CURDIR)/$(BUILD)/sanitize-cpu
 sanitize-cpu: $(SETUP)
 	@rm -rf "$$SANITIZED_CPU/toy" && mkdir -p "$$SANITIZED_CPU"

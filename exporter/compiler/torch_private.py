@@ -21,6 +21,7 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
  12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
  13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
      tells that the analysis of a kernel gave up
+ 13. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
 """
@@ -94,6 +95,7 @@ def install(target: GpuTarget | None) -> None:
         _triton_driver(target)
         _wrapper()
         _one_object_for_each_kernel()
+        _inputs_computed_once()
         _what_kernels_write()
 
 
@@ -426,6 +428,20 @@ def _scratch_for_every_program() -> None:
         return lines, name
 
     CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
+
+
+def _inputs_computed_once() -> None:
+    """The original copies an input that is not in memory yet, and computes it anew for each argument of each kernel."""
+    from torch._inductor.ir import ExternKernel, StorageBox, TensorBox
+
+    original = ExternKernel.require_strides.__func__
+
+    def require_strides(cls, x, *args, **kwargs):
+        if isinstance(x, TensorBox) and isinstance(x.data, StorageBox):
+            x.realize()
+        return original(cls, x, *args, **kwargs)
+
+    ExternKernel.require_strides = classmethod(require_strides)
 
 
 def _one_object_for_each_kernel() -> None:

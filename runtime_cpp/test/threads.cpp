@@ -1,11 +1,12 @@
 // kiln-threads ARTIFACT [DEVICE] [THREADS SESSIONS ROUNDS] [alive]: sessions made, used by turns and destroyed from many threads; every answer
-// must be the one a session alone gives. With `alive` a thread's sessions of a round live at once and are stepped by turns.
+// must be the one a session alone gives, also after calls that callbacks ended. With `alive` a thread's sessions of a round live at once and are stepped by turns.
 // Built by hand or with -fsanitize=thread; see tests/runtime/test_threads.py.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -29,6 +30,57 @@ Tokens answer(const std::shared_ptr<const kiln::Model>& model, int which) {
   session.prefill(prompt(*model, which));
   Tokens tokens;
   session.generate(steps(*model), [&](int64_t token) { return tokens.push_back(token), true; }, /*stop_at_eog=*/false);
+  return tokens;
+}
+
+struct Refused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void demand(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+// The same answer, from a session whose calls were ended before by exceptions of every callback there is.
+Tokens disturbed_answer(const std::shared_ptr<const kiln::Model>& model, int which) {
+  kiln::SessionOptions options;
+  options.prefill_chunk = std::min<int64_t>(2, model->artifact().prefill_chunk);
+  kiln::Session session(model, options);
+  Tokens fed = prompt(*model, which), tokens;
+  auto ends = [](auto&& call) {
+    try {
+      call();
+    } catch (const Refused&) {
+      return;
+    }
+    demand(false, "a callback's exception was lost");
+  };
+  session.set_logits_sink([](const std::vector<float>&) { throw Refused("sink"); });
+  ends([&] { session.prefill(fed); });
+  demand(session.position() == 0, "a sink that throws moves the session");
+  session.set_logits_sink(nullptr);
+
+  int looks = 0;  // the first is before the first chunk
+  session.set_look([&] {
+    if (looks++ == 1) throw Refused("look");
+  });
+  if (static_cast<int64_t>(fed.size()) > options.prefill_chunk) {
+    ends([&] { session.prefill(fed); });
+    demand(session.position() == options.prefill_chunk, "a look that throws ends the prompt behind a chunk");
+    fed.erase(fed.begin(), fed.begin() + options.prefill_chunk);
+  }
+  session.set_look(nullptr);
+  session.prefill(fed);
+
+  auto take = [&](int64_t token) { return tokens.push_back(token), true; };
+  ends([&] {
+    session.generate(steps(*model), [&](int64_t token) { return take(token), tokens.size() < 3 ? true : throw Refused("on_token"); }, false);
+  });
+  session.set_logits_sink([](const std::vector<float>&) { throw Refused("sink"); });
+  ends([&] { session.decode(); });
+  ends([&] { session.decode(1); });
+  session.set_logits_sink(nullptr);
+  session.generate(steps(*model) - 3, take, false);
   return tokens;
 }
 
@@ -99,7 +151,7 @@ int run(int argc, char** argv) {
     if (!alive) {
       std::atomic<int> next{0};
       on_threads(threads, [&](int) {
-        for (int i; (i = next++) < sessions;) expect(answer(model, i), right[static_cast<size_t>(i)], i);
+        for (int i; (i = next++) < sessions;) expect((round + i) % 3 ? answer(model, i) : disturbed_answer(model, i), right[static_cast<size_t>(i)], i);
       });
       continue;
     }
