@@ -20,8 +20,8 @@ class PassOptions:
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
     decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
-    matmul: str = "blas"  # of a prefill's products on a GPU: "kiln" (our kernels), "blas", or "auto", which was measured to be better
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
+    matmul: str = "blas"  # of a prefill's products on a GPU: "kiln" (our kernels), "blas", or "auto", which was measured to be better
 
 
 @dataclass(frozen=True)

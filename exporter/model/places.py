@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import GLU_ROWS, glu_fits
-from custom_ops.weights.layouts import LAYOUTS
-from exporter.artifact.weights import WeightPlan
 from exporter.source.config import ModelConfig
+from exporter.source.weights import WeightPlan
 from passes.chunked_lm_head import chunk_rows
 from passes.records import Expected, KVBuffer, PassOptions
 
@@ -21,6 +21,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
         "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
+        "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
         "fuse_decode": _fused(config, plan) if options.decode_bytes and entry == "decode" else {},
         "free_kv_buffers": dict.fromkeys((b.name for b in kv), ""),
     }
@@ -42,10 +43,18 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
     return [] if not options.materializes_head or whole or head.kind == "F32" else [name]
 
 
+def _products(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
+    head = "token_embd" if config.tied_head else "output"
+    return {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
+
+
+def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
+    return [name for name, p in _products(config, plan).items() if p.kind not in LAYOUTS]
+
+
 def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     """Every product, norm, residual, GELU and attention of a token. Of a model without a packed product nothing is: it has another form."""
-    head = "token_embd" if config.tied_head else "output"
-    products = {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
+    products = _products(config, plan)
     if not any(p.kind in LAYOUTS for p in products.values()):
         return {}
     found = {name: "" if p.kind in LAYOUTS else f"its weight is {p.kind}" for name, p in products.items()}
@@ -66,7 +75,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
             f"{at}.attention": floats([f"{at}.attn_output"]),
             f"{at}.glu": _glu(at, products) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
         }
-    return found | {"output_norm": floats([head])}
+    return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
 
 
 def _glu(at: str, products: dict[str, WeightPlan]) -> str:
