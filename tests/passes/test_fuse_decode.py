@@ -105,9 +105,8 @@ class Rounded(torch.fx.Interpreter):
 
 
 # What the pass may change is the order in which a root and a weight are multiplied. An activation on a boundary between two integers may
-# then round the other way, and after it others do: so the limit of one byte is about what its rounding loses. TQ4 turns that into other
-# codes.
-LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 5e-2), (3, True, 2e-2), (2, True, 2e-2), (1, True, 2e-1)]
+# then round the other way, and after it others do: so a byte's limit is about what its rounding loses. TQ4 turns it into other codes.
+LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 5e-2), (3, True, 2e-2), (2, True, 2e-2), (1, True, 1e-1)]
 
 
 @pytest.mark.parametrize("terms, tq, limit", LIMITS)
