@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.compiler.host import MARCH, reason
+from exporter.compiler.host import MARCH
 from exporter.errors import KilnError
 
 ABI = 1  # of kiln_shims and kiln_constants; the runner refuses another one
@@ -106,7 +106,7 @@ def link(objects: list[str], wrapper: str, output: Path) -> None:
         if missing := sorted(set(re.findall(r"undefined reference to [`']([^']+)'", result.stderr))):
             raise KilnError(f"the compiled graph calls {', '.join(missing)}, which the runner does not have; this is a bug in Kiln")
         if result.returncode:
-            raise KilnError(f"{compiler} failed: {reason(result.stderr)}")
+            raise subprocess.CalledProcessError(result.returncode, command, result.stderr)
     for path in (source, script, compiled):
         path.unlink()
 
