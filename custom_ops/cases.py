@@ -1,4 +1,4 @@
-"""The Triton kernels of every op at the shapes that matter, so that a test can compile each for each architecture without a GPU."""
+"""The Triton kernels of every op at the shapes of the `MEASURED` models, for tests to compile for each architecture without a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from custom_ops.geometry import MEASURED
 from custom_ops.gpu.target import GpuTarget
 
 MODULES = (
@@ -13,6 +14,7 @@ MODULES = (
     "step.add_norm",
     "attention.prepare",
     "weights.linear",
+    "weights.matmul",
     "weights.embedding",
     "step.sample",
     "attention.sliding_attention",
@@ -24,6 +26,9 @@ MODULES = (
 )
 
 
+SECOND_TARGETS = (90, 120)  # for which every test run compiles attention at the shapes of the second model
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """One compilation of one kernel: what the launch in the op's body would compile."""
@@ -33,15 +38,25 @@ class KernelCase:
     signature: dict[str, str]  # run-time arguments: name -> Triton type, as "*bf16" or "i32"
     constexprs: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages, maxnreg
-    targets: tuple[int, ...] | None = None  # architectures it is for; None: all
+    targets: tuple[int, ...] | None = None  # architectures that every test run compiles it for; None: all
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
 
 
-def all_cases(target: GpuTarget) -> list[KernelCase]:
-    """The cases of every op for this target; a module's `kernel_cases(target)` lists its own, at the shapes of the 31B in bfloat16."""
-    cases: list[KernelCase] = []
-    for name in MODULES:
-        module = importlib.import_module(f"custom_ops.{name}")
-        if hasattr(module, "kernel_cases"):
-            cases += [case for case in module.kernel_cases(target) if case.targets is None or target.sm in case.targets]
-    return cases
+def all_cases(target: GpuTarget, every: bool = False) -> list[KernelCase]:
+    """The distinct cases of every op for this target; a module's `kernel_cases(target, model)` lists its own.
+
+    Without `every`, which is for `make nightly`: rare block types for one architecture, and of the 12B attention alone, for two.
+    """
+    cases: dict[tuple, KernelCase] = {}
+    for model in MEASURED:
+        first = model is MEASURED[0]
+        for name in MODULES:
+            module = importlib.import_module(f"custom_ops.{name}")
+            if not hasattr(module, "kernel_cases") or not (first or every or name.split(".")[0] in ("attention", "tq4")):
+                continue
+            for case in module.kernel_cases(target, model):
+                targets = case.targets if first else SECOND_TARGETS
+                if every or targets is None or target.sm in targets:
+                    key = case.fn, *(tuple(sorted(d.items())) for d in (case.signature, case.constexprs, case.options))
+                    cases.setdefault(key, case)
+    return list(cases.values())

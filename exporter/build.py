@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from custom_ops.gpu.early import WAITING_KERNELS
+from custom_ops.dtypes import DTYPES, dtype_name
+from custom_ops.gpu.early import waiting_kernels
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.manifest import dtype_name, staged, write_manifest
+from exporter.artifact.manifest import staged
 from exporter.artifact.memory import kv_plan, memory_plan
-from exporter.artifact.weights import plan_weights, write_weights
+from exporter.artifact.record import write_manifest
+from exporter.artifact.weights import write_weights
 from exporter.compiler.compile import CompiledEntry, available_targets, clean, compile_target, native_target
 from exporter.compiler.torch_private import check_versions
-from exporter.compiler.trace import DTYPES, GraphSpec
+from exporter.compiler.trace import GraphSpec
 from exporter.errors import KilnError
+from exporter.files import write_text
 from exporter.progress import bar, say, size_text
-from exporter.source.config import ModelConfig, check_tensors, from_gguf
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
-from exporter.tools.quantize import to_float
+from exporter.source.plan import ModelPlan
 from passes.records import PassOptions
 
 GIB = 2**30
@@ -49,8 +47,9 @@ class ExportOptions:
     decode_activations: str = "exact"
     fuse_decode: bool = True
     kv_len: bool = True
+    matmul: str = "auto"
     head_budget_mib: int = 256
-    chat_template: Path | None = None
+    allow_nonfinite: bool = False
     dump_passes: Path | None = None
     dry_run: bool = False
     force: bool = False
@@ -72,10 +71,9 @@ def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
     return chosen
 
 
-def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...]) -> GraphSpec:
-    """Check the file against its architecture, then plan its weights; nothing is read but shapes, and norms where they must fit float16."""
-    config = from_gguf(gguf)
-    check_tensors(config, gguf)
+def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]) -> GraphSpec:
+    """What is compiled for a model, from the options. Raises KilnError where they do not go together, or not with the model."""
+    config = plan.config
     max_seq_len = options.max_seq_len or min(DEFAULT_SEQ_LEN, config.context_length)
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
@@ -90,7 +88,7 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
     spec = GraphSpec(
         cache=options.cache,
         config=config,
-        plan=tuple(plan_weights(config, gguf)),
+        plan=plan.weights,
         max_seq_len=max_seq_len,
         prefill_chunk=min(options.prefill_chunk, max_seq_len),
         activation_dtype=dtype,
@@ -100,51 +98,42 @@ def graph_spec(options: ExportOptions, gguf: GGUFFile, targets: tuple[str, ...])
             kv_len=options.kv_len,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
+            matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
         ),
     )
-    if spec.cache_dtype == torch.float16:
-        check_float16(config, gguf)
+    largest, tensor = plan.key_bound
+    if spec.cache_dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
+        raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
     return spec
-
-
-def check_float16(config: ModelConfig, gguf: GGUFFile) -> None:
-    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths."""
-    for layer in config.layers:
-        for name in ("attn_q_norm", "attn_k_norm"):
-            tensor = f"blk.{layer.index}.{name}.weight"
-            largest = float(np.abs(to_float(gguf, tensor)).max()) * math.sqrt(layer.head_dim)
-            if largest > torch.finfo(torch.float16).max:
-                raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
 
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
     """Bytes of an activation of a decode product in fixed point: what loses nothing against `dtype`, or one with `int8`."""
-    return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype]]
+    return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype].torch]
 
 
-def export_artifact(options: ExportOptions) -> None:
-    """Raises KilnError; on any failure nothing is left at `options.out`."""
+def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
+    """Compiles and writes `plan`, the model at `options.gguf_path`. Raises KilnError; on any failure nothing is left at `options.out`."""
     start = time.monotonic()
     check_versions()
     targets = choose_targets(options.targets)
-    gguf = open_gguf(options.gguf_path)
-    spec = graph_spec(options, gguf, targets)
-    template = chat_template(gguf, options.chat_template)
+    spec = graph_spec(options, plan, targets)
+    for note in plan.notes:
+        say(note)
     print_plan(spec, options, targets)
     note_borrowed(targets)
     if options.dry_run:
         return
     with staged(options.out, options.force) as stage:
-        tokenizer = write_tokenizer(gguf, stage / "tokenizer.json")
-        tokenizer = tokenizer and {"file": "tokenizer.json", **tokenizer}
-        chat = None
-        if template is not None:
-            (stage / "chat_template.jinja").write_text(template)
-            prefix, suffix = render_chat_affixes(template, bos_text(gguf))
-            chat = {"prefix": prefix, "suffix": suffix}
+        if plan.tokenizer:
+            plan.tokenizer.write(stage / "tokenizer.json")
+        if plan.chat:
+            write_text(stage / "chat_template.jinja", plan.chat.template, "the chat template")
+        tokenizer = {"file": "tokenizer.json", **plan.tokenizer.record()} if plan.tokenizer else None
+        chat = plan.chat.record() if plan.chat else None
         with bar("packing weights") as progress:
-            records = write_weights(stage / "weights.safetensors", gguf, spec.config, list(spec.plan), progress=progress)
+            records = write_weights(stage / "weights.safetensors", plan, progress, options.allow_nonfinite)
         work = stage / ".work"
         compiled = []
         for target in targets:
@@ -155,7 +144,7 @@ def export_artifact(options: ExportOptions) -> None:
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, WAITING_KERNELS)
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from custom_ops.geometry import GEOMETRIES
+from custom_ops.weights.mixes import SYNTHETIC
 from exporter.errors import KilnError
 
-PATH = click.Path(path_type=Path)
+
+class UserPath(click.Path):
+    """A path as a shell hands it over: `--out=~/model` arrives with its tilde."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # nobody's home; no path at all, which is told where it is opened
+            return path.expanduser() if str(path).startswith("~") and not path.exists() else path
+        return path
+
+
+PATH = UserPath(path_type=Path)
 
 
 class Group(click.Group):
     """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # UTF-8 whatever the locale says; what is no text in it is escaped
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except KilnError as e:
@@ -75,15 +94,23 @@ def main() -> None:
     help="Of one token's products on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a product.",
 )
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
+@click.option(
+    "--matmul",
+    type=click.Choice(["auto", "kiln", "blas"]),
+    default="auto",
+    show_default=True,
+    help="A prefill's products on a GPU. kiln: compiled into the package; blas: by cuBLAS; auto: the one measured to be better.",
+)
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
 )
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
-def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options: Any) -> None:
     """Compile a GGUF file into an artifact."""
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
@@ -95,26 +122,44 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
-    if not options["dry_run"] and options["gguf_path"].is_file():
+    from exporter.source.plan import ReadOptions, read_plan
+
+    # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
+    scan = options["dry_run"] and not options["allow_nonfinite"]
+    # Before torch is imported: a bad file is refused at once.
+    plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
+    if not options["dry_run"]:
         from exporter.compiler.workers import AT_ONCE, prepare
 
         prepare(AT_ONCE)  # they import PyTorch while this process does
     from exporter.build import ExportOptions, export_artifact
 
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options))
+    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
 
 
 @main.command()
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 @click.option("--verify", is_flag=True, help="Recompute every checksum of an artifact.")
-def inspect(path: Path, as_json: bool, verify: bool) -> None:
-    """Show what a GGUF file or an artifact holds."""
+@click.option("--no-scan", is_flag=True, help="Leave the weights of a GGUF file unread: whether all of them are finite is not known then.")
+def inspect(path: Path, as_json: bool, verify: bool, no_scan: bool) -> None:
+    """Show what a GGUF file or an artifact holds, and everything for which `kiln export` would refuse the file (exit code 1)."""
     from exporter.artifact import show as show
 
-    record = show.artifact(path, verify) if path.is_dir() else show.gguf(path)
+    record = show.artifact(path, verify) if _is_artifact(path) else show.gguf(path, scan=not no_scan)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
+    for note in record.get("notes", ()):
+        click.echo(note, err=True)
+    for problem in record.get("problems", ()):
+        click.echo(f"kiln: error: {problem}", err=True)
+    if record.get("problems"):
+        sys.exit(1)
+
+
+def _is_artifact(path: Path) -> bool:
+    """A folder, unless it holds GGUF files and no manifest: what to give instead is said there."""
+    return path.is_dir() and ((path / "manifest.json").exists() or not any(path.glob("*.gguf")))
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
@@ -138,7 +183,7 @@ def run(arguments: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
-def bench(as_json: bool, **options) -> None:
+def bench(as_json: bool, **options: Any) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
     from exporter.measure.bench import bench as measure
 
@@ -147,8 +192,8 @@ def bench(as_json: bool, **options) -> None:
 
 
 @main.command()
-@click.option("--preset", type=click.Choice(["gemma4-31b", "gemma4-12b", "tiny", "tiny-cuda"]), required=True)
-@click.option("--mix", type=click.Choice(["q4_k_m", "q6_k", "q4_0", "q8_0", "f32"]), default="q4_k_m", show_default=True)
+@click.option("--preset", type=click.Choice(list(GEOMETRIES)), required=True)
+@click.option("--mix", type=click.Choice(SYNTHETIC), default="q4_k_m", show_default=True)
 @click.option("--out", type=PATH, required=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Keep only the first layers.")
@@ -177,7 +222,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 @click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
-def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **options) -> None:
+def evaluate(suite: str, depths: str, as_json: bool, **options: Any) -> None:
     """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
     from exporter.measure import evaluate as ev
 
@@ -186,6 +231,4 @@ def evaluate(suite: str, depths: str, as_json: bool, picture: Path | None, **opt
     except ValueError:
         raise click.BadParameter(f"{depths!r} is not a list of numbers like 2048,8192", param_hint="--depths") from None
     record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
-    if picture:
-        ev.plot(record, picture)
     click.echo(json.dumps(record, indent=1) if as_json else ev.report(record))

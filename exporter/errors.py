@@ -2,6 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """Names come from files of strangers: line ends and what would steer a terminal are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of a foreign error without line ends, at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
 
 class KilnError(Exception):
     """Bad input or an impossible request: one line saying what, where and what to do. The CLI prints it and exits with 1."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
+
+
+class Problems(KilnError):
+    """Everything that is wrong with one input; as text the first and how many there are."""
+
+    def __init__(self, found: Sequence[str], see: str):
+        more = f" (1 of {len(found)} problems; {see} shows all)" if len(found) > 1 else ""
+        super().__init__(found[0] + more)
+        self.found = tuple(found)

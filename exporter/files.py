@@ -24,3 +24,11 @@ def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_text(path: Path, text: str, what: str) -> None:
+    """Writes UTF-8 whatever the locale says. KilnError, with `what`, when the file cannot be written."""
+    try:
+        path.write_bytes(text.encode("utf-8"))
+    except OSError as e:
+        raise KilnError(f"{path}: cannot write {what}: {e.strerror}") from e

@@ -1,8 +1,8 @@
-"""One token's layer in a few kernels: products on fixed-point activations, and what lies between two products in one kernel each.
+"""One token's layer in a few kernels: matmuls on fixed-point activations, and one kernel for what lies between two matmuls.
 
-The residual stream and the results of products stay in float32; an activation becomes fixed point (`custom_ops/fixed_point.py`) where it
-is made: by the norm, by gelu(gate) * value, or by the attention before the product. Products with weights that are not packed stay as
-they are, and so does every neighbour that has another form.
+The residual stream and the results of matmuls stay in float32. An activation becomes fixed point (`custom_ops/weights/fixed_point.py`)
+where it is made: in the norm, in gelu(gate) * value, or in the attention before the matmul. A matmul whose weight is not packed stays as
+it is, and so does every neighbour of another form.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class _Fuser:
             for node in write.nodes:
                 self.ep.graph.erase_node(node)
             return self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], q.eps, self.terms)
-        call.args = (*call.args[:-1], None)  # one token: its position bounds the cache as well as the length would, and is no kernel
+        call.args = (*call.args[:-1], None)  # one token's position bounds the cache too, and needs no kernel to compute
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, turboquant
+from passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError, finish
 from passes.records import Lowered, PassOptions, PassReport
 from passes.verifier import verify
@@ -20,6 +20,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("kv_len", kv_len.run),
     ("chunked_lm_head", chunked_lm_head.run),
     ("fuse_decode", fuse_decode.run),
+    ("own_matmul", own_matmul.run),
     ("free_kv_buffers", free_kv_buffers.run),
 )
 

@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.export import ExportedProgram
 
+from custom_ops.geometry import RESIDUAL
+
 
 @dataclass(frozen=True)
 class PassOptions:
     """What the passes may be told. Sizes in bytes."""
 
     turboquant: bool = False
-    residual_length: int = 256  # with TurboQuant: the newest keys and values of a global layer that are read exactly, not in code
+    residual_length: int = RESIDUAL  # with TurboQuant: the newest keys and values of a global layer that are read exactly, not in code
     kv_len: bool = True
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
     decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
+    matmul: str = "blas"  # of a prefill's products on a GPU: "kiln" (our kernels), "blas", or "auto", which was measured to be better
 
 
 @dataclass(frozen=True)

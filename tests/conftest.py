@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,41 @@ def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     return result
 
 
+# A process of its own between this one and the command: a child's peak counts what its parent had in memory when it was started.
+_MEASURED = """
+import os, sys
+pid = os.fork()
+if not pid:
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(pid, 0)
+open(sys.argv[1], "w").write(str(used.ru_maxrss << 10))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def with_peak_memory(tmp_path: Path, *command: object) -> tuple[subprocess.CompletedProcess, int]:
+    """A command that must succeed, and the bytes that its process had in memory at most; processes that it starts are not counted."""
+    peak = tmp_path / "peak"
+    result = subprocess.run([sys.executable, "-SEc", _MEASURED, peak, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result, int(peak.read_text())
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all workers of a run: it gets a path that does not exist yet."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = root / name
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            stage = root / f"{name}.partial"
+            shutil.rmtree(stage, ignore_errors=True)
+            make(stage)
+            stage.rename(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory) -> dict[str, Path]:
     """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant, with a residual
@@ -29,10 +67,19 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
     KILN_TEST_ARTIFACTS names a directory that keeps them from run to run.
     """
     kept = os.environ.get("KILN_TEST_ARTIFACTS")
-    root = Path(kept) if kept else tmp_path_factory.mktemp("artifacts")
     common = ("--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
     models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", "--turboquant", "--residual-length", 32)}
-    for name, (gguf, *options) in models.items():
-        if not (root / name).exists():
-            kiln("export", "--gguf", FIXTURES / gguf, "--out", root / name, *options, *common)
-    return {name: root / name for name in models}
+
+    def export(name: str) -> Callable[[Path], object]:
+        gguf, *options = models[name]
+        return lambda path: kiln("export", "--gguf", FIXTURES / gguf, "--out", path, *options, *common)
+
+    found = {}
+    for name in models:
+        if kept:
+            found[name] = Path(kept) / name
+            if not found[name].exists():
+                export(name)(found[name])
+        else:
+            found[name] = shared(tmp_path_factory, f"artifact-{name}", export(name))
+    return found

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.artifact.weights import load_weights, plan_weights, write_weights
+from exporter.artifact.load import load_weights
+from exporter.artifact.weights import write_weights
 from exporter.compiler.trace import GraphSpec
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.plan import read_plan
+from exporter.source.weights import plan_weights
 from passes.records import PassOptions
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -36,10 +39,8 @@ def graph_spec(path: Path, max_seq_len: int = 96, chunk: int = 96, dtype: str = 
 
 
 def weights(path: Path, directory: Path) -> dict[str, torch.Tensor]:
-    gguf = open_gguf(path)
-    config = from_gguf(gguf)
     file = directory / f"{path.stem}.safetensors"
-    write_weights(file, gguf, config, plan_weights(config, gguf))
+    write_weights(file, read_plan(path))
     return {k: v for k, v in load_weights(file).items() if not k.startswith("__pad")}
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import Heads
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel
 from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import GpuTarget, current_target
@@ -31,7 +32,7 @@ class Tile:
     splits_per_sm: int = 2
 
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 DECODE_TILES = {
     (80, 512): Tile(keys=32, warps=4, stages=2),
     (86, 256): Tile(keys=32, warps=4, stages=2),
@@ -117,7 +118,7 @@ def split_size(start, end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                 PAD: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr = None):
-    """One query token, one KV head, keys [low, high), into row `split` of o_ptr and ml_ptr as `flash_decode_kernel` describes them.
+    """One query token, one KV head, keys [low, high), into row `split` of o_ptr and ml_ptr as `kiln_flash_decode` describes them.
 
     STAGES: of this loop; None: the launch's.
     """
@@ -145,8 +146,9 @@ def decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING
     tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
 
 
+@waits()
 @triton.jit
-def flash_decode_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
+def kiln_flash_decode(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
                         SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr):
     """One query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2].
@@ -185,8 +187,9 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
     return m, total, tl.sum(acc, 0)
 
 
+@waits()
 @triton.jit
-def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
+def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
                        BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
     """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value unless a split has them already (OWN).
@@ -215,7 +218,7 @@ def flash_merge_kernel(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out
 
 
 @triton.jit
-def flash_prefill_kernel(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, out_ptr, lse_ptr, tokens, WINDOW: tl.constexpr,
+def kiln_flash_prefill(q_ptr, k_ptr, v_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, out_ptr, lse_ptr, tokens, WINDOW: tl.constexpr,
                          RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr, LSE: tl.constexpr):
     """BLOCK_M rows of one KV head against its keys, a row being a (token, head of the group) pair, tokens major.
@@ -302,7 +305,7 @@ def prefill_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
                      has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
-    """The constants of `flash_decode_kernel` and of `flash_merge_kernel`; own, terms: the latter's OWN and TERMS."""
+    """The constants of `kiln_flash_decode` and of `kiln_flash_merge`; own, terms: the latter's OWN and TERMS."""
     group = heads // kv_heads
     splits = split_count(target, tile, kv_heads, slots)
     shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,
@@ -312,7 +315,7 @@ def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, d
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:
-    """The constants of `flash_prefill_kernel`."""
+    """The constants of `kiln_flash_prefill`."""
     return {"WINDOW": window, "RING": slots if window else 0, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
             "BLOCK_N": tile.keys, "LSE": lse}
 
@@ -328,12 +331,12 @@ def check_kernel_shapes(op: str, dim: int, *caches: torch.Tensor) -> None:
 
 def flash_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored: torch.Tensor, v_stored: torch.Tensor, pos: torch.Tensor,
                   window: int, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-    """Launch `flash_prefill_kernel`: out [T, H, D], lse float32 [KV, T * H / KV] if given; the rest as `flash_attention`, contiguous."""
+    """Launch `kiln_flash_prefill`: out [T, H, D], lse float32 [KV, T * H / KV] if given; the rest as `flash_attention`, contiguous."""
     (tokens, heads, dim), (slots, kv_heads, _) = q.shape, k_stored.shape
     tile = prefill_tile(q.dtype, current_target(), dim)
     constants = prefill_constants(tile, heads, kv_heads, dim, slots, window, lse is not None)
     blocks = (tokens * constants["GROUP"] + tile.rows - 1) // tile.rows
-    kernel(flash_prefill_kernel)[(blocks, kv_heads)](q, k, v, k_stored, v_stored, pos, out, pos if lse is None else lse, tokens,
+    kernel(kiln_flash_prefill)[(blocks, kv_heads)](q, k, v, k_stored, v_stored, pos, out, pos if lse is None else lse, tokens,
                                                      **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
@@ -352,9 +355,9 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored:
         length = pos if kv_len is None else kv_len
         part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
-        kernel(flash_decode_kernel)[(kv_heads, split["SPLITS"])](q, k_stored, v_stored, pos, length, part, sums, **split,
+        kernel(kiln_flash_decode)[(kv_heads, split["SPLITS"])](q, k_stored, v_stored, pos, length, part, sums, **split,
                                                                  num_warps=tile.warps, num_stages=tile.stages)
-        kernel(flash_merge_kernel)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=merge_warps(dim))
+        kernel(kiln_flash_merge)[(heads,)](part, sums, pos, length, q, k, v, out, **merge, num_warps=merge_warps(dim))
     else:
         flash_prefill(q, k, v, k_stored, v_stored, pos, window, out)
     return out
@@ -366,23 +369,23 @@ def prefill_case(name: str, dtype: torch.dtype, kind: str, target: GpuTarget, he
     tile = prefill_tile(dtype, target, dim)
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_ring_ptr", "v_ring_ptr", "out_ptr"), kind)
     signature |= {"pos_ptr": "*i64", "lse_ptr": "*fp32" if lse else "*i64", "tokens": "i32"}
-    return KernelCase(name, flash_prefill_kernel, signature, prefill_constants(tile, heads, kv_heads, dim, slots, window, lse),
+    return KernelCase(name, kiln_flash_prefill, signature, prefill_constants(tile, heads, kv_heads, dim, slots, window, lse),
                       {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def flash_cases(name: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int) -> list[KernelCase]:
+def flash_cases(name: str, target: GpuTarget, shape: Heads, slots: int, window: int) -> list[KernelCase]:
     """The compilations behind `flash_attention`, in bfloat16 and float32."""
-    cases = []
+    heads, kv_heads, dim, cases = shape.queries, shape.kv, shape.dim, []
     for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        label = f"{name} {kind[1:]} {heads}:{kv_heads}x{dim}"
+        label = f"{name} {kind[1:]} {shape.label}"
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
         position = {"pos_ptr": "*i64", "len_ptr": "*i64" if window else "*i32"}
         parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
         tile = decode_tile(dtype, target, dim)
         split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, not window)
-        cases.append(KernelCase(f"{label} decode", flash_decode_kernel, inputs | position | parts, split,
+        cases.append(KernelCase(f"{label} decode", kiln_flash_decode, inputs | position | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
-        cases.append(KernelCase(f"{label} merge", flash_merge_kernel, parts | position | inputs | {"out_ptr": kind}, merge,
+        cases.append(KernelCase(f"{label} merge", kiln_flash_merge, parts | position | inputs | {"out_ptr": kind}, merge,
                                 {"num_warps": merge_warps(dim)}))
         cases.append(prefill_case(f"{label} prefill", dtype, kind, target, heads, kv_heads, dim, slots, window))
     return cases

@@ -7,6 +7,7 @@ from torch.library import triton_op
 
 from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -39,6 +40,6 @@ def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     return flash_attention(q, k_cache, v_cache, k_cache, v_cache, pos, kv_len, 0)
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
-    return flash_cases("global_attention", target, heads=32, kv_heads=4, dim=512, slots=131072, window=0)
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    return flash_cases("global_attention", target, model.full, slots=CONTEXT, window=0)

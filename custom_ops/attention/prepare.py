@@ -8,7 +8,8 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.markers import rms_norm, rope
@@ -60,8 +61,9 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     return a * cos - b * sin, b * cos + a * sin
 
 
+@waits("q_weight_ptr", "k_weight_ptr")
 @triton.jit
-def prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
+def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
                    v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Grid (HEADS + 2 KV)."""
     head = tl.program_id(0)
@@ -89,8 +91,9 @@ def check_projections(op: str, q, k, v, q_weight, cos) -> None:
         raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
 
 
+@waits("inv_freq_ptr")
 @triton.jit
-def rope_table_kernel(pos_ptr, inv_freq_ptr, cos_ptr, sin_ptr, half, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def kiln_rope_table(pos_ptr, inv_freq_ptr, cos_ptr, sin_ptr, half, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """cos and sin of pos * inv_freq, float32 [half]."""
     i = tl.arange(0, BLOCK)
     inv_freq = tl.load(inv_freq_ptr + i, i < half, other=0.0)
@@ -109,7 +112,7 @@ def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor,
     half = inv_freq.shape[0]
     cos = torch.empty((1, half), dtype=torch.float32, device=inv_freq.device)
     sin = torch.empty_like(cos)
-    kernel(rope_table_kernel)[(1,)](pos, inv_freq, cos, sin, half, BLOCK=triton.next_power_of_2(half), EARLY=early(), num_warps=1)
+    kernel(kiln_rope_table)[(1,)](pos, inv_freq, cos, sin, half, BLOCK=triton.next_power_of_2(half), EARLY=early(), num_warps=1)
     return cos, sin
 
 
@@ -128,16 +131,21 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     outs = [torch.empty((1, x.shape[1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
     heads, kv_heads = (x.shape[1] for x in outs[:2])
     parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
-    kernel(prepare_kernel)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
+    kernel(kiln_prepare)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
                                                     D=dim, EARLY=early(), num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernel at the shape of the 31B's global layers."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel at the shape of the model's global layers."""
     raw = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
-    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "EARLY": early(target)}
-    return [KernelCase("prepare 32:4x512", prepare_kernel, signature, constants, {"num_warps": PREPARE_WARPS},
-                       aligned=("stride", "v_stride"))]
+    constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
+    table = dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"pos_ptr": "*i64", "half": "i32"}
+    return [
+        KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
+                   aligned=("stride", "v_stride")),
+        KernelCase(f"rope_table {model.full.dim}", kiln_rope_table, table, {"BLOCK": 256, "EARLY": early(target)}, {"num_warps": 1},
+                   aligned=("half",)),
+    ]

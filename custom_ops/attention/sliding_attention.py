@@ -7,6 +7,7 @@ from torch.library import triton_op
 
 from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -39,6 +40,6 @@ def sliding_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring:
     return flash_attention(q, k, v, k_ring, v_ring, pos, None, window)
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
-    return flash_cases("sliding_attention", target, heads=32, kv_heads=16, dim=256, slots=1024, window=1024)
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    return flash_cases("sliding_attention", target, model.sliding, slots=model.window, window=model.window)

@@ -19,21 +19,22 @@ from custom_ops.attention.flash import (
     check_kernel_shapes,
     decode_constants,
     decode_range,
-    flash_merge_kernel,
+    kiln_flash_merge,
     merge_warps,
     softmax_step,
     split_size,
 )
 from custom_ops.attention.prepare import check_projections, prepare_reference
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.weights import fixed_point
 from custom_ops.weights.fixed_point import GROUP, group_words
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {
     (86, 256): Tile(keys=32, warps=8, stages=1),
     (86, 512): Tile(keys=16, warps=8, stages=1),
@@ -99,8 +100,9 @@ def _step(q0, q1, k0, k1, v, held, m, total, acc):
     return m, total, tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
 
 
+@waits("q_weight_ptr", "k_weight_ptr", "k_ring_ptr", "v_ring_ptr", "pos_ptr", idle=True)  # the last split always has its own key
 @triton.jit
-def sliding_decode_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr, ml_ptr,
+def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr, ml_ptr,
                           stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
                           V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                           ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,7 +110,7 @@ def sliding_decode_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_p
     """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
 
     q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
-    tensor-core tile takes; products are transposed as in `flash_decode_kernel`. The split of the last key writes it to the rings.
+    tensor-core tile takes; products are transposed as in `kiln_flash_decode`. The split of the last key writes it to the rings.
     """
     H: tl.constexpr = D // 2
     head = tl.program_id(0)
@@ -173,7 +175,7 @@ def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
                terms: int) -> tuple[dict, dict]:
-    """The constants of `sliding_decode_kernel` and of `flash_merge_kernel`."""
+    """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
     del split["HAS_LEN"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
@@ -209,27 +211,27 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    kernel(sliding_decode_kernel)[(kv_heads, split["SPLITS"])](
+    kernel(kiln_sliding_decode)[(kv_heads, split["SPLITS"])](
         q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0), v.stride(0), EPS=eps, **split,
         num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
-    kernel(flash_merge_kernel)[(heads,)](part, sums, pos, pos, q, q, q, out, **merge, num_warps=merge_warps(dim))
+    kernel(kiln_flash_merge)[(heads,)](part, sums, pos, pos, q, q, q, out, **merge, num_warps=merge_warps(dim))
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B: V from the product of q and k, and from its own."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes: V from the product of q and k, and from its own."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
     signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
-    cases = []
+    h, cases = model.sliding, []
     for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        tile = _tile(dtype, target, 256)
         rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
+        tile = _tile(dtype, target, h.dim)
         for parts, v_parts in ((3, 3), (4, 14)):
-            split, merge = _constants(tile, target, 32, 16, 256, 1024, 1024, parts, v_parts, 2)
-            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} 32:16x256", sliding_decode_kernel, signature | rings,
-                                    {"EPS": 1e-6} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
+            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2)
+            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} {h.label}", kiln_sliding_decode, signature | rings,
+                                    {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
                                     aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
-        cases.append(KernelCase(f"sliding_decode {kind} merge 32:16x256", flash_merge_kernel, inputs | {"out_ptr": "*i32"}, merge,
-                                {"num_warps": merge_warps(256)}))
+        cases.append(KernelCase(f"sliding_decode {kind} merge {h.label}", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
+                                {"num_warps": merge_warps(h.dim)}))
     return cases

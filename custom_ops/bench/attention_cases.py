@@ -1,4 +1,4 @@
-"""Benchmark cases of the ops that read or write caches; see `bench_cases`."""
+"""Benchmark cases of the ops that read or write caches; see `cases.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 
 from custom_ops.attention import prepare
 from custom_ops.attention.flash import attend
-from custom_ops.bench.cases import EPS, PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Geometry, Heads, Tensors, clone, fixed_bytes, kiln, normal
+from custom_ops.bench.cases import PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Tensors, Workload, clone, fixed_bytes, kiln, normal
+from custom_ops.geometry import EPS, Heads, keys_attended
 from custom_ops.tq4 import codec
 from custom_ops.weights import fixed_point
 
@@ -24,16 +25,12 @@ def _some(tokens: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, tokens - 1, min(tokens, 16), device=device).long().unique()
 
 
-def keys_attended(start: int, tokens: int, window: int | None = None) -> int:
-    return sum(min(p + 1, window or p + 1) for p in range(start, start + tokens))
-
-
 def attention_flops(heads: Heads, keys: int) -> int:
     return 4 * heads.queries * heads.dim * keys
 
 
-def sliding_case(geometry: Geometry, tokens: int) -> Case:
-    heads, window = geometry.sliding, geometry.window
+def sliding_case(work: Workload, tokens: int) -> Case:
+    heads, window = work.sliding, work.window
     start = 4 * window  # the ring is full
 
     def arguments(g: torch.Generator) -> Tensors:
@@ -82,9 +79,9 @@ def around_bytes(heads: Heads) -> int:
     return 4 * PARTS * (heads.queries + 2 * heads.kv) * heads.dim + fixed_bytes(heads.queries * heads.dim)
 
 
-def sliding_decode_case(geometry: Geometry) -> Case:
+def sliding_decode_case(work: Workload) -> Case:
     """From the projections, in as many parts as their products leave them, to the next product's activations."""
-    heads, window = geometry.sliding, geometry.window
+    heads, window = work.sliding, work.window
     start = 4 * window
 
     def arguments(g: torch.Generator) -> Tensors:
@@ -92,8 +89,8 @@ def sliding_decode_case(geometry: Geometry) -> Case:
         return (*raw, *(normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2)), positions(g, start, start + 1))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        *raw, k_ring, v_ring, pos = arguments
-        prepared = prepare.prepare_reference(*raw, EPS, k_ring.dtype)
+        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos = arguments
+        prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, k_ring.dtype)
         past = torch.arange(start - window + 1, start, device=pos.device) % window
         keys, values = (torch.cat([ring[past], own]) for ring, own in zip((k_ring, v_ring), prepared[1:], strict=True))
         mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
@@ -170,20 +167,20 @@ def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tenso
     return caches
 
 
-def tq4_rings(g: torch.Generator, geometry: Geometry, end: int) -> list[torch.Tensor]:
+def tq4_rings(g: torch.Generator, work: Workload, end: int) -> list[torch.Tensor]:
     """The residual before position `end`: no numbers in slots that a query there does not read."""
-    heads, rings = geometry.full, []
+    heads, rings = work.full, []
     for _ in range(2):
-        ring = torch.full((geometry.residual, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
-        past = torch.arange(max(end - geometry.residual + 1, 0), end, device=g.device)
-        ring[past % geometry.residual] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
+        ring = torch.full((work.residual, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
+        past = torch.arange(max(end - work.residual + 1, 0), end, device=g.device)
+        ring[past % work.residual] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
         rings.append(ring)
     return rings
 
 
-def tq4_bytes(geometry: Geometry, tokens: int, depth: int) -> int:
+def tq4_bytes(work: Workload, tokens: int, depth: int) -> int:
     """Bytes of the keys and values that `tokens` queries up to `depth` read: in code, and of the newest ones exactly."""
-    heads, residual = geometry.full, geometry.residual
+    heads, residual = work.full, work.residual
     return 2 * max(depth - residual, 0) * tq4_row_bytes(heads) + 2 * min(depth, residual - 1 + tokens) * heads.kv * heads.dim * 2
 
 
@@ -192,23 +189,24 @@ def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, 
     residual, end = rings[0].shape[0], start + own[0].shape[0]
     newest = torch.arange(max(start - residual + 1, 0), end, device=q.device)
     past = newest[newest < start]
-    sides = []
-    for i in range(2):
+
+    def side(i: int) -> torch.Tensor:
         coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
-        sides.append(torch.cat([coded, rings[i][past % residual].float(), own[i].float()]))
+        return torch.cat([coded, rings[i][past % residual].float(), own[i].float()])
+
     distance = pos[:, None] - newest
     old = torch.arange(end, device=q.device) <= pos[:, None] - residual
-    return attend(q.float(), *sides, torch.cat([old, (distance >= 0) & (distance < residual)], 1))
+    return attend(q.float(), side(0), side(1), torch.cat([old, (distance >= 0) & (distance < residual)], 1))
 
 
-def tq4_case(geometry: Geometry, tokens: int, depth: int) -> Case:
-    heads, start = geometry.full, depth - tokens
+def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
+    heads, start = work.full, depth - tokens
 
     def arguments(g: torch.Generator) -> Tensors:
         q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
         own = (normal(g, tokens, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
         pos = positions(g, start, depth)
-        return (q, *own, *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), pos, _kv_len(pos))
+        return (q, *own, *tq4_caches(g, heads, depth), *tq4_rings(g, work, start), pos, _kv_len(pos))
 
     def reference(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         some = _some(tokens, q.device)
@@ -217,7 +215,7 @@ def tq4_case(geometry: Geometry, tokens: int, depth: int) -> Case:
     return Case(
         op="tq4 decode" if tokens == 1 else "tq4 prefill",
         shape=f"{tokens} at {depth}",
-        bytes=tq4_bytes(geometry, tokens, depth) + 4 * tokens * heads.queries * heads.dim,
+        bytes=tq4_bytes(work, tokens, depth) + 4 * tokens * heads.queries * heads.dim,
         flops=attention_flops(heads, keys_attended(start, tokens)),
         limit=ROUNDED,
         arguments=arguments,
@@ -230,21 +228,22 @@ def tq4_case(geometry: Geometry, tokens: int, depth: int) -> Case:
     )
 
 
-def tq4_decode_case(geometry: Geometry, depth: int) -> Case:
+def tq4_decode_case(work: Workload, depth: int) -> Case:
     """From the projections to the next product's activations; the token is the last of `depth`."""
-    heads, start = geometry.full, depth - 1
+    heads, start = work.full, depth - 1
 
     def arguments(g: torch.Generator) -> Tensors:
-        return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, geometry, start), positions(g, start, depth))
+        return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, work, start), positions(g, start, depth))
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        q, *own = prepare.prepare_reference(*arguments[:7], EPS, torch.float32)
-        return tq4_expected(q, own, arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
+        q, k, v, q_weight, k_weight, cos, sin, *_ = arguments
+        prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, torch.float32)
+        return tq4_expected(prepared[0], prepared[1:], arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
 
     return Case(
         op="tq4_decode",
         shape=f"1 at {depth}",
-        bytes=tq4_bytes(geometry, 1, depth) + around_bytes(heads),
+        bytes=tq4_bytes(work, 1, depth) + around_bytes(heads),
         flops=attention_flops(heads, depth),
         limit=ROUNDED,
         arguments=arguments,
@@ -289,18 +288,18 @@ def tq4_write_case(heads: Heads, tokens: int) -> Case:
     )
 
 
-def decode_attention_cases(geometry: Geometry) -> list[Case]:
-    cases = [sliding_case(geometry, 1), sliding_decode_case(geometry)]
-    for depth in geometry.depths:
-        cases += [tq4_decode_case(geometry, depth), tq4_case(geometry, 1, depth)]
-    return cases + [global_case(geometry.full, 1, depth) for depth in geometry.depths]
+def decode_attention_cases(work: Workload) -> list[Case]:
+    cases = [sliding_case(work, 1), sliding_decode_case(work)]
+    for depth in work.depths:
+        cases += [tq4_decode_case(work, depth), tq4_case(work, 1, depth)]
+    return cases + [global_case(work.full, 1, depth) for depth in work.depths]
 
 
-def prefill_attention_cases(geometry: Geometry) -> list[Case]:
-    chunk = geometry.chunks[-1]
-    depths = [depth for depth in geometry.depths if depth >= chunk]
+def prefill_attention_cases(work: Workload) -> list[Case]:
+    chunk = work.chunks[-1]
+    depths = [depth for depth in work.depths if depth >= chunk]
     return [
-        sliding_case(geometry, chunk),
-        *(tq4_case(geometry, chunk, depth) for depth in depths),
-        *(global_case(geometry.full, chunk, depth) for depth in depths),
+        sliding_case(work, chunk),
+        *(tq4_case(work, chunk, depth) for depth in depths),
+        *(global_case(work.full, chunk, depth) for depth in depths),
     ]

@@ -1,6 +1,6 @@
-"""What `custom_ops/bench.py` times: an op at the shapes of a model, with its reference and what it must move and compute.
+"""What `python -m custom_ops.bench` times: an op at the shapes of a model, with its reference and what it must move and compute.
 
-Here the ops that read weights or logits; those that read caches are in `bench_attention`.
+Here the ops that read weights or logits; those that read caches are in `attention_cases`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 import custom_ops.ops  # noqa: F401
+from custom_ops import geometry
+from custom_ops.geometry import CONTEXT, EPS, RESIDUAL, Geometry, Heads, Matrix
 from custom_ops.markers import rms_norm
 from custom_ops.step import add_norm, sample
 from custom_ops.weights import embedding, fixed_point, linear
+from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import COUNTERS
-from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.layouts import dequantize
 
 Tensors = tuple[torch.Tensor, ...]
 kiln = torch.ops.kiln
@@ -25,7 +28,6 @@ REFERENCE_ROWS = 8192  # of a matrix dequantized at a time
 ROUNDED = 6e-3  # relative error that rounding to bfloat16 on the way allows
 FIXED = 1e-4  # that two bytes an activation do
 TERMS = 2  # bytes of an activation of a decode step
-EPS = 1e-6
 EXACT = 0.0
 
 
@@ -56,24 +58,9 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    name: str
-    kind: str
-    n: int
-    k: int
-    count: int  # of them in the model
+class Workload:
+    """What is timed of a model of one mix."""
 
-
-@dataclass(frozen=True)
-class Heads:
-    queries: int
-    kv: int
-    dim: int
-    layers: int
-
-
-@dataclass(frozen=True)
-class Geometry:
     matrices: tuple[Matrix, ...]
     head: Matrix
     sliding: Heads
@@ -81,29 +68,15 @@ class Geometry:
     full: Heads  # the global layers
     depths: tuple[int, ...]  # of decode; every second one, and the last, of prefill
     chunks: tuple[int, ...]  # tokens of a prefill call; the last one is used for attention
-    residual: int = 256  # of the TQ4 caches
+    residual: int = RESIDUAL  # of the TQ4 caches
 
 
-# Gemma 4 31B as the Q4_K_M mix has it: where V is Q6_K it stands apart from Q and K.
-GEMMA4_31B = Geometry(
-    matrices=(
-        Matrix("attn_qkv", "Q4_K", 16384, 5376, 25),
-        Matrix("attn_qk", "Q4_K", 12288, 5376, 25),
-        Matrix("attn_v", "Q6_K", 4096, 5376, 25),
-        Matrix("attn_qk", "Q4_K", 18432, 5376, 10),
-        Matrix("attn_output", "Q4_K", 5376, 8192, 50),
-        Matrix("attn_output", "Q4_K", 5376, 16384, 10),
-        Matrix("ffn_gate_up", "Q4_K", 43008, 5376, 60),
-        Matrix("ffn_down", "Q4_K", 5376, 21504, 30),
-        Matrix("ffn_down", "Q6_K", 5376, 21504, 30),
-    ),
-    head=Matrix("token_embd", "Q6_K", 262144, 5376, 1),
-    sliding=Heads(32, 16, 256, 50),
-    window=1024,
-    full=Heads(32, 4, 512, 10),
-    depths=(128, 512, 2048, 8192, 32768, 131072),
-    chunks=(512, 2048),
-)
+def workload(model: Geometry, mix: str) -> Workload:
+    *matrices, head = model.matrices(mix)
+    return Workload(tuple(matrices), head, model.sliding, model.window, model.full, (128, 512, 2048, 8192, 32768, CONTEXT), (512, 2048))
+
+
+GEMMA4_31B = workload(geometry.GEMMA4_31B, "q4_k_m")
 PLAIN_STEP = "attention and cache writes of a decode step, global layers apart"
 STEP = "norms and sliding attention of a fused decode step"
 
@@ -159,8 +132,7 @@ def fixed_bytes(count: int) -> int:
 
 def fixed_case(m: Matrix) -> Case:
     """The product as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
-    ends = {"ffn_gate_up": "fixed_glu", "token_embd": "fixed_linear"} | dict.fromkeys(("attn_output", "ffn_down"), "fixed_linear_squares")
-    end = ends.get(m.name, "fixed_partials")
+    end = {"glu": "fixed_glu", "sum": "fixed_linear", "squares": "fixed_linear_squares", "split": "fixed_partials"}[m.end]
 
     def arguments(g: torch.Generator) -> Tensors:
         x = fixed_point.quantize(normal(g, 1, m.k, dtype=torch.float32), TERMS)
@@ -207,12 +179,12 @@ def fixed_case(m: Matrix) -> Case:
     )
 
 
-def fixed_cases(geometry: Geometry) -> list[Case]:
-    return [fixed_case(m) for m in (*geometry.matrices, geometry.head)]
+def fixed_cases(work: Workload) -> list[Case]:
+    return [fixed_case(m) for m in (*work.matrices, work.head)]
 
 
-def add_norm_case(geometry: Geometry) -> Case:
-    d = geometry.head.k
+def add_norm_case(work: Workload) -> Case:
+    d = work.head.k
 
     def arguments(g: torch.Generator) -> Tensors:
         vectors = [normal(g, *shape, dtype=torch.float32) for shape in ((1, d), (1, d), (d,), (d,))]
@@ -243,22 +215,22 @@ def add_norm_case(geometry: Geometry) -> Case:
         copy=clone(0, 1, 2, 3),
         result=result,
         group=STEP,
-        count=2 * (geometry.sliding.layers + geometry.full.layers),
+        count=2 * (work.sliding.layers + work.full.layers),
     )
 
 
-def gemv_cases(geometry: Geometry) -> list[Case]:
+def gemv_cases(work: Workload) -> list[Case]:
     """Every matrix times one token, not fused; the head's activations are float32."""
     group = "matrix products of a decode step"
-    cases = [product_case("gemv", m, 1, torch.bfloat16, ROUNDED, group) for m in geometry.matrices]
-    return [*cases, product_case("gemv", geometry.head, 1, torch.float32, 1e-5, group)]
+    cases = [product_case("gemv", m, 1, torch.bfloat16, ROUNDED, group) for m in work.matrices]
+    return [*cases, product_case("gemv", work.head, 1, torch.float32, 1e-5, group)]
 
 
-def linear_cases(geometry: Geometry) -> list[Case]:
+def linear_cases(work: Workload) -> list[Case]:
     return [
         product_case("linear", m, tokens, torch.bfloat16, ROUNDED, f"matrix products of {tokens} tokens, the head apart")
-        for tokens in geometry.chunks
-        for m in geometry.matrices
+        for tokens in work.chunks
+        for m in work.matrices
     ]
 
 

@@ -9,24 +9,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from custom_ops.attention import flash, prepare, sliding_decode
 from custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
 from custom_ops.bench.cases import (
     GEMMA4_31B,
     Case,
-    Geometry,
     Tensors,
+    Workload,
     add_norm_case,
     embedding_case,
     fixed_cases,
@@ -34,121 +32,35 @@ from custom_ops.bench.cases import (
     linear_cases,
     sample_case,
 )
+from custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
 from custom_ops.step import add_norm, sample
 from custom_ops.tq4 import attention, codec, decode, prefill
 from custom_ops.weights import embedding, gemv, linear
 
 COLD = 4
 MOST_COPIES = 1024
-REPLAYS = 21
-LONG = 2.0  # milliseconds of a call above which a graph holds each copy once only
-LAUNCHES = 20  # of a graph of shorter calls
-CEILING_BYTES = 4_000_000_000
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, add_norm, embedding, linear, sample, sliding_decode, codec, attention, decode, prefill)
 SEED = 1
 
 
-def all_cases(geometry: Geometry = GEMMA4_31B) -> list[Case]:
-    chunk, vocab = geometry.chunks[-1], geometry.head.n
+def all_cases(work: Workload = GEMMA4_31B) -> list[Case]:
+    chunk, vocab = work.chunks[-1], work.head.n
     return [
-        *fixed_cases(geometry),
-        add_norm_case(geometry),
-        *gemv_cases(geometry),
-        *linear_cases(geometry),
-        embedding_case(geometry.head, 1),
-        embedding_case(geometry.head, chunk),
-        *decode_attention_cases(geometry),
-        *prefill_attention_cases(geometry),
-        tq4_write_case(geometry.full, 1),
-        tq4_write_case(geometry.full, chunk),
+        *fixed_cases(work),
+        add_norm_case(work),
+        *gemv_cases(work),
+        *linear_cases(work),
+        embedding_case(work.head, 1),
+        embedding_case(work.head, chunk),
+        *decode_attention_cases(work),
+        *prefill_attention_cases(work),
+        tq4_write_case(work.full, 1),
+        tq4_write_case(work.full, chunk),
         sample_case(vocab, "greedy", 0.0, 0, 1.0),
         sample_case(vocab, "top-k 64, top-p 0.95", 1.0, 64, 0.95),
         sample_case(vocab, "no limits", 1.0, 0, 1.0),
     ]
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the GPU does at best."""
-
-    copy_gb_s: float  # device to device, bytes read + bytes written
-    read_gb_s: float
-    matmul_tflop_s: float  # bfloat16, 8192^3
-
-    @property
-    def gb_s(self) -> float:
-        return max(self.copy_gb_s, self.read_gb_s)
-
-    def floor_us(self, moved: int, flops: int) -> float:
-        """No kernel that moves and computes this much takes less."""
-        return max(moved / self.gb_s / 1e3, flops / self.matmul_tflop_s / 1e6)
-
-
-def call_time(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call, launching included."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def graph_time(call: Callable[[int], Any], copies: int, replays: int = REPLAYS,
-               summary: Callable[[list[float]], float] = statistics.median) -> float:
-    """Microseconds of call(i), i going round 0 .. copies - 1: the median (or `summary`) over replays of one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(0)  # loads the kernels and makes the libraries' workspaces
-        rounds = 1 if call_time(lambda: call(copies - 1)) > LONG else math.ceil(LAUNCHES / copies)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for i in range(copies * rounds):
-            call(i % copies)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return summary(times) * 1e3 / (copies * rounds)
-
-
-@triton.jit
-def read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """out[program] = the sum of its BLOCKS * BLOCK elements of x."""
-    first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for i in tl.static_range(BLOCKS):
-        total += tl.load(x_ptr + first + i * BLOCK + tl.arange(0, BLOCK))
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
-
-
-def memory_rates(size: int) -> tuple[float, float]:
-    """GB/s of a copy, bytes read + bytes written, and of a plain read of `size` bytes."""
-    block, blocks = 2048, 8
-    programs = size // 4 // (block * blocks)
-    x = torch.randint(1 << 16, (programs * block * blocks,), dtype=torch.int32, device="cuda")
-    y, sums = torch.empty_like(x), torch.empty(programs, dtype=torch.int32, device="cuda")
-    copy = graph_time(lambda i: y.copy_(x), 1, summary=min)
-    read = graph_time(lambda i: read_kernel[(programs,)](x, sums, BLOCK=block, BLOCKS=blocks, num_warps=4), 1, summary=min)
-    if sums.sum() != x.sum():
-        raise RuntimeError("the read kernel gave a wrong sum: its time means nothing")
-    return 2 * x.nbytes / copy / 1e3, x.nbytes / read / 1e3
-
-
-def measure_ceilings() -> Ceilings:
-    """The best of several, on random data: zeros take less power and run faster."""
-    copy, read = memory_rates(min(CEILING_BYTES, torch.cuda.mem_get_info()[0] // 3))
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    c = torch.empty_like(a)
-    product = graph_time(lambda i: torch.mm(a, b, out=c), 1, summary=min)
-    return Ceilings(copy, read, 2 * 8192**3 / product / 1e6)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -247,7 +159,7 @@ class _Compile:
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
     """Inside, the ops launch nothing: their kernels are compiled, on all cores, until the block ends. A failure shows at the launch."""
-    kept = [(module, module.kernel) for module in LAUNCHING]
+    kept: list[tuple[Any, Any]] = [(module, module.kernel) for module in LAUNCHING]
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         try:
             for module, _ in kept:

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from custom_ops.attention.flash import Tile
-from custom_ops.bench import harness
+from custom_ops.bench import ceilings, harness
 from custom_ops.bench.attention_cases import global_case, sliding_case, sliding_decode_case, tq4_case
-from custom_ops.bench.cases import GEMMA4_31B, Case, Geometry, Matrix, Tensors, fixed_cases
+from custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_cases
+from custom_ops.geometry import Matrix
 from custom_ops.gpu.tables import nearest, pick
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.tq4 import prefill as tq4_prefill
 from custom_ops.weights import gemv
+from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import GemvConfig
 
 REPLAYS = 15
@@ -73,7 +75,7 @@ class Tuning:
 
 def gemv_current(target: GpuTarget, m: Matrix) -> GemvConfig:
     config = gemv.GEMV_CONFIGS[nearest(gemv.GEMV_CONFIGS, target)]
-    return replace(config, groups=config.groups or gemv.GEMV_GROUPS[m.kind])
+    return replace(config, groups=config.groups or LAYOUTS[m.kind].gemv_groups)
 
 
 def first(current: Any, others: Iterator[Any]) -> list[Any]:
@@ -86,11 +88,11 @@ def tiles(current: Tile, **choices: tuple[int, ...]) -> list[Tile]:
     return first(current, grid)
 
 
-def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]:
-    chunk, full = geometry.chunks[-1], geometry.full
-    short, far, long = geometry.depths[2], geometry.depths[-2], geometry.depths[-1]
+def families(target: GpuTarget, work: Workload = GEMMA4_31B) -> list[Family]:
+    chunk, full = work.chunks[-1], work.full
+    short, far, long = work.depths[2], work.depths[-2], work.depths[-1]
     found = []
-    for m, case in zip((*geometry.matrices, geometry.head), fixed_cases(geometry), strict=True):
+    for m, case in zip((*work.matrices, work.head), fixed_cases(work), strict=True):
         grid = (GemvConfig(*choice) for choice in itertools.product((64, 128), (1, 2, 4), (16, 24, 28, 32), (1, 2, 4)))
         found.append(Family(case.name, [case], first(gemv_current(target, m), grid), "weights.gemv.GEMV_CONFIGS", target.sm, m))
 
@@ -102,17 +104,17 @@ def families(target: GpuTarget, geometry: Geometry = GEMMA4_31B) -> list[Family]
 
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
-    tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(geometry, 1, short), tq4_case(geometry, 1, long)], **decode)
+    tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(work, 1, short), tq4_case(work, 1, long)], **decode)
     if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
         pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(geometry, chunk, far)], **pieces)
+        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
     else:
-        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(geometry, chunk, far)], **prefill)
+        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(work, chunk, far)], **prefill)
     decode["keys"] = (16, 32, 64)
-    tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", geometry.sliding.dim, [sliding_decode_case(geometry)],
+    tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
           **decode | {"stages": (1,)})  # fmt: skip
-    tiled("sliding decode", "attention.flash.DECODE_TILES", geometry.sliding.dim, [sliding_case(geometry, 1)], **decode)
-    tiled("sliding prefill", "attention.flash.PREFILL_TILES", geometry.sliding.dim, [sliding_case(geometry, chunk)], **prefill)
+    tiled("sliding decode", "attention.flash.DECODE_TILES", work.sliding.dim, [sliding_case(work, 1)], **decode)
+    tiled("sliding prefill", "attention.flash.PREFILL_TILES", work.sliding.dim, [sliding_case(work, chunk)], **prefill)
     tiled("global decode", "attention.flash.DECODE_TILES", full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
     tiled("global prefill", "attention.flash.PREFILL_TILES", full.dim, [global_case(full, chunk, far)], **prefill)
     return found
@@ -155,11 +157,11 @@ def attempt(trial: Trial, expected: torch.Tensor, copies: list[Tensors], best: f
         if not trial.error <= case.limit:
             trial.failure = f"wrong: error {trial.error:.2e}"
             return
-        once = harness.call_time(lambda: case.call(*copies[-1]))
-        if once > harness.LONG and once * 1e3 > HOPELESS * best:
+        once = ceilings.call_time(lambda: case.call(*copies[-1]))
+        if once > ceilings.LONG and once * 1e3 > HOPELESS * best:
             trial.failure = f"over {HOPELESS:.0f} times the best"
             return
-        trial.us = harness.graph_time(lambda i: case.call(*copies[i]), len(copies), REPLAYS)
+        trial.us = ceilings.graph_time(lambda i: case.call(*copies[i]), len(copies), REPLAYS)
     except Exception as e:  # any of the compiler's or the launcher's: it is the finding
         trial.failure = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         torch.cuda.synchronize()
@@ -204,7 +206,7 @@ def describe(candidate: Any) -> str:
 
 
 def report(case: Case, trials: list[Trial]) -> None:
-    timed = sorted((t for t in trials if t.us is not None), key=lambda t: t.us)
+    timed = sorted((t for t in trials if t.us is not None), key=lambda t: t.us or 0.0)
     failed = [t for t in trials if t.us is None]
     print(f"{case.name}: {len(timed)} timed, {sum('wrong' in t.failure for t in failed)} wrong, {len(failed)} not timed")
     if trials and trials[0].us is not None:
@@ -264,7 +266,7 @@ def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
     if products := best_gemv(trials):
         config, groups, us = products
         family = next(family for family in chosen if family.matrix)
-        by = f"{us / 1e3:.3f} ms for the products of a decode step, with GEMV_GROUPS {groups}"
+        by = f"{us / 1e3:.3f} ms for the products of a decode step, with gemv_groups {groups} in block_types.py"
         found.append((family, config, by))
     for family in chosen:
         if not family.matrix and (best := best_tile(family, trials)):
@@ -279,7 +281,7 @@ def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
 def tune(chosen: list[Family], budget: float) -> dict:
     """Prints the best candidates of every case of the families, trying none after `budget` seconds; the record of all trials."""
     began = time.monotonic()
-    target, tuning, ceilings = current_target(), Tuning(), harness.measure_ceilings()
+    target, tuning, measured = current_target(), Tuning(), ceilings.measure_ceilings()
     for family in chosen:
         run_family(family, tuning, target, began + budget)
         torch.cuda.empty_cache()
@@ -289,4 +291,4 @@ def tune(chosen: list[Family], budget: float) -> dict:
     if tuning.skipped:
         print(f"{tuning.skipped} candidates not tried: {budget:.0f} s were over; raise --budget or narrow --only")
     print(f"{time.monotonic() - began:.0f} s")
-    return harness.machine(ceilings) | {"winners": best, "trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}
+    return harness.machine(measured) | {"winners": best, "trials": [t.row() for t in tuning.trials], "skipped": tuning.skipped}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -16,14 +17,14 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 class _Limited:
-    def __init__(self, fn, registers: int):
+    def __init__(self, fn: Any, registers: int):
         self.fn, self.registers = fn, registers
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple) -> Any:
         return functools.partial(self.fn[grid], maxnreg=self.registers)
 
 
-def kernel(fn, registers: int | None = None, x: torch.Tensor | None = None):
+def kernel(fn: Any, registers: int | None = None, x: torch.Tensor | None = None) -> Any:
     """`kernel(fn)[grid](...)`: traceable by Inductor on CUDA, direct under the interpreter.
 
     registers: of a thread, at most; x is then any tensor of the launch. A direct launch tells Triton; a traced one has no means to, and the

@@ -16,6 +16,7 @@ T = TypeVar("T")
 # Module and name of every table whose gaps the nearest architecture fills.
 TABLES = (
     ("weights.gemv", "GEMV_CONFIGS"),
+    ("weights.matmul", "TILES"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),
     ("attention.sliding_decode", "SLIDING_TILES"),
@@ -25,7 +26,10 @@ TABLES = (
 
 
 def nearest(architectures: Iterable[int], target: GpuTarget) -> int:
-    """The target's own architecture, else the nearest older one, else the nearest; one with more shared memory only for want of another."""
+    """The architecture whose entry the target takes: its own, else the nearest older one, else the nearest newer one.
+
+    An architecture with more shared memory than the target comes last: its tiles may not fit.
+    """
 
     def order(sm: int) -> tuple[bool, bool, int]:
         return gpu_targets()[f"sm_{sm}"].smem_optin > target.smem_optin, sm > target.sm, abs(sm - target.sm)

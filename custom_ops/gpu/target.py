@@ -73,7 +73,7 @@ def _present() -> GpuTarget:
         name=properties.name,
         sm_count=properties.multi_processor_count,
         max_threads_per_sm=properties.max_threads_per_multi_processor,
-        smem_optin=properties.shared_memory_per_block_optin,
+        smem_optin=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # it has
         smem_per_sm=properties.shared_memory_per_multiprocessor,
         l2=properties.L2_cache_size,
         memory=properties.total_memory,

@@ -1,8 +1,8 @@
-"""What lies between two products of one token in one kernel: residual, post-norm, layer scale, the next norm's weight and fixed point.
+"""One kernel between two matmuls of one token: post-norm, residual stream, layer scale, the next norm's weight, fixed point.
 
-A root mean square needs a whole row, which no program has: so the sums of squares of pieces of a row go from kernel to kernel. The product
-before leaves those of its result (`fixed_linear_squares`); what follows here leaves those of its own, and the product after multiplies by
-the root, which commutes with it.
+RMSNorm needs the mean square of a whole row, and no program has a whole row. So sums of squares of pieces travel from kernel to kernel: the
+matmul before leaves those of its result (`fixed_linear_squares`), this kernel leaves those of the new stream, and the matmul after
+multiplies its result by the root, which commutes with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.weights import fixed_point
@@ -49,8 +50,9 @@ def load_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.conste
     return tl.rsqrt(tl.sum(tl.load(squares + i, i < COUNT, other=0.0), 0) / k + EPS)
 
 
+@waits("weight", "post_weight", "scale")
 @triton.jit
-def add_norm_kernel(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
+def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
                     BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr,
                     PIECE: tl.constexpr, EARLY: tl.constexpr):
     """PIECE elements of one token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
@@ -96,7 +98,7 @@ def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
     squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
     constants = _constants(d, branch_squares, scale is not None, terms)
     given = [weight if t is None else t for t in (branch, branch_squares, post_weight, scale)]
-    kernel(add_norm_kernel)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
+    kernel(kiln_add_norm)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
     return x_out, out, squares
 
 
@@ -135,12 +137,12 @@ def norm_fixed(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch
     return _launch(x, None, None, None, None, weight, 0.0, terms)[1:]
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the 31B's hidden size."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's hidden size."""
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
     squares = torch.empty(84)  # of the product before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = {"EPS": 1e-6} | _constants(5376, given, scale, 2, target)
-        cases.append(KernelCase(f"{name} 5376", add_norm_kernel, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
+        constants = {"EPS": EPS} | _constants(model.hidden, given, scale, 2, target)
+        cases.append(KernelCase(f"{name} {model.hidden}", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

@@ -14,9 +14,10 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
-from custom_ops.step.sample_kernels import choose, row_maxima, settle_bins, weigh_bins
+from custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
 
 CHUNK, WARPS = 1024, 4  # tokens and warps of a program that passes over the vocabulary
 TILE, CHOOSE_WARPS = 512, 8  # listed tokens taken at a time, and warps, of the one program that chooses
@@ -61,13 +62,14 @@ def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tens
     uniform = ((noise_bits(seed, pos, vocab) >> 9).to(torch.float32) + 0.5) * 2.0**-23  # exact, never 0 or 1
     score = (row - ordered[0]) * rate - torch.log(-torch.log(uniform))
     sampled = torch.where(row >= cut, score, -torch.inf).argmax()
-    return torch.where(temperature > 0, sampled, row.argmax())
+    # the maximum is a number exactly where no logit is NaN or +inf and one is finite
+    return torch.where(torch.isfinite(row.amax()), torch.where(temperature > 0, sampled, row.argmax()), -1)
 
 
 @triton_op("kiln::sample", mutates_args=())
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
            pos: torch.Tensor) -> torch.Tensor:
-    """One token id, int64 [1], from logits [1, V] float32; -inf forbids a token.
+    """One token id, int64 [1], from logits [1, V] float32; -inf forbids a token. -1: a logit is NaN or +inf, or none is finite.
 
     temperature [1] float32: 0 or less takes the most probable token, of equals the lowest id.
     top_k [1] int32: 0 or less, or V or more, is off. top_p [1] float32: 1 or more is off; else the fewest most probable tokens
@@ -90,26 +92,27 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     logits = logits.contiguous()
     whole = {"BINS": BINS, "CHUNKS": triton.next_power_of_2(chunks)}
     limits = (temperature, top_k, top_p)
-    kernel(row_maxima)[(chunks,)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, num_warps=WARPS)
-    kernel(weigh_bins)[(chunks,)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
-    kernel(settle_bins)[(chunks,)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks, **whole,
-                                   CHUNK=CHUNK, num_warps=WARPS)
-    kernel(choose)[(1,)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole, TILE=TILE,
-                         num_warps=CHOOSE_WARPS)
+    kernel(kiln_row_maxima)[(chunks,)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(kiln_weigh_bins)[(chunks,)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(kiln_settle_bins)[(chunks,)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
+                                        **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(kiln_choose)[(1,)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole,
+                              TILE=TILE, num_warps=CHOOSE_WARPS)
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The four launches for a vocabulary of 262144."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The four launches for the model's vocabulary."""
     types = {
         "logits": "*fp32", "best": "*i64", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "seed": "*i64", "pos": "*i64",
         "counts": "*i32", "masses": "*i64", "sampled": "*i64", "listed": "*i32", "keys": "*i64", "tokens": "*i32", "out": "*i64",
         "vocab": "i32", "chunks": "i32",
     }
-    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": 262144 // CHUNK, "TILE": TILE}
+    vocab = model.vocab
+    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
     cases = []
-    for fn, warps in ((row_maxima, WARPS), (weigh_bins, WARPS), (settle_bins, WARPS), (choose, CHOOSE_WARPS)):
+    for fn, warps in ((kiln_row_maxima, WARPS), (kiln_weigh_bins, WARPS), (kiln_settle_bins, WARPS), (kiln_choose, CHOOSE_WARPS)):
         signature = {name: types[name] for name in fn.arg_names if name in types}
         constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
-        cases.append(KernelCase(f"{fn.__name__} 262144", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+        cases.append(KernelCase(f"{fn.__name__} {vocab}", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
     return cases

@@ -1,9 +1,9 @@
 """Triton kernels of `sample`: four launches, whatever the settings; where the temperature is 0 the two in the middle return at once.
 
-row_maxima      the most probable token of every chunk of the vocabulary
-weigh_bins      number and mass of the tokens in each of BINS steps below the maximum
-settle_bins     which steps are inside both limits: their best score is taken; which are cut by one: their tokens are listed
-choose          the exact cut among the listed tokens, four bits of it at a time, and the winner
+kiln_row_maxima   the most probable token of every chunk of the vocabulary
+kiln_weigh_bins   number and mass of the tokens in each of BINS steps below the maximum
+kiln_settle_bins  which steps are inside both limits: their best score is taken; which are cut by one: their tokens are listed
+kiln_choose       the exact cut among the listed tokens, four bits of it at a time, and the winner
 """
 
 from __future__ import annotations
@@ -108,10 +108,11 @@ def _settle(counts, masses, k, p, vocab, BINS: tl.constexpr):
 
 
 @triton.jit
-def row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.constexpr, CHUNK: tl.constexpr):
+def kiln_row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """best[chunk] = the ranked maximum; the sums of the next kernels to 0."""
     token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(logits + token, token < vocab, other=float("-inf"))
+    value = tl.where(value == value, value, float("inf"))  # a NaN may be of either sign: no token is chosen for one as for +inf
     tl.store(best + tl.program_id(0), tl.max(_ranked(value, token)))
     if tl.program_id(0) == 0:
         j = tl.arange(0, BINS)
@@ -121,7 +122,7 @@ def row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.constexpr, 
 
 
 @triton.jit
-def weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, vocab, chunks, BINS: tl.constexpr, CHUNK: tl.constexpr,
+def kiln_weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, vocab, chunks, BINS: tl.constexpr, CHUNK: tl.constexpr,
                CHUNKS: tl.constexpr):
     """counts[bin], masses[bin] of the whole vocabulary. Integer sums: the order of the programs does not matter."""
     k, p = _limits(top_k, top_p, vocab)
@@ -143,7 +144,7 @@ def weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, vocab, c
 
 
 @triton.jit
-def settle_bins(logits, best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
+def kiln_settle_bins(logits, best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
                 BINS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """sampled[chunk] = the ranked best score among the tokens surely kept; keys, tokens [listed]: the tokens to look at, in any order."""
     heat = tl.load(temperature)
@@ -185,9 +186,9 @@ def _cut(keys, listed, base, target, maximum, rate, MASS: tl.constexpr, TILE: tl
 
 
 @triton.jit
-def choose(best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks,
+def kiln_choose(best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks,
            BINS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr):
-    """out[0] = the token."""
+    """out[0] = the token, or -1 where the maximum is no number."""
     heat = tl.load(temperature)
     first = _maximum(best, chunks, CHUNKS)
     winner = first
@@ -215,4 +216,5 @@ def choose(best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, 
                 token = tl.load(tokens + i, i < number, other=0)
                 score = _score(_unordered(key), maximum, rate, token, tl.load(seed), tl.load(pos))
                 winner = tl.maximum(winner, tl.max(tl.where((i < number) & (key >= cut), _ranked(score, token), winner)))
-    tl.store(out, _token(winner))
+    is_number = tl.abs(_unordered(first >> 32)) < float("inf")
+    tl.store(out, tl.where(is_number, _token(winner), -1))

@@ -1,7 +1,7 @@
-"""Causal attention over a TQ4 cache (`custom_ops/tq4.py`) whose newest keys and values are kept exact beside the codes, the residual.
+"""Causal attention over a TQ4 cache (`codec.py`): codes of every position, and an exact window, the ring of the newest keys and values.
 
-Two attentions, one of a sliding window over a ring and one over the codes of what is older, are merged by their total weights. For the
-second, queries and output are rotated once, cached vectors never.
+Two attentions are merged by their total weights: one over the ring, one over the codes of what is older. The second rotates its queries
+and its output once, cached vectors never.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.global_attention import causal_mask
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, RESIDUAL, Geometry
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.tq4 import codec
 from custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
-from custom_ops.weights.fixed_point import largest, store_fixed
+from custom_ops.weights.fixed_point import largest, largest_size, store_fixed
 
-# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations.
+# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 PREFILL_TILES = {
@@ -80,8 +81,9 @@ def rotated_query(x, D: tl.constexpr):
     return y, norm * (LOG2E * D**-0.5)
 
 
+@waits()
 @triton.jit
-def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
+def kiln_tq4_rotate(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
     """`rotated_query` of one query. BYTES: as integers 256 a + b, out_ptr int8 [queries, 2, D] a, then b, and the scale of their products
     with levels times LEVEL_UNIT.
     """
@@ -90,7 +92,7 @@ def rotate_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexp
     dim = tl.arange(0, D)[None, :]
     y, scale = rotated_query(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
     if BYTES:
-        high = tl.max(tl.max(tl.abs(y), 1), 0)
+        high = tl.sum(largest_size(y, 1), 0)  # of the one row
         v = tl.floor(y * tl.where(high > 0, LARGEST / high, 0.0) + 0.5).to(tl.int32)
         a = (v + 128) >> 8
         tl.store(out_ptr + r * 2 * D + dim, a.to(tl.int8))
@@ -108,7 +110,7 @@ def unrotated(x, D: tl.constexpr):
 
 
 @triton.jit
-def unrotate_kernel(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
                     D: tl.constexpr):
     """One row of out, attention to exact keys, merged with R^T x, that to codes, by the logarithms of their total weights."""
     r = tl.program_id(0)
@@ -130,15 +132,16 @@ def coded_end(pos_ptr, RESIDUAL: tl.constexpr):
     return tl.maximum(tl.load(pos_ptr).to(tl.int32) + 1 - RESIDUAL, 0)
 
 
+@waits()
 @triton.jit
-def tq4_decode_kernel(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
+def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
                       o_ptr, ml_ptr, RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
                       D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                       ASM: tl.constexpr, EARLY: tl.constexpr):
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
-    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `flash_decode_kernel`, one for each plane.
+    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one for each plane.
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
@@ -221,8 +224,9 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
     tl.store(ml_ptr + part * 2 + 1, total, mask=keep)
 
 
+@waits()
 @triton.jit
-def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
+def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
                      EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                      TERMS: tl.constexpr, EARLY: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
@@ -247,7 +251,7 @@ def tq4_merge_kernel(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HE
 
 
 @triton.jit
-def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, out_ptr, lse_ptr, tokens,
+def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, out_ptr, lse_ptr, tokens,
                        RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
     """BLOCK_M rows of one KV head, a row being a (token, head of the group) pair, tokens major; the output stays rotated, and is undefined
@@ -314,7 +318,7 @@ def tq4_prefill_kernel(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_pt
 
 def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, residual: int,
                   terms: int = 0) -> tuple[Tile, dict, dict]:
-    """The tile and the constants of `tq4_decode_kernel` and of `tq4_merge_kernel`; dtype: of the residual."""
+    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype: of the residual."""
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     block = decode_tile(dtype, target, dim).keys
@@ -330,7 +334,7 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
 
 def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
                    residual: int) -> tuple[Tile, dict]:
-    """The tile and the constants of `tq4_prefill_kernel`."""
+    """The tile and the constants of `kiln_tq4_prefill`."""
     tile = PREFILL_FLOAT32 if float32 else pick(PREFILL_TILES, target, dim)
     return tile, {"RESIDUAL": residual, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
                   "BLOCK_N": tile.keys, "ASM": asm}
@@ -349,20 +353,20 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
-    kernel(tq4_decode_kernel)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
-                                                  num_stages=tile.stages)
-    kernel(tq4_merge_kernel)[(heads,)](part, sums, pos, out, **merge, num_warps=merge_warps(dim))
+    kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
+                                                num_stages=tile.stages)
+    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, **merge, num_warps=merge_warps(dim))
 
 
 def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch `rotate_kernel`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]."""
+    """`kiln_tq4_rotate`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]."""
     tokens, heads, dim = q.shape
     scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if as_bytes:
         out = torch.empty(tokens, heads, 2, dim, dtype=torch.int8, device=q.device)
     else:
         out = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
-    kernel(rotate_kernel)[(tokens * heads,)](q, out, scale, D=dim, BYTES=as_bytes, EARLY=early(), num_warps=ROTATE_WARPS)
+    kernel(kiln_tq4_rotate)[(tokens * heads,)](q, out, scale, D=dim, BYTES=as_bytes, EARLY=early(), num_warps=ROTATE_WARPS)
     return out, scale
 
 
@@ -380,9 +384,9 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
     else:
         tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots, residual)
         blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
-        kernel(tq4_prefill_kernel)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens, **constants,
+        kernel(kiln_tq4_prefill)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens, **constants,
                                                        num_warps=tile.warps, num_stages=tile.stages)
-    kernel(unrotate_kernel)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
+    kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
                                                GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
 
 
@@ -426,9 +430,9 @@ def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, 
         raise ValueError(f"{op}: residual {tuple(k_residual.shape)}, {tuple(v_residual.shape)}; expected [R, {kv_heads}, {dim}]")
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B, and decode at those of the 12B, whose group is wide."""
-    dim, slots, residual = 512, 131072, 256
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
+    h, dim, slots, residual = model.full, model.full.dim, CONTEXT, RESIDUAL
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
 
@@ -442,25 +446,25 @@ def kernel_cases(target: GpuTarget) -> list[KernelCase]:
         rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), kind)
         rotate = {"x_ptr": kind, "scale_ptr": "*fp32"}
         for kind_out in (inner,) if float32 else (inner, "*i8"):
-            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", rotate_kernel, rotate | {"out_ptr": kind_out},
+            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": kind_out},
                                     {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
         unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        constants = {"RESIDUAL": residual, "HEADS": 32, "GROUP": 8, "D": dim}
-        cases.append(KernelCase(f"{name} unrotate {dim}", unrotate_kernel, unrotate, constants, {"num_warps": ROTATE_WARPS}))
-        for heads, kv_heads, terms in ((32, 4, 0), (32, 4, 2), (16, 1, 0)):
-            tile, split, merge = decode_launch(dtype, not float32, target, heads, kv_heads, dim, slots, residual, terms)
-            label = f"{heads}:{kv_heads}x{dim}"
+        constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
+        cases.append(KernelCase(f"{name} unrotate {h.label}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        for terms in (0, 2):
+            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
             if not terms:
-                cases.append(KernelCase(f"{name} decode {label}", tq4_decode_kernel, query | rings | caches | parts, split, options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else kind}
-            cases.append(KernelCase(f"{name} merge {label} {terms} bytes", tq4_merge_kernel, signature, merge,
-                                    {"num_warps": merge_warps(dim)}))
-        cases.append(prefill_case(f"{name} prefill of the residual 32:4x{dim}", dtype, kind, target, 32, 4, dim, residual, residual, True))
+                cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
+                                        options(tile)))
+            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge,
+                                    parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
+        cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
+                                  residual, True))
         pieces = None if float32 else piece_tile(target, dim)
         if pieces is not None:
-            cases += piece_cases(name, pieces, 32, 4, dim, slots, residual)
+            cases += piece_cases(name, pieces, h.queries, h.kv, dim, slots, residual)
             continue
-        tile, constants = prefill_launch(float32, not float32, target, 32, 4, dim, slots, residual)
+        tile, constants = prefill_launch(float32, not float32, target, h.queries, h.kv, dim, slots, residual)
         signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
-        cases.append(KernelCase(f"{name} prefill 32:4x{dim}", tq4_prefill_kernel, signature, constants, options(tile)))
+        cases.append(KernelCase(f"{name} prefill {h.label}", kiln_tq4_prefill, signature, constants, options(tile)))
     return cases

@@ -7,7 +7,7 @@ A vector x of D elements (a power of two, 64..512) becomes D nibbles and one flo
 The int16 word w holds rotated coordinates j * D/4 + w, j = 0..3: magnitudes in bits 4j..4j+2, signs in bits 7, 15, 3, 11, where one
 shift brings two of them to the tops of their bytes.
 Scales of 2^-14..65504 keep float16's full precision, which is |x| of about 2^-14 sqrt(D) .. 65504 sqrt(D); longer vectors are clamped
-to 65504, shorter ones lose precision and end at 0. A zero vector has scale 0.
+to 65504, shorter ones lose precision and end at 0. A zero vector has scale 0, one that holds NaN or Inf the scale NaN.
 
 The levels are the Lloyd-Max levels of N(0, SPREAD^2), rounded to multiples of 1 / LEVEL_UNIT: exact in every 16-bit format, 8-bit integers
 times LEVEL_UNIT, at 0.06 % more error than the optimum.
@@ -23,7 +23,8 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 
@@ -95,7 +96,8 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     quarter = nibble.unflatten(-1, (4, dim // 4))
     word = sum((quarter[..., j, :] & 7) << 4 * j | quarter[..., j, :] >> 3 << SIGN_BITS[j] for j in range(4))  # disjoint bits
     word = word - ((word & 0x8000) << 1)  # into int16's range: what a narrowing cast does outside it is not fixed
-    return word.to(torch.int16), scale.squeeze(-1).clamp(max=MAX_SCALE).to(torch.float16)
+    scale = scale.clamp(max=MAX_SCALE) + norm * 0.0  # NaN of a norm that is no number
+    return word.to(torch.int16), scale.squeeze(-1).to(torch.float16)
 
 
 def levels(nibble: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
     for i in tl.static_range(7):
         nibble += (size > BOUNDARY_TABLE[i]).to(tl.int32)
     level = level_of(nibble)
-    scale = tl.minimum(norm / tl.sqrt(tl.sum(level * level, 1)), MAX_SCALE_F16)
+    scale = tl.minimum(norm / tl.sqrt(tl.sum(level * level, 1)), MAX_SCALE_F16) + norm * 0.0  # NaN of a norm that is no number
     quarter = tl.reshape(nibble, (ROWS, 4, D // 4))
     j = tl.arange(0, 4)[None, :, None]
     bits = (quarter & 7) << (4 * j) | (quarter >> 3) << ((7 + 8 * j) % 20)  # SIGN_BITS[j]
@@ -218,8 +220,9 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
     tl.store(scales_ptr + slot, scale.to(tl.float16), mask=keep)
 
 
+@waits()
 @triton.jit
-def tq4_write_kernel(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, rows, SLOTS: tl.constexpr,
+def kiln_tq4_write(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, rows, SLOTS: tl.constexpr,
                      KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
     """Encode ROWS of the `rows` = T * KV vectors of k (program axis 1: 0) or of v (1)."""
     wait_for_earlier_kernels(EARLY)
@@ -250,17 +253,18 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
         return reference_write(k_codes, k_scales, v_codes, v_scales, k, v, pos)
     tokens, kv_heads, dim = k.shape
     grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
-    kernel(tq4_write_kernel)[grid](k_codes, k_scales, v_codes, v_scales, k.contiguous(), v.contiguous(), pos, tokens * kv_heads,
+    kernel(kiln_tq4_write)[grid](k_codes, k_scales, v_codes, v_scales, k.contiguous(), v.contiguous(), pos, tokens * kv_heads,
                                    SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS, EARLY=early(),
                                    num_warps=WRITE_WARPS)
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernels at the shapes of the 31B."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernels at the model's shapes."""
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     return [
-        KernelCase(f"tq4_write {kind[1:]} 4x512", tq4_write_kernel,
+        KernelCase(f"tq4_write {kind[1:]} {model.full.kv}x{model.full.dim}", kiln_tq4_write,
                    caches | {"k_ptr": kind, "v_ptr": kind, "pos_ptr": "*i64", "rows": "i32"},
-                   {"SLOTS": 131072, "KV": 4, "D": 512, "ROWS": WRITE_ROWS, "EARLY": early(target)}, {"num_warps": WRITE_WARPS})
+                   {"SLOTS": CONTEXT, "KV": model.full.kv, "D": model.full.dim, "ROWS": WRITE_ROWS, "EARLY": early(target)},
+                   {"num_warps": WRITE_WARPS})
         for kind in ("*bf16", "*fp32")
     ]

@@ -10,7 +10,8 @@ from torch.library import triton_op
 from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.attention.prepare import PREPARE_WARPS, check_projections, prepare_reference, prepared_head
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early
+from custom_ops.geometry import CONTEXT, EPS, GEMMA4_31B, RESIDUAL, Geometry
+from custom_ops.gpu.early import early, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.tq4 import attention, codec
@@ -20,8 +21,9 @@ from custom_ops.weights import fixed_point
 from custom_ops.weights.fixed_point import GROUP, group_words
 
 
+@waits("q_weight_ptr", "k_weight_ptr")
 @triton.jit
-def tq4_prepare_kernel(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
+def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
                        EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
                        RESIDUAL: tl.constexpr, EARLY: tl.constexpr):
@@ -84,7 +86,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
     scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
-    kernel(tq4_prepare_kernel)[(heads + 2 * kv_heads,)](
+    kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, q_weight, k_weight, cos, sin, pos, plain, rotated, scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0],
         v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, RESIDUAL=residual, EARLY=early(),
         num_warps=PREPARE_WARPS)  # fmt: skip
@@ -93,16 +95,16 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     return out
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """The kernel at the shapes of the 31B, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel at the model's shapes, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr"), "*fp32")
     types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
-    constants = {"EPS": 1e-6, "HEADS": 32, "KV": 4, "D": 512, "SLOTS": 131072, "RESIDUAL": 256, "EARLY": early(target)}
-    cases = []
+    h, cases = model.full, []
+    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "RESIDUAL": RESIDUAL, "EARLY": early(target)}
     for residual in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if residual == "*fp32" else "*fp16"}
         signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), residual)
-        cases.append(KernelCase(f"tq4_prepare {residual[1:]} 32:4x512", tq4_prepare_kernel, signature, constants,
+        cases.append(KernelCase(f"tq4_prepare {residual[1:]} {h.label}", kiln_tq4_prepare, signature, constants,
                                 {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
     return cases

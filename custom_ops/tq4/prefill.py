@@ -42,7 +42,7 @@ RESTORED = tl.constexpr(16)  # rows of the state in one step
 
 
 @triton.jit
-def tq4_decompress_kernel(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
+def kiln_tq4_decompress(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
                           RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
                           ASM: tl.constexpr):
     """ROWS slots of one KV head, of the piece from slot `start`, still rotated: k_ptr int8 [KV, PIECE, D], levels times LEVEL_UNIT; v_ptr
@@ -87,7 +87,7 @@ def scales_of(k_scales_ptr, n, start, SLOTS: tl.constexpr, PIECE: tl.constexpr, 
 
 
 @triton.jit
-def tq4_piece_kernel(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start,
+def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start,
                      RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                      D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated, rows that read no code are undefined.
@@ -178,7 +178,7 @@ def piece_slots(tile: PrefillTile, slots: int) -> int:
 
 
 def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int, asm: bool) -> tuple[dict, dict]:
-    """The constants of `tq4_decompress_kernel` and of `tq4_piece_kernel`."""
+    """The constants of `kiln_tq4_decompress` and of `kiln_tq4_piece`."""
     shared = {"PIECE": piece_slots(tile, slots), "SLOTS": slots, "D": dim, "RESIDUAL": residual}
     return (shared | {"ROWS": DECOMPRESS_ROWS, "ASM": asm},
             shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys})
@@ -186,7 +186,7 @@ def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int
 
 def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
                      residual: int, out: torch.Tensor, lse: torch.Tensor, asm: bool) -> None:
-    """Launch the kernels: q int8 [T, H, 2, D] and q_scale float32 [T, H] as `rotate_kernel` leaves them; a query at p reads codes up to
+    """Launch the kernels: q int8 [T, H, 2, D] and q_scale float32 [T, H] as `kiln_tq4_rotate` leaves them; a query at p reads codes up to
     p - residual. out [T, H, D], still rotated; lse float32 [KV, T * H / KV].
 
     Scratch: 3 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
@@ -202,9 +202,9 @@ def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, 
     kept = kv_heads * blocks * tile.rows if slots - residual > piece else 1  # rows whose state passes from piece to piece
     state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
     for start in range(0, slots - residual, piece):
-        kernel(tq4_decompress_kernel)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](k_codes, v_codes, v_scales, pos, k, v, tokens, start,
+        kernel(kiln_tq4_decompress)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](k_codes, v_codes, v_scales, pos, k, v, tokens, start,
                                                                                **decompress, num_warps=DECOMPRESS_WARPS)
-        kernel(tq4_piece_kernel)[(blocks, kv_heads)](q, q_scale, k, k_scales, v, pos, state, lse, out, tokens, start, **attend,
+        kernel(kiln_tq4_piece)[(blocks, kv_heads)](q, q_scale, k, k_scales, v, pos, state, lse, out, tokens, start, **attend,
                                                      num_warps=tile.warps, num_stages=tile.stages)
 
 
@@ -216,9 +216,9 @@ def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: in
     inputs = {"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_scales_ptr": "*fp16"}
     integers = {"tokens": "i32", "start": "i32"}
     return [
-        KernelCase(f"{name} decompress {kv_heads}x{dim}", tq4_decompress_kernel, caches | scratch | integers, decompress,
+        KernelCase(f"{name} decompress {kv_heads}x{dim}", kiln_tq4_decompress, caches | scratch | integers, decompress,
                    {"num_warps": DECOMPRESS_WARPS}, aligned=("start",)),
-        KernelCase(f"{name} piece {heads}:{kv_heads}x{dim}", tq4_piece_kernel,
+        KernelCase(f"{name} piece {heads}:{kv_heads}x{dim}", kiln_tq4_piece,
                    inputs | scratch | {"state_ptr": "*fp16", "lse_ptr": "*fp32", "out_ptr": "*bf16"} | integers, attend,
                    {"num_warps": tile.warps, "num_stages": tile.stages}, aligned=("start",)),
     ]

@@ -72,7 +72,7 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
 
 
 @triton.jit
-def dequantize_rows(words, halves, ids, out, n, k, stride, halves_stride, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
+def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
                     WORDS: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
                     EVEN: tl.constexpr):
     """The matrix transposed, out [k, n]; with GATHER its rows ids[0 .. n], out [n, k]. Grid (row blocks, groups of K / GROUPS)."""
@@ -82,7 +82,7 @@ def dequantize_rows(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
     block = first // (BLOCK // 32)
     words += block.to(tl.int64) * WORDS * stride
     halves += block.to(tl.int64) * HALVES * halves_stride
-    source = tl.load(ids + rows, mask) if GATHER else rows
+    source = tl.maximum(tl.load(ids + rows, mask), 0) if GATHER else rows
     if GATHER:
         out += rows.to(tl.int64) * k + first * 32
     else:

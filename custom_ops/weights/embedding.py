@@ -7,17 +7,20 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
-from custom_ops.weights.dequantize import dequantize_rows
-from custom_ops.weights.layouts import LAYOUTS, dequantize
-from custom_ops.weights.linear import USUAL_KINDS, USUAL_TARGETS, check_weight, format_constants
+from custom_ops.weights.block_types import LAYOUTS, usual_targets
+from custom_ops.weights.dequantize import kiln_dequantize
+from custom_ops.weights.layouts import dequantize
+from custom_ops.weights.packed import check_weight, format_constants
 
 TOKENS = 32  # of a program of one warp; a lane takes one token and one group of 32 elements
 
 
 def reference(ids: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
     """The op in plain torch; arguments as `quantized_embedding`."""
+    ids = ids.clamp(min=0)
     rows = [t[:, :, ids].permute(2, 0, 1).flatten(0, 1).unsqueeze(-1) for t in (words, halves)]  # [T * G, W or H, 1]
     return dequantize(kind, *rows).view(ids.shape[0], -1)
 
@@ -26,6 +29,7 @@ def reference(ids: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind
 def quantized_embedding(ids: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str) -> torch.Tensor:
     """Rows `ids` [T] int64, each below N, of the packed matrix [N, K] (words int32 [G, W, N], halves float16 [G, H, N]) -> float32 [T, K].
 
+    A negative id, of a step that is queued behind one that found no token, reads row 0.
     Raises ValueError when a shape or dtype does not fit.
     """
     check_weight("quantized_embedding", words, halves, kind)
@@ -36,27 +40,26 @@ def quantized_embedding(ids: torch.Tensor, words: torch.Tensor, halves: torch.Te
     tokens, k = ids.shape[0], words.shape[0] * LAYOUTS[kind].block
     out = torch.empty((tokens, k), dtype=torch.float32, device=ids.device)
     constants = embedding_launch(tokens)
-    kernel(dequantize_rows)[(triton.cdiv(tokens, constants["ROWS"]), k // 32)](
+    kernel(kiln_dequantize)[(triton.cdiv(tokens, constants["ROWS"]), k // 32)](
         words, halves, ids, out, tokens, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants, num_warps=1
     )
     return out
 
 
 def embedding_launch(tokens: int | torch.SymInt) -> dict[str, int | bool]:
-    """Constants of `dequantize_rows` beside the format's."""
+    """Constants of `kiln_dequantize` beside the format's."""
     one = isinstance(tokens, int) and tokens == 1
     return {"GATHER": True, "GROUPS": 1, "ROWS": 1 if one else TOKENS, "EVEN": one}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """One token and many, from a table of any block type."""
     integers = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
     signature = {"words": "*i32", "halves": "*fp16", "ids": "*i64", "out": "*fp32", **integers}
     cases = []
     for kind in LAYOUTS:
-        targets = None if kind in USUAL_KINDS else USUAL_TARGETS
         for constants in (embedding_launch(1), embedding_launch(2)):
-            name = f"dequantize_rows {kind} rows of 262144x5376, {constants['ROWS']} at a time"
-            cases.append(KernelCase(name, dequantize_rows, signature, format_constants(kind) | constants, {"num_warps": 1}, targets,
-                                    ("k", "stride", "halves_stride")))
+            name = f"kiln_dequantize {kind} rows of {model.vocab}x{model.hidden}, {constants['ROWS']} at a time"
+            cases.append(KernelCase(name, kiln_dequantize, signature, format_constants(kind) | constants, {"num_warps": 1},
+                                    usual_targets(kind), ("k", "stride", "halves_stride")))
     return cases

@@ -3,7 +3,8 @@
 Every 32 neighbouring elements of a row share a float32 scale; an element is scale * v, v an integer of `terms` signed bytes:
 1 byte (v up to 127), 2 (32,512; relative error of a product about 3e-5) or 3 (8,323,072; float32's own error). A row [K] is int32
 [K / 32, 8 terms + 4]: word terms * i + t holds byte t, most significant first, of elements 4i .. 4i + 3, element 4i in its low byte; then
-as float32 the scale and the sums of scale * v over elements 0 .. 15, 16 .. 31 and all 32.
+as float32 the scale and the sums of scale * v over elements 0 .. 15, 16 .. 31 and all 32. A group that holds NaN or Inf has NaN as its
+scale: a product with it is NaN.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def quantize(x: torch.Tensor, terms: int) -> torch.Tensor:
     groups = x.float().unflatten(1, (-1, GROUP))  # [T, G, 32]
     high = groups.abs().amax(-1)
     inverse = torch.where(high > 0, torch.full_like(high, largest(terms)) / high, 0.0)  # of a number and a tensor torch rounds twice
-    scale = high * (1.0 / largest(terms))
-    v = torch.floor(groups * inverse.unsqueeze(-1) + 0.5).to(torch.int32)
+    scale = high * (1.0 / largest(terms)) + high * 0.0  # NaN, too, of Inf
+    v = torch.floor(groups * inverse.unsqueeze(-1) + 0.5).nan_to_num(0.0).to(torch.int32)
     parts, rest = [], v
     for _ in range(terms - 1):
         low = ((rest + 128) & 255) - 128
@@ -62,15 +63,21 @@ def dequantize(fixed: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def largest_size(x, axis: tl.constexpr):
+    """The largest |x| over `axis`, float32, NaN if one is: as integers, the bits of NaN are above those of any number."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_fixed(y, out, first, end, TERMS: tl.constexpr, N: tl.constexpr):
     """Quantize y float32 [N], whole groups, to the groups `first` .. of the row `out`; groups at or past `end` are not written."""
     G: tl.constexpr = N // 32
     WORDS: tl.constexpr = 8 * TERMS + 4
     LARGEST: tl.constexpr = 127 << (8 * (TERMS - 1))
     y = tl.reshape(y, [G, 2, 4, 4])
-    high = tl.max(tl.max(tl.max(tl.abs(y), 3), 2), 1)  # [G]
+    high = largest_size(largest_size(largest_size(y, 3), 2), 1)  # [G]
     inverse = tl.where(high > 0, LARGEST / high, 0.0)
-    scale = high * (1.0 / LARGEST)
+    scale = high * (1.0 / LARGEST) + high * 0.0  # NaN, too, of Inf
     v = tl.floor(y * inverse[:, None, None, None] + 0.5).to(tl.int32)
     group = first + tl.arange(0, G)
     keep = group < end

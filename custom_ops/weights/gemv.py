@@ -1,4 +1,4 @@
-"""Products of a few tokens with packed weights: fixed-point activations in, one kernel, every weight read once at its own bits."""
+"""Matmuls of a few tokens with packed weights: fixed-point activations in, one kernel; each token reads every weight once, at its bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import triton.language as tl
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
-from custom_ops.gpu.early import early, wait_for_earlier_kernels
+from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.step.add_norm import PIECE, root, root_constants
 from custom_ops.weights import fixed_point
+from custom_ops.weights.block_types import LAYOUTS, USUAL_KINDS, usual_targets
 from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
-from custom_ops.weights.gemv_kernels import gemv
-from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.gemv_kernels import kiln_gemv
+from custom_ops.weights.layouts import dequantize
 from custom_ops.weights.packed import check_weight, format_constants
 
 MAX_SPLITS = 64
@@ -49,8 +51,6 @@ class GemvConfig:
 
 
 GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
-# Groups of 32 elements a lane takes at a time: enough loads in flight, and registers for them on every architecture.
-GEMV_GROUPS = {"Q4_0": 2, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 2, "Q4_K": 2, "Q5_K": 2, "Q6_K": 1}
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
@@ -58,9 +58,9 @@ GLU_ROWS = 256  # the largest number of rows of a program
 
 
 def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
-    """(constants of `gemv` beside the format's, number of splits of K, warps)."""
+    """(constants of `kiln_gemv` beside the format's, number of splits of K, warps)."""
     config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
-    groups = math.gcd(config.groups or GEMV_GROUPS[kind], k // GROUP)
+    groups = math.gcd(config.groups or LAYOUTS[kind].gemv_groups, k // GROUP)
     steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
     best = None
     for warps in (1 << i for i in range(config.warps.bit_length())):
@@ -80,8 +80,9 @@ def terms_of(x: torch.Tensor) -> int:
     return (x.shape[2] - 4) // 8
 
 
+@waits()
 @triton.jit
-def fix_kernel(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def kiln_fix(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """x [n] to fixed point. Grid (n / BLOCK)."""
     wait_for_earlier_kernels(EARLY)
     first = tl.program_id(0) * BLOCK
@@ -92,7 +93,7 @@ def fix_kernel(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.co
 def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
     """x [T, K], K a multiple of 32 -> fixed point, int32 [T, K / 32, 8 terms + 4]; kernels only."""
     out = torch.empty((x.shape[0], x.shape[1] // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
-    kernel(fix_kernel)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, BLOCK=FIXED_BLOCK, EARLY=early(),
+    kernel(kiln_fix)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, BLOCK=FIXED_BLOCK, EARLY=early(),
                                                                num_warps=FIXED_WARPS)
     return out
 
@@ -124,7 +125,7 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
     left = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
     if end != "split" and counters.numel() < grid[0] * tokens:
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
-    kernel(gemv, constants["REGISTERS"], x)[grid](
+    kernel(kiln_gemv, constants["REGISTERS"], x)[grid](
         x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
         halves.stride(1), **format_constants(kind), TERMS=terms, END=end, **constants,
         **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
@@ -157,7 +158,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
     """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
     counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
-    is multiplied by `norm.root` of them. Raises ValueError when a shape does not fit.
+    is multiplied by `add_norm.root` of them. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, kind, squares)
     if not use_triton(x):
@@ -168,7 +169,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kin
 @triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fixed_linear` of one token, and float32 sums that add up to the sum of squares of it; how many is the kernel's choice."""
+    """`fixed_linear` of one token, and float32 partial sums of its squares; the kernel chooses how many."""
     _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         y = reference(x, words, halves, kind, squares, eps)
@@ -179,7 +180,7 @@ def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Ten
 @triton_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
-    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the product; S is the kernel's choice."""
+    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the result; the kernel chooses S."""
     _check("fixed_partials", x, words, halves, kind, squares, one=True)
     if not use_triton(x):
         return reference(x, words, halves, kind, squares, eps)
@@ -208,32 +209,28 @@ def glu_fits(n: int) -> bool:
     return n % (2 * GLU_ROWS) == 0
 
 
-USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
-USUAL_TARGETS = (90, 120)
-# The matrices (N, K) of the 31B, how each ends, and whether a norm is before it: qkv, qk, attention output, gate and up, down, head.
-_SHAPES = ((16384, 5376, "split", True), (18432, 5376, "split", True), (5376, 8192, "sum", False), (5376, 16384, "sum", False),
-           (43008, 5376, "glu", True), (5376, 21504, "sum", False), (262144, 5376, "sum", True))
-
-
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """Every distinct compilation that decoding of the 31B needs, of any block type, and of one byte an activation for the usual ones."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """Every distinct compilation that decoding of the model needs where all types are one, of any block type,
+    and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
     types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for kind in LAYOUTS:
         usual = kind in USUAL_KINDS
-        for n, k, end, normed in _SHAPES:
+        for m in model.matrices():
+            n, k, normed, end = m.n, m.k, m.normed, "sum" if m.end == "squares" else m.end
             launched, _, warps = launch(kind, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
                 constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
-                                                                  "SQUARES": end == "sum" and not normed,
-                                                                  "EPS": 1e-6 if normed else 0.0}
+                                                                  "SQUARES": m.end == "squares",
+                                                                  "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
-                case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", gemv, types | {"out": "*i32" if end == "glu" else "*fp32"},
-                                  constants, options, None if usual else USUAL_TARGETS, tuple(integers))
+                out = {"out": "*i32" if end == "glu" else "*fp32"}
+                case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
+                                  usual_targets(kind), tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
     constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}
-    return [*cases.values(), KernelCase("fix bf16", fix_kernel, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]
+    return [*cases.values(), KernelCase("fix bf16", kiln_fix, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]

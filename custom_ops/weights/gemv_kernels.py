@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels
+from custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from custom_ops.step.add_norm import load_root
 from custom_ops.weights.dequantize import unpack8
 from custom_ops.weights.fixed_point import store_fixed
@@ -29,7 +29,7 @@ def dot4(unsigned, signed, acc):
 
 @triton.jit
 def _four(words):
-    """Four neighbouring int32 in one load; `words` is a multiple of 16 bytes."""
+    """Four neighbouring int32 in one load; `words` is a multiple of 16 bytes, and depends on `after_waiting`: the load is pure."""
     if INTERPRETED:
         return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     else:
@@ -165,12 +165,13 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
     return total
 
 
+@waits("words", "halves")
 @triton.jit
-def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
-         BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, TERMS: tl.constexpr,
-         END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-         REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
-         SQUARES: tl.constexpr):
+def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
+              halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
+              HALVES: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
+              EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr,
+              PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
     """The product of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -204,6 +205,7 @@ def gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, 
     end = tl.minimum(begin + each, steps)
     now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
+    x += after_waiting(0, EARLY)
     if COUNT > 0:
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group

@@ -27,58 +27,11 @@ Words of a block, in order, and halves of a block:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from custom_ops.weights.block_types import LAYOUTS, PackLayout
 
-@dataclass(frozen=True)
-class PackLayout:
-    """One block format: its GGML type number, elements per block, and int32 words and float16 halves per block."""
-
-    name: str
-    ggml_type: int
-    block: int
-    words: int
-    halves: int
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block, the same in GGUF and packed."""
-        return 4 * self.words + 2 * self.halves
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.block_bytes / self.block
-
-
-LAYOUTS: dict[str, PackLayout] = {
-    layout.name: layout
-    for layout in (
-        PackLayout("Q4_0", 2, 32, 4, 1),
-        PackLayout("Q4_1", 3, 32, 4, 2),
-        PackLayout("Q5_0", 6, 32, 5, 1),
-        PackLayout("Q5_1", 7, 32, 5, 2),
-        PackLayout("Q8_0", 8, 32, 8, 1),
-        PackLayout("Q4_K", 12, 256, 35, 2),
-        PackLayout("Q5_K", 13, 256, 43, 2),
-        PackLayout("Q6_K", 14, 256, 52, 1),
-    )
-}
-
-# Where the fields of a GGUF block are: (byte offset, bytes) of the halves in order, then of each word field in order.
-_HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-_WORDS = {
-    "Q4_0": ((2, 16),),
-    "Q4_1": ((4, 16),),
-    "Q5_0": ((6, 16), (2, 4)),
-    "Q5_1": ((8, 16), (4, 4)),
-    "Q8_0": ((2, 32),),
-    "Q4_K": ((16, 128), (4, 12)),
-    "Q5_K": ((48, 128), (16, 32), (4, 12)),
-    "Q6_K": ((0, 128), (128, 64), (192, 16)),
-}
 _LOW = np.uint32(0x0F0F0F0F)
 
 
@@ -172,12 +125,12 @@ def pack(kind: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | Non
     if out is None:
         out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), np.float16)
     words, halves = out
-    for h, offset in enumerate(_HALVES[kind]):
+    for h, offset in enumerate(layout.half_fields):
         halves.view(np.uint16)[:, h] = blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0].T
 
     dst = words.view(np.uint32)
     fields = [  # [G, words, N]; always a copy, because fields are transformed in place
-        blocks[:, :, offset : offset + length].view("<u4").transpose(1, 2, 0).copy() for offset, length in _WORDS[kind]
+        blocks[:, :, offset : offset + length].view("<u4").transpose(1, 2, 0).copy() for offset, length in layout.word_fields
     ]
     if kind == "Q8_0":
         dst[:] = fields[0]
@@ -205,7 +158,7 @@ def unpack(kind: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
     g, _, n = words.shape
     src = np.ascontiguousarray(words).view(np.uint32)
     blocks = np.empty((n, g, layout.block_bytes), np.uint8)
-    for h, offset in enumerate(_HALVES[kind]):
+    for h, offset in enumerate(layout.half_fields):
         blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0] = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
 
     if kind == "Q8_0":
@@ -228,7 +181,7 @@ def unpack(kind: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
             fields.append(two.reshape(g, 16, n))
         if layout.block == 256:
             fields.append(src[:, sum(f.shape[1] for f in fields) :])
-    for (offset, length), field in zip(_WORDS[kind], fields, strict=True):
+    for (offset, length), field in zip(layout.word_fields, fields, strict=True):
         blocks[:, :, offset : offset + length].view("<u4")[:] = field.transpose(2, 0, 1)
     return blocks
 
@@ -274,9 +227,9 @@ def dequantize(kind: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Te
         q = _items(words[:, :4], 4)  # [G, 32, N]
         if layout.words == 5:
             q = q | (_items(words[:, 4:], 1) << 4)
-        if layout.halves == 2:
+        if layout.minimum:
             return (q * d.unsqueeze(1) + halves[:, 1:].float()).view(k, n)
-        return ((q - (8 if kind == "Q4_0" else 16)) * d.unsqueeze(1)).view(k, n)
+        return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
     q = _items(words[:, :32], 4)  # [G, 256, N]
     if kind == "Q6_K":

@@ -11,12 +11,15 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import MIB, GpuTarget
-from custom_ops.weights.dequantize import dequantize_rows
+from custom_ops.weights import matmul
+from custom_ops.weights.block_types import LAYOUTS, usual_targets
+from custom_ops.weights.dequantize import kiln_dequantize
 from custom_ops.weights.fixed_point import TERMS
 from custom_ops.weights.gemv import COUNTERS, fix, multiply
-from custom_ops.weights.layouts import LAYOUTS, dequantize
+from custom_ops.weights.layouts import dequantize
 from custom_ops.weights.packed import check_weight, format_constants
 
 MAX_GEMV_TOKENS = 8  # beyond, reading the weight once for all tokens pays for the scratch
@@ -37,7 +40,7 @@ def chunk_rows(n: int, k: int, itemsize: int) -> int:
 
 
 def dequantize_launch(kind: str, n: int) -> dict[str, int | bool]:
-    """Constants of `dequantize_rows` beside the format's, for a whole matrix of n rows."""
+    """Constants of `kiln_dequantize` beside the format's, for a whole matrix of n rows."""
     return {"GATHER": False, "GROUPS": min(LAYOUTS[kind].block // 32, 2), "ROWS": DEQUANTIZE_ROWS, "EVEN": n % DEQUANTIZE_ROWS == 0}
 
 
@@ -50,7 +53,7 @@ def dequantized(words: torch.Tensor, halves: torch.Tensor, kind: str, dtype: tor
     out = torch.empty((k, n), dtype=dtype, device=words.device)
     constants = dequantize_launch(kind, n)
     grid = (triton.cdiv(n, constants["ROWS"]), k // 32 // constants["GROUPS"])
-    kernel(dequantize_rows)[grid](words, halves, after, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
+    kernel(kiln_dequantize)[grid](words, halves, after, out, n, k, words.stride(1), halves.stride(1), **format_constants(kind), **constants,
                                   num_warps=1)
     return out
 
@@ -74,6 +77,12 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
         return multiply(fix(x, TERMS[x.dtype]), words, halves, kind, counters, x.dtype)[0]
     n = words.shape[2]
     step = chunk_rows(n, k, x.element_size())
+    if matmul.own(x):
+        out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+        for i in range(0, n, step):
+            part = words[:, :, i : i + step], halves[:, :, i : i + step]
+            matmul.multiply_into(x, dequantized(*part, kind, x.dtype, out if i else x), out, i)
+        return out
     # float32: torch.mm is exact float32 unless the process allows TF32, which neither the exporter nor the runner does
     parts: list[torch.Tensor] = []
     for i in range(0, n, step):
@@ -93,24 +102,19 @@ def flops(tokens: int, n: int, k: int) -> int:
     return 2 * tokens * n * k
 
 
-USUAL_KINDS = ("Q4_K", "Q6_K")  # cases for every architecture; of the other block types for two, for the compiler's time
-USUAL_TARGETS = (90, 120)
-# The matrices (N, K) of the 31B: qkv, qk, attention output, gate and up, down, head.
-_SHAPES = ((16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (43008, 5376), (5376, 21504), (262144, 5376))
 _PACKED = {"words": "*i32", "halves": "*fp16"}
 _INTEGERS = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """Every distinct compilation that bfloat16 decoding and prefill of the 31B need, of any block type."""
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """Every distinct compilation that bfloat16 decoding and prefill of the model need, of any block type."""
     cases: dict[tuple, KernelCase] = {}
     dequantize_types = {**_PACKED, "ids": "*bf16", "out": "*bf16", **_INTEGERS}
     for kind in LAYOUTS:
-        targets = None if kind in USUAL_KINDS else USUAL_TARGETS
-        for n, k in _SHAPES:
-            rows = chunk_rows(n, k, 2)
+        for m in model.matrices():
+            k, rows = m.k, chunk_rows(m.n, m.k, 2)
             dense = format_constants(kind) | dequantize_launch(kind, rows)
-            case = KernelCase(f"dequantize_rows {kind} {rows}x{k}", dequantize_rows, dequantize_types, dense, {"num_warps": 1}, targets,
-                              tuple(_INTEGERS))
+            case = KernelCase(f"kiln_dequantize {kind} {rows}x{k}", kiln_dequantize, dequantize_types, dense, {"num_warps": 1},
+                              usual_targets(kind), tuple(_INTEGERS))
             cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
     return list(cases.values())

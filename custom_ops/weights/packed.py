@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops.weights.layouts import LAYOUTS
-
-BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
-MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+from custom_ops.weights.block_types import LAYOUTS
 
 
 def format_constants(kind: str) -> dict[str, int | bool]:
     """The constants of a block format that every kernel over packed weights takes."""
     layout = LAYOUTS[kind]
-    return {"BITS": BITS[kind], "BLOCK": layout.block, "MINIMUM": kind in MINIMUM, "WORDS": layout.words, "HALVES": layout.halves}
+    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves}
 
 
 def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, kind: str) -> None:

@@ -7,23 +7,48 @@ from pathlib import Path
 
 from exporter.artifact.manifest import read_manifest
 from exporter.artifact.manifest import verify as verify_artifact
-from exporter.source.config import check_tensors, from_gguf
-from exporter.source.gguf import open_gguf
+from exporter.errors import printable
+from exporter.source.plan import ReadOptions, Survey, survey
+
+FLOAT16_MAX = 65504.0
 
 
-def gguf(path: Path) -> dict:
-    """Configuration, tensor types and sizes of a GGUF file, after the checks that export makes."""
-    file = open_gguf(path)
-    config = from_gguf(file)
-    skipped = check_tensors(config, file)
+def gguf(path: Path, scan: bool = True) -> dict:
+    """What can be said of a GGUF file, and under `problems` everything for which export would refuse it. `scan`: read the values, too."""
+    found = survey(path, ReadOptions(scan=scan))
+    file, config = found.gguf, found.config
     return {
         "file": str(path),
-        "config": config.to_dict(),
+        "parts": len(file.files),
+        "architecture": file.metadata.get("general.architecture"),
+        "name": file.metadata.get("general.name"),
+        "config": config.to_dict() if config else None,
+        "tokenizer": _tokenizer(found),
+        "chat": found.chat and found.chat.record(),
         "types": dict(Counter(t.type for t in file.tensors.values())),
         "bytes": sum(t.nbytes for t in file.tensors.values()),
-        "skipped": list(skipped),
+        "skipped": list(found.unused),
+        "notes": _notes(found),
+        "problems": list(found.problems),
         "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.nbytes} for t in file.tensors.values()],
     }
+
+
+def _tokenizer(found: Survey) -> dict | None:
+    tokenizer = found.tokenizer
+    if tokenizer is None:
+        return None
+    ends = [{"id": i, "text": tokenizer.tokens[i]} for i in tokenizer.ends]
+    return {"tokens": len(tokenizer.tokens), "merges": len(tokenizer.merges), "bos": tokenizer.bos, "ends": ends,
+            "duplicates": len(tokenizer.tokens) - len(tokenizer.vocabulary)}  # fmt: skip
+
+
+def _notes(found: Survey) -> list[str]:
+    notes = found.plan.notes if found.plan else []
+    if found.plan and found.plan.key_bound[0] > FLOAT16_MAX:
+        bound, name = found.plan.key_bound
+        notes = [*notes, f"note: {name}: keys or queries up to {bound:.3g} do not fit float16: export it with --kv-cache bf16"]
+    return notes
 
 
 def artifact(path: Path, verify: bool) -> dict:
@@ -35,31 +60,47 @@ def artifact(path: Path, verify: bool) -> dict:
 
 
 def text(record: dict) -> str:
+    """The record for a reader; of a GGUF file without its problems."""
+    return "\n".join(map(printable, _artifact_lines(record) if "format" in record else _gguf_lines(record)))
+
+
+def _artifact_lines(record: dict) -> list[str]:
+    config, producer = record["config"], record["producer"]
+    lines = [
+        f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers, context {record['max_seq_len']}",
+        f"made by Kiln {producer['kiln']} with torch {producer['torch']}, triton {producer['triton']}",
+    ]
+    lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
+    lines += [f"pass    {p['name']:16} {p['status']:10} {p['matches'] or '':4} {p['note']}" for p in record["passes"]]
+    lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
+    sizes: Counter[str] = Counter()
+    for kv in record["kv"]:
+        sizes[kv["kind"]] += kv["bytes"]
+    lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" for kind, size in sizes.items()]
+    types = Counter(q["type"] for q in record["quantization"])
+    lines.append("types   " + ", ".join(f"{n} {kind}" for kind, n in types.items()))
+    return lines
+
+
+def _gguf_lines(record: dict) -> list[str]:
     lines = []
-    if "format" in record:
-        config, producer = record["config"], record["producer"]
-        lines.append(f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers, context {record['max_seq_len']}")
-        lines.append(f"made by Kiln {producer['kiln']} with torch {producer['torch']}, triton {producer['triton']}")
-        lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
-        lines += [f"pass    {p['name']:16} {p['status']:10} {p['matches'] or '':4} {p['note']}" for p in record["passes"]]
-        lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
-        kinds = Counter()
-        for kv in record["kv"]:
-            kinds[kv["kind"]] += kv["bytes"]
-        lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" for kind, size in kinds.items()]
-        kinds = Counter(q["type"] for q in record["quantization"])
-        lines.append("types   " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
-    else:
-        config = record["config"]
+    if config := record["config"]:
         sliding = sum(layer["sliding"] for layer in config["layers"])
         lines.append(
             f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers ({sliding} sliding), "
             f"context {config['context_length']}, vocabulary {config['vocab_size']}"
         )
-        lines.append(
-            f"{len(record['tensors'])} tensors, {record['bytes'] / 2**30:.2f} GiB: "
-            + ", ".join(f"{n} {t}" for t, n in record["types"].items())
-        )
-        if record["skipped"]:
-            lines.append(f"skipped {', '.join(record['skipped'])}")
-    return "\n".join(lines)
+    else:
+        lines.append(f"{record['name'] or Path(record['file']).name} ({record['architecture'] or 'no architecture'})")
+    types = ", ".join(f"{n} {t}" for t, n in record["types"].items())
+    parts = f" in {record['parts']} files" if record["parts"] > 1 else ""
+    lines.append(f"{len(record['tensors'])} tensors, {record['bytes'] / 2**30:.2f} GiB{parts}: {types or 'none'}")
+    if tokenizer := record["tokenizer"]:
+        ends = ", ".join(f"{end['text']} ({end['id']})" for end in tokenizer["ends"]) or "none"
+        twice = f", {tokenizer['duplicates']} texts of several tokens" if tokenizer["duplicates"] else ""
+        lines.append(f"tokenizer of {tokenizer['tokens']} tokens{twice}, BOS {tokenizer['bos']}, a generation ends at {ends}")
+    if chat := record["chat"]:
+        lines.append(f"chat template: {chat['prefix']!r} + text{' (trimmed)' if chat['trim'] else ''} + {chat['suffix']!r}")
+    if record["skipped"]:
+        lines.append(f"skipped {', '.join(record['skipped'])}")
+    return lines

@@ -12,7 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_ops.gpu import contract
+from custom_ops.gpu.cubin import images
 from custom_ops.gpu.target import compiling_for, gpu_targets
+from custom_ops.weights.matmul import choosing
 from exporter.compiler.package import declared_constants, write_package
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
@@ -72,7 +75,7 @@ def compile_target(
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
-    from exporter.artifact.weights import constants
+    from exporter.source.weights import constants
 
     weights = {c.name for c in constants(spec.config, list(spec.plan))}
     kv = {b.name for b in entries[0].kv}
@@ -120,7 +123,7 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
     with torch_private.quiet():
         torch_private.install(gpu)
         start = time.monotonic()
-        with compiling_for(gpu) if gpu else nullcontext():
+        with compiling_for(gpu) if gpu else nullcontext(), choosing(spec.options.matmul):
             lowered = lower(spec, entry, device, dump)
             traced = time.monotonic()
             program = lowered.program
@@ -128,6 +131,8 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             files = torch._inductor.aot_compile(
                 program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
             )
+    if entry == "decode" and gpu is not None:
+        _keeps_the_contract(files)
     length = user_input(program, "tokens").meta["val"].shape[0]
     if entry == "prefill" and not symbolic(length):
         raise KilnError(
@@ -145,6 +150,13 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
         compile_s=time.monotonic() - traced,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _keeps_the_contract(files: list[str]) -> None:
+    """KilnError where a kernel that may start early does something before it waits that it may not do."""
+    found = [problem for f in files if f.endswith(".so") for image in images(Path(f).read_bytes()) for problem in contract.check(image)]
+    if found:
+        raise KilnError(f"compiling decode: {found[0]}{f' ({len(found)} findings)' if found[1:] else ''}; this is a bug in Kiln")
 
 
 def available_targets() -> list[str]:

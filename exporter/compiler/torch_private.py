@@ -8,7 +8,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
   2. `triton.runtime.driver.set_active`, `CudaDriver.is_active`: target architecture, shared memory, no launches
   3. `torch.cuda.get_device_properties` and three more: asked directly by Inductor
   4. `torch._inductor.codegen.common.register_backend_for_device`: a C++ wrapper that compiles kernels and never runs them; and
-     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers
+     `CachingAutotuner._create_compile_options`: a kernel's constant REGISTERS limits its registers;
+     `torch._inductor.codegen.cuda.device_op_overrides.CUDADeviceOpOverrides.cpp_scratch`: scratch for every program of a grid
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native; `CppKernel.decide_parallel_depth`: loops too short for threads
   7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
@@ -392,9 +393,29 @@ def _wrapper() -> None:
         return options(self, config, meta) | ({} if registers is None else {"maxnreg": registers})
 
     CachingAutotuner._create_compile_options = limited
+    _scratch_for_every_program()
     common.init_backend_registration()
     old = common.device_codegens["cuda"]
     common.register_backend_for_device("cuda", old.scheduling, old.wrapper_codegen, Wrapper, old.fx_wrapper_codegen)
+
+
+def _scratch_for_every_program() -> None:
+    """A kernel's scratch (its tensor descriptors) is so many bytes a program; the original allocates them once for the whole grid."""
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    original = CUDADeviceOpOverrides.cpp_scratch
+
+    def cpp_scratch(self, idx, workspace, prefix=None):
+        lines, name = original(self, idx, workspace, prefix)
+        one = f"{name}_size[] = {{{workspace.size}}};"
+        if workspace.size > 0:
+            if sum(one in line for line in lines) != 1:
+                raise KilnError("the compiler declares a kernel's scratch in another way than expected; this is a bug in Kiln")
+            whole = f"{name}_size[] = {{int64_t({workspace.size}) * grid_0 * grid_1 * grid_2}};"
+            lines = [line.replace(one, whole) for line in lines]
+        return lines, name
+
+    CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
 
 
 def _one_object_for_each_kernel() -> None:

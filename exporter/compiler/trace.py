@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
-from exporter.artifact.weights import WeightPlan
+from custom_ops.dtypes import DTYPES
 from exporter.compiler.torch_private import fake_export
 from exporter.errors import KilnError
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.source.config import ModelConfig
+from exporter.source.weights import WeightPlan
 from passes.edit import PassError
 from passes.pipeline import run_pipeline
 from passes.records import KVBuffer, Lowered, PassOptions
 
 ENTRIES = ("prefill", "decode")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GraphSpec:
     plan: tuple[WeightPlan, ...]
     max_seq_len: int
     prefill_chunk: int  # longest prefill, in tokens
-    activation_dtype: str  # a key of DTYPES
+    activation_dtype: str  # float32 or bfloat16
     options: PassOptions
     cache: str = "float16"  # of keys and values that are not quantized, where activations have 16 bits: float16 or bfloat16
 
@@ -42,7 +42,7 @@ class GraphSpec:
 
     @property
     def model_dtype(self) -> torch.dtype:
-        return DTYPES[self.activation_dtype]
+        return DTYPES[self.activation_dtype].torch
 
     def model(self) -> Decoder:
         return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)

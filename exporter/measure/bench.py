@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
+from custom_ops.geometry import keys_attended
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
+from exporter.measure.picture import check_plot, log2_ticks, panels
 from exporter.measure.runner import runner
 
 
@@ -44,16 +47,6 @@ def kv_bytes(manifest: dict, position: int) -> int:
     return total
 
 
-def keys_attended(start: int, tokens: int, window: int | None) -> int:
-    """Sum over positions start .. start + tokens - 1 of the keys a causal query there attends to, at most `window` each."""
-
-    def below(end: int) -> int:  # the sum over positions 0 .. end - 1
-        ramp = end if window is None else min(end, window)
-        return ramp * (ramp + 1) // 2 + (end - ramp) * (window or 0)
-
-    return below(start + tokens) - below(start)
-
-
 def prefill_flops(manifest: dict, start: int, tokens: int) -> int:
     """Floating-point operations of the matrix products and attention of one prefill call; the head runs for its last token only."""
     matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
@@ -80,6 +73,18 @@ def device_name(device: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def ceilings_of(device: str) -> dict[str, float] | None:
+    """What the GPU does at best, by `custom_ops.bench.ceilings`; None of a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    from custom_ops.bench.ceilings import measure_ceilings
+
+    with torch.cuda.device(device):
+        return asdict(measure_ceilings())
+
+
 def measure(
     artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None
 ) -> dict:
@@ -103,6 +108,7 @@ def measure(
         **json.loads(done.stdout),
     }
     record["device_name"] = device_name(record["device"])
+    record["ceilings"] = ceilings_of(record["device"])
     return add_costs(record, manifest)
 
 
@@ -160,42 +166,23 @@ def table(record: dict) -> str:
     return "\n".join(line.rstrip() for line in lines + moved)
 
 
-def check_plot() -> None:
-    """Raises KilnError before anything is measured for a picture that cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise KilnError("--plot needs matplotlib: pip install matplotlib") from None
-
-
 def plot(record: dict, path: Path) -> None:
-    """Decode and prefill against depth, as a picture in a format that matplotlib writes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Decode and prefill against depth."""
 
     def column(part: str, name: str) -> list[float]:
         return [row[part][name] for row in record["depths"]]
 
     positions = [row["position"] for row in record["depths"]]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(positions, column("decode", "tok_s"), "o-", label="median")
-    left.fill_between(positions, column("decode", "p10"), column("decode", "p90"), alpha=0.25, label="p10 .. p90")
-    right.plot(positions, column("prefill", "tok_s"), "o-", label="the chunk that ends here")
-    right.plot(positions, column("prompt", "tok_s"), "s--", label="the whole prompt")
-    for axes, title in ((left, "decode"), (right, "prefill")):
-        axes.set(title=title, xlabel="depth, tokens", ylabel="tokens/s", xscale="log", ylim=(0, None))
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(positions, [str(p) for p in positions], rotation=45)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"{record['model']} on {record['device_name']}, KV cache {record['kv_cache']}")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:
-        raise KilnError(f"--plot {path}: {e}") from e
-    pyplot.close(figure)
+    with panels(path, 2, f"{record['model']} on {record['device_name']}, KV cache {record['kv_cache']}") as (left, right):
+        left.plot(positions, column("decode", "tok_s"), "o-", label="median")
+        left.fill_between(positions, column("decode", "p10"), column("decode", "p90"), alpha=0.25, label="p10 .. p90")
+        right.plot(positions, column("prefill", "tok_s"), "o-", label="the chunk that ends here")
+        right.plot(positions, column("prompt", "tok_s"), "s--", label="the whole prompt")
+        for axes, title in ((left, "decode"), (right, "prefill")):
+            axes.set(title=title, xlabel="depth, tokens", ylabel="tokens/s", ylim=(0, None))
+            log2_ticks(axes, positions)
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def bench(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
+from exporter.measure.picture import check_plot, log2_ticks, panels
 from exporter.measure.players import (
     KV_CACHES,
     PIECE_TOKENS,
@@ -28,7 +29,7 @@ from exporter.measure.players import (
     reference_player,
 )
 from exporter.progress import say
-from exporter.source.gguf import open_gguf
+from exporter.source.plan import ModelPlan, read_plan
 
 SUITES = ("ppl", "kld", "needle")
 SCORED_TOKENS = 512  # fed at once where rows are compared in float64
@@ -176,6 +177,7 @@ class EvalOptions:
     reference: Path | None = None
     device: str = "auto"
     seed: int = 0
+    picture: Path | None = None
 
 
 def choose_device(name: str) -> str:
@@ -191,27 +193,33 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     for suite in options.suites:
         if suite not in SUITES:
             raise KilnError(f"--suite {suite} is unknown; choose from {', '.join(SUITES)}")
+    if options.picture:
+        check_plot()
+        if not set(PLOTTED) & set(options.suites):
+            raise KilnError("--plot shows the suites kld and needle; add one of them to --suite")
     scored = bool({"ppl", "kld"} & set(options.suites))
     if scored and options.text is None:
         raise KilnError("--suite ppl and kld need text to score: give --text FILE")
     written = _read_text(options.text) if options.text else None
     longest = max([options.tokens] * scored + list(options.depths) * ("needle" in options.suites))
     is_artifact = options.path.is_dir()
+    plan = None if is_artifact else read_plan(options.path)
     if is_artifact and "kld" in options.suites and options.reference is None:
         raise KilnError("--suite kld of an artifact needs the GGUF file it was made from: give --reference FILE")
-    if is_artifact:
+    if plan is None:
         player, text, record = _artifact(options)
     else:
-        player, text, record = _gguf(options, longest)
+        player, text, record = _gguf(options, plan, longest)
     if longest > player.max_seq_len:
         raise KilnError(f"{longest} tokens are asked for, {options.path} holds {player.max_seq_len}; ask for at most that")
     if scored:
-        ids = text.bos + text(written)
+        ids = text.bos + text(written or "")
         if len(ids) <= options.tokens:
             raise KilnError(f"{options.text} has {len(ids)} tokens, more than --tokens {options.tokens} are needed; give a longer text")
         reference = None
         if "kld" in options.suites:
-            reference = reference_player(open_gguf(options.reference or options.path), options.tokens, choose_device(options.device))
+            other = plan if plan and not options.reference else read_plan(options.reference or options.path)
+            reference = reference_player(other, options.tokens, choose_device(options.device))
             if reference.vocab_size != player.vocab_size:
                 sizes = f"{reference.vocab_size} tokens, {player.vocab_size} are needed"
                 raise KilnError(f"the vocabulary of --reference has {sizes}; give the file that the artifact was made from")
@@ -231,14 +239,21 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
             row = {"depth": depth, "keys": len(right), "accuracy": sum(right) / len(right), "right": right}
             record["needle"].append(row)
             say(f"{depth} tokens: {sum(right)} of {len(right)} keys")
+    if options.picture:
+        plot(record, options.picture)
     return record
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise KilnError(f"--text {path}: {getattr(e, 'strerror', None) or e}") from e
+        text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are: they are part of what is scored
+    except UnicodeDecodeError as e:
+        raise KilnError(f"--text {path}: not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+    except OSError as e:
+        raise KilnError(f"--text {path}: {e.strerror}") from e
+    if not text.strip():
+        raise KilnError(f"--text {path}: the file has no text; give a longer one")
+    return text
 
 
 def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
@@ -250,12 +265,11 @@ def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
     return player, artifact_text(options.path, manifest), record
 
 
-def _gguf(options: EvalOptions, max_seq_len: int) -> tuple[Player, Text, dict[str, Any]]:
+def _gguf(options: EvalOptions, plan: ModelPlan, max_seq_len: int) -> tuple[Player, Text, dict[str, Any]]:
     device = choose_device(options.device)
     kv_cache = options.kv_cache or {"cpu": "f32", "cuda": "f16"}[device]
-    gguf = open_gguf(options.path)
-    text = gguf_text(gguf)
-    player = graph_player(gguf, kv_cache, max_seq_len, device)
+    text = gguf_text(plan)
+    player = graph_player(plan, kv_cache, max_seq_len, device)
     return player, text, {"model": str(options.path), "player": f"lowered graph on {device}", "kv_cache": KV_CACHES[kv_cache]}
 
 
@@ -276,29 +290,21 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """KL divergence by position and passkey accuracy by depth, whichever was measured, as one picture."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise KilnError("--plot needs the package matplotlib; pip install matplotlib") from e
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+PLOTTED = ("kld", "needle")
 
-    panels = [name for name in ("kld", "needle") if name in record]
-    if not panels:
-        raise KilnError("--plot shows the suites kld and needle; add one of them to --suite")
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for ax, name in zip(axes[0], panels, strict=True):
-        if name == "kld":
-            rows = record["kld"]["buckets"]
-            labels = [f"{r['from']}-{r['to'] - 1}" for r in rows]
-            ax.bar(labels, [r["kld"] for r in rows], yerr=[0 if math.isnan(r["ci95"]) else r["ci95"] for r in rows], capsize=4)
-            ax.set(xlabel="position", ylabel="KL divergence to fp32 (nats)", title=f"{record['kv_cache']} KV cache")
-        else:
-            rows = record["needle"]
-            ax.plot([r["depth"] for r in rows], [r["accuracy"] for r in rows], "o-")
-            ax.set(xscale="log", ylim=(-0.05, 1.05), xlabel="context (tokens)", ylabel="passkeys answered right")
-            ax.set_xscale("log", base=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """KL divergence by position and passkey accuracy by depth, whichever was measured."""
+    shown = [name for name in PLOTTED if name in record]
+    with panels(path, len(shown)) as drawn:
+        for axes, name in zip(drawn, shown, strict=True):
+            if name == "kld":
+                rows = record["kld"]["buckets"]
+                labels = [f"{r['from']}-{r['to'] - 1}" for r in rows]
+                axes.bar(labels, [r["kld"] for r in rows], yerr=[0 if math.isnan(r["ci95"]) else r["ci95"] for r in rows], capsize=4)
+                axes.set(xlabel="position", ylabel="KL divergence to fp32 (nats)", title=f"{record['kv_cache']} KV cache")
+            else:
+                depths = [r["depth"] for r in record["needle"]]
+                axes.plot(depths, [r["accuracy"] for r in record["needle"]], "o-")
+                axes.set(ylim=(-0.05, 1.05), xlabel="context (tokens)", ylabel="passkeys answered right")
+                log2_ticks(axes, depths)

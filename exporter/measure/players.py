@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.artifact.manifest import dtype_name
-from exporter.artifact.weights import WeightPlan, derived_constants, load_weights, plan_weights, write_weights
+from custom_ops.dtypes import dtype_name
+from exporter.artifact.load import load_weights
+from exporter.artifact.weights import write_weights
 from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
 from exporter.errors import KilnError
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.progress import size_text
-from exporter.source.config import ModelConfig, check_tensors, from_gguf
-from exporter.source.gguf import GGUFFile
-from exporter.source.tokenizer import bos_text, chat_template, render_chat_affixes, write_tokenizer
+from exporter.source.config import ModelConfig
+from exporter.source.finite import describe
+from exporter.source.plan import ModelPlan
+from exporter.source.weights import WeightPlan
 from passes.records import PassOptions
 
 KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
@@ -58,16 +60,16 @@ class Text:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def gguf_text(gguf: GGUFFile) -> Text:
+def gguf_text(plan: ModelPlan) -> Text:
     """The file's tokenizer and template; without a template a prompt is BOS and the text."""
-    template = chat_template(gguf)
+    tokenizer, chat = plan.tokenizer, plan.chat
+    if tokenizer is None:
+        raise KilnError(f"{plan.gguf.path}: the file has no tokenizer; evaluate a file that has one")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
-        found = write_tokenizer(gguf, path)
-        if found is None:
-            raise KilnError(f"{gguf.path}: the file has no tokenizer; evaluate a file that has one")
-        prefix, suffix = render_chat_affixes(template, bos_text(gguf)) if template else (bos_text(gguf), "\n")
-        return Text(path, found["bos"], prefix, suffix)
+        tokenizer.write(path)
+        prefix, suffix = (chat.prefix, chat.suffix) if chat else (tokenizer.text(tokenizer.bos), "\n")
+        return Text(path, tokenizer.bos, prefix, suffix)
 
 
 def artifact_text(directory: Path, manifest: dict[str, Any]) -> Text:
@@ -108,6 +110,15 @@ def pieces(tokens: Sequence[int], size: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.asarray(tokens, np.int64), max(1, math.ceil(len(tokens) / size)))]
 
 
+def finite(rows: Tensor, first: int) -> Tensor:
+    """The logits [n, V] after tokens `first`, `first` + 1, ... of a context. KilnError where one is not finite."""
+    good = torch.isfinite(rows).all(-1)
+    if not good.all():
+        at = first + int((~good).nonzero()[0])
+        raise KilnError(f"the logits after token {at} are not finite; kiln inspect of the GGUF file names weights that are not finite")
+    return rows
+
+
 def piece_tokens(vocab_size: int) -> int:
     return max(16, min(PIECE_TOKENS, PIECE_BYTES // (4 * vocab_size)))
 
@@ -115,7 +126,9 @@ def piece_tokens(vocab_size: int) -> int:
 class AllPositions(Decoder):
     """The decoder with logits for every token of the chunk: float32 [T, V]."""
 
-    def forward(self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
+    ) -> Tensor:
         return self.logits(self.hidden(tokens, pos))
 
 
@@ -147,7 +160,7 @@ class GraphPlayer:
             ids = torch.tensor(part, device=self.device)
             pos = torch.arange(self.position, self.position + len(part), device=self.device)
             self.position += len(part)
-            yield self.graph(ids, pos, *self._sampling)
+            yield finite(self.graph(ids, pos, *self._sampling), self.position - len(part))
 
     def mark(self) -> tuple[int, list[Tensor]]:
         return self.position, [ring.clone() for ring in self._rings]  # global slots past the position are never read
@@ -158,59 +171,60 @@ class GraphPlayer:
             ring.copy_(kept)
 
 
-def graph_player(gguf: GGUFFile, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None,
+def graph_player(plan: ModelPlan, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None,
                  residual_length: int = PassOptions.residual_length) -> GraphPlayer:
     """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
 
     Without `activation_dtype` a cache that is not quantized names the activations, float32 or bfloat16; with TQ4 they are float32 on a CPU
     and bfloat16 on a GPU.
     """
-    config = checked_config(gguf, max_seq_len)
+    config = checked_config(plan, max_seq_len)
     wide = device == "cpu" if kv_cache == "tq4" else kv_cache == "f32"
     dtype = activation_dtype or ("float32" if wide else "bfloat16")
-    plan = tuple(plan_weights(config, gguf))
     options = PassOptions(turboquant=kv_cache == "tq4", residual_length=residual_length, materializes_head=device == "cpu")
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    spec = AllPositionsSpec(config, plan, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
+    spec = AllPositionsSpec(config, plan.weights, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
     if kv_cache != "tq4" and dtype_name(spec.cache_dtype) != KV_CACHES[kv_cache]:
         raise KilnError(f"a {KV_CACHES[kv_cache]} cache does not go with {dtype} activations")
     lowered = lower(spec, "prefill", device)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "weights.safetensors"
-        write_weights(path, gguf, config, plan)
+        write_weights(path, plan)
         weights = {name: tensor.to(device) for name, tensor in load_weights(path).items()}  # a mapped file outlives its name
     caches = make_kv(lowered.kv, device)
     return GraphPlayer(runnable(lowered.program, weights | caches), caches, config, max_seq_len, device)
 
 
-def reference_player(gguf: GGUFFile, max_seq_len: int, device: str) -> GraphPlayer:
+def reference_player(plan: ModelPlan, max_seq_len: int, device: str) -> GraphPlayer:
     """The plain decoder in float32, no pass applied, over the file's dequantized values."""
     from exporter.tools.quantize import to_float
 
-    config = checked_config(gguf, max_seq_len)
-    plan = [replace(p, kind="F32") for p in plan_weights(config, gguf)]
-    need = 4 * sum(p.N * max(p.K, 1) for p in plan)
+    config, gguf = checked_config(plan, max_seq_len), plan.gguf
+    weights = [replace(p, kind="F32") for p in plan.weights]
+    need = 4 * sum(p.N * max(p.K, 1) for p in weights)
     if device == "cuda" and need > (free := torch.cuda.mem_get_info()[0]):
         raise KilnError(f"the fp32 reference needs {size_text(need)}, the GPU has {size_text(free)} free; give --device cpu")
 
     def tensor(p: WeightPlan) -> Tensor:
-        return torch.from_numpy(np.concatenate([to_float(gguf, name) for name in p.sources]))
+        parts = {name: to_float(gguf, name) for name in p.sources}
+        for name, part in parts.items():
+            if not np.isfinite(part).all():
+                raise KilnError(describe(gguf, name, int(np.argwhere(~np.isfinite(part))[0][0])))
+        return torch.from_numpy(np.concatenate(list(parts.values())))
 
     with torch.device("meta"):
-        model = AllPositions(config, plan, max_seq_len, torch.float32).eval().requires_grad_(False)
-    state = {f"{p.name}.weight": tensor(p) for p in plan}
-    state |= {name: torch.from_numpy(values.copy()) for name, values in derived_constants(config, gguf).items()}
+        model = AllPositions(config, weights, max_seq_len, torch.float32).eval().requires_grad_(False)
+    state = {f"{p.name}.weight": tensor(p) for p in weights}
+    state |= {name: torch.from_numpy(values.copy()) for name, values in plan.derived.items()}
     caches = {name: torch.zeros(b.shape, dtype=b.dtype, device=device) for name, b in model.named_buffers()}
     model.load_state_dict({name: values.to(device) for name, values in state.items()} | caches, strict=True, assign=True)
     return GraphPlayer(model, dict(model.named_buffers()), config, max_seq_len, device)
 
 
-def checked_config(gguf: GGUFFile, max_seq_len: int) -> ModelConfig:
-    config = from_gguf(gguf)
-    check_tensors(config, gguf)
-    if max_seq_len > config.context_length:
-        raise KilnError(f"{max_seq_len} tokens are beyond the model's context of {config.context_length}; ask for at most that")
-    return config
+def checked_config(plan: ModelPlan, max_seq_len: int) -> ModelConfig:
+    if max_seq_len > plan.config.context_length:
+        raise KilnError(f"{max_seq_len} tokens are beyond the model's context of {plan.config.context_length}; ask for at most that")
+    return plan.config
 
 
 class ArtifactPlayer:
@@ -247,7 +261,7 @@ class ArtifactPlayer:
                     self._session.prefill([token])
                 self._history.append(token)
                 rows[i] = self._session.logits()
-            yield torch.from_numpy(rows)
+            yield finite(torch.from_numpy(rows), len(self._history) - len(part))
 
     def mark(self) -> list[int]:
         return list(self._history)

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
+from custom_ops.dtypes import FLOATS
 from custom_ops.weights.layouts import LAYOUTS
-from exporter.artifact.weights import WeightPlan
 from exporter.errors import KilnError
 from exporter.source.config import LayerConfig, ModelConfig
+from exporter.source.weights import WeightPlan
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
-
-_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _constant(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -40,7 +39,7 @@ class Matrix(nn.Module):
             self.words = _constant(groups, layout.words, plan.N, dtype=torch.int32)
             self.halves = _constant(groups, layout.halves, plan.N, dtype=torch.float16)
         else:
-            self.weight = _constant(plan.N, plan.K, dtype=_FLOAT_DTYPES[plan.kind])
+            self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.kind].torch)
 
     def linear(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
         if self.kind in LAYOUTS:
@@ -51,7 +50,7 @@ class Matrix(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:  # [T] -> [T, K] float32
         if self.kind in LAYOUTS:
             return torch.ops.kiln.quantized_embedding(ids, self.words, self.halves, self.kind)
-        return F.embedding(ids, self.weight).float()
+        return F.embedding(ids.clamp(min=0), self.weight).float()  # -1: this step is queued behind one that found no token
 
 
 class Norm(nn.Module):
@@ -167,7 +166,7 @@ def _below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]
 class Decoder(nn.Module):
     """Tokens of one chunk in, the next token and the last position's logits out.
 
-    Parameters carry the names of `exporter.weights.constants`; buffers are the KV caches and nothing else.
+    Parameters carry the names of `exporter.source.weights.constants`; buffers are the KV caches and nothing else.
     """
 
     def __init__(
@@ -216,7 +215,9 @@ class Decoder(nn.Module):
         """[T, D] -> soft-capped float32 [T, V]."""
         logits = (self.output or self.token_embd).linear(self.output_norm(x, torch.float32))
         cap = self.config.final_logit_softcapping
-        return torch.tanh(logits / cap) * cap if cap else logits
+        if not cap:
+            return logits
+        return torch.where(torch.isfinite(logits), torch.tanh(logits / cap) * cap, torch.nan)  # tanh would make a number of Inf
 
     def forward(
         self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
+import re
 import tomllib
 from collections.abc import Container
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.weights.layouts import LAYOUTS
-from exporter.errors import KilnError
+from custom_ops.dtypes import FLOATS
+from custom_ops.weights.block_types import LAYOUTS
+from exporter.errors import Problems
 from exporter.source.gguf import GGUFFile
+from exporter.source.identify import other_model
 
-FLOAT_TYPES = ("F32", "F16", "BF16")
+MAX_LAYERS = 1024
+MIN_CONTEXT = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -60,82 +63,156 @@ class ModelConfig:
 @functools.cache
 def families() -> dict[str, dict[str, Any]]:
     """Every supported architecture's table, by the name in `general.architecture`."""
-    tables = (tomllib.loads(f.read_text()) for f in files("configs").iterdir() if f.name.endswith(".toml"))
+    tables = (tomllib.loads(f.read_text(encoding="utf-8")) for f in files("configs").iterdir() if f.name.endswith(".toml"))
     return {table["architecture"]: table for table in tables if "architecture" in table}
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}... "
+
+
+def _as_integer(value: Any) -> int | None:
+    """An integer of any number type; None for anything else."""
+    if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return None
+
+
+def _as_number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
 class _Fields:
-    """Reads a family's fields from the metadata, with type checks."""
+    """Reads a family's fields from the metadata in whatever number type and form they have; what is wrong is added to `problems`.
 
-    def __init__(self, gguf: GGUFFile, table: dict[str, Any]):
-        self.gguf, self.keys = gguf, table["keys"]
+    A field that is wrong reads as 1, so that the others can be checked, too.
+    """
 
-    def fail(self, key: str, what: str, hint: str = "convert the model again") -> KilnError:
-        return KilnError(f"{self.gguf.path}: metadata key {key} {what}; {hint}")
+    def __init__(self, gguf: GGUFFile, table: dict[str, Any], problems: list[str]):
+        self.gguf, self.keys, self.problems = gguf, table["keys"], problems
+
+    def fail(self, key: str, what: str, hint: str = "convert the model again") -> None:
+        self.problems.append(f"{self.gguf.path}: metadata key {key} {what}; {hint}")
 
     def raw(self, field: str) -> tuple[str, Any]:
+        """Key and value, None where it is missing; an array of one item, or of equal ones, is that item."""
         key, metadata = self.keys[field]["key"], self.gguf.metadata
-        if key in metadata:
-            return key, metadata[key]
-        if "default" in self.keys[field]:
-            return key, self.keys[field]["default"]
-        raise self.fail(key, "is missing", "it cannot be guessed, convert the model again with a current converter")
+        if key not in metadata:
+            if "default" not in self.keys[field]:
+                self.fail(key, "is missing", "it cannot be guessed, convert the model again with a current converter")
+            return key, self.keys[field].get("default")
+        return key, metadata[key]
 
-    def _positive(self, key: str, value: Any, kind: type) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= 0 or (kind is int and value != int(value)):
-            raise self.fail(key, f"is {value!r}, a positive {'integer' if kind is int else 'number'} was expected")
-        return kind(value)
+    def _positive(self, key: str, value: Any, kind: type, zero: bool = False) -> Any:
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        number = None if isinstance(value, bool) else (_as_integer if kind is int else _as_number)(value)
+        if number is None or number < 0 or (number == 0 and not zero) or number >= 1 << 48:
+            self.fail(key, f"is {_shown(value)}, a positive {'integer' if kind is int else 'number'} was expected")
+            return kind(1)
+        return kind(number)
 
     def integer(self, field: str) -> int:
-        return self._positive(*self.raw(field), int)
+        key, value = self.raw(field)
+        return 1 if value is None else self._positive(key, value, int)
 
-    def number(self, field: str) -> float:
-        return self._positive(*self.raw(field), float)
+    def number(self, field: str, zero: bool = False) -> float:
+        key, value = self.raw(field)
+        return 1.0 if value is None else self._positive(key, value, float, zero)
 
     def per_layer(self, field: str, count: int) -> list[int]:
         key, value = self.raw(field)
-        if not isinstance(value, list):
+        if value is None:
+            return [1] * count
+        if not isinstance(value, list) or len(value) == 1:
             return [self._positive(key, value, int)] * count
         if len(value) != count:
-            raise self.fail(key, f"has {len(value)} entries for {count} layers")
-        return [self._positive(key, v, int) for v in value]
+            self.fail(key, f"has {len(value)} entries for {count} layers")
+            return [1] * count
+        before = len(self.problems)
+        numbers = [self._positive(key, v, int) for v in value]
+        del self.problems[before + 1 :]  # one line a key is enough
+        return numbers
 
-    def bools(self, field: str, count: int) -> list[bool]:
+    def pattern(self, field: str, count: int) -> list[bool]:
+        """One truth value a layer, as bools or as 0 and 1; or one bool for all; or a period of n layers, the last of them False."""
         key, value = self.raw(field)
-        if not isinstance(value, list) or not all(isinstance(v, bool) for v in value) or len(value) != count:
-            raise self.fail(key, f"must be {count} booleans, one for each layer")
-        return value
+        if value is None:
+            return [False] * count
+        if isinstance(value, bool):
+            return [value] * count
+        period = _as_integer(value)
+        if period is not None and period >= 2:
+            return [(i + 1) % period != 0 for i in range(count)]
+        if not isinstance(value, list) or len(value) != count or any(_as_integer(v) not in (0, 1) for v in value):
+            self.fail(key, f"is {_shown(value)}, it must be {count} booleans, one for each layer")
+            return [False] * count
+        return [bool(v) for v in value]
 
 
-def from_gguf(gguf: GGUFFile) -> ModelConfig:
-    """Reads the configuration. Raises KilnError for an unknown architecture, an unsupported variant, a missing or senseless key."""
-    metadata = gguf.metadata
-    architecture = metadata.get("general.architecture")
-    table = families().get(architecture)
+def _check_keys(gguf: GGUFFile, table: dict[str, Any], fields: _Fields) -> None:
+    """Adds a problem for every metadata key of the architecture that changes the computation and is not applied."""
+    known = {spec["key"] for spec in table["keys"].values()} | set(table["same"])
+    prefix, harmless = f"{table['architecture']}.", tuple(table["harmless"]["prefixes"])
+    refused: set[str] = set()
+    for key in gguf.metadata:
+        if not key.startswith(prefix) or key in known or key.startswith(harmless):
+            continue
+        part = next((start for start in table["unsupported"] if key.startswith(start)), None)
+        many = gguf.metadata.length(key) or 0
+        value = f"an array of {many}" if many > 4096 else gguf.metadata[key]
+        items = value if isinstance(value, list) else [value]
+        if part:
+            if any(v != 0 for v in items) and part not in refused:
+                refused.add(part)
+                fields.fail(key, f"is {_shown(value)}: {table['unsupported'][part]} are not supported yet", "use a dense model: 31B or 12B")
+        elif key == f"{prefix}vocab_size":
+            rows = gguf.metadata.length("tokenizer.ggml.tokens")
+            if rows is not None and _as_integer(value) != rows:
+                fields.fail(key, f"is {_shown(value)}, but tokenizer.ggml.tokens has {rows} tokens")
+        elif key not in table["neutral"]:
+            fields.fail(key, f"is {_shown(value)}: it is not known to Kiln and may change the computation", "convert the model without it")
+        elif not items or any(v not in table["neutral"][key] for v in items):
+            fields.fail(key, f"is {_shown(value)}: it changes the computation and is not applied", "convert the model without it")
+
+
+def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
+    """The configuration; None when it added to `problems`: an unknown architecture, an unsupported variant, a missing or senseless key."""
+    metadata, before = gguf.metadata, len(problems)
+    architecture: Any = metadata.get("general.architecture")
+    if what := other_model(metadata):
+        problems.append(f"{gguf.path}: this is {what}, not a language model; give the language model's .gguf file")
+        return None
+    table = families().get(architecture) if isinstance(architecture, str) else None
     if table is None:
         known = ", ".join(sorted(families()))
-        raise KilnError(f"{gguf.path}: architecture {architecture!r} is not supported; supported: {known}")
-    fields = _Fields(gguf, table)
-    for key, what in table["unsupported"].items():
-        if metadata.get(key, 0):
-            raise fields.fail(key, f"is {metadata[key]}: {what} are not supported yet", "use a dense model such as 31B or 12B")
+        found = "general.architecture is missing" if architecture is None else f"architecture {_shown(architecture)} is not supported"
+        problems.append(f"{gguf.path}: {found}; supported: {known}")
+        return None
+    fields = _Fields(gguf, table, problems)
+    _check_keys(gguf, table, fields)
 
     count = fields.integer("num_layers")
-    sliding = fields.bools("sliding_pattern", count)
+    if count > MAX_LAYERS:
+        fields.fail(table["keys"]["num_layers"]["key"], f"is {count}, more than any model has")
+        return None
+    sliding = fields.pattern("sliding_pattern", count)
     heads, kv_heads = fields.per_layer("num_heads", count), fields.per_layer("num_kv_heads", count)
     ffn = fields.per_layer("intermediate_size", count)
     head_dims = {s: fields.integer("head_dim_sliding" if s else "head_dim_full") for s in (False, True)}
     theta = {s: fields.number("rope_theta_sliding" if s else "rope_theta_full") for s in (False, True)}
     for key, field in table["same"].items():
-        if key in metadata and metadata[key] != fields.integer(field):
+        if key in metadata and fields._positive(key, metadata[key], int) != fields.integer(field):
             other = f"{table['keys'][field]['key']} is {fields.integer(field)}"
-            raise fields.fail(key, f"is {metadata[key]}, but {other}", "unequal ones are not supported")
-    for i in range(count):
+            fields.fail(key, f"is {_shown(metadata[key])}, but {other}", "unequal ones are not supported")
+    for i in range(count if len(problems) == before else 0):
         if heads[i] % kv_heads[i]:
-            raise KilnError(f"{gguf.path}: layer {i} has {heads[i]} heads, no multiple of its {kv_heads[i]} key/value heads")
+            problems.append(f"{gguf.path}: layer {i} has {heads[i]} heads, no multiple of its {kv_heads[i]} key/value heads")
+            break
         if head_dims[sliding[i]] % 2:
-            raise KilnError(f"{gguf.path}: layer {i} has the odd head size {head_dims[sliding[i]]}; rotary embedding needs pairs")
+            problems.append(f"{gguf.path}: layer {i} has the odd head size {head_dims[sliding[i]]}; rotary embedding needs pairs")
+            break
     layers = tuple(
         LayerConfig(
             index=i,
@@ -153,25 +230,42 @@ def from_gguf(gguf: GGUFFile) -> ModelConfig:
     vocab = metadata.length("tokenizer.ggml.tokens")
     if vocab is None:
         if "token_embd.weight" not in gguf.tensors:
-            raise KilnError(f"{gguf.path}: tensor token_embd.weight is missing; the file is incomplete, download or convert it again")
+            problems.append(f"{gguf.path}: tensor token_embd.weight is missing; the file is incomplete, download or convert it again")
+            return None
         vocab = gguf.tensors["token_embd.weight"].shape[0]
-    suppress = tuple(metadata.get("tokenizer.ggml.suppress_tokens", ()))
-    if any(not 0 <= t < vocab for t in suppress):
-        raise fields.fail("tokenizer.ggml.suppress_tokens", f"names a token outside the vocabulary of {vocab}")
-    return ModelConfig(
+    given = metadata.get("tokenizer.ggml.suppress_tokens", ())
+    suppress = [_as_integer(t) for t in (given if isinstance(given, list | tuple) else (given,))]
+    if any(t is None or not 0 <= t < vocab for t in suppress):
+        fields.fail("tokenizer.ggml.suppress_tokens", f"names a token outside the vocabulary of {vocab}")
+    if fields.integer("context_length") < MIN_CONTEXT:
+        fields.fail(table["keys"]["context_length"]["key"], f"is less than the {MIN_CONTEXT} tokens that Kiln needs")
+    name = metadata.get("general.name")
+    config = ModelConfig(
         architecture=architecture,
-        name=metadata.get("general.name", gguf.path.stem),
+        name=name if isinstance(name, str) and name.strip() else gguf.path.stem,
         vocab_size=vocab,
         hidden_size=fields.integer("hidden_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        final_logit_softcapping=fields.number("final_logit_softcapping"),
+        final_logit_softcapping=fields.number("final_logit_softcapping", zero=True),
         sliding_window=fields.integer("sliding_window"),
         context_length=fields.integer("context_length"),
         layers=layers,
         tied_head="output.weight" not in gguf.tensors,
         has_layer_scale=any(f"blk.{i}.layer_output_scale.weight" in gguf.tensors for i in range(count)),
-        suppress_tokens=suppress,
+        suppress_tokens=tuple(dict.fromkeys(t for t in suppress if t is not None)),
     )
+    unique = list(dict.fromkeys(problems[before:]))  # a field that is read twice is told once
+    problems[before:] = unique
+    return None if unique else config
+
+
+def from_gguf(gguf: GGUFFile) -> ModelConfig:
+    """The configuration alone. Raises KilnError for the first problem."""
+    problems: list[str] = []
+    config = read_config(gguf, problems)
+    if config is None:
+        raise Problems(problems, "kiln inspect")
+    return config
 
 
 def _sizes(config: ModelConfig, layer: LayerConfig | None) -> dict[str, int]:
@@ -211,23 +305,63 @@ def expected_tensors(config: ModelConfig, present: Container[str] = ()) -> dict[
     return expected
 
 
-def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:
-    """Every tensor the model needs is there, with the expected shape and a supported type; else KilnError.
+def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) -> list[str]:
+    """Adds a problem for a tensor that is missing, has another shape or an unsupported type, or would change the computation unapplied.
 
-    Tensors the model does not use are named once on stderr and returned.
+    Returns the names of tensors that the text model does not use, such as those of a vision tower.
     """
     expected = expected_tensors(config, gguf.tensors)
+    wrong_types: dict[tuple[str, bool], list[str]] = {}
+    missing, misshapen = [], []
     for name, shape in expected.items():
         info = gguf.tensors.get(name)
         if info is None:
-            raise KilnError(f"{gguf.path}: tensor {name} is missing, expected with shape {list(shape)}; the file is incomplete")
-        if info.shape != shape:
-            raise KilnError(f"{gguf.path}: tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
-        supported = FLOAT_TYPES if len(shape) == 1 else (*LAYOUTS, *FLOAT_TYPES)
-        if info.type not in supported:
-            raise KilnError(f"{gguf.path}: tensor {name} has the unsupported type {info.type}; supported here: {', '.join(supported)}")
-    unused = [name for name in gguf.tensors if name not in expected]
-    if unused:
-        shown = ", ".join(unused[:8]) + (f" and {len(unused) - 8} more" if len(unused) > 8 else "")
-        print(f"warning: {gguf.path}: skipping {len(unused)} tensors the model does not use: {shown}", file=sys.stderr)
+            missing.append(f"tensor {name} is missing, expected with shape {list(shape)}; the file is incomplete")
+        elif info.shape != shape:
+            misshapen.append(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
+        elif info.type not in (tuple(FLOATS) if len(shape) == 1 else (*LAYOUTS, *FLOATS)):
+            wrong_types.setdefault((info.type, len(shape) == 1), []).append(name)
+    harmless = tuple(families()[config.architecture]["harmless"]["tensors"])
+    no_full_layers = all(layer.sliding for layer in config.layers)
+    unused: list[str] = []
+    unknown: dict[str, list[str]] = {}
+    for name in gguf.tensors:
+        if name.startswith(harmless) or (name == "rope_freqs.weight" and no_full_layers):
+            unused.append(name)
+        elif name not in expected:
+            unknown.setdefault(re.sub(r"^blk\.\d+\.", "blk.*.", name), []).append(name)
+    found = _first_and_count(missing) + _first_and_count(misshapen)
+    for (kind, vector), names in wrong_types.items():
+        more = f" and {len(names) - 1} more of this type" if len(names) > 1 else ""
+        supported = ", ".join(FLOATS if vector else (*LAYOUTS, *FLOATS))
+        found.append(f"tensor {names[0]} has the unsupported type {kind}{more}; supported here: {supported}; {_instead(kind)}")
+    for names in unknown.values():
+        more = f" and {len(names) - 1} more like it" if len(names) > 1 else ""
+        found.append(f"tensor {names[0]} is not part of a {config.architecture} model that Kiln knows{more}: leaving it out "
+                     "might change the computation; convert the model without it")  # fmt: skip
+    problems += [f"{gguf.path}: {text}" for text in found]
     return unused
+
+
+def _first_and_count(texts: list[str]) -> list[str]:
+    return [texts[0] + (f" ({len(texts) - 1} more such tensors)" if len(texts) > 1 else "")] if texts else []
+
+
+def _instead(kind: str) -> str:
+    """What to do about a block type that cannot be loaded."""
+    if kind.startswith("type "):
+        return "the file is newer than Kiln, or damaged; download a Q4_K_M file of the same model"
+    better = {"IQ4": "Q4_K_M or Q4_0", "MXFP": "Q4_K_M or Q8_0", "NVFP": "Q4_K_M or Q8_0", "Q8": "Q8_0"}
+    nearest = next((names for start, names in better.items() if kind.startswith(start)), "Q4_K_M")
+    return f"download a {nearest} file of the same model without {kind} tensors (not an IQ, UD or MXFP4 mix), or quantize it so"
+
+
+def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:
+    """`tensor_problems`, raised as a KilnError."""
+    problems: list[str] = []
+    unused = tensor_problems(config, gguf, problems)
+    if problems:
+        raise Problems(problems, "kiln inspect")
+    return unused
+
+

@@ -1,9 +1,14 @@
-"""A lean reader of GGUF version 3: the file is memory-mapped, metadata arrays stay raw until asked for, tensor data is never copied."""
+"""A lean reader of GGUF version 3: the file is memory-mapped, metadata arrays stay raw until asked for, tensor data is never copied.
+
+A file is hostile until it is read: whatever its bytes are, the result or a KilnError comes in time and memory bounded by the limits below.
+"""
 
 from __future__ import annotations
 
 import mmap
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from exporter.errors import KilnError
+from exporter.source.identify import PROBE, foreign
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _SCALARS = {  # value type -> little-endian numpy dtype
@@ -31,8 +37,11 @@ _SCALARS = {  # value type -> little-endian numpy dtype
     GGUFValueType.FLOAT64: "<f8",
 }
 _DTYPES = {kind: np.dtype(code) for kind, code in _SCALARS.items()}
-_SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)?$", re.IGNORECASE)
 MAX_DIMS = 4
+MAX_PARTS = 9999
+MAX_TEXT = 64 << 20  # bytes of one string
+MAX_ITEMS = 1 << 24  # of an array of strings, or of one that is decoded: 30 times the largest vocabulary's merges
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,17 @@ class _Part:
         self.path, self.index = path, index
         try:
             with open(path, "rb") as f:
+                head = f.read(PROBE)
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as e:
-            raise KilnError(f"{path}: cannot read the GGUF file: {e.strerror}; check the path") from e
+            raise KilnError(f"{path}: cannot read the GGUF file: {e.strerror}; check the path and its permissions") from e
         except ValueError as e:  # mmap refuses an empty file
             raise KilnError(f"{path}: the file is empty, not a GGUF file; download it again") from e
         self.size = len(self.map)
         self.values: dict[str, _Value] = {}
         self.tensors: list[TensorInfo] = []
-        if self.map[:4] != b"GGUF":
-            raise KilnError(f"{path}: not a GGUF file: it starts with {self.map[:4]!r} instead of b'GGUF'; give a .gguf file")
+        if not head.startswith(b"GGUF"):
+            raise KilnError(f"{path}: not a GGUF file: {foreign(head, self.size, path)}")
         self._at = 4
         self._what = "the header"
         try:
@@ -138,8 +148,13 @@ class _Part:
         self._at = start + nbytes
         return start
 
+    def _too_large(self, what: str) -> KilnError:
+        return KilnError(f"{self.path}: {what}, more than any model has; the file is damaged, download it again")
+
     def _string(self) -> str:
         length = self._u64()
+        if MAX_TEXT < length <= self.size:
+            raise self._too_large(f"{self._what} has a text of {length} bytes")
         start = self._skip(length)
         return self._decode_text(start, self._at)
 
@@ -152,7 +167,8 @@ class _Part:
     def _parse(self) -> None:
         version = self._u32()
         if version != 3:
-            hint = "it is big-endian" if version == 3 << 24 else f"its version is {version}"
+            swapped = version & 0xFFFFFF == 0 and version >> 24 in (1, 2, 3)
+            hint = "it is big-endian" if swapped else f"its version is {version}"
             raise KilnError(f"{self.path}: unsupported GGUF file: {hint}; convert it to little-endian GGUF version 3")
         n_tensors, n_values = self._u64(), self._u64()
         for i in range(n_values):
@@ -169,6 +185,10 @@ class _Part:
         data = -(-self._at // align) * align
         for name, shape, number, offset in raw:
             self.tensors.append(self._tensor(name, shape, number, data, offset, align))
+        by_offset = sorted((t for t in self.tensors if t.nbytes), key=lambda t: t.offset)
+        for a, b in zip(by_offset, by_offset[1:], strict=False):
+            if a.offset + a.nbytes > b.offset:
+                raise KilnError(f"{self.path}: tensors {a.name} and {b.name} overlap; the file is damaged, download it again")
 
     def _kind(self, key: str) -> GGUFValueType:
         number = self._u32()
@@ -185,6 +205,8 @@ class _Part:
                 raise KilnError(f"{self.path}: metadata key {key} is an array of arrays, which is not supported")
         start = self._at
         if kind == GGUFValueType.STRING:
+            if count is not None and MAX_ITEMS < count <= self.size // 8:
+                raise self._too_large(f"metadata key {key} has {count} texts")
             at, unpack, data = start, _U64.unpack_from, self.map
             for _ in range(1 if count is None else count):  # the length of each string is only known by walking
                 at += 8 + unpack(data, at)[0]
@@ -198,6 +220,10 @@ class _Part:
     def decode(self, key: str) -> Any:
         """The value of `key`: int, float, bool, str, or a list of one of them. Raises KeyError."""
         value = self.values[key]
+        if (value.count or 0) > MAX_ITEMS:
+            raise self._too_large(f"metadata key {key} has {value.count} values")
+        if value.end - value.start > MAX_TEXT and value.count is None:
+            raise self._too_large(f"metadata key {key} has a text of {value.end - value.start} bytes")
         if value.kind != GGUFValueType.STRING:
             items = np.frombuffer(self.map, _DTYPES[value.kind], 1 if value.count is None else value.count, value.start).tolist()
             return items[0] if value.count is None else items
@@ -246,6 +272,7 @@ class GGUFFile:
         self._parts = parts
         self.metadata = Metadata(parts[0])
         self.tensors: dict[str, TensorInfo] = {}
+        self.files = [part.path for part in parts]
         for part in parts:
             for tensor in part.tensors:
                 if tensor.name in self.tensors:
@@ -274,30 +301,56 @@ class GGUFFile:
             self._parts[info.file].map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
+def _check_path(path: Path) -> None:
+    """KilnError, with what to give instead, unless `path` is a regular file (or a link to one)."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        hint = "a link to a file that is gone; " if path.is_symlink() else ""
+        raise KilnError(f"{path}: {hint}no such file; give the path of a .gguf file") from None
+    except (OSError, ValueError) as e:  # ValueError: a NUL character
+        raise KilnError(f"{path}: cannot read the GGUF file: {getattr(e, 'strerror', None) or e}; check the path") from e
+    if stat.S_ISDIR(mode):
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf") if os.access(path, os.R_OK | os.X_OK) else []
+        models = [p for p in inside if not (m := _SPLIT_NAME.match(p.name)) or int(m["part"]) == 1]
+        hint = f"; it holds {', '.join(str(p) for p in models[:4])}: give one of them" if models else "; give the path of a .gguf file"
+        raise KilnError(f"{path}: a directory, not a GGUF file{hint}")
+    if not stat.S_ISREG(mode):
+        raise KilnError(f"{path}: a pipe or device, which cannot be mapped into memory; save the model as a file first")
+
+
+def _whole(value: Any) -> int | None:
+    """A count as any number type; None for anything else."""
+    return int(value) if isinstance(value, int | float) and value == value and abs(value) < 1 << 31 and value == int(value) else None
+
+
 def open_gguf(path: str | Path) -> GGUFFile:
     """Opens a GGUF file, or all parts of a split one given any of its parts. Raises KilnError naming what is wrong and where."""
     path = Path(path)
-    if not path.is_file():
-        raise KilnError(f"{path}: {'a directory, not a GGUF file' if path.is_dir() else 'no such file'}; give the path of a .gguf file")
+    _check_path(path)
     first = _Part(path, 0)
-    count = first.decode("split.count") if "split.count" in first.values else 1
+    count = _whole(first.decode("split.count")) if "split.count" in first.values else 1
+    if count is None or count > MAX_PARTS:
+        found = str(first.decode("split.count"))[:40]
+        raise KilnError(f"{path}: split.count is {found}, a number of files was expected; the file is damaged")
     if count <= 1:
         return GGUFFile(path, [first])
-    match = _SPLIT_NAME.match(path.name)
-    if not match or int(match["count"]) != count:
+    named = next((p for p in (path, path.resolve()) if (m := _SPLIT_NAME.match(p.name)) and int(m["count"]) == count), None)
+    match = _SPLIT_NAME.match(named.name) if named else None
+    if not named or not match:
         raise KilnError(f"{path}: part of a model split into {count} files; keep the names NAME-00001-of-{count:05d}.gguf and so on")
     parts = []
     for i in range(count):
-        part_path = path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf")
+        part_path = named.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}{match['end'] or ''}")
         if not part_path.is_file():
             raise KilnError(f"{part_path}: missing part {i + 1} of {count} of the split model; put all parts into one directory")
         part = _Part(part_path, i)
-        number, parts_of = (part.decode(k) if k in part.values else None for k in ("split.no", "split.count"))
+        number, parts_of = (_whole(part.decode(k)) if k in part.values else None for k in ("split.no", "split.count"))
         if number != i or parts_of != count:
             raise KilnError(f"{part_path}: says it is part {number} of {parts_of} (split.no counts from 0), expected part {i} of {count}")
         parts.append(part)
     file = GGUFFile(path, parts)
-    expected = parts[0].decode("split.tensors.count") if "split.tensors.count" in parts[0].values else len(file.tensors)
+    expected = _whole(parts[0].decode("split.tensors.count")) if "split.tensors.count" in parts[0].values else len(file.tensors)
     if expected != len(file.tensors):
         raise KilnError(f"{path}: the split model has {len(file.tensors)} tensors, split.tensors.count says {expected}; a part is wrong")
     return file

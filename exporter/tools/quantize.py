@@ -2,7 +2,7 @@
 
 Q4_0, Q5_0 and Q8_0 take the block's extreme value as the scale. K-quants search: for every group the scale (and minimum) of least weighted
 squared error among a fixed set of candidates, then 6- or 8-bit scales, then integers again for the rounded scales.
-Block formats: the tables of `custom_ops/layouts.py`; the files we read are read by the `gguf` package's dequantizers in the tests.
+Block formats: `custom_ops/weights/block_types.py`; the files we read are read by the `gguf` package's dequantizers in the tests.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from custom_ops.weights.layouts import LAYOUTS
+from custom_ops.dtypes import FLOATS
+from custom_ops.weights.block_types import LAYOUTS
+from custom_ops.weights.mixes import MIXES, kinds
 from exporter.errors import KilnError
 from exporter.files import replacing
 from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.tools.synth import MIXES, Tensor, _more_bits, gguf_header, key_value
+from exporter.tools.synth import Tensor, gguf_header, key_value
 
 CHUNK = 1 << 20  # elements of one search: about 20 arrays of this size are alive
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
-FILE_TYPES = {name: file_type for name, (_, file_type) in MIXES.items()} | {
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
-}
-_BASE = {name: kind for name, (kind, _) in MIXES.items()} | {"bf16": "BF16", "q5_k_m": "Q5_K"}
 _TINY = np.float32(1e-15)
 
 
@@ -210,43 +206,32 @@ def to_float(file: GGUFFile, name: str) -> np.ndarray:
     from gguf import quants
 
     info = file.tensors[name]
-    values = quants.dequantize(file.data(name), quants.GGMLQuantizationType(info.ggml_type))
+    values = quants.dequantize(file.data(name), GGMLQuantizationType(info.ggml_type))
     return np.ascontiguousarray(values, np.float32).reshape(info.shape)
 
 
 def quantized_plan(file: GGUFFile, mix: str) -> list[Tensor]:
     """Every tensor of `file` as (name, shape, type under `mix`): llama-quantize's rules without an importance matrix."""
-    if mix not in _BASE:
-        raise KilnError(f"unknown mix {mix!r}; known: {', '.join(_BASE)}")
-    base = _BASE[mix]
-    like = {stem: [n for n in file.tensors if n.endswith(f".{stem}.weight")] for stem in ("attn_v", "ffn_down")}
-    plan = []
+    if mix not in MIXES:
+        raise KilnError(f"unknown mix {mix!r}; known: {', '.join(MIXES)}")
     for name, info in file.tensors.items():
-        if info.type not in ("F32", "F16", "BF16"):
-            raise KilnError(f"{file.path}: tensor {name} is {info.type} already; quantize from a file of F32, F16 or BF16 tensors")
-        kind = base if len(info.shape) == 2 else "F32"
-        if kind not in ("F32", "BF16"):
-            if name == "token_embd.weight" and mix != "q8_0":
-                kind = "Q6_K"
-            if mix in ("q4_k_m", "q5_k_m") and any(name in names and _more_bits(names.index(name), len(names)) for names in like.values()):
-                kind = "Q6_K"
-            if info.shape[1] % LAYOUTS[kind].block:
-                kind = FALLBACK.get(kind, kind)
-        plan.append((name, info.shape, kind))
-    return plan
+        if info.type not in FLOATS:
+            raise KilnError(f"{file.path}: tensor {name} is {info.type} already; quantize from a file of {', '.join(FLOATS)} tensors")
+    types = kinds(MIXES[mix], {name: info.shape for name, info in file.tensors.items()})
+    return [(name, info.shape, types[name]) for name, info in file.tensors.items()]
 
 
 def write_quantized(path_in: str | Path, path_out: str | Path, mix: str, workers: int | None = None) -> list[Tensor]:
     """Writes `path_in` (a GGUF file of float tensors) with the types of `mix` and returns its tensors; metadata is kept as it is.
 
-    mix: q4_k_m, q5_k_m, q6_k, q4_0, q8_0, bf16 or f32. The file appears under its name only when complete. Raises KilnError.
+    mix: a key of MIXES. The file appears under its name only when complete. Raises KilnError.
     """
     path_out = Path(path_out)
     file = open_gguf(path_in)
     plan = quantized_plan(file, mix)
     metadata = [(key, *file.metadata.raw(key)) for key in file.metadata if key not in ("general.file_type", "general.quantization_version")]
     metadata += [
-        key_value("general.file_type", GGUFValueType.UINT32, int(FILE_TYPES[mix])),
+        key_value("general.file_type", GGUFValueType.UINT32, int(LlamaFileType[MIXES[mix].file_type])),
         key_value("general.quantization_version", GGUFValueType.UINT32, 2),
     ]
     header, offsets, size = gguf_header(metadata, plan)
@@ -263,6 +248,6 @@ def write_quantized(path_in: str | Path, path_out: str | Path, mix: str, workers
         f.write(header)
         for offset, raw in zip(offsets, pool.map(blocks, plan), strict=True):
             f.write(bytes(offset - f.tell()))
-            f.write(raw)
+            f.write(raw.data)
         f.write(bytes(size - f.tell()))
     return plan

@@ -13,7 +13,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,9 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from custom_ops.geometry import EPS, GEOMETRIES, Geometry
+from custom_ops.weights.block_types import LAYOUTS, PackLayout
+from custom_ops.weights.mixes import MIXES, SYNTHETIC, kinds
 from exporter.errors import KilnError
 from exporter.files import replacing
 from exporter.source.config import LayerConfig, ModelConfig, expected_tensors
@@ -29,110 +31,55 @@ from exporter.source.gguf import open_gguf
 ALIGN = 32
 SLAB_BYTES = 1 << 20
 MAX_WORKERS = 8
-FULL_EVERY = 6  # five sliding layers, one full
 THETA_FULL, THETA_SLIDING = 1e6, 1e4
-EPS, SOFTCAP = 1e-6, 30.0
+SOFTCAP = 30.0
 
 Progress = Callable[[str, int, int], None]
 KeyValue = tuple[str, int, bytes]  # key, value type number, encoded value
 Tensor = tuple[str, tuple[int, ...], str]  # name, shape in PyTorch order, GGML type name
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Geometry of a model. kv heads and head sizes are (sliding layers, full layers)."""
-
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: tuple[int, int]
-    head_dims: tuple[int, int]
-    window: int
-    context: int
-    vocab: int
-    layers: int
-    suppress_tokens: tuple[int, ...] = ()
-
-
-PRESETS = {
-    "gemma4-31b": Preset(5376, 21504, 32, (16, 4), (256, 512), 1024, 262144, 262144, 60),
-    "gemma4-12b": Preset(3840, 15360, 16, (8, 1), (256, 512), 1024, 262144, 262144, 48, (258883, 258882)),
-    "tiny": Preset(256, 512, 4, (2, 1), (64, 128), 16, 4096, 512, 6),
-    "tiny-cuda": Preset(1024, 2048, 32, (16, 4), (256, 512), 1024, 131072, 2048, 6),
-}
-# mix -> (type of most matrices, general.file_type). Every preset's rows are multiples of 256, so K-quants always fit.
-MIXES = {
-    "q4_k_m": ("Q4_K", LlamaFileType.MOSTLY_Q4_K_M),
-    "q6_k": ("Q6_K", LlamaFileType.MOSTLY_Q6_K),
-    "q4_0": ("Q4_0", LlamaFileType.MOSTLY_Q4_0),
-    "q8_0": ("Q8_0", LlamaFileType.MOSTLY_Q8_0),
-    "f32": ("F32", LlamaFileType.ALL_F32),
-}
-
-# Root mean square of a random block's integers, by type: what 1 / d has to be for unit weights.
-_RMS = {
-    "Q4_0": sqrt(21.5),  # -8 .. 7
-    "Q8_0": sqrt(5461.5),  # -128 .. 127
-    "Q4_K": sqrt(21.25 * 2341.5),  # (q - 7.5) * scale, scale 32 .. 63
-    "Q6_K": sqrt(341.5 * 5461.5),  # (-32 .. 31) * (-128 .. 127)
-}
 _JITTER = 0.25  # block scales are uniform in d * (1 - j) .. d * (1 + j)
 
 
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise KilnError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _geometry(preset: str) -> Geometry:
+    if preset not in GEOMETRIES:
+        raise KilnError(f"unknown preset {preset!r}; known: {', '.join(GEOMETRIES)}")
+    return GEOMETRIES[preset]
 
 
-def _config(name: str, layers: int | None) -> ModelConfig:
-    preset = _preset(name)
-    count = preset.layers if layers is None else layers
-    if not 1 <= count <= preset.layers:
-        raise KilnError(f"preset {name} has 1 to {preset.layers} layers, {count} asked for")
+def _config(preset: str, layers: int | None) -> ModelConfig:
+    model = _geometry(preset)
+    count = model.layers if layers is None else layers
+    if not 1 <= count <= model.layers:
+        raise KilnError(f"preset {preset} has 1 to {model.layers} layers, {count} asked for")
+    heads = ((full, model.full if full else model.sliding) for full in map(model.is_full, range(count)))
     return ModelConfig(
         architecture="gemma4",
-        name=f"synthetic-{name}" + (f"-{count}-layers" if count != preset.layers else ""),
-        vocab_size=preset.vocab,
-        hidden_size=preset.hidden,
+        name=f"synthetic-{preset}" + (f"-{count}-layers" if count != model.layers else ""),
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
         rms_norm_eps=EPS,
         final_logit_softcapping=SOFTCAP,
-        sliding_window=preset.window,
-        context_length=preset.context,
+        sliding_window=model.window,
+        context_length=model.context,
         layers=tuple(
-            LayerConfig(i, not full, preset.head_dims[full], preset.heads, preset.kv_heads[full], preset.ffn,
-                        THETA_FULL if full else THETA_SLIDING, has_v=not full)
-            for i, full in enumerate(i % FULL_EVERY == FULL_EVERY - 1 for i in range(count))
+            LayerConfig(i, not full, h.dim, h.queries, h.kv, model.ffn, THETA_FULL if full else THETA_SLIDING, has_v=not full)
+            for i, (full, h) in enumerate(heads)
         ),
         tied_head=True,
         has_layer_scale=True,
-        suppress_tokens=preset.suppress_tokens,
+        suppress_tokens=model.suppress_tokens,
     )
-
-
-def _more_bits(i: int, n: int) -> bool:
-    """Which of n like tensors the Q4_K_M mix gives more bits: the first and last eighth, and every third between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def synth_plan(preset: str, mix: str, layers: int | None = None) -> list[Tensor]:
     """Every tensor of the file as (name, shape in PyTorch order, type). `layers` keeps the first layers only."""
-    if mix not in MIXES:
-        raise KilnError(f"unknown mix {mix!r}; known: {', '.join(MIXES)}")
-    base = MIXES[mix][0]
-    expected = expected_tensors(_config(preset, layers))
-    like = {stem: [n for n in expected if n.endswith(f".{stem}.weight")] for stem in ("attn_v", "ffn_down")}
-    plan = []
-    for name, shape in expected.items():
-        kind = base if len(shape) == 2 else "F32"
-        if kind != "F32" and mix != "q8_0" and name == "token_embd.weight":
-            kind = "Q6_K"
-        if mix == "q4_k_m":
-            for names in like.values():
-                if name in names and _more_bits(names.index(name), len(names)):
-                    kind = "Q6_K"
-        plan.append((name, shape, kind))
-    return plan
+    if mix not in SYNTHETIC:
+        raise KilnError(f"unknown mix {mix!r}; known: {', '.join(SYNTHETIC)}")
+    shapes = expected_tensors(_config(preset, layers))
+    types = kinds(MIXES[mix], shapes)
+    return [(name, shape, types[name]) for name, shape in shapes.items()]
 
 
 def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
@@ -149,7 +96,12 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-_CODES = {GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?"}
+_CODES = {  # value type -> how `struct` writes it
+    GGUFValueType[name]: code
+    for name, code in zip(
+        ("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "UINT64", "INT64", "FLOAT64"), "BbHhIif?Qqd", strict=True
+    )
+}
 
 
 def key_value(key: str, kind: GGUFValueType, value: Any) -> KeyValue:
@@ -224,28 +176,30 @@ def _copied_tokenizer(path: str | Path, vocab: int) -> list[KeyValue]:
     return [(key, *source.metadata.raw(key)) for key in keys]
 
 
-def _metadata(config: ModelConfig, preset: Preset, mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
+def metadata(config: ModelConfig, head_dims: tuple[int, int], mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
+    """Of a file of `mix`; head_dims: of sliding and full layers, which a model cut short may lack."""
     u32, i32, f32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32
     text, boolean = GGUFValueType.STRING, GGUFValueType.BOOL
-    sliding_dim, full_dim = preset.head_dims
+    sliding_dim, full_dim = head_dims
+    first = config.layers[0]
     entries: list[tuple[str, GGUFValueType, Any]] = [
         ("general.architecture", text, "gemma4"),
         ("general.type", text, "model"),
         ("general.name", text, config.name),
-        ("general.file_type", u32, int(MIXES[mix][1])),
+        ("general.file_type", u32, int(LlamaFileType[MIXES[mix].file_type])),
         ("general.quantization_version", u32, 2),
         ("gemma4.block_count", u32, len(config.layers)),
-        ("gemma4.context_length", u32, preset.context),
-        ("gemma4.embedding_length", u32, preset.hidden),
-        ("gemma4.feed_forward_length", u32, preset.ffn),
-        ("gemma4.attention.head_count", u32, preset.heads),
+        ("gemma4.context_length", u32, config.context_length),
+        ("gemma4.embedding_length", u32, config.hidden_size),
+        ("gemma4.feed_forward_length", u32, first.intermediate_size),
+        ("gemma4.attention.head_count", u32, first.num_heads),
         ("gemma4.attention.head_count_kv", i32, [layer.num_kv_heads for layer in config.layers]),
         ("gemma4.attention.layer_norm_rms_epsilon", f32, EPS),
         ("gemma4.attention.key_length", u32, full_dim),
         ("gemma4.attention.value_length", u32, full_dim),
         ("gemma4.attention.key_length_swa", u32, sliding_dim),
         ("gemma4.attention.value_length_swa", u32, sliding_dim),
-        ("gemma4.attention.sliding_window", u32, preset.window),
+        ("gemma4.attention.sliding_window", u32, config.sliding_window),
         ("gemma4.attention.sliding_window_pattern", boolean, [layer.sliding for layer in config.layers]),
         ("gemma4.attention.shared_kv_layers", u32, 0),
         ("gemma4.embedding_length_per_layer_input", u32, 0),
@@ -255,22 +209,37 @@ def _metadata(config: ModelConfig, preset: Preset, mix: str, vocab_from: str | P
         ("gemma4.rope.dimension_count", u32, full_dim),
         ("gemma4.rope.dimension_count_swa", u32, sliding_dim),
     ]
-    if preset.suppress_tokens:
-        entries.append(("tokenizer.ggml.suppress_tokens", i32, list(preset.suppress_tokens)))
-    tokenizer = _copied_tokenizer(vocab_from, preset.vocab) if vocab_from is not None else _tokenizer(preset.vocab)
+    if config.suppress_tokens:
+        entries.append(("tokenizer.ggml.suppress_tokens", i32, list(config.suppress_tokens)))
+    tokenizer = _copied_tokenizer(vocab_from, config.vocab_size) if vocab_from is not None else _tokenizer(config.vocab_size)
     return [key_value(*entry) for entry in entries] + tokenizer
 
 
 # ---- tensor data ----
 
 
+def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
+    """Of integers drawn evenly from low .. high, less `centre`."""
+    return sum((i - centre) ** 2 for i in range(low, high + 1)) / (high + 1 - low)
+
+
+def _rms(layout: PackLayout) -> float:
+    """Root mean square of a random block's weights at scale 1, as `_fill_blocks` makes them."""
+    half = 1 << layout.bits - 1
+    quants = _mean_square(0, 2 * half - 1, half - 0.5) if layout.minimum else _mean_square(-half, half - 1)
+    if layout.block == 32:
+        return sqrt(quants)
+    return sqrt(quants * (_mean_square(32, 63) if layout.minimum else _mean_square(-128, 127)))  # times the scales of the groups
+
+
 def _fill_blocks(kind: str, blocks: np.ndarray, std: float) -> None:
     """Random bytes [blocks, block bytes] -> blocks of mean 0 and the given standard deviation, in place."""
-    at = 208 if kind == "Q6_K" else 0
+    layout = LAYOUTS[kind]
+    at = layout.half_fields[0]
     field = blocks[:, at : at + 2].view("<u2")[:, 0]
     jitter = 1 - _JITTER + field * np.float32(2 * _JITTER / 65536)
-    d = jitter * np.float32(std / (_RMS[kind] * sqrt(1 + _JITTER**2 / 3)))
-    if kind in ("Q4_0", "Q8_0"):
+    d = jitter * np.float32(std / (_rms(layout) * sqrt(1 + _JITTER**2 / 3)))
+    if layout.block == 32:
         d[field & 1 == 1] *= -1  # the integers have mean -1/2
     field[:] = d.astype(np.float16).view("<u2")
     if kind == "Q4_K":
@@ -333,14 +302,14 @@ def write_synthetic(
 ) -> None:
     """Writes a synthetic GGUF file; it appears under its name only when complete. The same arguments give the same bytes.
 
-    preset: one of `PRESETS`. mix: one of `MIXES`, types per tensor as llama-quantize chooses them. layers: only the first ones.
+    preset: one of `GEOMETRIES`. mix: one of `SYNTHETIC`. layers: only the first ones.
     vocab_from: a GGUF whose tokenizer is copied; without it a small tokenizer is made and padded with unused tokens.
-    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the tensor data a hole in the file, to
+    progress: called as (tensor name, bytes done, bytes in all), one call at a time. sparse: leave the matrices a hole in the file, to
     plan with and nothing else. Raises KilnError.
     """
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
-    header, offsets, size = gguf_header(_metadata(_config(preset, layers), _preset(preset), mix, vocab_from), tensors)
+    header, offsets, size = gguf_header(metadata(_config(preset, layers), _geometry(preset).head_dims, mix, vocab_from), tensors)
     total, done, lock = sum(tensor_bytes(shape, kind) for _, shape, kind in tensors), 0, threading.Lock()
     with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
         f.write(header)
@@ -350,7 +319,7 @@ def write_synthetic(
         def write(tensor: Tensor, offset: int) -> None:
             nonlocal done
             for piece in _pieces(*tensor, seed, slab_bytes):
-                view = memoryview(piece)
+                view = memoryview(piece)  # type: ignore[arg-type]  # an array is a buffer
                 while view:
                     written = os.pwrite(f.fileno(), view, offset)
                     view, offset = view[written:], offset + written
@@ -359,5 +328,6 @@ def write_synthetic(
                     if progress:
                         progress(tensor[0], done, total)
 
-        for _ in pool.map(write, tensors, offsets) if not sparse else ():
+        written = [pair for pair in zip(tensors, offsets, strict=True) if not sparse or len(pair[0][1]) == 1]
+        for _ in pool.map(lambda pair: write(*pair), written):
             pass

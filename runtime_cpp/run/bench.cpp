@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <functional>
 #include <random>
 
 #include "kiln/json.h"
-#include "model_impl.h"
 
 namespace kiln {
 
@@ -43,7 +41,8 @@ class Bench {
         limit_(session.model().artifact().max_seq_len),
         chunk_(options.prefill_chunk ? options.prefill_chunk : session.model().artifact().prefill_chunk),
         steps_(options.steps),
-        depths_(options.depths) {
+        depths_(options.depths),
+        look_(options.look ? options.look : [] {}) {
     if (steps_ < 1) fail("bench: ", steps_, " steps, must be 1 or more");
     int64_t last = limit_ - kWarmUpSteps - steps_;
     if (last < 1) fail("bench: ", steps_, " steps after ", kWarmUpSteps, " to warm up do not fit: the artifact holds ", limit_, " tokens");
@@ -75,6 +74,7 @@ class Bench {
     std::uniform_int_distribution<int64_t> any(0, session_.model().vocab_size() - 1);
     std::vector<int64_t> tokens(static_cast<size_t>(n));
     for (int64_t& t : tokens) t = any(random_);
+    look_();
     auto start = Clock::now();
     session_.prefill(tokens);
     double s = seconds_since(start);
@@ -116,7 +116,7 @@ class Bench {
     row.prompt_s = prompt_s_;
     row.window = std::max<int64_t>(1, steps_ / kWindows);
     std::vector<Clock::time_point> at;  // when each token was on the host; the first is prefill's
-    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return at.push_back(Clock::now()), true; }, false);
+    session_.generate(1 + kWarmUpSteps + steps_, [&](int64_t) { return look_(), at.push_back(Clock::now()), true; }, false);
     for (size_t i = kWarmUpSteps, w = static_cast<size_t>(row.window); i + w < at.size(); i += w)
       row.decode_s.push_back(std::chrono::duration<double>(at[i + w] - at[i]).count());
     return row;
@@ -125,6 +125,7 @@ class Bench {
   Session& session_;
   int64_t limit_, chunk_, steps_;
   std::vector<int64_t> depths_;
+  std::function<void()> look_;
   std::mt19937_64 random_{0};
   int64_t prompt_tokens_ = 0;
   double prompt_s_ = 0;
@@ -140,11 +141,7 @@ std::string list(const std::vector<double>& values) {
 
 }  // namespace
 
-BenchReport bench(Session& session, const BenchOptions& options) {
-  BenchReport report = Bench(session, options).run();
-  report.ceilings = session.model().impl().backend->ceilings();
-  return report;
-}
+BenchReport bench(Session& session, const BenchOptions& options) { return Bench(session, options).run(); }
 
 std::string bench_json(const BenchReport& report) {
   std::string out = "\"first_chunk\": {\"tokens\": " + number(report.first_tokens) + ", \"cold_s\": " + number(report.first_cold_s) +
@@ -159,11 +156,7 @@ std::string bench_json(const BenchReport& report) {
            ", \"steps\": " + number(r.window * static_cast<int64_t>(rates.size())) + ", \"tok_s\": " + number(median(rates)) +
            ", \"p10\": " + number(quantile(rates, 0.1)) + ", \"p90\": " + number(quantile(rates, 0.9)) + ", \"windows\": " + list(rates) + "}}";
   }
-  out += "], \"ceilings\": ";
-  if (!report.ceilings) return out + "null";
-  const Ceilings& c = *report.ceilings;
-  return out + "{\"copy_gb_s\": " + number(c.copy_gb_s) + ", \"read_gb_s\": " + number(c.read_gb_s) + ", \"matmul_tflop_s\": " + number(c.matmul_tflop_s) +
-         ", \"matmul_sustained_tflop_s\": " + number(c.matmul_sustained_tflop_s) + "}";
+  return out + "]";
 }
 
 std::string bench_table(const BenchReport& report) {
@@ -178,12 +171,6 @@ std::string bench_table(const BenchReport& report) {
     std::snprintf(line, sizeof line, "%9lld %9lld  %14lld %9.1f  %12.1f  %12.2f %9.2f %9.2f\n", static_cast<long long>(r.depth),
                   static_cast<long long>(r.position), static_cast<long long>(r.chunk_tokens), static_cast<double>(r.chunk_tokens) / r.chunk_s,
                   static_cast<double>(r.prompt_tokens) / r.prompt_s, median(rates), quantile(rates, 0.1), quantile(rates, 0.9));
-    out += line;
-  }
-  if (report.ceilings) {
-    const Ceilings& c = *report.ceilings;
-    std::snprintf(line, sizeof line, "ceilings: copy %.0f GB/s, read %.0f GB/s, bfloat16 matmul %.0f TFLOP/s (%.0f sustained)\n", c.copy_gb_s, c.read_gb_s,
-                  c.matmul_tflop_s, c.matmul_sustained_tflop_s);
     out += line;
   }
   return out;

@@ -1,6 +1,6 @@
 #pragma once
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -13,6 +13,7 @@ struct BenchOptions {
   std::vector<int64_t> depths;  // tokens in the caches when decoding starts; empty: 128, 512, 2048, .. up to max_seq_len
   int64_t prefill_chunk = 0;    // of the session: tokens of the prefill call that is timed; 0: the artifact's
   int64_t steps = 64;           // decode steps timed at each depth
+  std::function<void()> look;   // called before every chunk and step; what it throws ends the measurement
 };
 
 // What one depth gave. Seconds are of the host's clock, from the call until the sampled token is on the host.
@@ -32,7 +33,6 @@ struct BenchReport {
   double first_cold_s = 0, first_warm_s = 0;
   std::vector<DepthRow> rows;
   MemoryReport memory;  // after the deepest row
-  std::optional<Ceilings> ceilings;  // GPUs only
 };
 
 // Fills the caches with random tokens to each depth and decodes there. Throws Error when a depth is beyond max_seq_len or the steps

@@ -1,103 +1,27 @@
 // kiln-run: plays an artifact on the command line.
 #include <algorithm>
-#include <charconv>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
-#include <functional>
-#include <iostream>
-#include <iterator>
 #include <optional>
 #include <thread>
 
+#include "arguments.h"
 #include "bench.h"
 #include "file.h"
 #include "kiln/json.h"
 #include "kiln/session.h"
 #include "load_progress.h"
 #include "options.h"
+#include "process.h"
 
 namespace kiln {
 namespace {
 
 constexpr int kFailure = 1, kUsage = 2;
-
-struct Arguments {
-  std::string artifact, prompt, prompt_file, tokens, depths, device = "auto", logits_file;
-  std::vector<int64_t> ids;  // of --tokens, or of --depths
-  bool has_prompt = false, raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false, bench = false;
-  bool no_early_launch = false;
-  bool tokenize = false, parse_special = false, help = false, version = false;
-  int64_t max_new_tokens = 128, top_k = 0, seed = 0, prefill_chunk = 0, threads = 0, steps = 64;
-  float temperature = 0, top_p = 1;
-};
-
-std::vector<Option> option_table(Arguments& a) {
-  auto prompt = [&a](const std::string& value) { a.prompt = value, a.has_prompt = true; };
-  return {
-      {"--prompt", "TEXT", "the user's turn", prompt},
-      {"--prompt-file", "FILE", "the same, from a file", text(a.prompt_file)},
-      {"--tokens", "1,2,3", "token ids instead of text", text(a.tokens)},
-      {"--raw", nullptr, "no chat template: BOS and the text", flag(a.raw)},
-      {"--max-new-tokens", "N", "tokens to generate (128)", integer("--max-new-tokens", a.max_new_tokens, 1, INT32_MAX)},
-      {"--temperature", "F", "0 is greedy (0)", real("--temperature", a.temperature)},
-      {"--top-k", "N", "0 is off (0)", integer("--top-k", a.top_k, 0, INT32_MAX)},
-      {"--top-p", "F", "1 is off (1)", real("--top-p", a.top_p)},
-      {"--seed", "N", "of the sampling (0)", integer("--seed", a.seed, 0, INT64_MAX)},
-      {"--prefill-chunk", "N", "tokens of one prefill call, up to the artifact's (the artifact's)", integer("--prefill-chunk", a.prefill_chunk, 1, INT32_MAX)},
-      {"--device", "DEVICE", "cpu, cuda or cuda:N (a GPU when the artifact has a GPU target)", text(a.device)},
-      {"--threads", "N", "CPU threads (all cores)", integer("--threads", a.threads, 1, 1024)},
-      {"--no-graph", nullptr, "on a GPU: run decode steps directly, not as a CUDA graph", flag(a.no_graph)},
-      {"--no-early-launch", nullptr, "on a GPU: in that graph, start every kernel after the one before it", flag(a.no_early_launch)},
-      {"--no-eog", nullptr, "do not stop at end-of-generation tokens", flag(a.no_eog)},
-      {"--verify", nullptr, "check every SHA-256 of the artifact first", flag(a.verify)},
-      {"--memory", nullptr, "report the memory in use", flag(a.memory)},
-      {"--json", nullptr, "one JSON object on standard output", flag(a.json)},
-      {"--logits", "FILE", "write every logits row as float32: one per prefill chunk and decode step", text(a.logits_file)},
-      {"--bench", nullptr, "measure prefill and decode at several depths, with random tokens", flag(a.bench)},
-      {"--depths", "128,512", "with --bench: tokens in the caches (128 and up in steps of 4)", text(a.depths)},
-      {"--steps", "N", "with --bench: decode steps at each depth (64)", integer("--steps", a.steps, 1, INT32_MAX)},
-      {"--tokenize-stdin", nullptr, "only print token ids, a line for each NUL-separated text; a tokenizer.json will do as ARTIFACT", flag(a.tokenize)},
-      {"--parse-special", nullptr, "with --tokenize-stdin: recognize special tokens", flag(a.parse_special)},
-      {"--version", nullptr, "print the version", flag(a.version)},
-      {"--help", nullptr, "print this", flag(a.help)},
-  };
-}
-
-std::vector<int64_t> parse_ids(const char* option, const std::string& list) {
-  std::vector<int64_t> ids;
-  const char* p = list.data();
-  const char* end = p + list.size();
-  while (true) {
-    int64_t id = 0;
-    auto r = std::from_chars(p, end, id);
-    if (r.ec != std::errc() || (r.ptr != end && *r.ptr != ',')) throw UsageError(std::string(option) + " " + list + ": must be integers separated by commas");
-    ids.push_back(id);
-    if (r.ptr == end) return ids;
-    p = r.ptr + 1;
-  }
-}
-
-Arguments parse(int argc, char** argv, std::string* help) {
-  Arguments a;
-  auto options = option_table(a);
-  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3 | --bench) [options]\n\n" + options_help(options) + "\nenvironment:\n" +
-          options_help({{"KILN_FULL_STACK=1", nullptr, "on a GPU: every thread keeps the driver's stack, which compute-sanitizer's racecheck needs", {}}});
-  auto positional = parse_options(argc, argv, options);
-  if (a.help || a.version) return a;
-  if (positional.size() != 1) throw UsageError(positional.empty() ? "no artifact given; see --help" : "more than one artifact: " + positional[1]);
-  a.artifact = positional[0];
-  int sources = a.has_prompt + !a.prompt_file.empty() + !a.tokens.empty();
-  if (a.bench && a.tokenize) throw UsageError("--bench and --tokenize-stdin exclude each other");
-  if (a.bench || a.tokenize ? sources != 0 : sources != 1) throw UsageError("give one of --prompt, --prompt-file, --tokens, --bench, --tokenize-stdin");
-  if (!a.tokens.empty()) a.ids = parse_ids("--tokens", a.tokens);
-  if (!a.depths.empty() && !a.bench) throw UsageError("--depths needs --bench");
-  if (!a.depths.empty()) a.ids = parse_ids("--depths", a.depths);
-  if (a.parse_special && !a.tokenize) throw UsageError("--parse-special needs --tokenize-stdin: a prompt is never parsed for special tokens");
-  return a;
-}
 
 int tokenize_stdin(const Arguments& a) {
   std::string path = a.artifact;
@@ -107,13 +31,13 @@ int tokenize_stdin(const Arguments& a) {
     path = artifact.path(artifact.tokenizer->file);
   }
   Tokenizer tokenizer = Tokenizer::load(path);
-  std::string input((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
+  std::string input = read_text("-");
   for (size_t from = 0; from <= input.size();) {
     size_t to = std::min(input.find('\0', from), input.size());
     auto ids = tokenizer.encode(std::string_view(input).substr(from, to - from), a.parse_special ? ParseSpecial::All : ParseSpecial::None, false);
     std::string line;
     for (int64_t id : ids) line += (line.empty() ? "" : " ") + std::to_string(id);
-    std::cout << line << "\n";
+    print(line + "\n");
     from = to + 1;
   }
   return 0;
@@ -168,20 +92,20 @@ std::string memory_text(const Session& session, const MemoryReport& m) {
 }
 
 void report(const Arguments& a, const Run& run, const Session& session) {
+  const char* stop = noted_signal() ? "interrupted" : stop_name(run.stop);
   if (a.json) {
-    std::cout << "{\"prompt_tokens\": " << json_ids(run.prompt) << ", \"tokens\": " << json_ids(run.tokens) << ", \"text\": " << json_quote(run.text)
-              << ", \"stop\": \"" << stop_name(run.stop) << "\", \"device\": \"" << session.model().device() << "\", \"load_s\": " << json_number(run.load_s)
-              << ", \"ttft_s\": " << json_number(run.ttft_s) << ", \"prefill_tok_s\": " << json_number(run.prefill_rate())
-              << ", \"decode_tok_s\": " << json_number(run.decode_rate());
-    if (a.memory) std::cout << ", " << memory_json(session, session.memory());
-    if (!a.logits_file.empty()) std::cout << ", \"logits\": " << json_rows(run.logits);
-    std::cout << "}\n";
-    return;
+    std::string line = "{\"prompt_tokens\": " + json_ids(run.prompt) + ", \"tokens\": " + json_ids(run.tokens) + ", \"text\": " + json_quote(run.text) +
+                       ", \"stop\": \"" + stop + "\", \"device\": \"" + session.model().device() + "\", \"load_s\": " + json_number(run.load_s) +
+                       ", \"ttft_s\": " + json_number(run.ttft_s) + ", \"prefill_tok_s\": " + json_number(run.prefill_rate()) +
+                       ", \"decode_tok_s\": " + json_number(run.decode_rate());
+    if (a.memory) line += ", " + memory_json(session, session.memory());
+    if (!a.logits_file.empty()) line += ", \"logits\": " + json_rows(run.logits);
+    return print(line + "}\n");
   }
-  std::cout << std::endl;
+  print("\n");
   std::fprintf(stderr, "prefill %zu tokens, %.1f tok/s; decode %zu tokens, %.1f tok/s; first token after %.3f s; load %.2f s; stop: %s\n", run.prompt.size(),
-               run.prefill_rate(), run.tokens.size(), run.decode_rate(), run.ttft_s, run.load_s, stop_name(run.stop));
-  if (run.stop == Stop::MaxSeqLen)
+               run.prefill_rate(), run.tokens.size(), run.decode_rate(), run.ttft_s, run.load_s, stop);
+  if (run.stop == Stop::MaxSeqLen && !noted_signal())
     std::fprintf(stderr, "note: stopped at the artifact's limit of %lld tokens\n", static_cast<long long>(session.model().artifact().max_seq_len));
   if (a.memory) std::fputs(memory_text(session, session.memory()).c_str(), stderr);
 }
@@ -193,7 +117,10 @@ std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progre
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   load.small_context = !std::getenv("KILN_FULL_STACK");
-  if (!a.json) load.progress = std::ref(progress);
+  load.progress = [&](uint64_t done, uint64_t total) {
+    end_if_noted();
+    if (!a.json) progress(done, total);
+  };
   auto model = Model::load(a.artifact, load);
   progress.loaded();
   return model;
@@ -217,27 +144,25 @@ int measure(const Arguments& a) {
   session.set_sampling(sampling(a));
   double load_s = seconds(start, Clock::now());
   int64_t chunk = a.prefill_chunk ? a.prefill_chunk : model->artifact().prefill_chunk;
-  BenchReport report = bench(session, {a.ids, chunk, a.steps});
+  BenchReport report = bench(session, {a.ids, chunk, a.steps, end_if_noted});
   if (a.json)
-    std::cout << "{\"device\": \"" << model->device() << "\", \"target\": \"" << model->target().target << "\", \"graph\": " << (a.no_graph ? "false" : "true")
-              << ", \"prefill_chunk\": " << chunk << ", \"load_s\": " << json_number(load_s) << ", " << memory_json(session, report.memory) << ", "
-              << bench_json(report) << "}\n";
+    print("{\"device\": \"" + model->device() + "\", \"target\": " + json_quote(model->target().target) + ", \"graph\": " + (a.no_graph ? "false" : "true") +
+          ", \"prefill_chunk\": " + std::to_string(chunk) + ", \"load_s\": " + json_number(load_s) + ", " + memory_json(session, report.memory) + ", " +
+          bench_json(report) + "}\n");
   else
-    std::cout << model->device() << ", load " << json_number(load_s, "%.2f") << " s, prefill in chunks of " << chunk << "\n"
-              << bench_table(report) << memory_text(session, report.memory);
+    print(model->device() + ", load " + json_number(load_s, "%.2f") + " s, prefill in chunks of " + std::to_string(chunk) + "\n" + bench_table(report) +
+          memory_text(session, report.memory));
   progress.succeeded();
   return 0;
 }
 
 int play(const Arguments& a) {
   auto start = Clock::now();
+  std::string text = a.prompt_file ? read_text(*a.prompt_file) : a.prompt.value_or("");
   LoadProgress progress;
   auto model = load_model(a, progress);
   Run run;
-  if (!a.tokens.empty())
-    run.prompt = a.ids;
-  else
-    run.prompt = model->encode_prompt(a.prompt_file.empty() ? a.prompt : read_file(a.prompt_file), a.raw);
+  run.prompt = a.tokens ? a.ids : model->encode_prompt(text, a.raw);
   Session session(model, session_options(a));
   session.set_sampling(sampling(a));
   std::ofstream logits_file;
@@ -253,12 +178,15 @@ int play(const Arguments& a) {
   if (model->has_tokenizer()) decoder.emplace(model->tokenizer());
   auto say = [&](const std::string& piece) {
     run.text += piece;
-    if (!a.json && !piece.empty()) std::cout << piece << std::flush;
+    if (!a.json && !piece.empty()) print(piece);
   };
 
+  end_if_noted();
   auto ready = Clock::now();
   run.load_s = seconds(start, ready);
+  session.set_look(end_if_noted);
   session.prefill(run.prompt);
+  session.set_look(nullptr);  // what was generated until then is told
   auto first = Clock::now();
   run.ttft_s = seconds(ready, first);
   auto last = first;
@@ -271,7 +199,7 @@ int play(const Arguments& a) {
           say(decoder->push(token));
         else
           say((run.tokens.size() > 1 ? " " : "") + std::to_string(token));
-        return true;
+        return !noted_signal();
       },
       !a.no_eog);
   run.decode_s = seconds(first, last);
@@ -282,23 +210,20 @@ int play(const Arguments& a) {
   }
   report(a, run, session);
   progress.succeeded();
+  end_if_noted();
   return 0;
 }
 
 int run_main(int argc, char** argv) {
   std::string help;
-  Arguments a = parse(argc, argv, &help);
-  if (a.help) return std::cout << help, 0;
-  if (a.version) return std::cout << "kiln-run " << version() << "\n", 0;
+  Arguments a = parse_arguments(argc, argv, &help);
+  if (a.help) return print(help), 0;
+  if (a.version) return print("kiln-run " + version() + "\n"), 0;
   return a.tokenize ? tokenize_stdin(a) : a.bench ? measure(a) : play(a);
 }
 
-// A message as one line: errors of the libraries below may have several.
-int complain(std::string message, int code) {
-  for (char& c : message)
-    if (c == '\n' || c == '\r') c = ' ';
-  std::cout << std::flush;
-  std::cerr << "kiln-run: error: " << message << std::endl;
+int complain(const char* message, int code) {
+  std::fprintf(stderr, "kiln-run: error: %s\n", one_line(message).c_str());
   return code;
 }
 
@@ -307,7 +232,10 @@ int complain(std::string message, int code) {
 
 int main(int argc, char** argv) {
   try {
+    kiln::note_signals();
     return kiln::run_main(argc, argv);
+  } catch (const kiln::Ended& e) {
+    return 128 + e.signal;
   } catch (const kiln::UsageError& e) {
     return kiln::complain(e.what(), kiln::kUsage);
   } catch (const std::exception& e) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <unordered_map>
 
@@ -24,6 +25,9 @@ struct DTypeRow {
 constexpr DTypeRow kDTypes[] = {{DType::U8, "uint8", "U8", 1},     {DType::I16, "int16", "I16", 2},     {DType::I32, "int32", "I32", 4},  {DType::I64, "int64", "I64", 8},
                                 {DType::F16, "float16", "F16", 2}, {DType::BF16, "bfloat16", "BF16", 2}, {DType::F32, "float32", "F32", 4}};
 constexpr uint64_t kAlignment = 256;
+constexpr uint64_t kMaxHeader = 100'000'000;  // of a safetensors file, as its other readers have it
+constexpr size_t kMaxDims = 8;
+constexpr uint64_t kMaxText = 1'000'000'000;  // of a manifest
 
 const DTypeRow& row(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 
@@ -58,10 +62,14 @@ void parse_tensor(const Json& object, TensorSpec& spec) {
   spec.dtype = parse_dtype(string_at(object, "dtype"));
   spec.shape = parse_shape(object.at("shape"));
   spec.bytes = static_cast<uint64_t>(int_at(object, "bytes", 0));
-  uint64_t bytes = dtype_bytes(spec.dtype);
+  // Neither the bytes nor a stride of the tensor, which a size of 0 does not shorten, may leave int64.
+  auto unit = static_cast<int64_t>(dtype_bytes(spec.dtype)), span = unit, elements = int64_t{1};
+  if (spec.shape.size() > kMaxDims) fail("'", spec.name, "': ", spec.shape.size(), " dimensions, this runner knows ", kMaxDims);
   for (int64_t d : spec.shape) {
-    if (d < 0 || __builtin_mul_overflow(bytes, static_cast<uint64_t>(d), &bytes)) fail("'", spec.name, "': shape ", shape_text(spec.shape));
+    if (d < 0 || __builtin_mul_overflow(span, std::max<int64_t>(d, 1), &span)) fail("'", spec.name, "': shape ", shape_text(spec.shape));
+    elements *= d;
   }
+  auto bytes = static_cast<uint64_t>(elements * unit);
   if (bytes != spec.bytes)
     fail("'", spec.name, "': ", dtype_name(spec.dtype), " ", shape_text(spec.shape), " takes ", bytes, " bytes, 'bytes' says ", spec.bytes);
 }
@@ -103,8 +111,11 @@ TargetSpec parse_target(const Json& object) {
   if (device != "cpu" && device != "cuda") fail("target '", t.target, "': unknown device '", device, "'");
   t.cuda = device == "cuda";
   if (t.cuda) {
-    t.major = static_cast<int>(object.at("compute_capability")[0].as_int());
-    t.minor = static_cast<int>(object.at("compute_capability")[1].as_int());
+    for (auto [part, i] : {std::pair(&t.major, 0), {&t.minor, 1}}) {
+      int64_t number = object.at("compute_capability")[static_cast<size_t>(i)].as_int();
+      if (number < 0 || number > 999) fail("target '", t.target, "': compute capability ", number);
+      *part = static_cast<int>(number);
+    }
   }
   t.bytes = static_cast<uint64_t>(int_at(object, "bytes", 1));
   t.sha256 = string_at(object, "sha256");
@@ -132,7 +143,7 @@ Artifact::Artifact(const std::string& directory) : directory_(directory) {
 
 void Artifact::read_manifest() {
   const std::string where = path("manifest.json");
-  manifest = read_file(where);
+  manifest = read_file(where, kMaxText);
   JsonDocument doc(manifest, where);
   try {
     const Json& root = doc.root();
@@ -171,8 +182,15 @@ void Artifact::read_manifest() {
       std::string kind = string_at(k, "kind");
       if (kind != "ring" && kind != "global") fail("kv '", spec.name, "': unknown kind '", kind, "'");
       spec.ring = kind == "ring";
+      if (!spec.ring && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
+        fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), " and no slots for 'max_seq_len' ", max_seq_len, " positions");
       kv.push_back(std::move(spec));
     }
+    std::set<std::string_view> names;
+    for (const ConstantSpec& c : constants)
+      if (!names.insert(c.name).second) fail("'", c.name, "' is there twice");
+    for (const KvSpec& k : kv)
+      if (!names.insert(k.name).second) fail("'", k.name, "' is there twice, as a constant or a KV cache");
     weights_file_ = file_name(root.at("weights"));
     weights_bytes_ = static_cast<uint64_t>(int_at(root.at("weights"), "bytes", 1));
     if (const Json* t = root.find("tokenizer"); t && !t->is_null()) {
@@ -182,7 +200,10 @@ void Artifact::read_manifest() {
       for (const Json& id : t->at("eog")) spec.eog.push_back(id.as_int());
       tokenizer = std::move(spec);
     }
-    if (const Json* c = root.find("chat"); c && !c->is_null()) chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix")};
+    if (const Json* c = root.find("chat"); c && !c->is_null()) {
+      const Json* trim = c->find("trim");
+      chat = ChatSpec{string_at(*c, "prefix"), string_at(*c, "suffix"), !trim || trim->as_bool()};
+    }
   } catch (const Error& e) {
     fail(where, ": ", e.what());
   }
@@ -198,7 +219,7 @@ void Artifact::open_weights() {
   uint64_t header_size = 0;
   if (size < 8) fail(where, ": too short for a safetensors file");
   std::memcpy(&header_size, file->data(), 8);
-  if (header_size > size - 8) fail(where, ": the header is said to have ", header_size, " bytes, the file has ", size);
+  if (header_size > std::min(size - 8, kMaxHeader)) fail(where, ": the header is said to have ", header_size, " bytes, the file has ", size);
   const uint64_t data_start = 8 + header_size;
   JsonDocument doc(std::string(file->data() + 8, header_size), where);
   const Json& header = doc.root();

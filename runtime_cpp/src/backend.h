@@ -70,13 +70,6 @@ class Entered {
   Timeline& timeline_;
 };
 
-// What the device can do, measured in this process. Rates are medians.
-struct Ceilings {
-  double copy_gb_s = 0;  // device to device, bytes read + bytes written
-  double read_gb_s = 0;  // a sum over float32
-  double matmul_tflop_s = 0, matmul_sustained_tflop_s = 0;  // bfloat16, 8192^3: single calls, and after a second of them
-};
-
 // What differs between the CPU and a GPU. Shared by the sessions of a model, from any thread.
 class Backend {
  public:
@@ -86,7 +79,6 @@ class Backend {
   // uint8 [bytes] on the device, from `offset` of the file. On the CPU a view of the mapping: the file must outlive it.
   virtual Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
-  virtual std::optional<Ceilings> ceilings() const { return std::nullopt; }  // GPUs only
 };
 
 std::unique_ptr<Backend> make_cpu_backend();

@@ -10,7 +10,6 @@
 
 #include "backend.h"
 #include "cuda_calls.h"
-#include "cuda_ceilings.h"
 #include "cuda_memory.h"
 #include "decode_graph.h"
 #include "file.h"
@@ -278,7 +277,6 @@ class CudaBackend : public Backend {
   }
 
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CudaTimeline>(gpu_, modules_); }
-  std::optional<Ceilings> ceilings() const override { return measure_ceilings(gpu_); }
 
  private:
   std::shared_ptr<const Gpu> gpu_;

@@ -7,7 +7,7 @@ namespace kiln::cuda {
 namespace {
 
 constexpr const char* kLibrary = "libcuda.so.1";
-constexpr int kLeast = 12000;  // CUDA version of the driver
+constexpr int kLeast = 13000;  // CUDA version of the driver, as of the compiler that made the kernels
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
@@ -39,6 +39,8 @@ Driver open_driver() {
   if (!find(d.member, name, version) && d.missing_graph.empty()) d.missing_graph = "the driver has no " + std::string(name) + " of CUDA " + version_text(version);
   KILN_DRIVER_GRAPH_FUNCTIONS(F)
 #undef F
+  if (int version = 0; d.driver_version && d.driver_version(&version) == kSuccess && version < kLeast)
+    d.missing = "the NVIDIA driver is for CUDA " + version_text(version) + ", compiled models need " + version_text(kLeast) + "; update it to 580 or newer";
   if (!d.missing.empty()) return d;
   if (Result code = d.init(0); code != kSuccess) {
     const char* why = nullptr;

@@ -40,9 +40,13 @@ std::string read_part(int fd, uint64_t at, uint64_t bytes, char* to) {
 
 }  // namespace
 
-std::string read_file(const std::string& path) {
+std::string read_file(const std::string& path, uint64_t most) {
   uint64_t size = 0;
   int fd = open_file(path, &size);
+  if (size > most) {
+    close(fd);
+    fail(path, ": ", size, " bytes, ", most, " at most");
+  }
   std::string text(size, '\0');
   std::string error = read_part(fd, 0, size, text.data());
   close(fd);

@@ -6,7 +6,7 @@
 
 namespace kiln {
 
-std::string read_file(const std::string& path);  // Error when it cannot be read
+std::string read_file(const std::string& path, uint64_t most);  // Error when it cannot be read or has more than `most` bytes
 bool file_exists(const std::string& path);
 uint64_t file_size(const std::string& path);     // Error when it does not exist
 

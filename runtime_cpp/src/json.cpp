@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+
+#include "utf8.h"
 
 namespace kiln {
 
@@ -166,20 +169,30 @@ class JsonParser {
     return out;
   }
 
+  // Bytes of the character at p_.
+  size_t character() {
+    if (static_cast<unsigned char>(*p_) < 0x80) return 1;
+    Utf8Step step = utf8_step(std::string_view(p_, static_cast<size_t>(end_ - p_)));
+    if (!step.valid) error("bytes that are not UTF-8");
+    return step.length;
+  }
+
   Json string() {
     char* start = ++p_;
-    while (p_ < end_ && *p_ != '"' && *p_ != '\\' && static_cast<unsigned char>(*p_) >= 0x20) ++p_;
+    while (p_ < end_ && *p_ != '"' && *p_ != '\\' && static_cast<unsigned char>(*p_) >= 0x20) p_ += character();
     char* out = p_;  // an escape is never shorter than what it stands for, so unescaping in place is safe
     for (;;) {
       if (p_ >= end_) error("a string without an end");
       char c = *p_;
       if (c == '"') break;
       if (static_cast<unsigned char>(c) < 0x20) error("a control character in a string");
-      ++p_;
       if (c != '\\') {
-        *out++ = c;
+        size_t length = character();
+        std::memmove(out, p_, length);
+        out += length, p_ += length;
         continue;
       }
+      ++p_;
       if (p_ >= end_) error("a string without an end");
       switch (*p_++) {
         case '"': *out++ = '"'; break;
@@ -236,8 +249,31 @@ class JsonParser {
         stack_.push_back(value(depth + 1));
       } while (take(','));
       if (!take('}')) error("expected ',' or '}'");
+      refuse_twins(base);
     }
     return close(Json::Type::Object, base, 2);
+  }
+
+  // Two readers of an object that has a key twice could take different values.
+  void refuse_twins(size_t base) {
+    auto key = [&](size_t i) { return stack_[base + 2 * i].as_string(); };
+    const size_t n = (stack_.size() - base) / 2;
+    auto refuse = [&](size_t i) { error(("the key '" + std::string(key(i)) + "' twice").c_str()); };
+    if (n <= 16) {
+      for (size_t i = 1; i < n; ++i)
+        for (size_t j = 0; j < i; ++j)
+          if (key(i) == key(j)) refuse(i);
+      return;
+    }
+    size_t slots = 64;
+    while (slots < 2 * n) slots *= 2;
+    std::vector<uint32_t> table(slots);  // 1 + number of the key, at the first free place from its hash on
+    for (size_t i = 0; i < n; ++i) {
+      size_t at = std::hash<std::string_view>()(key(i)) & (slots - 1);
+      for (; table[at]; at = (at + 1) & (slots - 1))
+        if (key(table[at] - 1) == key(i)) refuse(i);
+      table[at] = static_cast<uint32_t>(i + 1);
+    }
   }
 
   // Moves the values from stack_[base] on into the document's memory.

@@ -142,7 +142,7 @@ bool Model::is_eog(int64_t token) const {
 std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {
   const auto& chat = impl_->artifact.chat;
   if (raw || !chat) return tokenizer().encode(text);
-  return tokenizer().encode_chat(chat->prefix, text, chat->suffix);
+  return tokenizer().encode_chat(chat->prefix, text, chat->suffix, chat->trim);
 }
 
 void set_threads(int threads) { set_cpu_threads(threads); }

@@ -14,6 +14,7 @@
 
 #include "archive.h"
 #include "file.h"
+#include "host.h"
 #include "sha256.h"
 #include "shims.h"
 
@@ -85,6 +86,7 @@ class ScratchFile {
 }  // namespace
 
 Library::Library(std::string_view code, const std::string& where) : where_(where) {
+  check_glibc(code, where_);
   open(code);
   try {
     fill_shims();
@@ -171,8 +173,9 @@ void Library::read_constants() {
 }
 
 Package::Package(const Artifact& artifact, const TargetSpec& target) : path_(artifact.path(target.file)) {
-  const std::string bytes = read_file(path_);
-  if (bytes.size() != target.bytes) fail(path_, ": ", bytes.size(), " bytes, the manifest says ", target.bytes, "; copy the artifact again");
+  check_cpu();
+  if (uint64_t size = file_size(path_); size != target.bytes) fail(path_, ": ", size, " bytes, the manifest says ", target.bytes, "; copy the artifact again");
+  const std::string bytes = read_file(path_, target.bytes);
   if (std::string found = sha256(bytes.data(), bytes.size()); found != target.sha256)
     fail(path_, ": damaged: SHA-256 is ", found, ", the manifest says ", target.sha256, "; copy the artifact again");
   std::map<std::string, std::string_view> files = list_archive(bytes, path_);

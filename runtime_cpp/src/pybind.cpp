@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "kiln/session.h"
 
 namespace py = pybind11;
@@ -32,6 +34,17 @@ std::shared_ptr<const Model> load(const std::string& path, const std::string& de
     };
   py::gil_scoped_release release;
   return Model::load(path, options);
+}
+
+// Ctrl-C while the model runs: Python notes the signal, and somebody has to ask. Only its main thread gets an answer.
+std::function<void()> signals_at_intervals() {
+  using Clock = std::chrono::steady_clock;
+  return [last = Clock::time_point()]() mutable {
+    if (Clock::now() - last < std::chrono::milliseconds(50)) return;
+    last = Clock::now();
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
 }
 
 py::tuple generate(Session& session, int64_t max_new_tokens, py::object on_token, bool stop_at_eog) {
@@ -90,9 +103,9 @@ PYBIND11_MODULE(kiln, m) {
           "encode",
           [](const Tokenizer& t, const std::string& text, bool parse_special, bool add_bos) { return t.encode(text, parse_mode(parse_special), add_bos); },
           py::arg("text"), py::arg("parse_special") = false, py::arg("add_bos") = true, ReleaseGil(), "Token ids of a str or of bytes.")
-      .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix) {
-            return t.encode_chat(prefix, user, suffix);
-          }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")
+      .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix, bool trimmed) {
+            return t.encode_chat(prefix, user, suffix, trimmed);
+          }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), py::arg("trimmed") = true, ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")
       .def("decode", &Tokenizer::decode, py::arg("ids"), py::arg("skip_special") = true)
       .def("piece", [](const Tokenizer& t, int64_t id, bool skip_special) { return py::bytes(std::string(t.piece(id, skip_special))); }, py::arg("id"),
            py::arg("skip_special") = true, "The raw bytes of one token.")
@@ -123,7 +136,9 @@ PYBIND11_MODULE(kiln, m) {
 
   py::class_<Session>(m, "Session")
       .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
-             return std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
+             auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
+             session->set_look(signals_at_intervals());
+             return session;
            }),
            py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
       .def("prefill", &Session::prefill, py::arg("tokens"), ReleaseGil(), "Appends tokens; returns the token sampled after them.")

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <numeric>
 #include <set>
+#include <tuple>
 
 #include "compiled_model.h"
+#include "not_finite.h"
 
 namespace kiln {
 
@@ -28,6 +31,7 @@ struct Session::Impl {
 
   int64_t append(const std::vector<int64_t>& tokens);
   int64_t step();
+  int64_t step(int64_t token);
   Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog);
   void reset();
   void set_sampling(const Sampling& sampling);
@@ -40,11 +44,15 @@ struct Session::Impl {
   void prefill_chunk(const int64_t* tokens, int64_t n);
   void run_step();
   void launch();
-  void next_step() { launch(), timeline->send(values.at("tokens")), next = timeline->receive(), handed_out = false; }
+  void next_step() { launch(), timeline->send(values.at("tokens")), take_next(1); }
+  void take_next(int64_t unread);
+  template <typename F>
+  auto all_or_nothing(F&& f) -> decltype(f());
   void zero_caches() {
     for (auto& [name, cache] : kv) timeline->zero(cache);
   }
   const std::vector<float>& host_logits();
+  void forget_step() { in_step = copied = false, logits.reset(); }  // what the device has of it is not what next and position say
   void took_logits() {
     if (sink) sink(host_logits());
   }
@@ -64,10 +72,11 @@ struct Session::Impl {
   bool copied = false;
 
   std::atomic<int64_t> position{0};  // tokens in the caches
-  int64_t next = -1;        // sampled, not fed yet; -1: none
+  int64_t next = -1;        // sampled, not fed yet; -1: none, or not a number
   bool handed_out = false;  // generate() has given `next` to its caller
   bool in_step = false;     // the device's tokens hold `next`
   std::function<void(const std::vector<float>&)> sink;
+  std::function<void()> look;  // Session::set_look
   mutable std::atomic<bool> busy{false};
 };
 
@@ -222,7 +231,13 @@ void Session::Impl::launch() {
     run_step();
   ++position;
   copied = false;
-  took_logits();
+  try {
+    took_logits();
+  } catch (...) {  // as if the step had not run: its cache entry is written again by the next one
+    --position;
+    forget_step();
+    throw;
+  }
 }
 
 const std::vector<float>& Session::Impl::host_logits() {
@@ -246,36 +261,93 @@ const char* stop_name(Stop stop) {
   return "";
 }
 
+// Runs `f`; where it throws, the session stands where it stood, caches too. A ring has forgotten what a chunk overwrote: where a sink may throw
+// it is copied before. (A step overwrites only what is out of every later window.)
+template <typename F>
+auto Session::Impl::all_or_nothing(F&& f) -> decltype(f()) {
+  const int64_t before = position, next_before = next;
+  const bool handed_out_before = handed_out;
+  TensorMap rings;
+  if (sink)
+    for (const KvSpec& k : shared.artifact.kv)
+      if (k.ring && before > 0) timeline->copy(rings[k.name] = timeline->make(scalar_of(k.dtype), k.shape), kv.at(k.name));
+  try {
+    return f();
+  } catch (...) {
+    if (before == 0) zero_caches();
+    for (const auto& [name, copy] : rings) timeline->copy(kv.at(name), copy);
+    position = before, next = next_before, handed_out = handed_out_before;
+    forget_step();
+    throw;
+  }
+}
+
 int64_t Session::Impl::append(const std::vector<int64_t>& tokens) {
   check_tokens(tokens);
+  if (look) look();
   auto total = static_cast<int64_t>(tokens.size());
-  for (int64_t at = 0; at < total;) {
-    int64_t n = std::min(chunk, total - at);
-    if (n > 1) {
-      prefill_chunk(&tokens[static_cast<size_t>(at)], n);
-    } else {  // a prefill call takes two tokens or more
-      next = tokens[static_cast<size_t>(at)];
-      in_step = false;
-      launch();
+  std::exception_ptr ended;  // by look(), between two chunks
+  all_or_nothing([&] {
+    for (int64_t at = 0; at < total && !ended;) {
+      int64_t n = std::min(chunk, total - at);
+      if (n > 1) {
+        prefill_chunk(&tokens[static_cast<size_t>(at)], n);
+      } else {  // a prefill call takes two tokens or more
+        next = tokens[static_cast<size_t>(at)];
+        in_step = false;
+        launch();
+      }
+      at += n;
+      try {
+        if (look && at < total) look();
+      } catch (...) {
+        ended = std::current_exception();
+      }
     }
-    at += n;
-  }
+  });
   timeline->send(values.at("tokens"));
-  next = timeline->receive();
-  handed_out = false;
+  take_next(1);
+  if (ended) std::rethrow_exception(ended);
   return next;
 }
 
+// Takes the oldest of `unread` sampled tokens. Where it is none, because a logit is not finite, the steps behind it are void.
+void Session::Impl::take_next(int64_t unread) {
+  next = timeline->receive();
+  handed_out = false;
+  if (next >= 0) return;
+  for (int64_t i = 1; i < unread; ++i, --position) timeline->receive();
+  next = -1;
+  forget_step();
+  fail("the logits after position ", position - 1, " are not finite: ", trace_not_finite(shared.artifact, *timeline, kv, position));
+}
+
 int64_t Session::Impl::step() {
-  if (next < 0) fail("decode() before prefill(): there is no token to feed");
+  if (next < 0) fail("decode() before prefill(), or after an error: there is no token to feed");
   if (position >= shared.artifact.max_seq_len) fail("the cache is full: the artifact holds ", shared.artifact.max_seq_len, " tokens");
   next_step();
   return next;
 }
 
+int64_t Session::Impl::step(int64_t token) {
+  check_tokens({token});
+  const auto before = std::pair(next, handed_out);
+  next = token;
+  in_step = false;
+  try {
+    launch();
+  } catch (...) {
+    std::tie(next, handed_out) = before;
+    throw;
+  }
+  timeline->send(values.at("tokens"));
+  take_next(1);
+  return next;
+}
+
 Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog) {
   if (max_new_tokens < 1) fail("max_new_tokens is ", max_new_tokens, ", must be 1 or more");
-  if (next < 0) fail("generate() before prefill(): there is no token to start from");
+  if (next < 0) fail("generate() before prefill(), or after an error: there is no token to start from");
   const int64_t most = shared.artifact.max_seq_len;
   if (handed_out) {
     if (position >= most) return Stop::MaxSeqLen;
@@ -288,9 +360,7 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
     if (!unread) return;
     for (; unread; --unread, --position) timeline->receive();
     // The steps' cache entries lie at positions >= position, which the next tokens overwrite.
-    in_step = false;
-    logits.reset();
-    copied = false;
+    forget_step();
   };
   Stop stop;
   try {
@@ -317,9 +387,11 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
         launch();
         timeline->send(values.at("tokens"));
       }
-      next = timeline->receive();
-      handed_out = false;
-      --unread;
+      const int64_t waiting = unread;
+      unread = 0;  // where take_next() throws there is none left
+      take_next(waiting);
+      unread = waiting - 1;
+      if (look) look();
     }
   } catch (...) {
     discard();
@@ -364,10 +436,7 @@ int64_t Session::decode() {
 }
 int64_t Session::decode(int64_t token) {
   Turn turn(impl_->busy, *impl_->timeline);
-  impl_->check_tokens({token});
-  impl_->next = token;
-  impl_->in_step = false;
-  return impl_->step();
+  return impl_->step(token);
 }
 Stop Session::generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog) {
   Turn turn(impl_->busy, *impl_->timeline);
@@ -389,6 +458,10 @@ int64_t Session::position() const { return impl_->position; }
 void Session::set_logits_sink(std::function<void(const std::vector<float>&)> sink) {
   Turn turn(impl_->busy, *impl_->timeline);
   impl_->sink = std::move(sink);
+}
+void Session::set_look(std::function<void()> look) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  impl_->look = std::move(look);
 }
 
 std::vector<Session::CacheMemory> Session::cache_memory() const {

@@ -15,6 +15,7 @@ namespace {
 
 constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581, stands for " " in the vocabulary
 constexpr uint32_t kSpaceCodePoint = 0x2581;
+constexpr uint64_t kMaxText = 1'000'000'000;  // of a tokenizer.json
 constexpr int32_t kUnknown = -1, kMerged = -2;  // symbol states beside ids
 
 uint64_t pair_key(int32_t left, int32_t right) { return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right); }
@@ -64,8 +65,10 @@ int64_t bos_of(const Json& root) {
 
 }  // namespace
 
-Tokenizer Tokenizer::load(const std::string& path) {
-  JsonDocument doc(read_file(path), path);
+Tokenizer Tokenizer::load(const std::string& path) { return parse(read_file(path, kMaxText), path); }
+
+Tokenizer Tokenizer::parse(std::string json, const std::string& name) {
+  JsonDocument doc(std::move(json), name);
   Tokenizer t;
   try {
     const Json& root = doc.root();
@@ -77,7 +80,16 @@ Tokenizer Tokenizer::load(const std::string& path) {
       if (token.at("id").as_int() < 0) fail("an added token has id ", token.at("id").as_int());
       n = std::max(n, static_cast<size_t>(token.at("id").as_int()) + 1);
     }
-    if (n > vocab.size() + added.size()) fail("the token ids have gaps: ", vocab.size(), " tokens, the largest id is ", n - 1);
+    for (size_t i = 0; i < vocab.size(); ++i) n = std::max(n, static_cast<size_t>(std::max<int64_t>(vocab.value(i).as_int(), -1)) + 1);
+    // Ids whose text a lower id has: they decode to it, and no text encodes to them.
+    const Json* duplicates = root.at("model").find("duplicates");
+    size_t twice = duplicates ? duplicates->size() : 0;
+    for (size_t i = 0; i < twice; ++i) {
+      int64_t id = (*duplicates)[i].at("id").as_int();
+      if (id < 0) fail("a duplicate token has id ", id);
+      n = std::max(n, static_cast<size_t>(id) + 1);
+    }
+    if (n > vocab.size() + added.size() + twice) fail("the token ids have gaps: ", vocab.size(), " tokens, the largest id is ", n - 1);
 
     std::vector<std::string_view> texts(n);
     std::unordered_map<std::string_view, int32_t> ids;
@@ -85,6 +97,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
     for (size_t i = 0; i < vocab.size(); ++i) {
       int64_t id = vocab.value(i).as_int();
       if (id < 0 || static_cast<size_t>(id) >= n) fail("token '", vocab.key(i), "' has id ", id, ", the vocabulary has ", n, " tokens");
+      if (texts[static_cast<size_t>(id)].data()) fail("two tokens have the id ", id);
       texts[static_cast<size_t>(id)] = vocab.key(i);
       ids[vocab.key(i)] = static_cast<int32_t>(id);
     }
@@ -99,6 +112,12 @@ Tokenizer Tokenizer::load(const std::string& path) {
       t.pieces_[id].control = token.at("special").as_bool();
       t.specials_[static_cast<uint8_t>(text[0])].push_back({std::string(text), static_cast<int32_t>(id)});
     }
+    for (size_t i = 0; i < twice; ++i) {
+      const Json& token = (*duplicates)[i];
+      auto id = static_cast<size_t>(token.at("id").as_int());
+      texts[id] = token.at("content").as_string();
+      t.pieces_[id].control = token.at("special").as_bool();
+    }
     for (auto& list : t.specials_)
       std::sort(list.begin(), list.end(), [](const Special& a, const Special& b) { return a.text.size() > b.text.size(); });
 
@@ -112,12 +131,13 @@ Tokenizer Tokenizer::load(const std::string& path) {
       if (is_special[id]) {
         t.text_ += text;
       } else if (byte >= 0) {
-        t.bytes_[byte] = static_cast<int32_t>(id);
+        if (t.bytes_[byte] == kUnknown) t.bytes_[byte] = static_cast<int32_t>(id);
         t.text_ += static_cast<char>(byte);
       } else {
         if (!text.empty()) {
           Utf8Step step = utf8_step(text);
-          if (step.valid && step.length == text.size()) t.code_points_[step.code_point] = static_cast<int32_t>(id);
+          if (step.valid && step.length == text.size() && t.code_points_[step.code_point] == kUnknown)
+            t.code_points_[step.code_point] = static_cast<int32_t>(id);
         }
         for (size_t at = 0; at < text.size();) {
           bool space = text.substr(at, kSpace.size()) == kSpace;
@@ -146,7 +166,7 @@ Tokenizer Tokenizer::load(const std::string& path) {
     t.bos_ = bos_of(root);
     if (t.bos_ >= t.size()) fail("the BOS id is ", t.bos_, ", the vocabulary has ", n, " tokens");
   } catch (const Error& e) {
-    fail(path, ": ", e.what());
+    fail(name, ": ", e.what());
   }
   return t;
 }
@@ -180,8 +200,9 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, ParseSpecial parse
   return encode_segments({{text, parse}}, add_bos);
 }
 
-std::vector<int64_t> Tokenizer::encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix) const {
-  return encode_segments({{prefix, ParseSpecial::All}, {trim(user), ParseSpecial::None}, {suffix, ParseSpecial::All}}, true);
+std::vector<int64_t> Tokenizer::encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix, bool trimmed) const {
+  std::string_view text = trimmed ? trim(user) : user;
+  return encode_segments({{prefix, ParseSpecial::All}, {text, ParseSpecial::None}, {suffix, ParseSpecial::All}}, true);
 }
 
 std::vector<int64_t> Tokenizer::encode_segments(const std::vector<Segment>& segments, bool add_bos) const {

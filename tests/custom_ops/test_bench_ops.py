@@ -11,26 +11,27 @@ import pytest
 import torch
 
 import custom_ops
+from custom_ops import geometry
 from custom_ops.attention import flash, sliding_decode
 from custom_ops.attention.flash import Tile
 from custom_ops.bench import __main__ as command
 from custom_ops.bench import harness, tune
-from custom_ops.bench.attention_cases import keys_attended
-from custom_ops.bench.cases import GEMMA4_31B, Geometry, Heads, Matrix, fixed_cases, gemv_cases
+from custom_ops.bench.cases import Workload, fixed_cases, gemv_cases, workload
+from custom_ops.bench.ceilings import Ceilings
 from custom_ops.bench.harness import all_cases
+from custom_ops.geometry import Heads, Matrix
 from custom_ops.gpu import launch
 from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.tq4 import attention, prefill
 from custom_ops.weights import gemv
 from custom_ops.weights.gemv import GemvConfig
-from exporter.artifact.weights import plan_weights
-from exporter.measure.bench import keys_attended as closed_form
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import plan_weights
 from exporter.tools.synth import write_synthetic
 
-TINY = Geometry(
+TINY = Workload(
     matrices=(Matrix("attn_qkv", "Q4_K", 300, 512, 2), Matrix("ffn_down", "Q6_K", 256, 768, 3), Matrix("ffn_gate_up", "Q4_K", 512, 256, 1)),
     head=Matrix("token_embd", "Q6_K", 9000, 256, 1),
     sliding=Heads(4, 2, 64, 2),
@@ -41,7 +42,7 @@ TINY = Geometry(
     residual=16,
 )
 CASES = {case.name: case for case in all_cases(TINY)}
-CEILINGS = harness.Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0)
+CEILINGS = Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0, matmul_sustained_tflop_s=80.0)
 H200 = gpu_targets()["sm_90"]
 
 
@@ -133,13 +134,11 @@ def test_group_lines():
     assert harness.group_lines([*rows, {"group": "g", "count": 1}]) == []
 
 
-def test_keys_attended():
-    assert keys_attended(100, 30, 16) == closed_form(100, 30, 16) and keys_attended(5, 30) == closed_form(5, 30, None)
-
-
-def test_the_31b_is_what_the_exporter_plans(tmp_path):
-    path = tmp_path / "31b.gguf"
-    write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)
+@pytest.mark.parametrize("model, step", [(geometry.GEMMA4_31B, 18.67e9), (geometry.GEMMA4_12B, 7.367e9)], ids=["31b", "12b"])
+def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
+    """Matrices, heads and windows of the geometry, and the bytes that a decode step reads."""
+    path, work = tmp_path / "model.gguf", workload(model, "q4_k_m")
+    write_synthetic(path, model.name, "q4_k_m", 0, sparse=True)
     gguf = open_gguf(path)
     config = from_gguf(gguf)
     counts: dict[tuple, int] = {}
@@ -147,14 +146,14 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
         if p.K:
             key = (p.name.split(".")[-1], p.kind, p.N, p.K)
             counts[key] = counts.get(key, 0) + 1
-    assert counts == {(m.name, m.kind, m.n, m.k): m.count for m in (*GEMMA4_31B.matrices, GEMMA4_31B.head)}
-    for heads, sliding in ((GEMMA4_31B.sliding, True), (GEMMA4_31B.full, False)):
+    assert counts == {(m.name, m.kind, m.n, m.k): m.count for m in (*work.matrices, work.head)}
+    for heads, sliding in ((work.sliding, True), (work.full, False)):
         layers = [layer for layer in config.layers if layer.sliding == sliding]
         assert len(layers) == heads.layers
         assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {(heads.queries, heads.kv, heads.dim)}
-    assert config.sliding_window == GEMMA4_31B.window
-    for cases in (gemv_cases(GEMMA4_31B), fixed_cases(GEMMA4_31B)):
-        assert sum(case.bytes * case.count for case in cases) == pytest.approx(18.67e9, rel=2e-3)  # what a decode step reads
+    assert config.sliding_window == work.window
+    for cases in (gemv_cases(work), fixed_cases(work)):
+        assert sum(case.bytes * case.count for case in cases) == pytest.approx(step, rel=2e-3)
 
 
 # ---- tuning ----
@@ -163,7 +162,7 @@ def test_the_31b_is_what_the_exporter_plans(tmp_path):
 @pytest.mark.parametrize("family", tune.families(H200), ids=lambda f: f.name)
 def test_family(family):
     """The first candidate is what the tables hold; applying one is seen by the launch and leaves no trace."""
-    tables = [gemv.GEMV_CONFIGS, gemv.GEMV_GROUPS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
+    tables = [gemv.GEMV_CONFIGS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
               attention.DECODE_TILES, attention.PREFILL_TILES, prefill.PIECE_TILES]  # fmt: skip
     before = [dict(table) for table in tables]
     assert len(set(family.candidates)) == len(family.candidates) > 10

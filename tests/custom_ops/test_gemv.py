@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 
+from custom_ops.geometry import MEASURED
 from custom_ops.gpu.target import compiling_for, current_target, gpu_targets
 from custom_ops.weights import fixed_point, gemv
 from custom_ops.weights.gemv import GemvConfig, launch
@@ -141,7 +142,7 @@ def test_opaque_when_exported() -> None:
 def test_launches_fill_the_card(target) -> None:
     """Enough warps to hide memory's latency, no more than run at once where one wave can hold them."""
     for kind in KINDS:
-        for n, k, end, _ in gemv._SHAPES:
+        for n, k, end in ((m.n, m.k, m.end) for model in MEASURED for mix in ("q8_0", "q4_k_m") for m in model.matrices(mix)):
             constants, splits, warps = launch(kind, 1, n, k, target)
             steps, blocks = k // (32 * constants["GROUPS"]), -(-n // constants["ROWS"])
             assert 1 <= splits <= gemv.MAX_SPLITS and constants["EVEN"] == (n % constants["ROWS"] == 0) and constants["SHARES"] == warps
@@ -162,7 +163,7 @@ def test_launches_take_the_configuration() -> None:
     assert launch("Q8_0", 1, 64, 96, H200, GemvConfig(groups=2))[0]["GROUPS"] == 1  # three groups: none by two
     assert launch("Q4_K", 8, 262144, 5376, H200)[1] == 1
     for kind in KINDS:
-        assert gemv.GEMV_GROUPS[kind] in (1, 2, 4) and GemvConfig().groups == 0
+        assert LAYOUTS[kind].gemv_groups in (1, 2, 4) and GemvConfig().groups == 0
 
 
 def test_more_rows_than_lanes_hold_take_one_warp() -> None:

@@ -1,33 +1,37 @@
-"""The kernels on a GPU, at the shapes of the 31B, every configuration, against float64."""
+"""The kernels on a GPU, at the shapes of the 31B and of the 12B, every configuration, against float64."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
 import custom_ops.ops  # noqa: F401
 from custom_ops.attention import flash, prepare, sliding_decode
+from custom_ops.geometry import GEMMA4_12B, GEMMA4_31B, MEASURED, RESIDUAL, Heads
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.step import add_norm
 from custom_ops.tq4 import attention, codec, prefill
 from custom_ops.weights import fixed_point
 from custom_ops.weights.gemv import COUNTERS, glu_fits
 from custom_ops.weights.layouts import LAYOUTS, dequantize
-from custom_ops.weights.packed import MINIMUM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 kiln = torch.ops.kiln
 
 LENGTHS = (1, 15, 16, 17, 1023, 1024, 1025, 4096, 131072)
 LIMIT = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 2e-5}  # relative error: rounding of the output and of the weights p
-GLOBAL, SLIDING = (32, 4, 512), (32, 16, 256)  # heads, KV heads, head size
-WINDOW, RESIDUAL = 1024, 256
+WINDOW = GEMMA4_31B.window
+both_models = pytest.mark.parametrize("model", MEASURED, ids=lambda model: model.name)
 
 
-def targets_that_differ(*tables: dict) -> list[str]:
-    """One target for every distinct configuration: the listed architectures, and one that takes the defaults."""
+def configured(*tables: dict) -> pytest.MarkDecorator:
+    """model, target: the 31B with every distinct configuration, listed or the default; the 12B with two."""
     listed = {sm for table in tables for sm, *_ in table if sm}
-    return [name for name, t in gpu_targets().items() if t.sm in listed] + ["sm_120"]
+    targets = [name for name, t in gpu_targets().items() if t.sm in listed] + ["sm_120"]
+    cases = [(GEMMA4_31B, name) for name in dict.fromkeys(targets)] + [(GEMMA4_12B, name) for name in ("sm_90", "sm_120")]
+    return pytest.mark.parametrize("model, target", cases, ids=[f"{model.name}-{name}" for model, name in cases])
 
 
 def exact(q, k, v, mask):
@@ -48,11 +52,10 @@ def relative(out, expected) -> float:
     return ((out.double() - expected).norm() / expected.norm()).item()
 
 
-def tensors(shape, dtype, *sizes, scale=1.0):
-    heads, kv_heads, dim = shape
+def tensors(heads: Heads, dtype, *sizes, scale=1.0):
     g = torch.Generator("cuda").manual_seed(0)
-    return [torch.randn(n, heads if i == 0 else kv_heads, dim, generator=g, device="cuda", dtype=torch.float32).mul_(scale).to(dtype)
-            for i, n in enumerate(sizes)]
+    shapes = [(n, heads.queries if i == 0 else heads.kv, heads.dim) for i, n in enumerate(sizes)]
+    return [torch.randn(shape, generator=g, device="cuda", dtype=torch.float32).mul_(scale).to(dtype) for shape in shapes]
 
 
 def poisoned(cache, filled: int):
@@ -63,10 +66,10 @@ def poisoned(cache, filled: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES))
-def test_global_decode(target, dtype):
+@configured(flash.DECODE_TILES)
+def test_global_decode(target, dtype, model):
     slots = max(LENGTHS) + 100
-    q, k, v = tensors(GLOBAL, dtype, 1, slots, slots, scale=0.3)
+    q, k, v = tensors(model.full, dtype, 1, slots, slots, scale=0.3)
     for length in LENGTHS:
         k_, v_ = poisoned(k.clone(), length), poisoned(v.clone(), length)
         pos = torch.tensor([length - 1], device="cuda")
@@ -79,10 +82,10 @@ def test_global_decode(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(flash.PREFILL_TILES))
-def test_global_prefill(target, dtype):
+@configured(flash.PREFILL_TILES)
+def test_global_prefill(target, dtype, model):
     slots = max(LENGTHS) + 100
-    q, k, v = tensors(GLOBAL, dtype, 70, slots, slots, scale=0.3)
+    q, k, v = tensors(model.full, dtype, 70, slots, slots, scale=0.3)
     for end in (2, 17, 70, 1023, 1025, 4096, *((131072,) if dtype == torch.bfloat16 else ())):
         tokens = min(70, end)
         pos = torch.arange(end - tokens, end, device="cuda")
@@ -96,15 +99,15 @@ def test_global_prefill(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(flash.DECODE_TILES, flash.PREFILL_TILES))
+@configured(flash.DECODE_TILES, flash.PREFILL_TILES)
 @pytest.mark.parametrize("tokens", [1, 2, 70, 2500])
-def test_sliding(target, dtype, tokens):
+def test_sliding(target, dtype, tokens, model):
     """The ring against the tail of a full cache; chunks longer than the window included."""
     if tokens == 2500 and dtype == torch.float32:
         tokens = 1100
     for first in (0, 1, 15, 16, 17, 1023, 1024, 1025, 4096):
-        q, k, v = tensors(SLIDING, dtype, tokens, first + tokens, first + tokens, scale=0.3)
-        k_ring, v_ring = (torch.full((WINDOW, *SLIDING[1:]), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+        q, k, v = tensors(model.sliding, dtype, tokens, first + tokens, first + tokens, scale=0.3)
+        k_ring, v_ring = (torch.full((WINDOW, *k.shape[1:]), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
         past = torch.arange(max(0, first - WINDOW), first, device="cuda")
         k_ring[past % WINDOW], v_ring[past % WINDOW] = k[past], v[past]
         pos = torch.arange(first, first + tokens, device="cuda")
@@ -157,9 +160,9 @@ def tq4_exact(q, k, v, first: int, residual: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(attention.DECODE_TILES, attention.PREFILL_TILES))
+@configured(attention.DECODE_TILES, attention.PREFILL_TILES)
 @pytest.mark.parametrize("tokens", [1, 70, 700])
-def test_tq4_attention(target, dtype, tokens):
+def test_tq4_attention(target, dtype, tokens, model):
     """Within the residual, from its end on, and far beyond; chunks longer than it included."""
     if tokens == 1:
         lengths = (*LENGTHS, 255, 256, 257, 258)
@@ -168,7 +171,7 @@ def test_tq4_attention(target, dtype, tokens):
     else:
         lengths = (700, 955, 2000)
     for length in lengths:
-        q, k, v = tensors(GLOBAL, dtype, tokens, length, length, scale=0.3)
+        q, k, v = tensors(model.full, dtype, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
         with compiling_for(gpu_targets()[target]):
             out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, RESIDUAL), pos, pos[-1:].to(torch.int32) + 1)
@@ -179,9 +182,10 @@ def test_tq4_attention(target, dtype, tokens):
 
 @pytest.mark.parametrize("residual", [32, 96, 1024])
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_tq4_attention_other_residuals(tokens, residual):
+@both_models
+def test_tq4_attention_other_residuals(tokens, residual, model):
     for length in (70, 96, 97, 1024, 1025, 3000):
-        q, k, v = tensors(GLOBAL, torch.float16, tokens, length, length, scale=0.3)
+        q, k, v = tensors(model.full, torch.float16, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
         out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, residual), pos, None)
         error = relative(out, tq4_exact(q, k, v, length - tokens, residual))
@@ -191,11 +195,14 @@ def test_tq4_attention_other_residuals(tokens, residual):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_tq4_write(dtype, tokens):
+@both_models
+def test_tq4_write(dtype, tokens, model):
     """Codes may differ from the reference only where a coordinate lies on a boundary."""
-    _, k, v = tensors(GLOBAL, dtype, 1, tokens, tokens)
+    _, k, v = tensors(model.full, dtype, 1, tokens, tokens)
     pos = torch.arange(5, 5 + tokens, device="cuda")
-    caches = [torch.zeros(4, 100, 128, dtype=torch.int16, device="cuda"), torch.zeros(4, 100, dtype=torch.float16, device="cuda")] * 2
+    heads = model.full
+    caches = [torch.zeros(heads.kv, 100, heads.dim // 4, dtype=torch.int16, device="cuda"),
+              torch.zeros(heads.kv, 100, dtype=torch.float16, device="cuda")] * 2  # fmt: skip
     caches = [c.clone() for c in caches]
     want = [c.clone() for c in caches]
     kiln.tq4_write(*caches, k, v, pos)
@@ -210,7 +217,7 @@ def test_tq4_write(dtype, tokens):
 
 def float32_limit(kind: str) -> float:
     """Of a product's relative error: what is added for the quants and taken away for the minima is larger than the result."""
-    return 5e-6 if kind in MINIMUM else 2e-6
+    return 5e-6 if LAYOUTS[kind].minimum else 2e-6
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))
@@ -218,12 +225,13 @@ def float32_limit(kind: str) -> float:
 def test_quantized_linear(kind, dtype):
     layout = LAYOUTS[kind]
     g = torch.Generator("cuda").manual_seed(1)
-    for n, k in ((16384, 5376), (5376, 8192), (5376, 21504), (300, 512)):
+    names = ("attn_qkv", "attn_output", "ffn_down")
+    for n, k in [(m.n, m.k) for m in GEMMA4_31B.matrices() if m.name in names] + [(300, 512)]:
         blocks = k // layout.block
         words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
         halves = torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
         weight = dequantize(kind, words, halves)
-        for target in ("sm_90", "sm_120") if n == 16384 else ("sm_90",):
+        for target in ("sm_90", "sm_120") if n > 8192 else ("sm_90",):
             for tokens in (1, 3, 33):
                 x = torch.randn(tokens, k, generator=g, device="cuda").to(dtype)
                 with compiling_for(gpu_targets()[target]):
@@ -252,8 +260,8 @@ def test_gemv(kind, terms):
     """Every matrix of the 31B, each end, against the activations as they are in fixed point; repeats are the same bits."""
     g = torch.Generator("cuda").manual_seed(3)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cuda")
-    shapes = [(16384, 5376), (18432, 5376), (5376, 8192), (5376, 16384), (43008, 5376), (5376, 21504), (300, 512)]
-    for n, k in shapes + [(262144, 5376)] * (kind == "Q6_K"):
+    *layers, head = [(m.n, m.k) for m in GEMMA4_31B.matrices()]
+    for n, k in [*layers, (300, 512)] + [head] * (kind == "Q6_K"):
         words, halves = random_packed(kind, n, k, g)
         x = torch.randn(1, k, generator=g, device="cuda")
         fixed = kiln.fixed_point(x, terms)
@@ -288,7 +296,7 @@ def test_gemv(kind, terms):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_add_norm(terms, scaled):
     g = torch.Generator("cuda").manual_seed(4)
-    for d in (5376, 3840, 160):
+    for d in (*(model.hidden for model in MEASURED), 160):
         x, branch = (torch.randn(1, d, generator=g, device="cuda") * size for size in (20, 0.03))
         post_weight, weight = (torch.rand(d, generator=g, device="cuda") + 0.1 for _ in range(2))
         scale = torch.tensor([0.37], device="cuda") if scaled else None
@@ -304,10 +312,10 @@ def test_add_norm(terms, scaled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(sliding_decode.SLIDING_TILES))
-def test_sliding_decode(target, dtype):
+@configured(sliding_decode.SLIDING_TILES)
+def test_sliding_decode(target, dtype, model):
     """From projections in parts, before, at and past the wrap of the ring, NaN in every slot that no query may see."""
-    heads, kv_heads, dim = SLIDING
+    heads, kv_heads, dim = model.sliding.queries, model.sliding.kv, model.sliding.dim
     g = torch.Generator("cuda").manual_seed(5)
     weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
     for pos in (0, 1, 15, 16, 17, 1022, 1023, 1024, 1025, 4096, 131071):
@@ -336,10 +344,10 @@ def test_sliding_decode(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", targets_that_differ(attention.DECODE_TILES))
-def test_tq4_decode(target, dtype):
+@configured(attention.DECODE_TILES)
+def test_tq4_decode(target, dtype, model):
     """From projections in parts, over the codes and the residual of `dtype` that were written, garbage behind them."""
-    heads, kv_heads, dim = GLOBAL
+    heads, kv_heads, dim = model.full.queries, model.full.kv, model.full.dim
     g = torch.Generator("cuda").manual_seed(6)
     weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
     for length in (*LENGTHS, 255, 256, 257, 258):
@@ -374,13 +382,14 @@ def test_tq4_decode(target, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sm, dim", list(prefill.PIECE_TILES))
-def test_tq4_prefill_in_pieces(sm, dim, dtype):
+@both_models
+def test_tq4_prefill_in_pieces(sm, dim, dtype, model):
     """Chunks without codes, within a piece of codes, up to its end, across it, and after several."""
     piece = prefill.PIECE_TILES[sm, dim].piece
     for slots, end, tokens in ((4096, 200, 200), (4096, 300, 300), (piece, piece, 70), (131072, piece + RESIDUAL, 70),
                                (131072, piece + RESIDUAL + 5, 70), (131072, piece + RESIDUAL + 70, 70),
                                (131072, 2 * piece + RESIDUAL + 1, 33), (131072, 131072, 70)):  # fmt: skip
-        q, k, v = tensors((32, 4, dim), dtype, tokens, end, end, scale=0.3)
+        q, k, v = tensors(dataclasses.replace(model.full, dim=dim), dtype, tokens, end, end, scale=0.3)
         pos, state = torch.arange(end - tokens, end, device="cuda"), tq4_state(k, v, slots, end - tokens, RESIDUAL)
         with compiling_for(gpu_targets()[f"sm_{sm}"]):
             out, again = (kiln.tq4_attention(q, *state, pos, None) for _ in range(2))
@@ -398,7 +407,7 @@ def test_quantized_embedding(kind):
     assert torch.equal(kiln.quantized_embedding(ids, words, halves, kind), dequantize(kind, words, halves).T[ids])
 
 
-@pytest.mark.parametrize("vocab", [512, 262144])
+@pytest.mark.parametrize("vocab", [512, GEMMA4_31B.vocab])
 def test_sample(vocab):
     """The same token as the reference for every setting."""
     from custom_ops.step.sample import reference

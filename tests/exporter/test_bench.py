@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from exporter.artifact.memory import kv_plan
-from exporter.artifact.weights import constants, plan_weights
 from exporter.errors import KilnError
 from exporter.measure import bench, kernel_times
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import constants, plan_weights
 from exporter.tools.synth import write_synthetic
 from passes.records import PassOptions
 from tests.conftest import kiln
@@ -201,10 +201,10 @@ def test_kernel_rows():
 
     trace = {
         "traceEvents": [
-            event("gemv", 10.0, [126, 21, 1]),
-            event("gemv", 12.0, [126, 21, 1]),
-            event("gemv", 30.0, [42, 64, 1]),
-            event("gemv", 34.0, [42, 64, 1]),
+            event("kiln_gemv", 10.0, [126, 21, 1]),
+            event("kiln_gemv", 12.0, [126, 21, 1]),
+            event("kiln_gemv", 30.0, [42, 64, 1]),
+            event("kiln_gemv", 34.0, [42, 64, 1]),
             event("triton_poi_fused_add_3", 2.0, [5, 1, 1]),
             event("triton_poi_fused_mul_4", 2.0, [5, 1, 1]),
             event("Memcpy DtoD (Device -> Device)", 1.0, cat="gpu_memcpy"),
@@ -213,11 +213,11 @@ def test_kernel_rows():
         ]
     }
     rows = kernel_times.kernel_rows(trace, 2)
-    longest = [("gemv", [42, 64, 1], 1, 32.0), ("gemv", [126, 21, 1], 1, 11.0)]
+    longest = [("kiln_gemv", [42, 64, 1], 1, 32.0), ("kiln_gemv", [126, 21, 1], 1, 11.0)]
     assert [(r["kernel"], r["grid"], r["count"], r["us"]) for r in rows[:2]] == longest
     assert sum(r["us"] for r in rows) == 45.5
     sums = {r["family"]: (r["count"], r["us"]) for r in kernel_times.families(rows)}
-    assert sums == {"gemv": (2, 43.0), "fused pointwise": (1, 2.0), "Memcpy": (0.5, 0.5)}
+    assert sums == {"kiln_gemv": (2, 43.0), "fused pointwise": (1, 2.0), "Memcpy": (0.5, 0.5)}
     part = kernel_times._part("decode", 2048, 1, True, 50.0, trace, 2)
     text = kernel_times.text({"model": "m", "device_name": "d", "target": "sm_90", "kv_cache": "tq4", "profiles": [part]})
     assert "kernels 45.5 us" in text and "rest 4.5" in text and "[42, 64, 1]" in text
@@ -226,8 +226,8 @@ def test_kernel_rows():
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [
-        ("tq4_decode_kernel", "tq4_decode_kernel"),
-        ("gemv_7", "gemv"),
+        ("kiln_tq4_decode", "kiln_tq4_decode"),
+        ("kiln_gemv_7", "kiln_gemv"),
         ("triton_red_fused_mean_rsqrt_12", "fused reduction"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNN", "matmul"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matmul"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import struct
 import subprocess
 import sys
@@ -18,7 +17,9 @@ from exporter.cli import main
 from exporter.errors import KilnError
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
-from tests.conftest import kiln
+from exporter.source.plan import read_plan
+from tests.conftest import kiln, with_peak_memory
+from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
 
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
@@ -111,13 +112,15 @@ def test_kv_cache(tmp_path, options, cache):
     assert line.endswith(f"({cache})"), line
 
 
-def test_keys_that_do_not_fit_float16(tmp_path, monkeypatch):
+def test_keys_that_do_not_fit_float16(tmp_path):
     """Where 16 bits are asked for: a norm's weight times the root of the head size may be too large, a little less is not."""
     head_dim = min(layer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
 
     def export(weight, *options):
-        monkeypatch.setattr(build, "to_float", lambda gguf, name: np.float32([1, -weight if name.endswith("k_norm.weight") else 1]))
-        arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
+        norm = np.ones(head_dim, np.float32)
+        norm[1] = -weight
+        path = rewrite(tmp_path / "m.gguf", TINY, set_tensors={"blk.0.attn_k_norm.weight": ((head_dim,), "F32", norm)})
+        arguments = ["export", "--gguf", str(path), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", *options]
         return CliRunner().invoke(main, arguments)
 
     large, activations = 65504 / head_dim**0.5 * 1.01, ("--activation-dtype", "bfloat16")
@@ -154,7 +157,7 @@ def test_the_plan_counts_the_residual():
     plans = {}
     for turboquant in (False, True):
         options = build.ExportOptions(TINY, Path(), turboquant=turboquant, residual_length=64)
-        spec = build.graph_spec(options, open_gguf(TINY), ("cpu",))
+        spec = build.graph_spec(options, read_plan(TINY), ("cpu",))
         plans[turboquant] = memory_plan(spec)
     elements = sum(layer.num_kv_heads * layer.head_dim for layer in spec.config.layers if not layer.sliding)
     assert elements and plans[True].kv_ring == plans[False].kv_ring + 2 * 64 * elements * 4
@@ -169,7 +172,7 @@ def test_residual_lengths_that_do_not_go(tmp_path):
     for length in ("0", "31", "-32"):
         fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", length, match="is not in the range x>=32", code=2)
     with pytest.raises(KilnError, match="--residual-length 100: give a multiple of 32, at least 32"):
-        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), open_gguf(TINY), ("cpu",))
+        build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), read_plan(TINY), ("cpu",))
 
 
 def test_an_existing_artifact_is_kept(tmp_path):
@@ -187,34 +190,27 @@ def test_the_cpu_target_goes_alone(tmp_path):
 def test_dry_run_of_the_31b(tmp_path):
     path = tmp_path / "31b.gguf"
     sparse_31b(path)
-    command = [
-        sys.executable,
-        "-m",
-        "exporter",
-        "export",
-        "--gguf",
-        str(path),
-        "--out",
-        str(tmp_path / "out"),
-        "--max-seq-len",
-        "131072",
-        "--turboquant",
-        "--target",
-        "sm_90",
-        "--dry-run",
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(result.stdout, peak)
+    options = ("--gguf", path, "--out", tmp_path / "out", "--max-seq-len", 131072, "--turboquant", "--target", "sm_90", "--dry-run")
+    result, peak = with_peak_memory(tmp_path, sys.executable, "-m", "exporter", "export", *options)
+    print(result.stdout, f"{peak / 2**20:.0f} MiB")
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
     assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
     assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the residual
     assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
     assert not (tmp_path / "out").exists()
-    if peak > before:  # the largest child so far was this one
-        assert peak < 1 << 20, "KiB"
+    assert 100 << 20 < peak < 1 << 30  # PyTorch alone is several hundred MiB
+
+
+def test_the_peak_is_the_childs_own(tmp_path):
+    """Whatever this process or an earlier child had in memory."""
+    ballast = bytearray(400 << 20)
+    for i in range(0, len(ballast), 4096):
+        ballast[i] = 1
+    subprocess.run([sys.executable, "-SEc", "bytearray(b'x') * (500 << 20)"], check=True)
+    _, small = with_peak_memory(tmp_path, sys.executable, "-SEc", "pass")
+    _, large = with_peak_memory(tmp_path, sys.executable, "-SEc", "bytearray(b'x') * (200 << 20)")
+    assert small < 50 << 20 and 200 << 20 < large < 250 << 20
 
 
 def sparse_31b(path: Path) -> None:

@@ -21,7 +21,7 @@ from exporter.cli import main
 from exporter.errors import KilnError
 from exporter.measure import evaluate as ev
 from exporter.measure import players as pl
-from exporter.source.gguf import open_gguf
+from exporter.source.plan import read_plan
 from tests.conftest import kiln
 from tests.timeline import FIXTURES, TOLERANCE, fixture_logits, fixture_tokens
 
@@ -34,7 +34,7 @@ KLD_BOUND, COSINE_BOUND = 1e-6, 0.999
 
 @pytest.fixture(scope="module")
 def text() -> pl.Text:
-    return pl.gguf_text(open_gguf(GGUF))
+    return pl.gguf_text(read_plan(GGUF))
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,19 @@ def stack(text: pl.Text) -> ev.Haystack:
 
 @pytest.fixture(scope="module")
 def exact() -> pl.GraphPlayer:
-    return pl.reference_player(open_gguf(GGUF), SLOTS, "cpu")
+    return pl.reference_player(read_plan(GGUF), SLOTS, "cpu")
 
 
 @pytest.fixture(scope="module")
 def quantized() -> pl.GraphPlayer:
-    return pl.graph_player(open_gguf(GGUF), "tq4", SLOTS, "cpu")
+    return pl.graph_player(read_plan(GGUF), "tq4", SLOTS, "cpu")
 
 
 # ---- the measures ----
 
 
 def test_reference_gives_the_fixture_logits() -> None:
-    player = pl.reference_player(open_gguf(TINY), 96, "cpu")
+    player = pl.reference_player(read_plan(TINY), 96, "cpu")
     tokens, expected = fixture_tokens().tolist(), fixture_logits()
     for piece in (80, 24, 7):
         player.reset()
@@ -72,12 +72,12 @@ def test_reference_gives_the_fixture_logits() -> None:
 @pytest.mark.parametrize("kv_cache", ["f16", "bf16", "f32", "tq4"])
 def test_caches_are_what_is_asked_for(kv_cache: str) -> None:
     file = "gemma4-tiny-dense-wide-Q4_K_M.gguf" if kv_cache == "tq4" else "gemma4-tiny-dense.gguf"
-    player = pl.graph_player(open_gguf(FIXTURES / file), kv_cache, 32, "cpu")
+    player = pl.graph_player(read_plan(FIXTURES / file), kv_cache, 32, "cpu")
     rings = {ring.dtype for ring in player._rings}
     assert len(player._rings) == (12 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the residual of 2 global ones
     assert rings == {{"f16": torch.float16, "bf16": torch.bfloat16}.get(kv_cache, torch.float32)}
     with pytest.raises(KilnError, match="a bfloat16 cache does not go with float32 activations"):
-        pl.graph_player(open_gguf(TINY), "bf16", 32, "cpu", "float32")
+        pl.graph_player(read_plan(TINY), "bf16", 32, "cpu", "float32")
 
 
 def test_rows_are_compared() -> None:
@@ -244,24 +244,30 @@ def test_an_artifact_goes_back(artifacts: dict[str, Path]) -> None:
     ],
 )
 def test_bad_input(options: dict, match: str, monkeypatch) -> None:
-    monkeypatch.setattr(ev, "graph_player", lambda gguf, kv, slots, device: _checked_only(gguf, slots))
+    monkeypatch.setattr(ev, "graph_player", lambda plan, kv, slots, device: _checked_only(plan, slots))
     with pytest.raises(KilnError, match=match):
         ev.evaluate(ev.EvalOptions(GGUF, device="cpu", **options))
 
 
-def _checked_only(gguf, slots: int):
+def _checked_only(plan, slots: int):
     """No graph is lowered for input that is refused."""
-    config = pl.checked_config(gguf, slots)
+    config = pl.checked_config(plan, slots)
     return pl.GraphPlayer(torch.nn.Identity(), {}, config, slots, "cpu")
+
+
+def test_a_picture_needs_a_suite_that_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(KilnError, match="--plot shows the suites kld and needle"):
+        ev.evaluate(ev.EvalOptions(tmp_path / "none.gguf", ("ppl",), text=HELD_OUT, picture=tmp_path / "x.png"))
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(KilnError, match="needs the package matplotlib"):
-        ev.plot({"needle": []}, tmp_path / "x.png")
+    with pytest.raises(KilnError, match="--plot needs matplotlib"):  # before the file, which is not there, is opened
+        ev.evaluate(ev.EvalOptions(tmp_path / "none.gguf", ("needle",), picture=tmp_path / "x.png"))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(KilnError, match="needs the package tokenizers"):
-        pl.gguf_text(open_gguf(GGUF))
+        pl.gguf_text(read_plan(GGUF))
     monkeypatch.setitem(sys.modules, "kiln", None)
     with pytest.raises(KilnError, match="make build"):
         pl.ArtifactPlayer(tmp_path, "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from exporter.tools.synth import write_synthetic
-from tests.conftest import kiln
+from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run
+from tests.sessions import interleaved_equal_solo
 from tests.timeline import CHUNK, FIXTURES, GREEDY, fixture_logits, fixture_tokens, graph_spec, weights, worst
 from tests.tools.rebuild import complete
 
@@ -29,21 +31,24 @@ MODELS = {  # name -> GGUF, options of the export
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpu(tmp_path_factory):
     """Artifacts for the GPU of this machine: float32 and bfloat16 activations, and TurboQuant at the real head sizes.
 
     KILN_TEST_COMPILED names a directory with their manifests and code, compiled elsewhere; what is not there is exported here.
     """
-    root = tmp_path_factory.mktemp("gpu")
-    compiled = Path(os.environ.get("KILN_TEST_COMPILED", root / "none"))
-    write_synthetic(root / "tiny-cuda.gguf", "tiny-cuda", "q4_k_m", 0)
-    for name, (gguf, *options) in MODELS.items():
-        if (compiled / name).is_dir():
-            complete(compiled / name, root / gguf, root / name)
-        else:
-            kiln("export", "--gguf", root / gguf, "--out", root / name, "--target", "native", *options)
-    return root
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        compiled = Path(os.environ.get("KILN_TEST_COMPILED", root / "none"))
+        write_synthetic(root / "tiny-cuda.gguf", "tiny-cuda", "q4_k_m", 0)
+        for name, (gguf, *options) in MODELS.items():
+            if (compiled / name).is_dir():
+                complete(compiled / name, root / gguf, root / name)
+            else:
+                kiln("export", "--gguf", root / gguf, "--out", root / name, "--target", "native", *options)
+
+    return shared(tmp_path_factory, "gpu-artifacts", make)
 
 
 def logits_of(artifact: Path, chunk: int, tmp_path: Path) -> dict[int, torch.Tensor]:
@@ -134,27 +139,31 @@ def test_chunkings_agree(gpu, tmp_path):
 def test_sessions_interleaved_equal_solo(gpu):
     import kiln as runtime
 
-    model = runtime.Model(str(gpu / "tq4"))
-    prompts = [[2, *range(10 + i, 300 + 40 * i)] for i in range(2)]
+    assert interleaved_equal_solo(runtime.Model(str(gpu / "tq4")), [[2, *range(10 + i, 300 + 40 * i)] for i in range(2)], 20)
 
-    def solo(prompt):
-        session = runtime.Session(model)
-        session.prefill(prompt)
-        return [session.decode() for _ in range(20)]
 
-    expected = [solo(p) for p in prompts]
-    sessions = [runtime.Session(model) for _ in prompts]
-    for session, prompt in zip(sessions, prompts, strict=True):
-        session.prefill(prompt)
-    got = [[], []]
-    for _ in range(20):
-        for i, session in enumerate(sessions):
-            got[i].append(session.decode())
-    assert got == expected
+def test_bench_says_its_share_of_the_ceilings(gpu):
+    """Which are measured after the runner has ended, by the one function that measures them."""
+    record = json.loads(kiln("bench", gpu / "tq4", "--depths", "128,2048", "--steps", 8, "--json").stdout)
+    ceilings = record["ceilings"]
+    print(ceilings)
+    assert 0 < ceilings["matmul_sustained_tflop_s"] < 1.1 * ceilings["matmul_tflop_s"]
+    assert 0.5 < ceilings["copy_gb_s"] / ceilings["read_gb_s"] < 2
+    for row in record["depths"]:
+        assert 0 < row["decode"]["percent"] < 100 and 0 < row["prefill"]["percent"] < 100
 
 
 def test_memory_report(gpu):
-    result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory")
-    print(result.stderr)
-    for word in ("weights", "KV ring", "KV global", "activations", "graph", "total", "start early"):
-        assert word in result.stderr
+    """The parts are the manifest's and add up to what is used; both of the report's forms say the same."""
+    manifest = json.loads((gpu / "tq4" / "manifest.json").read_text())
+    result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory", "--json")
+    memory = json.loads(result.stdout)["memory"]
+    print(memory, result.stderr)
+    kv = {kind: sum(b["bytes"] for b in manifest["kv"] if b["kind"] == kind) for kind in ("ring", "global")}
+    assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
+    assert (memory["kv_ring"], memory["kv_global"]) == (kv["ring"], kv["global"])
+    assert memory["activations"] > 0 and memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    text = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory").stderr
+    for part, name in (("weights", "weights"), ("KV ring", "kv_ring"), ("KV global", "kv_global")):
+        assert f"{part} {memory[name] / 1e9:.3f} GB" in text, text
+    assert re.search(r"decode graph: \d+ kernels start early", text), text

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
+from custom_ops.weights.block_types import LAYOUTS
 from exporter.errors import KilnError
 from exporter.source.config import check_tensors, from_gguf
 from exporter.source.gguf import open_gguf
-from exporter.tools.quantize import FALLBACK, quantize, quantized_plan, to_float, write_quantized
+from exporter.tools.quantize import quantize, quantized_plan, to_float, write_quantized
 from exporter.tools.synth import synth_plan, write_synthetic
 from tests.gguf_files import rewrite
 
@@ -129,7 +130,7 @@ def test_fallback_where_rows_are_odd(source: Path, tmp_path: Path) -> None:
     x = values(rows=512, columns=96)
     path = rewrite(tmp_path / "odd.gguf", source, set_tensors={"blk.0.ffn_gate.weight": ((512, 96), "F32", x.view(np.uint8))})
     kinds = {name: kind for name, _, kind in quantized_plan(open_gguf(path), "q4_k_m")}
-    assert kinds["blk.0.ffn_gate.weight"] == FALLBACK["Q4_K"] == "Q5_0"
+    assert kinds["blk.0.ffn_gate.weight"] == LAYOUTS["Q4_K"].fallback == "Q5_0"
     out = tmp_path / "out.gguf"
     write_quantized(path, out, "q4_k_m", workers=2)
     y = to_float(open_gguf(out), "blk.0.ffn_gate.weight")

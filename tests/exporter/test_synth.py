@@ -12,11 +12,13 @@ import pytest
 from gguf import GGMLQuantizationType
 
 import exporter.tools.synth as synth
+from custom_ops.geometry import GEOMETRIES
+from custom_ops.weights.mixes import MIXES, SYNTHETIC
 from exporter.errors import KilnError
 from exporter.source.config import check_tensors, from_gguf
 from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.tokenizer import write_tokenizer
-from exporter.tools.synth import MIXES, synth_plan, tensor_bytes, write_synthetic
+from exporter.source.tokenizer import read_tokenizer
+from exporter.tools.synth import synth_plan, tensor_bytes, write_synthetic
 from tests.gguf_files import FIXTURES
 
 VOCAB = FIXTURES / "gemma4-vocab.gguf"
@@ -59,7 +61,7 @@ def dequantized(file: GGUFFile, name: str) -> np.ndarray:
     return gguf.quants.dequantize(file.data(name), GGMLQuantizationType[info.type]).reshape(info.shape)
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", SYNTHETIC)
 def test_file_reads_back_with_well_scaled_weights(tmp_path: Path, mix: str) -> None:
     path = tmp_path / "m.gguf"
     seen: list[tuple[str, int, int]] = []
@@ -72,7 +74,7 @@ def test_file_reads_back_with_well_scaled_weights(tmp_path: Path, mix: str) -> N
     assert [(t.name, int(t.n_elements)) for t in gguf.GGUFReader(path).tensors] == [(name, prod(shape)) for name, shape, _ in plan]
     total = sum(tensor_bytes(shape, kind) for _, shape, kind in plan)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen) and seen[-1][1:] == (total, total)
-    assert file.metadata["general.file_type"] == MIXES[mix][1]
+    assert file.metadata["general.file_type"] == gguf.LlamaFileType[MIXES[mix].file_type]
     assert [layer.sliding for layer in config.layers] == [True] * 5 + [False]
     for name, shape, _ in plan:
         values = dequantized(file, name).astype(np.float64)
@@ -110,7 +112,7 @@ def test_tiny_cuda_has_the_real_head_geometry() -> None:
 
 def header_only(path: Path, preset: str, vocab_from: Path | None) -> GGUFFile:
     """A file with the preset's metadata and no tensors: the big vocabularies without their embedding."""
-    metadata = synth._metadata(synth._config(preset, 1), synth.PRESETS[preset], "q4_0", vocab_from)
+    metadata = synth.metadata(synth._config(preset, 1), GEOMETRIES[preset].head_dims, "q4_0", vocab_from)
     path.write_bytes(synth.gguf_header(metadata, [])[0])
     return open_gguf(path)
 
@@ -127,8 +129,10 @@ def test_generated_tokenizer(tmp_path: Path, preset: str) -> None:
     from tokenizers import Tokenizer
 
     file = header_only(tmp_path / "m.gguf", preset, None)
-    assert file.metadata.length("tokenizer.ggml.tokens") == synth.PRESETS[preset].vocab
-    assert write_tokenizer(file, tmp_path / "tokenizer.json") == {"bos": 2, "eog": [1, 6, 7]}
+    assert file.metadata.length("tokenizer.ggml.tokens") == GEOMETRIES[preset].vocab
+    read = read_tokenizer(file.metadata)
+    assert read and read.record() == {"bos": 2, "eog": [1, 6, 7]}
+    read.write(tmp_path / "tokenizer.json")
     tokens = file.metadata["tokenizer.ggml.tokens"]
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     encoded = tokenizer.encode("hello the World\n\u00e9").ids

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -17,27 +18,25 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 import exporter.artifact.weights as weights
 from custom_ops.weights.layouts import LAYOUTS, dequantize, unpack
-from exporter.artifact.weights import WeightPlan, constants, load_weights, plan_weights, weight_bytes, write_weights
+from exporter.artifact.load import load_weights
+from exporter.artifact.weights import write_weights
 from exporter.errors import KilnError
-from exporter.source.config import ModelConfig, check_tensors, from_gguf
 from exporter.source.gguf import GGUFFile, open_gguf
+from exporter.source.plan import read_plan
+from exporter.source.weights import WeightPlan, constants, weight_bytes
 from exporter.tools.synth import write_synthetic
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 
 MODELS = sorted(p for p in FIXTURES.glob("*.gguf") if "vocab" not in p.name)
 
 
-def opened(path: Path) -> tuple[GGUFFile, ModelConfig, list[WeightPlan]]:
-    file = open_gguf(path)
-    config = from_gguf(file)
-    check_tensors(config, file)
-    return file, config, plan_weights(config, file)
+Written = tuple[GGUFFile, tuple[WeightPlan, ...], list[dict], dict[str, torch.Tensor]]
 
 
-def written(directory: Path, path: Path) -> tuple[GGUFFile, list[WeightPlan], list[dict], dict[str, torch.Tensor]]:
-    file, config, plan = opened(path)
-    records = write_weights(directory / "weights.safetensors", file, config, plan)
-    return file, plan, records, load_weights(directory / "weights.safetensors", records)
+def written(directory: Path, path: Path) -> Written:
+    plan = read_plan(path)
+    records = write_weights(directory / "weights.safetensors", plan)
+    return plan.gguf, plan.weights, records, load_weights(directory / "weights.safetensors", records)
 
 
 def oracle(file: GGUFFile, name: str) -> np.ndarray:
@@ -46,7 +45,7 @@ def oracle(file: GGUFFile, name: str) -> np.ndarray:
     return gguf.quants.dequantize(file.data(name), GGMLQuantizationType[info.type]).reshape(info.shape)
 
 
-def check_against_oracle(file: GGUFFile, plan: list[WeightPlan], tensors: dict[str, torch.Tensor]) -> None:
+def check_against_oracle(file: GGUFFile, plan: Sequence[WeightPlan], tensors: dict[str, torch.Tensor]) -> None:
     for p in plan:
         expected = np.concatenate([oracle(file, s) for s in p.sources])
         if p.kind in LAYOUTS:
@@ -70,14 +69,14 @@ def test_every_fixture_bit_exact(tmp_path: Path, path: Path) -> None:
 
 def test_slabs_and_chunks_do_not_change_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (WIDE, FIXTURES / "gemma4-tiny-dense.gguf"):
-        file, config, plan = opened(path)
-        whole = write_weights(tmp_path / "a", file, config, plan)
+        plan = read_plan(path)
+        whole = write_weights(tmp_path / "a", plan)
         with monkeypatch.context() as patch:
             patch.setattr(weights, "SLAB_BYTES", 40_000)
             patch.setattr(weights, "CHUNK_ROWS", 96)
             patch.setattr(weights, "CHUNK_BYTES", 1)
             pieces: dict[str, int] = {}
-            sliced = write_weights(tmp_path / "b", file, config, plan, lambda n, _d, _t, p=pieces: p.update({n: p.get(n, 0) + 1}))
+            sliced = write_weights(tmp_path / "b", plan, lambda n, _d, _t, p=pieces: p.update({n: p.get(n, 0) + 1}))
         assert max(pieces.values()) > 1
         assert sliced == whole
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -85,10 +84,10 @@ def test_slabs_and_chunks_do_not_change_the_file(tmp_path: Path, monkeypatch: py
 
 def test_file_format(tmp_path: Path) -> None:
     """Against docs/ARTIFACT.md, without the safetensors library."""
-    file, config, plan = opened(FIXTURES / "gemma4-tiny-dense-wide-Q5_K_M.gguf")
+    plan = read_plan(FIXTURES / "gemma4-tiny-dense-wide-Q5_K_M.gguf")
     path = tmp_path / "weights.safetensors"
     seen: list[tuple[str, int, int]] = []
-    records = write_weights(path, file, config, plan, lambda *call: seen.append(call))
+    records = write_weights(path, plan, lambda *call: seen.append(call))
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
@@ -98,7 +97,7 @@ def test_file_format(tmp_path: Path) -> None:
         assert entry["data_offsets"][0] == at  # back to back
         at = entry["data_offsets"][1]
     assert 8 + length + at == len(data)
-    specs = constants(config, plan)
+    specs = constants(plan.config, plan.weights)
     planned = [(s.name, s.dtype, s.shape, s.nbytes) for s in specs]
     assert [(r["name"], r["dtype"], tuple(r["shape"]), r["bytes"]) for r in records] == planned
     for record in records:
@@ -107,17 +106,17 @@ def test_file_format(tmp_path: Path) -> None:
         assert hashlib.sha256(data[record["offset"] : record["offset"] + record["bytes"]]).hexdigest() == record["sha256"]
     fillers = {name: entry for name, entry in header.items() if name not in {s.name for s in specs}}
     assert fillers and all(name.startswith("__pad.") and entry["dtype"] == "U8" for name, entry in fillers.items())
-    total = weight_bytes(config, plan)
+    total = weight_bytes(plan.config, plan.weights)
     assert sum(r["bytes"] for r in records) == total and seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
-def names(plan: list[WeightPlan], prefix: str) -> dict[str, tuple[str, int, int]]:
+def names(plan: Sequence[WeightPlan], prefix: str) -> dict[str, tuple[str, int, int]]:
     return {p.name.removeprefix(prefix): (p.kind, p.N, p.K) for p in plan if p.name.startswith(prefix) and p.K}
 
 
 def test_fusion(tmp_path: Path) -> None:
-    _, _, plan = opened(WIDE)
+    plan = read_plan(WIDE).weights
     common = {"attn_output": ("Q4_K", 256, 256), "ffn_gate_up": ("Q4_K", 1024, 256), "ffn_down": ("Q4_K", 256, 512)}
     assert names(plan, "blk.0.") == {"attn_qkv": ("Q4_K", 512, 256), **common}
     assert names(plan, "blk.3.") == {"attn_qk": ("Q4_K", 384, 256), "attn_v": ("Q6_K", 128, 256), **common}
@@ -182,14 +181,12 @@ def test_derived_constants(tmp_path: Path) -> None:
 
 def test_bad_rope_freqs(tmp_path: Path) -> None:
     changed = {"rope_freqs.weight": ((64,), "F32", np.zeros(64, np.float32))}
-    file, config, plan = opened(rewrite(tmp_path / "m.gguf", set_tensors=changed))
     with pytest.raises(KilnError, match="rope_freqs.weight has values that are not positive"):
-        write_weights(tmp_path / "w", file, config, plan)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]  # nothing half-written is left
+        read_plan(rewrite(tmp_path / "m.gguf", set_tensors=changed))
 
 
 def test_failure_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
-    file, config, plan = opened(WIDE)
+    plan = read_plan(WIDE)
     (tmp_path / "w").write_bytes(b"earlier")
 
     def stop(name: str, _done: int, _total: int) -> None:
@@ -197,18 +194,18 @@ def test_failure_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_weights(tmp_path / "w", file, config, plan, stop)
+        write_weights(tmp_path / "w", plan, stop)
     assert [p.name for p in tmp_path.iterdir()] == ["w"] and (tmp_path / "w").read_bytes() == b"earlier"
     with pytest.raises(KilnError, match="absent/w: cannot write the weights: No such file"):
-        write_weights(tmp_path / "absent" / "w", file, config, plan)
+        write_weights(tmp_path / "absent" / "w", plan)
 
 
 def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, config, plan = opened(WIDE)
+    plan = read_plan(WIDE)
     usage = weights.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     with pytest.raises(KilnError, match="GiB are needed for the weights, 0.0 GiB are free"):
-        write_weights(tmp_path / "w", file, config, plan)
+        write_weights(tmp_path / "w", plan)
 
 
 def test_loading_checks_the_records(tmp_path: Path) -> None:
@@ -225,20 +222,18 @@ def test_loading_checks_the_records(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
+from exporter.source.plan import read_plan
+from exporter.source.weights import weight_bytes
 import exporter.artifact.weights as weights
-file = open_gguf(sys.argv[1])
-config = from_gguf(file)
-plan = weights.plan_weights(config, file)
+plan = read_plan(sys.argv[1])
 weights.SLAB_BYTES = 8 << 20
 
 def peak():  # KiB; ru_maxrss would start from the parent's
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 before = peak()
-weights.write_weights(sys.argv[2], file, config, plan)
-print(weights.weight_bytes(config, plan) >> 20, peak() - before >> 10)
+weights.write_weights(sys.argv[2], plan)
+print(weight_bytes(plan.config, plan.weights) >> 20, peak() - before >> 10)
 """
 
 

@@ -26,7 +26,7 @@ from custom_ops.tq4 import codec
 from exporter.measure import evaluate as ev
 from exporter.measure import players as pl
 from exporter.source.config import LayerConfig
-from exporter.source.gguf import open_gguf
+from exporter.source.plan import read_plan
 from exporter.tools.quantize import write_quantized
 from passes.records import PassOptions
 from tests.nano import data, vocabulary
@@ -203,9 +203,9 @@ class Study:
     def __init__(self, a: argparse.Namespace):
         self.a, self.sizes, self.device = a, QUICK if a.quick else FULL, a.device
         self.start = time.monotonic()
-        self.gguf = open_gguf(a.gguf)
+        self.plan = read_plan(a.gguf)
         with tempfile.TemporaryDirectory() as directory:
-            self.maker = data.Maker(vocabulary.save(self.gguf.metadata, Path(directory) / "tokenizer.json"))
+            self.maker = data.Maker(vocabulary.save(self.plan.gguf.metadata, Path(directory) / "tokenizer.json"))
         self.ids = self.maker.ids([a.text.read_text()])[0]
         size = self.sizes.text_tokens
         self.sequences = [[vocabulary.BOS, *self.ids[i * size : (i + 1) * size]] for i in range(self.sizes.sequences)]
@@ -292,7 +292,7 @@ class Study:
         model, setting = load_gguf(self.a.gguf, self.device), next(s for s in settings(self.a.seed) if s.name == SHIPPED)
         ids = self.stacks[depth][0].context
         h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded, setting.residual))
-        player = pl.graph_player(self.gguf, "tq4", depth, self.device, "float32")
+        player = pl.graph_player(self.plan, "tq4", depth, self.device, "float32")
         scores = joined(
             measure(model.logits(h[at : at + len(rows)]), rows, ids[at + 1 : at + len(rows) + 1]) for at, rows in scored(player, ids[:-1])
         )
@@ -301,7 +301,7 @@ class Study:
         self.say(f"product TQ4 in float32 against the codec, {depth} tokens: {brief(scores)}")
         deepest = max(self.sizes.depths)
         exact, dtype = ("bf16", "bfloat16") if self.device == "cuda" else ("f32", "float32")
-        players = {name: pl.graph_player(self.gguf, name, deepest, self.device, dtype) for name in (exact, "tq4")}
+        players = {name: pl.graph_player(self.plan, name, deepest, self.device, dtype) for name in (exact, "tq4")}
         self.say(f"lowered {dtype} graphs")
         rows = []
         for depth, stacks in self.stacks.items():
@@ -329,9 +329,9 @@ class Study:
                 path = self.a.bf16 if mix == "bf16" else Path(directory) / f"{mix}.gguf"
                 if mix != "bf16":
                     write_quantized(self.a.bf16, path, mix)
-                file = open_gguf(path)
-                player = pl.graph_player(file, kv_cache, len(ids), self.device)
-                scores = ev.score_text(player, pl.reference_player(file, len(ids), self.device), ids)
+                plan = read_plan(path)
+                player = pl.graph_player(plan, kv_cache, len(ids), self.device)
+                scores = ev.score_text(player, pl.reference_player(plan, len(ids), self.device), ids)
                 ours, reference = ev.perplexity(scores["nll"]), ev.perplexity(scores["reference_nll"])
                 change, change_ci = ev.interval(scores["nll"] - scores["reference_nll"])
                 low, high = reference["ci95"]

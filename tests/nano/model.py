@@ -1,6 +1,6 @@
 """Gemma 4 as the data sheet has it, in batches and with gradients: for training, and for reading long contexts with a cache of our choice.
 
-`exporter/model.py` is the product's decoder (one sequence, caches mutated in place, packed weights); the tests hold this one against it.
+`exporter/model/decoder.py` is the decoder of the product: one sequence, caches mutated in place, packed weights. Tests compare the two.
 Parameters carry the GGUF file's tensor names. Shapes: B sequences, T tokens, D hidden size, H query heads, KV key/value heads, hd head
 size.
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from gguf import GGUFValueType
 from torch import Tensor, nn
 
-from exporter.artifact.weights import derived_constants
+from custom_ops.geometry import EPS, GEMMA4_31B
 from exporter.source.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
 from exporter.source.gguf import open_gguf
+from exporter.source.weights import derived_constants
 from exporter.tools import synth
 from exporter.tools.quantize import quantize, to_float
 
@@ -35,13 +36,13 @@ def nano_config(vocab: int, hidden: int = 512, ffn: int = 512, layers: int = 12,
         name=NAME,
         vocab_size=vocab,
         hidden_size=hidden,
-        rms_norm_eps=synth.EPS,
+        rms_norm_eps=EPS,
         final_logit_softcapping=synth.SOFTCAP,
         sliding_window=window,
         context_length=131072,
         layers=tuple(
             LayerConfig(i, not full, 512 if full else 256, heads, 1, ffn, synth.THETA_FULL if full else synth.THETA_SLIDING, has_v=not full)
-            for i, full in enumerate(i % synth.FULL_EVERY == synth.FULL_EVERY - 1 for i in range(layers))
+            for i, full in enumerate(map(GEMMA4_31B.is_full, range(layers)))
         ),
         tied_head=True,
         has_layer_scale=True,
@@ -245,21 +246,14 @@ class Nano(nn.Module):
 # ---- GGUF ----
 
 
-def _preset(config: ModelConfig) -> synth.Preset:
-    first, full = config.layers[0], config.layers[-1]
-    return synth.Preset(
-        config.hidden_size, first.intermediate_size, first.num_heads, (first.num_kv_heads, full.num_kv_heads),
-        (first.head_dim, full.head_dim), config.sliding_window, config.context_length, config.vocab_size, len(config.layers),
-    )  # fmt: skip
-
-
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 
 
 def save_gguf(model: Nano, tokenizer: dict[str, Any], path: str | Path, kind: str = "F32") -> None:
     """Writes the model: matrices as `kind` (F32 or BF16), vectors as F32. tokenizer: the metadata of `vocabulary.train`."""
     config, state = model.config, model.state_dict()
-    metadata = [e for e in synth._metadata(config, _preset(config), "f32", None) if not e[0].startswith("tokenizer.")]
+    head_dims = config.layers[0].head_dim, config.layers[-1].head_dim
+    metadata = [e for e in synth.metadata(config, head_dims, "f32", None) if not e[0].startswith("tokenizer.")]
     for key, value in tokenizer.items():
         item = value[0] if isinstance(value, list) else value
         array = isinstance(value, list) and isinstance(item, int)

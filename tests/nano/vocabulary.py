@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from exporter.source.tokenizer import SPACE, write_tokenizer
+from exporter.source.tokenizer import SPACE, read_tokenizer
 
 SPECIAL = (  # text, GGUF token type (3 control, 4 user-defined); ids are the positions, the first five as in Gemma
     ("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 3), ("<mask>", 3), ("<|turn>", 3), ("<turn|>", 3), ("<|tool_response>", 4),
@@ -76,5 +75,7 @@ def train(texts: Iterable[str], size: int) -> dict[str, Any]:
 
 def save(metadata: dict[str, Any], path: str | Path) -> Tokenizer:
     """Writes tokenizer.json as the exporter does and loads it: training reads text exactly as the runner will."""
-    write_tokenizer(SimpleNamespace(metadata=metadata), path)
+    tokenizer = read_tokenizer(metadata)
+    assert tokenizer
+    tokenizer.write(path)
     return Tokenizer.from_file(str(path))

@@ -8,11 +8,13 @@ from torch import nn
 
 import custom_ops.ops  # noqa: F401
 import passes.edit as edit
+from custom_ops.attention.flash import attend
+from custom_ops.tq4 import codec
 from exporter.artifact.memory import kv_plan
 from exporter.compiler.torch_private import fake_export
 from exporter.compiler.trace import lower, make_kv, runnable, trace
 from exporter.errors import KilnError
-from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, turboquant
+from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError
 from passes.pipeline import PIPELINE, run_pipeline
 from passes.records import Lowered, PassOptions
@@ -250,6 +252,33 @@ def test_chunked_lm_head_near_miss():
     assert report.status == "not needed"
 
 
+class Floats(nn.Module):
+    """Two products with float weights, and one that is no plain product."""
+
+    def __init__(self):
+        super().__init__()
+        for name, n, k in (("first", 24, 16), ("second", 8, 24), ("third", 8, 8)):
+            setattr(self, name, nn.Parameter(torch.zeros(n, k), requires_grad=False))
+        self.bias = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def forward(self, x):
+        x = nn.functional.linear(torch.tanh(nn.functional.linear(x, self.first)), self.second)
+        return nn.functional.linear(x, self.third, self.bias)
+
+
+def test_own_matmul():
+    program = export(Floats, ((5, 16), torch.float32))
+    torch.manual_seed(0)
+    state, x = {n: torch.randn(t.shape) for n, t in program.state_dict.items()}, torch.randn(5, 16)
+    before = runnable(program, state)(x)
+    _, report = run(own_matmul, program, matmul="blas")
+    assert report.status == "off" and count(program, aten.linear.default) == 3
+    _, report = run(own_matmul, program, matmul="auto")
+    assert (report.status, report.note) == ("applied", "2 products, by auto")
+    assert count(program, kiln.matmul.default) == 2 and count(program, aten.linear.default) == 1
+    assert torch.allclose(runnable(program, state)(x), before, rtol=1e-6, atol=1e-6)
+
+
 def test_free_kv_buffers():
     program = torch.export.export(Cached(), (torch.zeros(1),))  # an export with real tensors
     size = program.state_dict["blk.3.cache.k_ring"].nbytes
@@ -272,6 +301,19 @@ class Cached(nn.Module):
         return self.blk["3"]["cache"].k_ring.max() * x
 
 
+class Coded(torch.fx.Interpreter):
+    """The graph without TurboQuant, its global attention over keys and values as the codec leaves them, the newest 8 exact."""
+
+    def call_function(self, target, args, kwargs):
+        if target is not kiln.global_attention.default:
+            return super().call_function(target, args, kwargs)
+        q, k, v, pos, _ = args
+        distance = pos[:, None] - torch.arange(len(pos))
+        mask = torch.cat([distance >= 8, (distance >= 0) & (distance < 8)], 1)
+        k, v = (torch.cat([codec.decode(*codec.encode(x[: len(pos)])), x[: len(pos)]]) for x in (k, v))
+        return attend(q, k, v, mask)
+
+
 def test_pipeline_on_the_decoder(tmp_path):
     """Every pass on a quantized decoder: counts, the KV plan, the dumps, and TurboQuant's outputs close to the exact ones."""
     state = weights(WIDE, tmp_path)
@@ -286,8 +328,12 @@ def test_pipeline_on_the_decoder(tmp_path):
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))
         assert len(list((tmp_path / str(tq) / "prefill").iterdir())) == 7
         tokens = torch.arange(40) % 512
-        _, outputs[tq] = runnable(lowered.program, {**state, **make_kv(lowered.kv)})(tokens, torch.arange(40), *GREEDY)
-    assert torch.cosine_similarity(outputs[False], outputs[True]).item() > 0.98
+        module = runnable(lowered.program, {**state, **make_kv(lowered.kv)})
+        _, outputs[tq] = module(tokens, torch.arange(40), *GREEDY)
+        if not tq:
+            module = runnable(lowered.program, {**state, **make_kv(lowered.kv)})
+            _, expected = Coded(module).run(tokens, torch.arange(40), *GREEDY)
+    assert (outputs[True] - expected).norm() < 1e-4 * expected.norm() < 0.1 * (outputs[False] - expected).norm()
     assert count(lowered.program, kiln.sliding_attention.default) == 4
 
 

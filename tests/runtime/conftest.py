@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import shared
 from tests.runtime.toy import write_artifact
 
 
@@ -17,10 +19,18 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def toy(device, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("toy") / "artifact"
-    root.mkdir()
-    write_artifact(root, device)
-    return root
+    """KILN_TEST_TOY names a directory that keeps it from run to run, and is believed to be of this code."""
+
+    def make(path: Path) -> None:
+        path.mkdir(parents=True)
+        write_artifact(path, device)
+
+    if kept := os.environ.get("KILN_TEST_TOY"):
+        root = Path(kept) / device
+        if not root.exists():
+            make(root)
+        return root
+    return shared(tmp_path_factory, f"toy-{device}", make)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.builds
+
 RUNTIME = Path(__file__).parents[2] / "runtime_cpp"
 PROGRAM = r"""
 #include <unistd.h>
@@ -37,7 +39,8 @@ def program(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("file")
     (folder / "main.cpp").write_text(PROGRAM)
     includes = [f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}"]
-    command = ["c++", "-std=c++17", "-pthread", *includes, folder / "main.cpp", RUNTIME / "src" / "file.cpp", "-o", folder / "main"]
+    sources = [RUNTIME / "src" / name for name in ("error.cpp", "file.cpp")]
+    command = ["c++", "-std=c++17", "-pthread", *includes, folder / "main.cpp", *sources, "-o", folder / "main"]
     subprocess.run(command, check=True)
     return folder / "main"
 

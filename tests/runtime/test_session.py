@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import kiln
 import numpy as np
 import pytest
+import torch
 
 from tests.runtime.toy import CHUNK, MAX_SEQ, PROMPT, TOLERANCE, VOCAB, WIDTH, WINDOW, change, eager, fails, ids, run, sampling_tensors
 
@@ -193,23 +194,106 @@ def test_end_of_generation_tokens_stop(copy):
     assert (result["tokens"], result["stop"]) == (want, "length")
 
 
-def test_sessions_from_many_threads(toy, device):
-    """Made, used and destroyed by eight threads; every answer as alone. `make sanitize-threads` is the same under ThreadSanitizer."""
-    model = kiln.Model(str(toy), device)
+# ---- many at once ----
 
-    def answer(which: int) -> list[int]:
-        session = kiln.Session(model)
-        session.prefill([(which * 31 + i * i * 7) % VOCAB for i in range(2 + which % 8)])
-        return session.generate(10, stop_at_eog=False)[0]
+PROMPTS = [PROMPT[i % 5 :] + [i] * (1 + i % 3) for i in range(40)]
 
-    alone = [answer(i) for i in range(32)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
-            assert list(pool.map(answer, range(32))) == alone
+
+def answer(session, prompt: list[int], n: int = 5) -> list[int]:
+    session.prefill(prompt)
+    return session.generate(n)[0]
+
+
+@pytest.fixture(scope="module")
+def solo(toy) -> list[list[int]]:
+    """The answers of sessions that have the model for themselves."""
+    model = kiln.Model(str(toy))
+    found = [answer(kiln.Session(model), prompt) for prompt in PROMPTS]
+    assert found[:4] == [eager(prompt, 5)[0] for prompt in PROMPTS[:4]] and len({tuple(tokens) for tokens in found}) > 3
+    return found
+
+
+def test_many_sessions_alive_at_once(toy, device, solo):
+    """More than the 32 streams that torch keeps: a step of one may not be recorded into the graph of another."""
+    count = {"cpu": 6, "cuda": 40}[device]
+    model = kiln.Model(str(toy))
+    sessions = [kiln.Session(model) for _ in range(count)]
+    for _ in range(2):
+        answers = [[session.prefill(prompt)] for session, prompt in zip(sessions, PROMPTS, strict=False)]
+        for _ in range(4):
+            for session, tokens in zip(sessions, answers, strict=True):
+                tokens.append(session.decode())
+        assert answers == solo[:count]
+        for session in sessions:
+            session.reset()
+
+
+def in_threads(count: int, work) -> None:
+    """work(i) in `count` threads that begin together; raises the first of their errors."""
+    errors, barrier = [], threading.Barrier(count)
+
+    def run_one(i: int) -> None:
+        try:
+            barrier.wait()
+            work(i)
+        except Exception as e:  # of any kind: it is the finding
+            errors.append(e)
+
+    threads = [threading.Thread(target=run_one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_sessions_alive_at_once_in_threads(toy, device, solo):
+    """All made, used and destroyed beside each other; a GPU's under graphs."""
+    count = {"cpu": 6, "cuda": 40}[device]
+    model, answers = kiln.Model(str(toy)), {}
+
+    def work(i: int) -> None:
+        answers[i] = answer(kiln.Session(model), PROMPTS[i])
+
+    in_threads(count, work)
+    assert [answers[i] for i in range(count)] == solo[:count]
+
+
+def test_sessions_made_and_destroyed_by_threads(toy, device, solo):
+    """On a GPU 64 sessions by 8 threads, 20 rounds; a few on the CPU, where ThreadSanitizer has its own test."""
+    threads, each, rounds = {"cpu": (3, 2, 2), "cuda": (8, 8, 20)}[device]
+    model = kiln.Model(str(toy))
+
+    def work(i: int) -> None:
+        for turn in range(each):
+            at = (i * each + turn) % len(PROMPTS)
+            assert answer(kiln.Session(model), PROMPTS[at]) == solo[at]
+
+    for _ in range(rounds):
+        in_threads(threads, work)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; this machine has fewer")
+def test_two_gpus_at_once(toy, device, solo):
+    """The same model on each of two devices, by threads in turn: every thread that touches a device selects it first."""
+    if device == "cpu":
+        pytest.skip("of GPUs alone")
+    models = [kiln.Model(str(toy), device=f"cuda:{i}") for i in range(2)]
+    assert [model.device for model in models] == ["cuda:0", "cuda:1"]
+
+    def work(i: int) -> None:
+        for at in range(i, 12, 4):
+            assert answer(kiln.Session(models[(i + at) % 2]), PROMPTS[at]) == solo[at]
+
+    in_threads(4, work)
+    sessions = [kiln.Session(model) for model in models]
+    assert [answer(session, PROMPTS[0]) for session in sessions] == [solo[0]] * 2
 
 
 def test_a_session_is_one_threads_at_a_time(toy, device):
-    session = kiln.Session(kiln.Model(str(toy), device))
+    session = kiln.Session(kiln.Model(str(toy)))
     session.prefill(PROMPT)
     refused = []
 
@@ -229,8 +313,8 @@ def test_a_session_is_one_threads_at_a_time(toy, device):
     assert session.generate(4, stop_at_eog=False)[0] == tokens
 
 
-def test_pretending_for_a_measurement(toy, device):
-    session = kiln.Session(kiln.Model(str(toy), device))
+def test_pretending_for_a_measurement(toy):
+    session = kiln.Session(kiln.Model(str(toy)))
     assert sorted(session.cache_memory()) == ["cache", "ring"] and session.cache_memory()["cache"][1] == MAX_SEQ * WIDTH * 4
     session.pretend(MAX_SEQ - 2)
     assert session.position == MAX_SEQ - 2 and len(session.generate(9, stop_at_eog=False)[0]) == 3

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-EM_CUDA = 190
+from custom_ops.gpu.cubin import images
 
 
 def cubins(package: Path) -> dict[str, list[bytes]]:
@@ -25,20 +24,8 @@ def cubins(package: Path) -> dict[str, list[bytes]]:
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".so"):
-                found[Path(name).stem] = _images(archive.read(name))
+                found[Path(name).stem] = images(archive.read(name))
     return found
-
-
-def _images(data: bytes) -> list[bytes]:
-    images = []
-    for match in re.finditer(b"\x7fELF\x02\x01", data):
-        start = match.start()
-        if struct.unpack_from("<H", data, start + 18)[0] == EM_CUDA:
-            sections, entry, count = *struct.unpack_from("<Q", data, start + 40), *struct.unpack_from("<HH", data, start + 58)
-            segments, size, number = *struct.unpack_from("<Q", data, start + 32), *struct.unpack_from("<HH", data, start + 54)
-            end = max(sections + entry * count, segments + size * number)
-            images.append(data[start : start + end])
-    return images
 
 
 def cuobjdump(image: bytes, option: str) -> str:

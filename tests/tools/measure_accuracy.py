@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.artifact.weights import load_weights
+from exporter.artifact.load import load_weights
 from exporter.tools.synth import write_synthetic
 from tests.timeline import graph_spec
 from tests.tools.rebuild import complete

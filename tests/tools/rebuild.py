@@ -6,10 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from exporter.artifact.weights import plan_weights, write_weights
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import write_tokenizer
+from exporter.artifact.weights import write_weights
+from exporter.source.plan import read_plan
 
 
 def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
@@ -19,14 +17,14 @@ def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
     """
     artifact.mkdir(parents=True, exist_ok=True)
     manifest = json.loads((compiled / "manifest.json").read_text())
-    file = open_gguf(gguf)
-    config = from_gguf(file)
-    records = write_weights(artifact / "weights.safetensors", file, config, plan_weights(config, file))
+    plan = read_plan(gguf)
+    records = write_weights(artifact / "weights.safetensors", plan)
     without = [[{k: v for k, v in r.items() if k != "sha256"} for r in rows] for rows in (records, manifest["constants"])]
     if without[0] != without[1]:
         raise ValueError(f"{gguf} has other weights than {compiled} was compiled for")
     (artifact / "manifest.json").write_text(json.dumps(manifest | {"constants": records}))
-    write_tokenizer(file, artifact / "tokenizer.json")
+    if plan.tokenizer:
+        plan.tokenizer.write(artifact / "tokenizer.json")
     for target in manifest["targets"]:
         shutil.copy(compiled / target["file"], artifact / target["file"])
     return artifact

@@ -63,6 +63,7 @@ struct TokenizerSpec {
 
 struct ChatSpec {
   std::string prefix, suffix;
+  bool trim = true;  // the template takes white space off the user's text
 };
 
 class MappedFile;

@@ -11,12 +11,15 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// `text` as a message: control characters are spaces, bytes that are not UTF-8 are U+FFFD, and what is longer than a screen is cut.
+std::string one_line(std::string text);
+
 // Throws Error with the arguments joined.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream line;
   (line << ... << parts);
-  throw Error(line.str());
+  throw Error(one_line(line.str()));
 }
 
 }  // namespace kiln

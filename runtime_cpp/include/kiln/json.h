@@ -52,7 +52,7 @@ class Json {
   };
 };
 
-// A parsed text and the memory of its values. Strict RFC 8259, at most 64 levels deep; UTF-8 is not validated.
+// A parsed text and the memory of its values. Strict RFC 8259, at most 64 levels deep, UTF-8, no key of an object twice.
 class JsonDocument {
  public:
   // `name` stands at the head of error messages. Throws Error with line and column.

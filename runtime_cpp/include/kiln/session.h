@@ -62,8 +62,12 @@ class Session {
   // Logits [vocab_size] of the last position. Error before the first prefill, and after a generate() on a GPU that stopped
   // with a step in flight, unless a sink is set.
   const std::vector<float>& logits();
-  // Called with every logits row as it is computed: one per prefill chunk and decode step. Steps then run one by one.
+  // Called with every logits row as it is computed: one per prefill chunk and decode step. Steps then run one by one. Where it throws, the call
+  // ends and the session stands where it stood: before prefill(), before the step. (on_token of generate(): that token has been handed out.)
   void set_logits_sink(std::function<void(const std::vector<float>&)> sink);
+  // Called between the chunks of prefill() and the steps of generate(). Where it throws, the call ends and the session stands behind the chunk or
+  // step that ran last: position() tokens are in the caches, and the token sampled after them is next.
+  void set_look(std::function<void()> look);
 
   // For measurements. Where each cache lies on the device, by name: what a session computes next is of what is written there.
   struct CacheMemory {

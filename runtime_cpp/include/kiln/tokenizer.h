@@ -17,12 +17,14 @@ class Tokenizer {
  public:
   // Throws Error when the file is not a tokenizer of the kind written by the exporter.
   static Tokenizer load(const std::string& path);
+  static Tokenizer parse(std::string json, const std::string& name);  // the text of such a file; `name` stands at the head of messages
 
   // Token ids of `text` (UTF-8; bytes that are not become byte tokens). With add_bos the ids start with exactly one BOS.
   std::vector<int64_t> encode(std::string_view text, ParseSpecial parse = ParseSpecial::None, bool add_bos = true) const;
 
-  // One user turn: prefix and suffix are template text, parsed for special tokens; `user` is trimmed and is not.
-  std::vector<int64_t> encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix) const;
+  // One user turn: prefix and suffix are template text, parsed for special tokens; `user` is not, and loses the white space around it
+  // where the template takes it off.
+  std::vector<int64_t> encode_chat(std::string_view prefix, std::string_view user, std::string_view suffix, bool trimmed = true) const;
 
   // UTF-8 text; bytes that do not form UTF-8 become U+FFFD. Throws Error on an id outside of the vocabulary.
   std::string decode(const std::vector<int64_t>& ids, bool skip_special = true) const;

@@ -1,0 +1,125 @@
+"""Shapes of models: `configs/geometries.toml` as records, and the matrices that a decode step of each multiplies. No torch."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from custom_ops.weights.mixes import EMBEDDING, MIXES, kinds
+
+EPS = 1e-6  # inside the roots of all norms
+CONTEXT, RESIDUAL = 131072, 256  # slots of the caches, and of the TQ4 residual, that kernels are compiled and timed for
+
+# How the product with a matrix ends in a fused decode step: in parts that attention adds up, gated, with the sums of squares that a norm
+# needs, or as it is. Those that leave squares are the ones without a norm before them.
+_ENDS = {"attn_output": "squares", "ffn_down": "squares", "ffn_gate_up": "glu", "token_embd": "sum"}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one kind of layer, and how many layers have it."""
+
+    queries: int
+    kv: int
+    dim: int
+    layers: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.queries}:{self.kv}x{self.dim}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` weights [n, k] of block type `kind`."""
+
+    name: str
+    kind: str
+    n: int
+    k: int
+    count: int
+
+    @property
+    def end(self) -> str:
+        """split, glu, squares or sum."""
+        return _ENDS.get(self.name, "split")
+
+    @property
+    def normed(self) -> bool:
+        """There is a norm before the product."""
+        return self.end != "squares"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A dense model of sliding and full attention layers."""
+
+    name: str
+    hidden: int
+    ffn: int
+    layers: int
+    full_every: int  # layers, of which the last is a full one
+    sliding: Heads
+    full: Heads
+    window: int
+    context: int  # tokens that the model was trained for
+    vocab: int
+    suppress_tokens: tuple[int, ...] = ()
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of sliding and of full layers."""
+        return self.sliding.dim, self.full.dim
+
+    def is_full(self, layer: int) -> bool:
+        return layer % self.full_every == self.full_every - 1
+
+    def layer(self, i: int) -> dict[str, tuple[int, int]]:
+        """Matrices of a layer, [n, k] by name; gate and up are always of one type, a full layer has no V of its own."""
+        heads = self.full if self.is_full(i) else self.sliding
+        q, kv = heads.queries * heads.dim, heads.kv * heads.dim
+        own_v = {} if self.is_full(i) else {"attn_v": (kv, self.hidden)}
+        attention = {"attn_q": (q, self.hidden), "attn_k": (kv, self.hidden), **own_v, "attn_output": (self.hidden, q)}
+        return attention | {"ffn_gate_up": (2 * self.ffn, self.hidden), "ffn_down": (self.hidden, self.ffn)}
+
+    def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
+        """Those of the layers, fused where their types agree as the packer does, then the embedding, which is the head too.
+
+        mix: a key of MIXES; with the default all types are the same, so that all that may be fused is.
+        """
+        layers = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in self.layer(i).items()}
+        types = kinds(MIXES[mix], layers | {EMBEDDING: (self.vocab, self.hidden)})
+        counts: Counter[tuple[str, str, int, int]] = Counter()
+        for i in range(self.layers):
+            left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
+            kind = left["attn_q"][0]
+            fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == kind]
+            counts["attn_qkv" if len(fused) == 3 else "attn_qk", kind, sum(n for _, n, _ in fused), self.hidden] += 1
+            counts.update((name, *rest) for name, rest in left.items())
+        return (*(Matrix(*key, count) for key, count in counts.items()), Matrix("token_embd", types[EMBEDDING], self.vocab, self.hidden, 1))
+
+
+def keys_attended(start: int, tokens: int, window: int | None = None) -> int:
+    """Sum over positions start .. start + tokens - 1 of the keys a causal query there attends to, at most `window` each."""
+
+    def below(end: int) -> int:  # the sum over positions 0 .. end - 1
+        ramp = end if window is None else min(end, window)
+        return ramp * (ramp + 1) // 2 + (end - ramp) * (window or 0)
+
+    return below(start + tokens) - below(start)
+
+
+def _geometry(name: str, row: dict[str, Any]) -> Geometry:
+    full = row["layers"] // row["full_every"]
+    heads = {"sliding": Heads(**row["sliding"], layers=row["layers"] - full), "full": Heads(**row["full"], layers=full)}
+    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ()))})
+
+
+GEOMETRIES = {
+    name: _geometry(name, row) for name, row in tomllib.loads(files("configs").joinpath("geometries.toml").read_text()).items()
+}
+GEMMA4_31B, GEMMA4_12B = GEOMETRIES["gemma4-31b"], GEOMETRIES["gemma4-12b"]
+MEASURED = (GEMMA4_31B, GEMMA4_12B)  # the models that kernels are compiled for in the tests, attention at both shapes

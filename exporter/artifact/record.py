@@ -1,0 +1,115 @@
+"""`manifest.json` of a finished export: what it says of the graphs, weights and caches. `docs/ARTIFACT.md` is its format."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import triton
+
+from custom_ops.dtypes import dtype_name
+from custom_ops.gpu.target import gpu_targets
+from exporter.artifact.manifest import FORMAT_VERSION, MANIFEST, file_sha256
+from exporter.compiler.compile import CompiledTarget
+from exporter.compiler.trace import GraphSpec
+from exporter.model.decoder import SAMPLING_INPUTS
+from passes.records import KVBuffer
+
+
+def kiln_version() -> str:
+    try:
+        return version("kiln-export")
+    except PackageNotFoundError:
+        return "0.0.0+source"
+
+
+def entry_points(spec: GraphSpec, waits: tuple[str, ...] = ()) -> dict:
+    def points(length: int | str) -> dict:
+        tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in ("tokens", "pos")]
+        sampling = [{"name": n, "dtype": dtype_name(d), "shape": [1]} for n, d in SAMPLING_INPUTS]
+        outputs = [
+            {"name": "token", "dtype": "int64", "shape": [1]},
+            {"name": "logits", "dtype": "float32", "shape": [1, spec.config.vocab_size]},
+        ]
+        return {"inputs": tokens + sampling, "outputs": outputs}
+
+    return {"prefill": points("T"), "decode": points(1) | ({"waits": list(waits)} if waits else {})}
+
+
+def quantization(spec: GraphSpec) -> list[dict]:
+    rows = []
+    for plan in spec.plan:
+        if plan.K:
+            rows.append(
+                {
+                    "name": plan.name,
+                    "type": plan.kind,
+                    "shape": [plan.N, plan.K],
+                    "sources": list(plan.sources),
+                    "bits_per_weight": plan.bits_per_weight,
+                }
+            )
+    return rows
+
+
+def kv_record(kv: KVBuffer) -> dict:
+    return {
+        "name": kv.name,
+        "layer": kv.layer,
+        "kind": kv.kind,
+        "dtype": dtype_name(kv.dtype),
+        "shape": list(kv.shape),
+        "bytes": kv.nbytes,
+    }
+
+
+def target_record(compiled: CompiledTarget) -> dict:
+    gpu = gpu_targets().get(compiled.target)
+    return {
+        "target": compiled.target,
+        "file": compiled.path.name,
+        "device": "cuda" if gpu else "cpu",
+        "compute_capability": list(gpu.capability) if gpu else None,
+        "bytes": compiled.path.stat().st_size,
+        "sha256": file_sha256(compiled.path),
+        "passes": [r.to_dict() for r in compiled.entries[-1].reports],
+    }
+
+
+def write_manifest(
+    directory: Path,
+    spec: GraphSpec,
+    source: Path,
+    targets: list[CompiledTarget],
+    records: list[dict],
+    tokenizer: dict | None,
+    chat: dict | None,
+    waits: tuple[str, ...] = (),
+) -> dict:
+    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before."""
+    kv = targets[0].entries[0].kv
+    manifest = {
+        "format": "kiln",
+        "format_version": FORMAT_VERSION,
+        "producer": {"kiln": kiln_version(), "torch": torch.__version__.split("+")[0], "triton": triton.__version__},
+        "source": {"file": source.name, "architecture": spec.config.architecture, "name": spec.config.name},
+        "config": spec.config.to_dict(),
+        "max_seq_len": spec.max_seq_len,
+        "prefill_chunk": spec.prefill_chunk,
+        "activation_dtype": spec.activation_dtype,
+        "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
+        "residual_length": spec.options.residual_length if spec.options.turboquant else None,
+        "targets": [target_record(t) for t in targets],
+        "passes": [r.to_dict() for r in targets[0].entries[-1].reports],
+        "entry_points": entry_points(spec, waits),
+        "quantization": quantization(spec),
+        "constants": records,
+        "kv": [kv_record(b) for b in kv],
+        "weights": {"file": "weights.safetensors", "bytes": (directory / "weights.safetensors").stat().st_size},
+        "tokenizer": tokenizer,
+        "chat": chat,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest

@@ -1,0 +1,147 @@
+"""A model file read once: everything an export, an evaluation or `kiln inspect` needs of it, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from exporter.errors import KilnError, Problems, printable
+from exporter.source.chat import Chat, read_chat, template_text
+from exporter.source.config import ModelConfig, read_config, tensor_problems
+from exporter.source.finite import scan
+from exporter.source.gguf import GGUFFile, open_gguf
+from exporter.source.tokenizer import Tokenizer, read_tokenizer
+from exporter.source.weights import WeightPlan, derived_constants, plan_weights, vector
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """chat_template: a Jinja file in place of the model file's. scan: read every block scale and float, and refuse what is not finite."""
+
+    chat_template: Path | None = None
+    scan: bool = False
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Keys and values of one layer: a slot for each of the newest `window` positions, or for every position where it is None."""
+
+    layer: int
+    heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model that can be exported. `gguf` serves the tensors' bytes; whatever else the file says is here.
+
+    derived: constants that are computed, by name. key_bound: an upper bound of |q| and |k| after their norms, and the norm it comes from.
+    unused: tensors that are left out.
+    """
+
+    gguf: GGUFFile
+    config: ModelConfig
+    weights: tuple[WeightPlan, ...]
+    derived: Mapping[str, np.ndarray]
+    caches: tuple[CacheSpec, ...]
+    key_bound: tuple[float, str]
+    tokenizer: Tokenizer | None
+    chat: Chat | None
+    unused: tuple[str, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of a model that is otherwise in order, a line each."""
+        found = []
+        if self.unused:
+            shown = ", ".join(self.unused[:8]) + (f" and {len(self.unused) - 8} more" if len(self.unused) > 8 else "")
+            found.append(f"warning: {self.gguf.path}: skipping {len(self.unused)} tensors the model does not use: {shown}")
+        if self.chat and self.chat.date:
+            found.append(f"warning: the chat template writes today's date ({self.chat.date}) into every prompt: the artifact keeps it; "
+                         "export again for another, or give a template without a date with --chat-template")  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can be said of a file, sound or not: the parts that could be read, and a line for each problem."""
+
+    gguf: GGUFFile
+    config: ModelConfig | None
+    tokenizer: Tokenizer | None
+    chat: Chat | None
+    unused: tuple[str, ...]
+    problems: tuple[str, ...]
+    plan: ModelPlan | None  # where there is no problem
+
+
+def cache_specs(config: ModelConfig) -> tuple[CacheSpec, ...]:
+    return tuple(
+        CacheSpec(layer.index, layer.num_kv_heads, layer.head_dim, config.sliding_window if layer.sliding else None)
+        for layer in config.layers
+    )
+
+
+def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
+    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths."""
+    bounds = {
+        name: float(np.abs(vector(gguf, name)).max(initial=0)) * math.sqrt(layer.head_dim)
+        for layer in config.layers
+        for name in (f"blk.{layer.index}.attn_q_norm.weight", f"blk.{layer.index}.attn_k_norm.weight")
+    }
+    largest = max(bounds, key=lambda name: bounds[name])
+    return bounds[largest], largest
+
+
+def survey(path: str | Path, options: ReadOptions | None = None) -> Survey:
+    """Reads everything that can be read. Raises KilnError only where the file cannot be opened as GGUF at all."""
+    options = options or ReadOptions()
+    gguf = open_gguf(path)
+    problems: list[str] = []
+    tokenizer: Tokenizer | None = None
+    chat: Chat | None = None
+    unused: list[str] = []
+    config = read_config(gguf, problems)
+    if config:
+        unused = tensor_problems(config, gguf, problems)
+    sound = not problems
+    try:
+        tokenizer = read_tokenizer(gguf.metadata, config.vocab_size if config else None)
+    except KilnError as e:
+        problems.append(_located(gguf, e))
+    try:
+        template = template_text(gguf.metadata, options.chat_template)
+        chat = read_chat(template, tokenizer) if template else None
+    except KilnError as e:
+        problems.append(_located(gguf, e))
+    plan = None
+    if config and sound:
+        try:
+            derived = derived_constants(config, gguf)
+            if options.scan:
+                weights = plan_weights(config, gguf)
+                problems += scan(gguf, [source for p in weights for source in p.sources])
+            if not problems:
+                plan = ModelPlan(gguf, config, tuple(plan_weights(config, gguf)), derived, cache_specs(config), _key_bound(config, gguf),
+                                 tokenizer, chat, tuple(unused))  # fmt: skip
+        except KilnError as e:
+            problems.append(_located(gguf, e))
+    return Survey(gguf, config, tokenizer, chat, tuple(unused), tuple(dict.fromkeys(map(printable, problems))), plan)
+
+
+def _located(gguf: GGUFFile, error: KilnError) -> str:
+    text = str(error)
+    return text if str(gguf.path) in text or "--chat-template" in text or "the chat template" in text else f"{gguf.path}: {text}"
+
+
+def read_plan(path: str | Path, options: ReadOptions | None = None) -> ModelPlan:
+    """The plan of a model file. Raises KilnError with the first problem of `survey` and their number."""
+    found = survey(path, options)
+    if found.plan is None:
+        raise Problems(found.problems, f"kiln inspect {found.gguf.path}")
+    return found.plan

@@ -1,0 +1,21 @@
+"""On a GPU, products with float weights become `kiln::matmul`, whose body decides for our kernels or for cuBLAS where it is compiled."""
+
+from __future__ import annotations
+
+import torch
+
+import passes.edit as edit
+from passes.edit import KILN
+from passes.records import Lowered, PassOptions, PassReport
+
+aten = torch.ops.aten
+
+
+def run(lowered: Lowered, options: PassOptions) -> PassReport:
+    if options.matmul == "blas":
+        return PassReport("own_matmul", "off")
+    ep = lowered.program
+    linears = [n for n in ep.graph.nodes if edit.is_call(n, aten.linear.default) and len(n.args) == 2 and n.args[0].meta["val"].dim() == 2]
+    for node in linears:
+        edit.replace(ep, node, edit.emit(ep, node, KILN.matmul.default, *node.args, True))
+    return PassReport("own_matmul", "applied" if linears else "not needed", note=f"{len(linears)} products, by {options.matmul}")

@@ -1,0 +1,80 @@
+#include "arguments.h"
+
+#include <charconv>
+
+#include "options.h"
+
+namespace kiln {
+
+namespace {
+
+std::vector<Option> option_table(Arguments& a) {
+  return {
+      {"--prompt", "TEXT", "the user's turn", text(a.prompt)},
+      {"--prompt-file", "FILE", "the same, from a file; - is standard input", text(a.prompt_file)},
+      {"--tokens", "1,2,3", "token ids instead of text", text(a.tokens)},
+      {"--raw", nullptr, "no chat template: BOS and the text", flag(a.raw)},
+      {"--max-new-tokens", "N", "tokens to generate (128)", integer("--max-new-tokens", a.max_new_tokens, 1, INT32_MAX)},
+      {"--temperature", "F", "0 is greedy (0)", real("--temperature", a.temperature, 0)},
+      {"--top-k", "N", "0 is off (0)", integer("--top-k", a.top_k, 0, INT32_MAX)},
+      {"--top-p", "F", "1 is off (1)", real("--top-p", a.top_p, 0, 1)},
+      {"--seed", "N", "of the sampling (0)", integer("--seed", a.seed, 0, INT64_MAX)},
+      {"--prefill-chunk", "N", "tokens of one prefill call, up to the artifact's (the artifact's)", integer("--prefill-chunk", a.prefill_chunk, 1, INT32_MAX)},
+      {"--device", "DEVICE", "cpu, cuda or cuda:N (a GPU when the artifact has a GPU target)", text(a.device)},
+      {"--threads", "N", "CPU threads (all cores)", integer("--threads", a.threads, 1, 1024)},
+      {"--no-graph", nullptr, "on a GPU: run decode steps directly, not as a CUDA graph", flag(a.no_graph)},
+      {"--no-early-launch", nullptr, "on a GPU: in that graph, start every kernel after the one before it", flag(a.no_early_launch)},
+      {"--no-eog", nullptr, "do not stop at end-of-generation tokens", flag(a.no_eog)},
+      {"--verify", nullptr, "check every SHA-256 of the artifact first", flag(a.verify)},
+      {"--memory", nullptr, "report the memory in use", flag(a.memory)},
+      {"--json", nullptr, "one JSON object on standard output", flag(a.json)},
+      {"--logits", "FILE", "write every logits row as float32: one per prefill chunk and decode step", text(a.logits_file)},
+      {"--bench", nullptr, "measure prefill and decode at several depths, with random tokens", flag(a.bench)},
+      {"--depths", "128,512", "with --bench: tokens in the caches (128 and up in steps of 4)", text(a.depths)},
+      {"--steps", "N", "with --bench: decode steps at each depth (64)", integer("--steps", a.steps, 1, INT32_MAX)},
+      {"--tokenize-stdin", nullptr, "only print token ids, a line for each NUL-separated text; a tokenizer.json will do as ARTIFACT", flag(a.tokenize)},
+      {"--parse-special", nullptr, "with --tokenize-stdin: recognize special tokens", flag(a.parse_special)},
+      {"--version", nullptr, "print the version", flag(a.version)},
+      {"--help", nullptr, "print this", flag(a.help)},
+  };
+}
+
+}  // namespace
+
+std::vector<int64_t> parse_ids(const char* option, std::string_view list) {
+  std::vector<int64_t> ids;
+  const char* p = list.data();
+  const char* end = p + list.size();
+  while (true) {
+    int64_t id = 0;
+    auto r = std::from_chars(p, end, id);
+    if (r.ec != std::errc() || (r.ptr != end && *r.ptr != ','))
+      usage(option, " ", excerpt(list), ": must be integers separated by commas, number ", ids.size() + 1, " is not");
+    ids.push_back(id);
+    if (r.ptr == end) return ids;
+    p = r.ptr + 1;
+  }
+}
+
+Arguments parse_arguments(int argc, char** argv, std::string* help) {
+  Arguments a;
+  auto options = option_table(a);
+  *help = "usage: kiln-run ARTIFACT (--prompt TEXT | --prompt-file FILE | --tokens 1,2,3 | --bench) [options]\n\n" + options_help(options) + "\nenvironment:\n" +
+          options_help({{"KILN_FULL_STACK=1", nullptr, "on a GPU: every thread keeps the driver's stack, which compute-sanitizer's racecheck needs", {}}});
+  auto positional = parse_options(argc, argv, options);
+  if (a.help || a.version) return a;
+  if (positional.empty()) usage("no artifact given; see --help");
+  if (positional.size() > 1) usage("more than one artifact: ", excerpt(positional[1]));
+  a.artifact = positional[0];
+  int sources = a.prompt.has_value() + a.prompt_file.has_value() + a.tokens.has_value();
+  if (a.bench && a.tokenize) usage("--bench and --tokenize-stdin exclude each other");
+  if (a.bench || a.tokenize ? sources != 0 : sources != 1) usage("give one of --prompt, --prompt-file, --tokens, --bench, --tokenize-stdin");
+  if (a.tokens) a.ids = parse_ids("--tokens", *a.tokens);
+  if (a.depths && !a.bench) usage("--depths needs --bench");
+  if (a.depths) a.ids = parse_ids("--depths", *a.depths);
+  if (a.parse_special && !a.tokenize) usage("--parse-special needs --tokenize-stdin: a prompt is never parsed for special tokens");
+  if (a.top_p == 0) usage("--top-p 0: must be greater than 0");
+  return a;
+}
+
+}  // namespace kiln

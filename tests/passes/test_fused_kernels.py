@@ -1,0 +1,77 @@
+"""The fused decode graph with its kernels, in Triton's interpreter, against its references: two tokens of a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from custom_ops.geometry import GEOMETRIES
+from custom_ops.gpu.target import compiling_for, gpu_targets
+from custom_ops.weights import gemv
+from exporter.compiler.trace import lower, make_kv, runnable
+from exporter.tools.synth import write_synthetic
+from tests.custom_ops.interpret import interpreted
+from tests.timeline import GREEDY, graph_spec, weights
+
+# One sliding layer and a full one, V of another type than Q and K in the first, in every op of a fused step.
+PAIR = dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256)
+# Few, large programs, for the interpreter's time: four warps share a product, V's has two splits.
+CONFIG, TARGET = gemv.GemvConfig(rows=128, warps=4, warps_per_sm=4), dataclasses.replace(gpu_targets()["sm_90"], sm_count=2)
+TERMS = 2  # bytes of an activation, of which kernels and references make the same integers but where their sums' order tips a rounding
+LIMIT = 3e-4
+TOKENS, START = torch.tensor([2, 300]), 60  # behind the window of 16 and the residual of 32
+COMMON = {"add_norm", "fixed_glu", "fixed_linear", "fixed_linear_squares", "fixed_partials", "norm_fixed", "rope_table", "sliding_decode"}
+OPS = {True: COMMON | {"tq4_decode"}, False: COMMON | {"prepare_qkv", "global_attention", "fixed_point"}}
+
+
+def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]:
+    """Next tokens, logits [2, V] and the caches after two steps over a past of random keys and values: rings are full, codes are read."""
+    g = torch.Generator().manual_seed(0)
+    caches = make_kv(lowered.kv)
+    for cache in caches.values():
+        if cache.dtype == torch.int16:
+            cache.random_(-(1 << 15), 1 << 15, generator=g)
+        else:
+            cache.copy_(torch.rand(cache.shape, generator=g) + 0.5 if cache.dim() == 2 else torch.randn(cache.shape, generator=g))
+    step = runnable(lowered.program, state | caches)
+    answers = [step(TOKENS[i : i + 1], torch.tensor([START + i]), *GREEDY) for i in range(2)]
+    return [int(token) for token, _ in answers], torch.cat([logits for _, logits in answers]), caches
+
+
+def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
+    monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    path = directory / "pair.gguf"
+    write_synthetic(path, "pair", "q4_k_m", 0)
+    state = weights(path, directory)
+    spec = graph_spec(path, turboquant=turboquant, residual_length=32, decode_bytes=TERMS)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        lowered = lower(spec, "decode", "cpu")
+        tokens, logits, caches = decode(lowered, state)
+    called = {str(node.target).removeprefix("kiln.").removesuffix(".default") for node in lowered.program.graph.nodes}
+    assert called >= OPS[turboquant]
+    assert triton.knobs.runtime.interpret, "kernels are interpreted by test_kernels_interpreted alone"
+    with compiling_for(TARGET):
+        by_kernels, kernels, written = decode(lowered, state)
+    error = ((kernels - logits).norm(dim=1) / logits.norm(dim=1)).max().item()
+    print(f"turboquant {turboquant}: relative difference of the logits {error:.1e}")
+    assert by_kernels == tokens and error < LIMIT
+    for name, cache in caches.items():
+        found, expected = written[name].float(), cache.float()
+        assert cache.any() and (found - expected).norm() <= LIMIT * expected.norm(), name
+
+
+def interpreted_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, monkeypatch, turboquant=False)
+
+
+def interpreted_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, monkeypatch, turboquant=True)
+
+
+test_kernels_interpreted = interpreted(__file__)
