@@ -6,109 +6,119 @@ ifdef PY
 SETUP :=
 else
 PY := $(VENV)/bin/python
-SETUP := $(VENV)/.installed
+SETUP := setup
 endif
-BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
-SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+# Recipes take paths from the environment, "$$PY", where they may hold any character.
+export PYTHON VENV BUILD PY
+BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
+SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
-.PHONY: build demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'
-	touch $@
+setup:
+	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || { set -ex; \
+	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'; \
+	"$$PYTHON" -m venv "$$VENV"; \
+	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'; \
+	touch "$$VENV/.installed"; }
 
 # kiln-run beside Python, the extension module in its site-packages
 build: $(SETUP)
-	@mkdir -p $(BUILD)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(BUILD)/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_INSTALL_MESSAGE=NEVER \
-	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$(abspath $(BIN))" -DKILN_PYTHON_DIR="$(SITE)" \
-	  >$(BUILD)/cmake.log 2>&1 || { cat $(BUILD)/cmake.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/cpp --target install
+	@case "$$PWD$$BUILD$$PY" in *[\"\;]*) echo 'CMake cannot build where a path holds a double quote or a semicolon; move the checkout' >&2; exit 1;; esac
+	@mkdir -p "$$BUILD"
+	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$BUILD/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_INSTALL_MESSAGE=NEVER \
+	  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(BIN) -DKILN_PYTHON_DIR=$(SITE) \
+	  >"$$BUILD/cmake.log" 2>&1 || { cat "$$BUILD/cmake.log"; exit 1; }
+	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/cpp" --target install
 
 demo: build
-	$(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(BUILD)/demo --target cpu --max-seq-len 256 --force
-	$(PY) -m exporter run $(BUILD)/demo --prompt "Why is the sky blue?"
-	$(PY) -m exporter run $(BUILD)/demo --prompt-file tests/nano/demo_passkey.txt
+	"$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$BUILD/demo" --target cpu --max-seq-len 256 --force
+	"$$PY" -m exporter run "$$BUILD/demo" --prompt "Why is the sky blue?"
+	"$$PY" -m exporter run "$$BUILD/demo" --prompt-file tests/nano/demo_passkey.txt
 
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
 test: build lint
-	$(PY) -m pytest -m "not gpu and not nightly" $(KILN_PYTEST)
+	"$$PY" -m pytest -m "not gpu and not nightly" $(KILN_PYTEST)
 
 # ruff, and mypy over the rooms that pyproject.toml lists
 lint: $(SETUP)
-	$(PY) -m ruff check .
-	$(PY) -m mypy
+	"$$PY" -m ruff check .
+	"$$PY" -m mypy
 
 # what is slow and says little that `make test` does not: every kernel for every architecture, and the like
 nightly: build lint
-	$(PY) -m pytest -m "nightly and not gpu" $(KILN_PYTEST)
+	"$$PY" -m pytest -m "nightly and not gpu" $(KILN_PYTEST)
 
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.
 GPU_RECORD ?= docs/measurements/gpu-tests.json
+PARALLEL = $(shell "$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS)" || echo "note: no pytest-xdist: one worker" >&2)
 test-gpu: build
-	$(PY) -m pytest -m gpu -n $(WORKERS) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
+	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 
 # on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
 # time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down
 # when told to leave them out: a hazard in any other kernel fails.
 SANITIZED ?= $(BUILD)/sanitize
+export SANITIZED
 SANITIZE = compute-sanitizer --error-exitcode 1
-STEPS = $(BIN)/kiln-run $(SANITIZED) --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
+STEPS = $(BIN)/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
 sanitize: build
-	[ -f $(SANITIZED)/manifest.json ] || $(PY) -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out $(SANITIZED) \
+	[ -f "$$SANITIZED/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED" \
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
 	KILN_NO_POOLS=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
-	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file $(BUILD)/racecheck.log $(STEPS)
-	grep 'RACECHECK SUMMARY' $(BUILD)/racecheck.log
-	! grep 'Race reported\|and Write access\|and Read access\|Internal' $(BUILD)/racecheck.log | grep -v ' at nvjet_'
+	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file "$$BUILD/racecheck.log" $(STEPS)
+	grep 'RACECHECK SUMMARY' "$$BUILD/racecheck.log"
+	! grep 'Race reported\|and Write access\|and Read access\|Internal' "$$BUILD/racecheck.log" | grep -v ' at nvjet_'
 
 # The C++ library and tests/runtime with AddressSanitizer and UndefinedBehaviorSanitizer; sessions in threads with ThreadSanitizer. The tests'
 # artifact is compiled first, without them. setarch: ThreadSanitizer of GCC 12 does not know newer kernels' address spaces.
-SANITIZED_CPU = $(abspath $(BUILD)/sanitize-cpu)
-sanitized = PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp -B $(SANITIZED_CPU)/$(1) -G Ninja -DKILN_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(SANITIZED_CPU)/$(1)/bin \
-  -DKILN_PYTHON_DIR=$(SANITIZED_CPU)/$(1)/site >/dev/null && PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED_CPU)/$(1) --target $(3)
+sanitized = PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$SANITIZED_CPU/$(1)" -G Ninja -DKILN_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$$SANITIZED_CPU/$(1)/bin" \
+  -DKILN_PYTHON_DIR="$$SANITIZED_CPU/$(1)/site" >/dev/null && PATH=$(BIN):"$$PATH" cmake --build "$$SANITIZED_CPU/$(1)" --target $(3)
 PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "$$(c++ -print-file-name=$$l)"; done)
+# One OpenMP thread: its library synchronizes out of the sanitizer's sight.
+TSAN = OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=runtime_cpp/test/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu
+sanitize-cpu: export SANITIZED_CPU = $(CURDIR)/$(BUILD)/sanitize-cpu
 sanitize-cpu: $(SETUP)
-	@rm -rf $(SANITIZED_CPU)/toy && mkdir -p $(SANITIZED_CPU)
-	$(PY) -m tests.runtime.toy $(SANITIZED_CPU)/toy
-	$(call sanitized,asan,address$(comma)undefined,install kiln-sessions)
-	$(call sanitized,tsan,thread,kiln-sessions)
-	$(SANITIZED_CPU)/asan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu 4
-	TSAN_OPTIONS=suppressions=runtime_cpp/tests/tsan.supp setarch -R $(SANITIZED_CPU)/tsan/kiln-sessions $(SANITIZED_CPU)/toy/cpu cpu
-	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED_CPU)/asan/site KILN_RUN=$(SANITIZED_CPU)/asan/bin/kiln-run \
-	  KILN_TEST_TOY=$(SANITIZED_CPU)/toy $(PY) -m pytest -m "not gpu and not builds" tests/runtime
+	@rm -rf "$$SANITIZED_CPU/toy" && mkdir -p "$$SANITIZED_CPU"
+	"$$PY" -m tests.runtime.toy "$$SANITIZED_CPU/toy"
+	$(call sanitized,asan,address$(comma)undefined,install kiln-threads)
+	$(call sanitized,tsan,thread,kiln-threads)
+	"$$SANITIZED_CPU/asan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu 8 64 4
+	$(TSAN) 8 64 20
+	$(TSAN) 8 40 3 alive
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$SANITIZED_CPU/asan/site" KILN_RUN="$$SANITIZED_CPU/asan/bin/kiln-run" \
+	  KILN_TEST_TOY="$$SANITIZED_CPU/toy" "$$PY" -m pytest -m "not gpu and not builds" tests/runtime
 comma = ,
 
 # What clang-tidy says of the C++ code, by .clang-tidy
 tidy: build
 	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
-	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p $(BUILD)/cpp --warnings-as-errors='*'
+	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
 
 # What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
 FUZZ_SECONDS ?= 60
-FUZZED = $(notdir $(wildcard tests/corpus/*))
+FUZZED = $(filter $(basename $(notdir $(wildcard runtime_cpp/fuzz/*.cpp))), $(notdir $(wildcard tests/corpus/*)))
 LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
 FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
 fuzz: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S runtime_cpp/fuzz -B $(BUILD)/fuzz -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)/fuzz
-	@printf '%s\n' $(FUZZED) | xargs -P 2 -I{} sh -c 'cd $(BUILD)/fuzz && mkdir -p found/{} && ./fuzz_{} -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
-	  -timeout=20 -artifact_prefix=$(CURDIR)/tests/corpus/{}/ found/{} $(CURDIR)/tests/corpus/{} >{}.log 2>&1 && echo "{}: $$(grep "^Done" {}.log)" \
-	  || { tail -n 40 {}.log; exit 255; }'
+	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp/fuzz -B "$$BUILD/fuzz" -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/fuzz"
+	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P 2 -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
+	  -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -artifact_prefix="$$top/tests/corpus/{}/" found/{} "$$top/tests/corpus/{}" >{}.log 2>&1 \
+	  && echo "{}: $$(grep "^Done" {}.log)" || { tail -n 40 {}.log; exit 255; }'
+	FUZZ_SECONDS=$(FUZZ_SECONDS) "$$PY" -m tests.tools.fuzz_python
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)
-	$(PY) -m custom_ops.bench --out $(BUILD)/bench-ops.json
+	"$$PY" -m custom_ops.bench --out "$$BUILD/bench-ops.json"
 
 tune: $(SETUP)
-	$(PY) -m custom_ops.bench --tune --out $(BUILD)/tune.json
+	"$$PY" -m custom_ops.bench --tune --out "$$BUILD/tune.json"
 
 clean:
-	rm -rf $(BUILD) $(VENV)
+	rm -rf "$$BUILD" "$$VENV"

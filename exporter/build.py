@@ -9,25 +9,32 @@ from pathlib import Path
 
 import torch
 
+from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.dtypes import DTYPES, dtype_name
 from custom_ops.gpu.early import waiting_kernels
 from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
+from custom_ops.tq4.codec import check_dim
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.manifest import staged
 from exporter.artifact.memory import kv_plan, memory_plan
+from exporter.artifact.output import check_output, check_space, staged
 from exporter.artifact.record import write_manifest
 from exporter.artifact.weights import write_weights
-from exporter.compiler.compile import CompiledEntry, available_targets, clean, compile_target, native_target
+from exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
+from exporter.compiler.host import check_gpu_tools
 from exporter.compiler.torch_private import check_versions
 from exporter.compiler.trace import GraphSpec
+from exporter.compiler.workers import none_left
 from exporter.errors import KilnError
 from exporter.files import write_text
 from exporter.progress import bar, say, size_text
 from exporter.source.plan import ModelPlan
+from exporter.source.weights import weight_bytes
+from exporter.temporary import working_folder
 from passes.records import PassOptions
 
 GIB = 2**30
+PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most
 DEFAULT_SEQ_LEN = 8192
 
 
@@ -85,6 +92,9 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
     if options.residual_length < 32 or options.residual_length % 32:
         raise KilnError(f"--residual-length {options.residual_length}: give a multiple of 32, at least 32")
+    global_layers = any(not layer.sliding for layer in config.layers)
+    if options.turboquant and not global_layers:
+        raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     spec = GraphSpec(
         cache=options.cache,
         config=config,
@@ -95,7 +105,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         options=PassOptions(
             turboquant=options.turboquant,
             residual_length=options.residual_length,
-            kv_len=options.kv_len,
+            kv_len=options.kv_len and global_layers,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
             matmul="blas" if cpu else options.matmul,
@@ -105,7 +115,21 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     largest, tensor = plan.key_bound
     if spec.cache_dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
         raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
+    _check_shapes(spec, gpu=not cpu)
     return spec
+
+
+def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
+    """KilnError for head sizes and caches that the kernels do not take: compiling would find out after minutes."""
+    try:
+        for layer in spec.config.layers:
+            if spec.options.turboquant and not layer.sliding:
+                check_dim(layer.head_dim)
+        for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
+            if buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
+                check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
+    except ValueError as e:
+        raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e
 
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
@@ -117,15 +141,24 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
     """Compiles and writes `plan`, the model at `options.gguf_path`. Raises KilnError; on any failure nothing is left at `options.out`."""
     start = time.monotonic()
     check_versions()
+    output = check_output(options.out, options.force, [options.gguf_path])
     targets = choose_targets(options.targets)
+    if targets != ("cpu",):
+        check_gpu_tools()
     spec = graph_spec(options, plan, targets)
     for note in plan.notes:
         say(note)
     print_plan(spec, options, targets)
     note_borrowed(targets)
+    try:
+        check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
+    except KilnError as e:
+        if not options.dry_run:
+            raise
+        say(f"note: {e}")
     if options.dry_run:
         return
-    with staged(options.out, options.force) as stage:
+    with working_folder() as work, none_left(), staged(output) as stage:
         if plan.tokenizer:
             plan.tokenizer.write(stage / "tokenizer.json")
         if plan.chat:
@@ -134,13 +167,11 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
         chat = plan.chat.record() if plan.chat else None
         with bar("packing weights") as progress:
             records = write_weights(stage / "weights.safetensors", plan, progress, options.allow_nonfinite)
-        work = stage / ".work"
         compiled = []
         for target in targets:
             say(f"compiling for {target}")
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
-        clean(work)
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")

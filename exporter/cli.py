@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -15,6 +16,8 @@ import click
 from custom_ops.geometry import GEOMETRIES
 from custom_ops.weights.mixes import SYNTHETIC
 from exporter.errors import KilnError
+from exporter.interrupt import ending_cleanly
+from exporter.temporary import working_folder
 
 
 class UserPath(click.Path):
@@ -38,10 +41,15 @@ class Group(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with ending_cleanly():
+                return super().invoke(ctx)
         except KilnError as e:
             click.echo(f"kiln: error: {e}", err=True)
-            sys.exit(1)
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # nobody reads any more
+                raise
+            click.echo(f"kiln: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", err=True)
+        sys.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,7 +117,7 @@ def main() -> None:
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@click.option("--force", is_flag=True, help="Replace an artifact at --out.")
 def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options: Any) -> None:
     """Compile a GGUF file into an artifact."""
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
@@ -122,20 +130,24 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
+    from exporter.checks import check_paths
+    from exporter.compiler.host import check_compiler
+    from exporter.compiler.workers import AT_ONCE, none_left, prepare
     from exporter.source.plan import ReadOptions, read_plan
 
-    # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
-    scan = options["dry_run"] and not options["allow_nonfinite"]
-    # Before torch is imported: a bad file is refused at once.
-    plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
-    if not options["dry_run"]:
-        from exporter.compiler.workers import AT_ONCE, prepare
+    # Before torch is imported: what cannot be done is refused at once.
+    check_paths(options["out"], options["force"], options["gguf_path"], options["dump_passes"])
+    with working_folder() as folder, none_left():
+        check_compiler(folder)
+        # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
+        scan = options["dry_run"] and not options["allow_nonfinite"]
+        plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
+        if not options["dry_run"]:
+            prepare(AT_ONCE)  # they import PyTorch while this process does
+        from exporter.build import ExportOptions, export_artifact
 
-        prepare(AT_ONCE)  # they import PyTorch while this process does
-    from exporter.build import ExportOptions, export_artifact
-
-    cache = "bfloat16" if kv_cache == "bf16" else "float16"
-    export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
+        cache = "bfloat16" if kv_cache == "bf16" else "float16"
+        export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
 
 
 @main.command()
@@ -145,7 +157,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
 @click.option("--no-scan", is_flag=True, help="Leave the weights of a GGUF file unread: whether all of them are finite is not known then.")
 def inspect(path: Path, as_json: bool, verify: bool, no_scan: bool) -> None:
     """Show what a GGUF file or an artifact holds, and everything for which `kiln export` would refuse the file (exit code 1)."""
-    from exporter.artifact import show as show
+    from exporter.artifact import show
 
     record = show.artifact(path, verify) if _is_artifact(path) else show.gguf(path, scan=not no_scan)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
@@ -187,7 +199,8 @@ def bench(as_json: bool, **options: Any) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
     from exporter.measure.bench import bench as measure
 
-    record, text = measure(**options)
+    with working_folder():
+        record, text = measure(**options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
 
 
@@ -230,5 +243,6 @@ def evaluate(suite: str, depths: str, as_json: bool, **options: Any) -> None:
         lengths = tuple(int(depth) for depth in depths.split(","))
     except ValueError:
         raise click.BadParameter(f"{depths!r} is not a list of numbers like 2048,8192", param_hint="--depths") from None
-    record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
+    with working_folder():
+        record = ev.evaluate(ev.EvalOptions(suites=tuple(suite.split(",")), depths=lengths, **options))
     click.echo(json.dumps(record, indent=1) if as_json else ev.report(record))

@@ -7,9 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
+
+from custom_ops.geometry import MEASURED
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("configs", "custom_ops", "passes", "exporter")  # each imports those before it, and none after it
@@ -121,9 +124,18 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
     assert not missing
     code = f"""
 import sys
+import tokenize
 sys.path.insert(0, {str(target)!r})
 import custom_ops.geometry, custom_ops.gpu.target, exporter.source.config as config
 print(config.__file__, sorted(config.families()), sorted(custom_ops.gpu.target.gpu_targets()))
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert out.startswith(str(target)) and "gemma4" in out and "sm_90" in out
+
+
+def test_shapes_of_models_stand_in_one_place() -> None:
+    """`configs/geometries.toml`: no module of the product repeats a size of the 31B or the 12B."""
+    sizes = {str(size) for model in MEASURED for size in (model.hidden, model.ffn, 2 * model.ffn, model.vocab)}
+    for name, path in modules("custom_ops", "passes", "exporter").items():
+        numbers = {token.string for token in tokenize.generate_tokens(path.open().readline) if token.type == tokenize.NUMBER}
+        assert not sizes & numbers, f"{name}: {sizes & numbers}"

@@ -115,7 +115,7 @@ def multiply_into(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, first: in
         grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(n, tile.columns),)
         kernel(kiln_matmul)[grid](x, w, out, x.shape[0], first, **fixed, **options)
         return
-    programs, parts, flags = target.sm_count * tile.per_sm, x, x
+    programs, parts, flags = target.sm_count * tile.per_sm, w, w
     if tile.balanced:
         parts = torch.empty(programs * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
         flags = torch.zeros(programs, dtype=torch.int32, device=x.device)

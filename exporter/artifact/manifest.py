@@ -1,37 +1,30 @@
-"""The artifact directory: written under a temporary name, renamed when complete; read and verified without torch."""
+"""`manifest.json` of an artifact: what its files are, read without torch; `record.py` writes it. `docs/ARTIFACT.md` is its format."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
+from exporter.artifact.output import MANIFEST
 from exporter.errors import KilnError
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+OTHER_FILES = ("tokenizer.json", "chat_template.jinja")  # beside the packages and the weights
 
 
-@contextlib.contextmanager
-def staged(out: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when the block ends without an error, and vanishes otherwise."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise KilnError(f"{out} exists; remove it, name another --out, or say --force")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    try:
-        yield stage
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        stage.rename(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+def weights_record(path: Path, records: list[dict]) -> dict:
+    """The weights file: its size, and the checksum of what stands before the first constant, whose checksums are in `records`."""
+    header = min((r["offset"] for r in records), default=path.stat().st_size)
+    with path.open("rb") as f:
+        digest = hashlib.sha256(f.read(header)).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "header": {"bytes": header, "sha256": digest}}
+
+
+def file_records(directory: Path) -> list[dict]:
+    """The files beside the packages and the weights."""
+    paths = [path for name in OTHER_FILES if (path := directory / name).is_file()]
+    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
 
 
 def read_manifest(directory: Path) -> dict:
@@ -40,10 +33,12 @@ def read_manifest(directory: Path) -> dict:
     if not path.is_file():
         raise KilnError(f"{directory} is not an artifact: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as e:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
         raise KilnError(f"{path} is not valid JSON: {e}") from e
-    if manifest.get("format") != "kiln" or manifest.get("format_version") != FORMAT_VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != "kiln":
+        raise KilnError(f"{directory} is not an artifact: its {MANIFEST} is of something else")
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise KilnError(
             f"{directory} has format version {manifest.get('format_version')}, this Kiln reads {FORMAT_VERSION}; export it again"
         )
@@ -53,26 +48,3 @@ def read_manifest(directory: Path) -> dict:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def verify(directory: Path) -> None:
-    """Recompute every checksum; raises KilnError naming the first file or tensor that differs."""
-    manifest = read_manifest(directory)
-    for target in manifest["targets"]:
-        path = directory / target["file"]
-        if not path.is_file() or file_sha256(path) != target["sha256"]:
-            raise KilnError(f"{path} is missing or differs from the manifest; copy the artifact again")
-    path = directory / manifest["weights"]["file"]
-    size = path.stat().st_size if path.is_file() else 0
-    if size != manifest["weights"]["bytes"]:
-        raise KilnError(f"{path} has {size} bytes, the manifest says {manifest['weights']['bytes']}; copy the artifact again")
-    with path.open("rb") as f:
-        for constant in manifest["constants"]:
-            f.seek(constant["offset"])
-            digest, left = hashlib.sha256(), constant["bytes"]
-            while left:
-                block = f.read(min(left, 1 << 24))
-                digest.update(block)
-                left -= len(block)
-            if digest.hexdigest() != constant["sha256"]:
-                raise KilnError(f"{path}: {constant['name']} differs from its checksum; copy the artifact again")

@@ -11,7 +11,8 @@ import triton
 
 from custom_ops.dtypes import dtype_name
 from custom_ops.gpu.target import gpu_targets
-from exporter.artifact.manifest import FORMAT_VERSION, MANIFEST, file_sha256
+from exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
+from exporter.artifact.output import MANIFEST
 from exporter.compiler.compile import CompiledTarget
 from exporter.compiler.trace import GraphSpec
 from exporter.model.decoder import SAMPLING_INPUTS
@@ -107,9 +108,11 @@ def write_manifest(
         "quantization": quantization(spec),
         "constants": records,
         "kv": [kv_record(b) for b in kv],
-        "weights": {"file": "weights.safetensors", "bytes": (directory / "weights.safetensors").stat().st_size},
+        "weights": weights_record(directory / "weights.safetensors", records),
+        "files": file_records(directory),
         "tokenizer": tokenizer,
         "chat": chat,
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8", errors="replace")  # a file's name need not be text
     return manifest

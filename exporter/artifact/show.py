@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from exporter.artifact.manifest import read_manifest
-from exporter.artifact.manifest import verify as verify_artifact
+from exporter.artifact.verify import verify as verify_artifact
 from exporter.errors import printable
+from exporter.progress import say
 from exporter.source.plan import ReadOptions, Survey, survey
 
 FLOAT16_MAX = 65504.0
@@ -55,7 +56,8 @@ def artifact(path: Path, verify: bool) -> dict:
     """The manifest; with `verify` every checksum is recomputed first."""
     manifest = read_manifest(path)
     if verify:
-        verify_artifact(path)
+        for name in verify_artifact(path):
+            say(f"note: {path / name} is no part of the artifact")
     return manifest
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from custom_ops.gpu import contract
 from custom_ops.gpu.cubin import images
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.weights.matmul import choosing
+from exporter.compiler.host import compile_failure
 from exporter.compiler.package import declared_constants, write_package
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
@@ -98,8 +98,7 @@ def _compile_entry(spec: GraphSpec, entry: str, target: str, work: Path, dump: P
             traceback.print_exc()
         if ours := _ours(e):
             raise ours from None
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise KilnError(f"compiling {entry} for {target}: {type(e).__name__}: {reason} (KILN_DEBUG=1 shows where)") from None
+        raise KilnError(f"compiling {entry} for {target}: {compile_failure(e)}") from None
 
 
 def _ours(error: BaseException | None) -> KilnError | None:
@@ -174,7 +173,3 @@ def native_target() -> str:
     if name not in gpu_targets():
         raise KilnError(f"--target native: this GPU is {name}, which is not in configs/gpus.toml ({', '.join(gpu_targets())})")
     return name
-
-
-def clean(work: Path) -> None:
-    shutil.rmtree(work, ignore_errors=True)

@@ -8,18 +8,19 @@ graph that needs a function outside of the two lists fails at export.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.compiler.host import MARCH, reason
 from exporter.errors import KilnError
 
 ABI = 1  # of kiln_shims and kiln_constants; the runner refuses another one
 SHIMS = Path(__file__).parents[2] / "runtime_cpp" / "src" / "shims.def"
 IN_PACKAGE = Path(__file__).with_name("in_package.cpp")
-MARCH = "x86-64-v3"
 EXPORTED = ("kiln_shims", "kiln_constants", "AOTInductorModelContainer*")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -93,29 +94,20 @@ def link(objects: list[str], wrapper: str, output: Path) -> None:
     source, script = output.with_suffix(".shims.cpp"), output.with_suffix(".map")
     source.write_text(_source(declared_constants(wrapper)))
     script.write_text(f"{{ global: {'; '.join(EXPORTED)}; local: *; }};\n")
-    compiled = source.with_suffix(".o")
+    compiled, compiler = source.with_suffix(".o"), os.environ.get("CXX") or "g++"
     flags = ["-std=c++17", "-O2", f"-march={MARCH}", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-w", f"-I{IN_PACKAGE.parent}"]
     flags += [f"-ffile-prefix-map={path}=kiln" for path in (IN_PACKAGE.parent, output.parent)]
-    _run(["g++", *flags, "-c", str(source), "-o", str(compiled)])
     linker = ("-z,defs", "--gc-sections", "--as-needed", "--build-id=none", "-s", f"--version-script={script}")
-    try:
-        _run(["g++", "-shared", *objects, str(compiled), *(f"-Wl,{flag}" for flag in linker), "-lgomp", "-lm", "-o", str(output)])
-    except KilnError as e:
-        missing = sorted(set(re.findall(r"undefined reference to [`']([^']+)'", str(e))))
-        if not missing:
-            raise
-        raise KilnError(f"the compiled graph calls {', '.join(missing)}, which the runner does not have; this is a bug in Kiln") from None
+    compile_it = [compiler, *flags, "-c", str(source), "-o", str(compiled)]
+    link_it = [compiler, "-shared", *objects, str(compiled), *(f"-Wl,{flag}" for flag in linker), "-lgomp", "-lm", "-o", str(output)]
+    for command in (compile_it, link_it):
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if missing := sorted(set(re.findall(r"undefined reference to [`']([^']+)'", result.stderr))):
+            raise KilnError(f"the compiled graph calls {', '.join(missing)}, which the runner does not have; this is a bug in Kiln")
+        if result.returncode:
+            raise KilnError(f"{compiler} failed: {reason(result.stderr)}")
     for path in (source, script, compiled):
         path.unlink()
-
-
-def _run(command: list[str]) -> None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise KilnError(f"{command[0]} was not found; install a C++ compiler (g++)") from None
-    if result.returncode:
-        raise KilnError(f"{command[0]} failed: {result.stderr.strip()}")
 
 
 def write_package(path: Path, libraries: dict[str, Path]) -> None:

@@ -12,13 +12,16 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
      `torch._inductor.codegen.cuda.device_op_overrides.CUDADeviceOpOverrides.cpp_scratch`: scratch for every program of a grid
   5. `torch._inductor.graph.is_same_tensor`: constant de-duplication compares `data_ptr()`, which is 0 for every fake tensor
   6. `torch._inductor.cpp_builder._get_optimization_cflags`: -march=native; `CppKernel.decide_parallel_depth`: loops too short for threads
-  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each other
+  7. `torch._inductor.codecache.convert_cubin_to_obj`: names the object after the cubin, so two kernels with equal code overwrite each
+     other; and splits its commands at spaces
   8. `AotCodeCompiler`'s link step (see 11) and generated source: packages link to nothing of torch, and errors go to the runner
   9. `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: the instruction set is given, not probed for with trial programs
  10. `_same_work_once`: memos and a list of traces that only cost time; what is generated stays the same
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
- 12. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
+ 12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
+ 13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
      tells that the analysis of a kernel gave up
+ 13. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
 
 A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
 """
@@ -31,9 +34,8 @@ import functools
 import gc
 import os
 import re
-import shutil
+import shlex
 import subprocess
-import sysconfig
 import tempfile
 import types
 from collections.abc import Callable, Iterator
@@ -46,6 +48,7 @@ import triton
 
 from custom_ops.gpu.target import KIB, GpuTarget
 from exporter.compiler import package
+from exporter.compiler.host import MARCH, cuda_home
 from exporter.errors import KilnError
 
 CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
@@ -84,6 +87,7 @@ def install(target: GpuTarget | None) -> None:
     _portable_host_code()
     _same_work_once()
     packages_for_the_runner()
+    _paths_in_quotes()
     _objects_side_by_side()
     if target is not None:
         _cuda_toolchain()
@@ -91,6 +95,7 @@ def install(target: GpuTarget | None) -> None:
         _triton_driver(target)
         _wrapper()
         _one_object_for_each_kernel()
+        _inputs_computed_once()
         _what_kernels_write()
 
 
@@ -150,8 +155,8 @@ def _portable_host_code() -> None:
     @functools.wraps(original)
     def portable(*args, **kwargs):
         cflags, ldflags = original(*args, **kwargs)
-        cflags = [f"march={package.MARCH}" if flag == "march=native" else flag for flag in cflags]
-        return cflags + [f"ffile-prefix-map={path}={name}" for path, name in paths.items()], ldflags
+        cflags = [f"march={MARCH}" if flag == "march=native" else flag for flag in cflags]
+        return cflags + [shlex.quote(f"ffile-prefix-map={path}={name}") for path, name in paths.items()], ldflags
 
     def enough_work(self, most, threads: int):  # with dynamic threads every loop, however short, would get a parallel region
         with torch._inductor.config.patch({"cpp.dynamic_threads": False}):
@@ -201,6 +206,23 @@ def _same_work_once() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
+def _paths_in_quotes() -> None:
+    """A compiler's command is one string that is split as a shell would do it: its paths are quoted, which Inductor does for a few."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    original = CppBuilder.__init__
+
+    @functools.wraps(original)
+    def quoted(self, name, sources, BuildOption, output_dir=""):
+        sources = [sources] if isinstance(sources, str) else sources
+        original(self, name, [shlex.quote(source) for source in sources], BuildOption, output_dir)
+        self._compiler = shlex.quote(self._compiler)
+        self._output = self._output.replace(self._target_file, shlex.quote(self._target_file))
+        self._libraries_dirs_args = "".join(f"-L{shlex.quote(path)} " for path in BuildOption.get_libraries_dirs())
+
+    CppBuilder.__init__ = quoted
+
+
 def _objects_side_by_side() -> None:
     from torch._inductor.cpp_builder import CppBuilder
 
@@ -231,7 +253,7 @@ def packages_for_the_runner() -> None:
 
     @functools.wraps(build)
     def build_or_link(self) -> None:
-        sources = self._sources_args.split()
+        sources = shlex.split(self._sources_args)
         wrapper = next((Path(s).with_suffix(".cpp") for s in sources if Path(s).stem.endswith(".wrapper")), None)
         if wrapper and self._compile_only:
             text = wrapper.read_text()
@@ -249,17 +271,7 @@ def packages_for_the_runner() -> None:
 
 def _cuda_toolchain() -> None:
     """CUDA headers of CUDA_HOME, of the wheels or of an installed toolkit."""
-    named = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc")
-    toolkits = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    homes = [named] if named else [os.path.join(sysconfig.get_paths()["purelib"], "nvidia", "cu13"), *toolkits, "/usr/local/cuda"]
-    needed = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
-    home = next((h for h in homes if all(Path(h, "include", f).is_file() for f in needed)), None)
-    if home is None:
-        raise KilnError(
-            f"no CUDA headers in {' or '.join(homes)}; install the package's dependencies, or set CUDA_HOME to a CUDA 13 toolkit"
-        )
-    os.environ["CUDA_HOME"] = home
+    os.environ["CUDA_HOME"] = cuda_home()
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:
@@ -418,15 +430,32 @@ def _scratch_for_every_program() -> None:
     CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
 
 
+def _inputs_computed_once() -> None:
+    """The original copies an input that is not in memory yet, and computes it anew for each argument of each kernel."""
+    from torch._inductor.ir import ExternKernel, StorageBox, TensorBox
+
+    original = ExternKernel.require_strides.__func__
+
+    def require_strides(cls, x, *args, **kwargs):
+        if isinstance(x, TensorBox) and isinstance(x.data, StorageBox):
+            x.realize()
+        return original(cls, x, *args, **kwargs)
+
+    ExternKernel.require_strides = classmethod(require_strides)
+
+
 def _one_object_for_each_kernel() -> None:
     from torch._inductor import codecache
 
-    original = codecache.convert_cubin_to_obj
-
     def convert(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
-        own = Path(cubin_file).with_name(f"{kernel_name}.cubin")
-        own.write_bytes(Path(cubin_file).read_bytes())
-        return original(str(own), kernel_name, ld, objcopy)
+        folder, own = Path(cubin_file).parent, f"{kernel_name}.cubin"
+        (folder / own).write_bytes(Path(cubin_file).read_bytes())
+        symbol = re.sub(r"\W", "_", own)  # of the path as it is given: here a name without folders
+        names = [f"--redefine-sym=_binary_{symbol}_{part}=__{kernel_name}_{part}" for part in ("start", "size", "end")]
+        section = "--rename-section=.data=.rodata,alloc,load,readonly,data,contents"
+        for command in ([ld, "-r", "-b", "binary", "-z", "noexecstack", "-o", f"{own}.o", own], [objcopy, section, *names, f"{own}.o"]):
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return str(folder / f"{own}.o")
 
     codecache.convert_cubin_to_obj = convert
 

@@ -10,6 +10,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
@@ -123,7 +124,7 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     }
 
 
-def _session(model, **options):
+def _session(model: Any, **options: Any) -> Any:
     """A session over caches of random values: zeros would time a softmax over equal scores, and take less power than real work."""
     import kiln
     import torch
@@ -141,10 +142,10 @@ def _session(model, **options):
     return session
 
 
-def _decode(model, depth: int) -> dict:
+def _decode(model: Any, depth: int) -> dict:
     replayed, direct = _session(model), _session(model, graph=False)
 
-    def steps(session, count: int) -> None:
+    def steps(session: Any, count: int) -> None:
         session.pretend(depth)
         session.generate(count + 1, stop_at_eog=False)  # the first token is at hand
 
@@ -152,7 +153,7 @@ def _decode(model, depth: int) -> dict:
     return _part("decode", depth, 1, True, measured, _trace(lambda n: steps(direct, n), DECODE_STEPS), DECODE_STEPS)
 
 
-def _prefill(model, depth: int, chunk: int) -> dict:
+def _prefill(model: Any, depth: int, chunk: int) -> dict:
     import torch
 
     session, tokens = _session(model), torch.randint(model.vocab_size, (chunk,)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import subprocess
@@ -68,11 +69,23 @@ def read_chat(template: str, tokenizer: Tokenizer | None) -> Chat:
 
 
 def render_chat(template: str, tokens: Mapping[str, str]) -> Chat:
-    """`read_chat` with the special tokens' texts by the names that templates use."""
+    """`read_chat` with the special tokens' texts by the names that templates use.
+
+    Some templates of models that see pictures take a message as a list of parts only.
+    """
+    try:
+        return _render(template, tokens, parts=False)
+    except KilnError:
+        with contextlib.suppress(KilnError):
+            return _render(template, tokens, parts=True)
+        raise
+
+
+def _render(template: str, tokens: Mapping[str, str], parts: bool) -> Chat:
     unique = uuid.uuid4().hex
     # Two texts of unlike length and content, the second with all that a template might escape: what is around them must be the same.
     texts = [f"A{unique}Z", f"Ä{unique}.<&>\"'\\ {{{{x}}}} \n\n/{unique}é"]
-    job = {"template": template, "texts": [*texts, _AROUND + texts[0] + _AROUND], "tokens": dict(tokens)}
+    job = {"template": template, "texts": [*texts, _AROUND + texts[0] + _AROUND], "tokens": dict(tokens), "parts": parts}
     answer = _run(job)
     if "error" in answer:
         raise KilnError(f"the chat template cannot render a single user turn: {one_line(answer['error'])}; {_ELSE}")

@@ -347,8 +347,16 @@ def _first_and_count(texts: list[str]) -> list[str]:
     return [texts[0] + (f" ({len(texts) - 1} more such tensors)" if len(texts) > 1 else "")] if texts else []
 
 
+_REMOVED = {  # weights rearranged for one processor, or long gone
+    f"type {number}": name
+    for number, name in {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8"}.items()
+}
+
+
 def _instead(kind: str) -> str:
     """What to do about a block type that cannot be loaded."""
+    if kind in _REMOVED:
+        return f"that is {_REMOVED[kind]}, which llama.cpp dropped; download a Q4_0 or Q4_K_M file of the same model"
     if kind.startswith("type "):
         return "the file is newer than Kiln, or damaged; download a Q4_K_M file of the same model"
     better = {"IQ4": "Q4_K_M or Q4_0", "MXFP": "Q4_K_M or Q8_0", "NVFP": "Q4_K_M or Q8_0", "Q8": "Q8_0"}

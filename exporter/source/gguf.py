@@ -301,19 +301,35 @@ class GGUFFile:
             self._parts[info.file].map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
+def _absent(path: Path) -> str:
+    """What may be meant by a path where there is no file."""
+    text = str(path)
+    bare = text.strip(" \t\r\n'\"")
+    if path.is_symlink():
+        return f"a link to a file that is gone ({os.readlink(path)}); download it again"
+    if text.startswith(("http:/", "https:/", "hf:/", "file:/")):
+        return "a URL, not a file; download it and give the file's path"
+    if bare and bare != text and Path(bare).exists():
+        return f"no such file, but there is {bare}: take off what stands around the name"
+    if any(c in text for c in "*?[") and any(path.parent.glob(path.name)):
+        return "no such file: a pattern that the shell left as it is; give one file's path"
+    return "no such file; give the path of a .gguf file"
+
+
 def _check_path(path: Path) -> None:
     """KilnError, with what to give instead, unless `path` is a regular file (or a link to one)."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        hint = "a link to a file that is gone; " if path.is_symlink() else ""
-        raise KilnError(f"{path}: {hint}no such file; give the path of a .gguf file") from None
+        raise KilnError(f"{path}: {_absent(path)}") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL character
         raise KilnError(f"{path}: cannot read the GGUF file: {getattr(e, 'strerror', None) or e}; check the path") from e
     if stat.S_ISDIR(mode):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf") if os.access(path, os.R_OK | os.X_OK) else []
         models = [p for p in inside if not (m := _SPLIT_NAME.match(p.name)) or int(m["part"]) == 1]
         hint = f"; it holds {', '.join(str(p) for p in models[:4])}: give one of them" if models else "; give the path of a .gguf file"
+        if not models and any(path.glob("*.safetensors")):
+            hint = "; it holds safetensors files: convert the model to GGUF first (llama.cpp's convert_hf_to_gguf.py)"
         raise KilnError(f"{path}: a directory, not a GGUF file{hint}")
     if not stat.S_ISREG(mode):
         raise KilnError(f"{path}: a pipe or device, which cannot be mapped into memory; save the model as a file first")

@@ -41,7 +41,8 @@ _OTHER = {
     "adapter": "a LoRA adapter",
     "sd": "an image model", "sdxl": "an image model", "flux": "an image model", "wan": "a video model",
     "bert": "a text embedding model (BERT)", "nomic-bert": "a text embedding model (BERT)", "t5encoder": "a text encoder (T5)",
-    "wavtokenizer-dec": "an audio decoder",
+    "wavtokenizer-dec": "an audio decoder", "gemma-embedding": "a text embedding model",
+    "gemma4-assistant": "a drafter, which guesses tokens for a larger model",
 }  # fmt: skip
 _TYPES = {"adapter": _OTHER["adapter"], "mmproj": _OTHER["mmproj"], "projector": _OTHER["mmproj"], "imatrix": _OTHER["imatrix"],
           "vocab": "a vocabulary alone, without weights"}  # of `general.type`  # fmt: skip
@@ -85,8 +86,8 @@ def other_model(metadata: Mapping[str, Any]) -> str | None:
     kind, architecture = (str(metadata.get(f"general.{key}", "")).lower() for key in ("type", "architecture"))
     if kind in _TYPES:
         return _TYPES[kind]
-    if architecture in _OTHER:
-        return _OTHER[architecture]
+    if architecture in _OTHER or "bert" in architecture:
+        return _OTHER.get(architecture, _OTHER["bert"])
     if not architecture:
         first = {key.split(".", 1)[0] for key in metadata}
         return next((what for word, what in _OTHER.items() if word in first), None)

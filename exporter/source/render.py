@@ -1,7 +1,8 @@
 """Renders a chat template in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
 
-Run as a file (`python render.py`), so that nothing of this package is imported. stdin: JSON {template, texts, tokens}; stdout: JSON
-{rendered: [text, ...], dated: the template asked for the date} or {error: one line}.
+Run as a file (`python render.py`), so that nothing of this package is imported.
+stdin: JSON {template, texts, tokens, parts: a message's content is a list of parts, not a text}.
+stdout: JSON {rendered: [text, ...], dated: the template asked for the date} or {error: one line}.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
         template = environment(asked).from_string(job["template"])
         rendered = []
         for text in job["texts"]:
+            content = [{"type": "text", "text": text}] if job["parts"] else text
             parts, length = [], 0
             for part in template.generate(
-                messages=[{"role": "user", "content": text}], add_generation_prompt=True, enable_thinking=False, tools=None, documents=None,
-                **job["tokens"],
+                messages=[{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False, tools=None,
+                documents=None, **job["tokens"],
             ):  # fmt: skip
                 parts.append(part)
                 length += len(part)

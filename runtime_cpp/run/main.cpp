@@ -170,7 +170,7 @@ int play(const Arguments& a) {
     logits_file.open(a.logits_file, std::ios::binary);
     if (!logits_file) fail(a.logits_file, ": cannot write");
     session.set_logits_sink([&](const std::vector<float>& row) {
-      logits_file.write(reinterpret_cast<const char*>(row.data()), static_cast<std::streamsize>(row.size() * sizeof(float)));
+      logits_file.write(reinterpret_cast<const char*>(row.data()), static_cast<std::streamsize>(row.size() * sizeof(float))).flush();
       if (a.json) run.logits.push_back(row);
     });
   }

@@ -34,6 +34,7 @@ std::string read_all(int fd, const std::string& name) {
   char piece[1 << 16];
   for (;;) {
     wait_for(fd, POLLIN);
+    end_if_noted();
     ssize_t n = read(fd, piece, sizeof piece);
     if (n == 0) return text;
     if (n > 0)

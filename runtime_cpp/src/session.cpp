@@ -319,6 +319,7 @@ void Session::Impl::take_next(int64_t unread) {
   for (int64_t i = 1; i < unread; ++i, --position) timeline->receive();
   next = -1;
   forget_step();
+  timeline->fill(values.at("tokens"), int64_t{0});  // fill_low() would leave the upper half of -1
   fail("the logits after position ", position - 1, " are not finite: ", trace_not_finite(shared.artifact, *timeline, kv, position));
 }
 

@@ -115,6 +115,7 @@ Tokenizer Tokenizer::parse(std::string json, const std::string& name) {
     for (size_t i = 0; i < twice; ++i) {
       const Json& token = (*duplicates)[i];
       auto id = static_cast<size_t>(token.at("id").as_int());
+      if (texts[id].data()) fail("two tokens have the id ", id);
       texts[id] = token.at("content").as_string();
       t.pieces_[id].control = token.at("special").as_bool();
     }

@@ -26,6 +26,7 @@ CONTENT = "messages[0].content"
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}{% break %}{% endif %}{% endfor %}!", "", "!", False),
         ("a{% generation %}b{{ messages[0].content }}{% set c = 1 %}{% endgeneration %}{{ c }}d", "ab", "d", False),
         ("{% if tools %}T{% endif %}{% if documents %}D{% endif %}{{ enable_thinking }}{{ messages[0].content }}", "False", "", False),
+        ("{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text | trim }}{% endif %}{% endfor %}!", "", "!", True),
         ("{{ messages[0].content }}{{ {'a': 'é'} | tojson }}", "", '{"a": "é"}', False),
     ],
 )

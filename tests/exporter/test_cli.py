@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from click.testing import CliRunner
 from exporter import build
 from exporter.artifact.memory import memory_plan
 from exporter.cli import main
+from exporter.compiler.trace import lower
 from exporter.errors import KilnError
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
 from exporter.source.plan import read_plan
+from exporter.tools.synth import write_synthetic
 from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
@@ -129,6 +132,30 @@ def test_keys_that_do_not_fit_float16(tmp_path):
         assert result.exit_code == 1 and "attn_k_norm.weight: keys or queries up to 6.62e+04 do not fit float16" in result.stderr
     assert export(1.0, *activations).exit_code == 0
     assert export(large, *activations, "--kv-cache", "bf16").exit_code == export(large).exit_code == 0  # bfloat16, float32
+
+
+def test_shapes_that_no_kernel_takes_are_refused_before_anything_is_compiled(tmp_path):
+    plan = read_plan(FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf")
+
+    def spec(target, head_dim=None, layers=None, **options):
+        kept = tuple(dataclasses.replace(x, head_dim=head_dim or x.head_dim) for x in plan.config.layers[:layers])
+        changed = dataclasses.replace(plan, config=dataclasses.replace(plan.config, layers=kept))
+        return build.graph_spec(build.ExportOptions(TINY, tmp_path, **options), changed, (target,))
+
+    with pytest.raises(KilnError, match="head dimension 96; expected 64, 128, 256 or 512"):
+        spec("cpu", 96, turboquant=True)
+    with pytest.raises(KilnError, match="cache.k_ring: head dimension 96; the GPU kernels take powers of two"):
+        spec("sm_90", 96)
+    with pytest.raises(KilnError, match="has no global layers, whose caches TQ4 is for"):
+        spec("cpu", layers=2, turboquant=True)
+    assert spec("cpu", 96).options.kv_len and spec("sm_90", turboquant=True)
+    assert not spec("cpu", layers=2).options.kv_len
+
+
+def test_a_model_without_global_layers(tmp_path):
+    write_synthetic(tmp_path / "m.gguf", "tiny", "q8_0", 0, layers=2)
+    spec = build.graph_spec(build.ExportOptions(TINY, tmp_path), read_plan(tmp_path / "m.gguf"), ("cpu",))
+    assert {b.kind for b in lower(spec, "decode", "cpu").kv} == {"ring"}
 
 
 def test_kv_cache_options_that_contradict(tmp_path):

@@ -1,4 +1,4 @@
-"""Products compiled into a package for a GPU that is not there: no library is called, and a kernel's scratch is for every program."""
+"""Products compiled into a package for a GPU that is not there: no library, scratch for every program, an input computed once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def wrapper(directory: str, choice: str) -> tuple[str, list[str]]:
         tokens = torch.export.Dim("T", min=2, max=2048)
         program = torch_private.fake_export(Products, lambda: (torch.empty(1999, 512, dtype=torch.bfloat16),), {"x": {0: tokens}}, "cuda")
         module = program.module(check_guards=False)
-        files = torch._inductor.aot_compile(module, *program.example_inputs, options=torch_private.inductor_options(gpu, "prefill"))
+        options = torch_private.inductor_options(gpu, "prefill") | {"aot_inductor.package_cpp_only": True}  # nothing of it is compiled
+        files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
     return next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp")), torch_private.KERNELS
 
 
@@ -55,5 +56,6 @@ def test_a_package_that_multiplies_by_itself(tmp_path) -> None:
         source, kernels = pool.submit(wrapper, str(tmp_path), "kiln").result()
     assert sum(name.startswith("kiln_matmul_tma") for name in kernels) >= 2, kernels
     assert not re.findall(r"aoti_torch_cuda_\w*mm\w*\(", source)
+    assert len(re.findall(r"^ *call_\w*tanh\w*\(.*;$", source, re.MULTILINE)) == 3
     scratch = re.findall(r"global_scratch_scratch_\d+_size\[\] = \{(.*)\};", source)
     assert scratch and all(size.endswith("* grid_0 * grid_1 * grid_2") for size in scratch)

@@ -108,6 +108,14 @@ def test_more_files_that_are_no_gguf(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(KilnError, match="a pipe or device"):
         open_gguf(tmp_path / "pipe")
+    there = f"but there is {WIDE}:"
+    for path, match in ((f"{WIDE}\r", there), (f"'{WIDE}'", there), (f"{WIDE.parent}/*.gguf", "a pattern"), ("https://a/m", "a URL")):
+        with pytest.raises(KilnError, match=match):
+            open_gguf(path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").touch()
+    with pytest.raises(KilnError, match="it holds safetensors files: convert"):
+        open_gguf(tmp_path / "hf")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(KilnError, match="a link to a file that is gone"):
         open_gguf(tmp_path / "link")
@@ -123,6 +131,8 @@ def test_more_files_that_are_no_gguf(tmp_path: Path) -> None:
         ([], {"general.type": (STRING, "mmproj")}, "projector"),
         ([], {"general.architecture": (STRING, "clip")}, "a vision or audio projector"),
         ([], {"general.architecture": (STRING, "whisper")}, "a Whisper speech model"),
+        ([], {"general.architecture": (STRING, "gemma4-assistant")}, "a drafter"),
+        ([], {"general.architecture": (STRING, "nomic-bert-moe")}, "text embedding model"),
         ([], {"general.type": (STRING, "imatrix")}, "an importance matrix"),
         (["general.architecture"], {"imatrix.chunk_count": (U32, 4)}, "an importance matrix"),
         (["general.architecture"], {"adapter.type": (STRING, "lora")}, "a LoRA adapter"),
@@ -360,6 +370,16 @@ def test_numbers_that_are_not_finite(tmp_path: Path, source: str, name: str, row
         assert not (tmp_path / "w").exists()
     write_weights(tmp_path / "w", read_plan(path), allow_nonfinite=True)
     assert any(not t.isfinite().all() for t in load_weights(tmp_path / "w").values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_float_matrices_that_are_not_finite(tmp_path: Path, kind: str) -> None:
+    raw = np.zeros((512, 256), np.uint16)
+    raw[77, 3] = {"BF16": 0xFF80, "F16": 0xFC00}[kind]  # minus infinity
+    path = rewrite(tmp_path / "m.gguf", set_tensors={"blk.1.ffn_up.weight": ((512, 256), kind, raw)})
+    for read in (lambda: read_plan(path, ReadOptions(scan=True)), lambda: write_weights(tmp_path / "w", read_plan(path))):
+        with pytest.raises(KilnError, match="blk.1.ffn_up.weight, row 77: a value is not finite"):
+            read()
 
 
 def test_numbers_that_are_not_finite_are_refused_by_every_command(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -60,10 +59,16 @@ def state(tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def plain(state) -> dict[bool, torch.Tensor]:
-    """Logits of the graph that is not fused, in float32; with and without TurboQuant."""
+def unfused() -> dict[bool, Lowered]:
+    """The graph that is not fused, in float32; with and without TurboQuant."""
     specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL) for tq in (False, True)}
-    return {tq: decoded(lower(spec, "decode", "cpu"), state, TOKENS) for tq, spec in specs.items()}
+    return {tq: lower(spec, "decode", "cpu") for tq, spec in specs.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(state, unfused) -> dict[bool, torch.Tensor]:
+    """Its logits."""
+    return {tq: decoded(lowered, state, TOKENS) for tq, lowered in unfused.items()}
 
 
 def test_the_pattern_is_gone() -> None:
@@ -100,18 +105,16 @@ class Rounded(torch.fx.Interpreter):
 
 
 # What the pass may change is the order in which a root and a weight are multiplied. An activation on a boundary between two integers may
-# then round the other way: one byte makes that a 127th of a group's largest, and TQ4 turns it into other codes.
-LIMITS = [(3, False, 1e-5), (2, False, 1e-4), (1, False, 2e-2), (3, True, 2e-2), (2, True, 2e-2), (1, True, 6e-2)]
+# then round the other way, and after it others do: so a byte's limit is about what its rounding loses. TQ4 turns it into other codes.
+LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 5e-2), (3, True, 2e-2), (2, True, 2e-2), (1, True, 1e-1)]
 
 
 @pytest.mark.parametrize("terms, tq, limit", LIMITS)
-def test_outputs(terms: int, tq: bool, limit: float, state, plain) -> None:
-    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL)
-    unfused = lower(spec, "decode", "cpu")
-    module = runnable(unfused.program, {**state, **make_kv(unfused.kv)})
+def test_outputs(terms: int, tq: bool, limit: float, state, unfused, plain) -> None:
+    module = runnable(unfused[tq].program, {**state, **make_kv(unfused[tq].kv)})
     expected = stepped(Rounded(module, terms).run, TOKENS)
-    fused = lower(dataclasses.replace(spec, options=dataclasses.replace(spec.options, decode_bytes=terms)), "decode", "cpu")
-    found = decoded(fused, state, TOKENS)
+    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=terms)
+    found = decoded(lower(spec, "decode", "cpu"), state, TOKENS)
     rounding = error(expected, plain[tq])
     print(f"{terms} bytes, TurboQuant {tq}: {error(found, expected):.1e} off the rounded graph, which is {rounding:.1e} off the exact one")
     assert error(found, expected) < limit

@@ -78,6 +78,7 @@ def test_a_sink_that_throws_in_a_step(toy):
         session.set_logits_sink(throws_at(0))
         with pytest.raises(Stop):
             session.decode()
+        session.set_logits_sink(throws_at(0))
         with pytest.raises(Stop):
             session.decode(7)  # another token, which is then not what is next
         assert session.position == len(PROMPT) + step - 1

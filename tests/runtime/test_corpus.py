@@ -23,7 +23,7 @@ def targets(tmp_path_factory) -> Path:
     return build
 
 
-@pytest.mark.parametrize("target", sorted(p.name for p in CORPUS.iterdir()))
+@pytest.mark.parametrize("target", sorted(p.name for p in CORPUS.iterdir() if (ROOT / "runtime_cpp" / "fuzz" / f"{p.name}.cpp").exists()))
 def test_corpus(targets, target):
     result = subprocess.run([targets / f"fuzz_{target}", f"-artifact_prefix={targets}/", CORPUS / target], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -226,11 +226,13 @@ def check_tokenizer(metadata: dict[str, Any]) -> None:
         loaded = kiln.Tokenizer(str(path))
         for i, text in enumerate(tokenizer.tokens):
             if tokenizer.types[i] != 6 and not text.startswith("<0x"):
-                special = tokenizer.is_control(i) or tokenizer.types[i] == 4
-                assert loaded.decode([i], skip_special=False) == (text if special else text.replace("\u2581", " ")), (i, text)
+                spaced = text.replace("\u2581", " ")
+                kept = (text, spaced) if tokenizer.is_special(i) else (spaced,)
+                assert loaded.decode([i], skip_special=False) in kept, (i, text)
         for text in tokenizer.tokens[:12]:
             encoded = loaded.encode(text, add_bos=False)
-            assert loaded.decode(encoded, skip_special=False) == text.replace("\u2581", " "), (text, encoded)
+            decoded = loaded.decode(encoded, skip_special=False)  # U+2581 comes back as itself where its bytes were encoded
+            assert decoded.replace("\u2581", " ") == text.replace("\u2581", " "), (text, encoded)
 
 
 _PARTS = (

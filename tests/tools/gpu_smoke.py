@@ -2,9 +2,9 @@
 
     python -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out ART --target sm_90 --turboquant --max-seq-len 1024 \\
       --prefill-chunk 256
-    python -m tests.tools.gpu_smoke ART [--sessions build/cpp/kiln-sessions] [--devices 2]
+    python -m tests.tools.gpu_smoke ART [--threads build/cpp/kiln-threads] [--devices 2]
 
-Each line is one check; the first that fails ends it with exit code 1. `kiln-sessions` is `cmake --build build/cpp --target kiln-sessions`.
+Each line is one check; the first that fails ends it with exit code 1. `kiln-threads` is `cmake --build build/cpp --target kiln-threads`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check(name: str, good: bool, detail: object = "") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--sessions", type=Path, help="kiln-sessions")
+    parser.add_argument("--threads", type=Path, help="kiln-threads")
     parser.add_argument("--devices", type=int, default=1)
     options = parser.parse_args()
     artifact = options.artifact
@@ -87,9 +87,10 @@ print(first)
         check(f"the Python module beside torch on {device}; 20 sessions leave nothing", result.returncode == 0, result.stderr[-800:])
         check("it says what kiln-run says", json.loads(result.stdout) == long["tokens"])
 
-    if options.sessions:  # rounds, threads, sessions of a round
-        result = subprocess.run([options.sessions, artifact, "cuda", "20", "8", "64"], capture_output=True, text=True)
-        check("64 sessions by 8 threads, 20 rounds", result.returncode == 0, (result.stdout + result.stderr)[-800:].strip())
+    if options.threads:
+        for arguments in (("8", "64", "20"), ("8", "40", "3", "alive")):
+            result = subprocess.run([options.threads, artifact, "cuda", *arguments], capture_output=True, text=True)
+            check(f"sessions from many threads {arguments}", result.returncode == 0, (result.stdout + result.stderr)[-800:].strip())
 
 
 if __name__ == "__main__":

@@ -262,7 +262,8 @@ def table(record: dict) -> str:
                 lines.append(f"{name}: {peak['driver_peak'] / 2**30:.2f} GiB at most as the driver counts it")
         for check, key in CHECKS:
             if check in found:
-                lines.append(f"{name}: {check}: {'yes' if found[check][key] else 'NO'}")
+                what = check if key == "equal" else f"logits {key}"
+                lines.append(f"{name}: {what}: {'yes' if found[check][key] else 'NO'}")
     return "\n".join(lines)
 
 

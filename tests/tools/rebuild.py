@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from exporter.artifact.manifest import file_records, weights_record
 from exporter.artifact.weights import write_weights
 from exporter.source.plan import read_plan
 
@@ -22,9 +23,10 @@ def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
     without = [[{k: v for k, v in r.items() if k != "sha256"} for r in rows] for rows in (records, manifest["constants"])]
     if without[0] != without[1]:
         raise ValueError(f"{gguf} has other weights than {compiled} was compiled for")
-    (artifact / "manifest.json").write_text(json.dumps(manifest | {"constants": records}))
     if plan.tokenizer:
         plan.tokenizer.write(artifact / "tokenizer.json")
+    manifest |= {"weights": weights_record(artifact / "weights.safetensors", records), "files": file_records(artifact)}
+    (artifact / "manifest.json").write_text(json.dumps(manifest | {"constants": records}))
     for target in manifest["targets"]:
         shutil.copy(compiled / target["file"], artifact / target["file"])
     return artifact

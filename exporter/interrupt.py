@@ -1,0 +1,92 @@
+"""SIGINT, SIGTERM and SIGHUP end a command: what it started is ended, what it made for a while is removed, exit code 128 + the signal.
+
+The handler does that itself instead of raising: an exception may be swallowed by whatever is running, and threads would be waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_undo: list[Callable[[], None]] = []
+_held = 0
+_pending: int | None = None
+
+
+@contextlib.contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """`undo` is called when the block ends, and where a signal ends the process within it. It must stand being called twice."""
+    _undo.append(undo)
+    try:
+        yield
+    finally:
+        with held():
+            undo()
+            _undo.remove(undo)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes within the block takes effect after it."""
+    global _held
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+        if _pending is not None and not _held:
+            _end(_pending)
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Within the block the signals end the process as said above. A signal that is ignored (nohup) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _pending
+    _pending = number
+    if not _held:
+        _end(number)
+
+
+def _end(number: int) -> None:
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    for undo in reversed(_undo):
+        with contextlib.suppress(Exception):
+            undo()
+    for child in _children():  # whatever else was started: a runner that is measured
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+    with contextlib.suppress(Exception):
+        cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
+        os.write(2, f"{cursor}kiln: ended by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def _children() -> list[int]:
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ended, or a kernel that does not tell
+            found += map(int, (thread / "children").read_text().split())
+    return found
