@@ -1,6 +1,6 @@
 // kiln-threads ARTIFACT [DEVICE] [THREADS SESSIONS ROUNDS] [alive]: sessions made, used by turns and destroyed from many threads; every answer
 // must be the one a session alone gives, also after calls that callbacks ended. With `alive` a thread's sessions of a round live at once and are stepped by turns.
-// Built by hand or with -fsanitize=thread; see tests/runtime/test_threads.py.
+// See `make sanitize-cpu` and tests/tools/gpu_smoke.py.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,7 @@ from exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.tools.cubins import architecture, cubins, registers
 
+KILN_RUN = Path(sys.executable).parent / "kiln-run"
 TARGETS = ("sm_90", "sm_120")
 
 
@@ -108,3 +113,56 @@ def test_passes(export):
         "own_matmul": "not needed",  # no float weights
         "free_kv_buffers": "applied",
     }
+
+
+@pytest.fixture(scope="module")
+def fake_gpu(tmp_path_factory):
+    """Runs kiln-run over a driver and a cublasLt that only check what they are asked (fake_cuda.c); gives its result and what was left."""
+    folder = tmp_path_factory.mktemp("fake")
+    source = Path(__file__).parents[1] / "runtime" / "fake_cuda.c"
+    for name, flags in (("libcuda.so.1", ["-DDRIVER"]), ("libcublasLt.so.13", [])):
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", *flags, source, "-o", folder / name], check=True)
+    fakes = {"LD_LIBRARY_PATH": str(folder), "KILN_CUBLASLT": str(folder / "libcublasLt.so.13"), "FAKE_CUDA_REPORT": str(folder / "report")}
+
+    def run(artifact: Path, *arguments: object, **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
+        (folder / "report").unlink(missing_ok=True)
+        command = [str(KILN_RUN), str(artifact), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | fakes | environment)
+        return result, json.loads((folder / "report").read_text())
+
+    return run
+
+
+LEFT = ("bytes", "streams", "events", "graphs", "modules", "handles", "ranges")
+
+
+def test_it_plays_on_a_driver_without_a_gpu(export, fake_gpu):
+    """Contexts, streams, captures, addresses and shapes of matmuls are right, and nothing is left behind; kernels do nothing here."""
+    artifact, _ = export
+    tokens = ",".join(map(str, range(2, 60)))
+    for arguments in ((), ("--no-graph",), ("--device", "cuda:1"), ("--prefill-chunk", 1)):
+        result, left = fake_gpu(artifact, "--tokens", tokens, "--max-new-tokens", 5, "--no-eog", "--json", "--memory", *arguments)
+        assert result.returncode == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert len(record["tokens"]) == 5 and record["device"] == ("cuda:1" if "cuda:1" in arguments else "cuda:0")
+        assert not any(left[what] for what in LEFT), left
+        assert (left["replays"] > 0) == ("--no-graph" not in arguments) and left["launches"] > 40
+        assert record["memory"]["total"] <= left["most"] + (1 << 20)
+
+
+def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):
+    artifact, _ = export
+    for environment, message in (
+        ({"FAKE_CUDA": "broken"}, "no usable GPU: the NVIDIA driver does not start: fake error"),
+        ({"FAKE_CUDA_WITHOUT": "cuMemMap"}, "the NVIDIA driver has no cuMemMap of CUDA 10.2; update it"),
+    ):
+        result, left = fake_gpu(artifact, "--tokens", "5,6", **environment)
+        assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert not any(left[what] for what in LEFT), left
+    # Without cublasLt: a clear line where a prompt needs it, and nothing where our own kernels multiply.
+    used = tmp_path / "used"
+    fake_gpu(artifact, "--tokens", "5,6", FAKE_CUBLASLT_USED=str(used))
+    result, _ = fake_gpu(artifact, "--tokens", "5,6", KILN_CUBLASLT="/nowhere/libcublasLt.so")
+    assert result.returncode == used.exists() and ("name the file libcublasLt.so.13 in KILN_CUBLASLT" in result.stderr) == used.exists()
+    result, _ = fake_gpu(artifact, "--tokens", "5,6", "--max-new-tokens", 2, FAKE_CUDA_WITHOUT="cuGraphGetEdges")
+    assert result.returncode == 0 and "note: no early launch in the decode graph" in result.stderr

@@ -293,7 +293,7 @@ def test_two_gpus_at_once(toy, device, solo):
 
 
 def test_a_session_is_one_threads_at_a_time(toy, device):
-    session = kiln.Session(kiln.Model(str(toy), device))
+    session = kiln.Session(kiln.Model(str(toy)))
     session.prefill(PROMPT)
     refused = []
 
@@ -313,8 +313,8 @@ def test_a_session_is_one_threads_at_a_time(toy, device):
     assert session.generate(4, stop_at_eog=False)[0] == tokens
 
 
-def test_pretending_for_a_measurement(toy, device):
-    session = kiln.Session(kiln.Model(str(toy), device))
+def test_pretending_for_a_measurement(toy):
+    session = kiln.Session(kiln.Model(str(toy)))
     assert sorted(session.cache_memory()) == ["cache", "ring"] and session.cache_memory()["cache"][1] == MAX_SEQ * WIDTH * 4
     session.pretend(MAX_SEQ - 2)
     assert session.position == MAX_SEQ - 2 and len(session.generate(9, stop_at_eog=False)[0]) == 3
