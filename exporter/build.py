@@ -16,7 +16,7 @@ from custom_ops.gpu.tables import borrowed, lacking
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.tq4.codec import check_dim
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.memory import kv_plan, memory_plan
+from exporter.artifact.memory import memory_plan
 from exporter.artifact.output import check_output, check_space, staged
 from exporter.artifact.record import write_manifest
 from exporter.artifact.weights import write_weights
@@ -27,6 +27,7 @@ from exporter.compiler.trace import GraphSpec
 from exporter.compiler.workers import none_left
 from exporter.errors import KilnError
 from exporter.files import write_text
+from exporter.model.caches import kv_plan
 from exporter.model.places import needed_tables
 from exporter.progress import bar, say, size_text
 from exporter.source.plan import ModelPlan

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from custom_ops.dtypes import DTYPES
 from exporter.compiler.torch_private import fake_export
 from exporter.errors import KilnError
+from exporter.model.caches import kv_plan
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.model.places import expected_places
 from exporter.source.config import ModelConfig
@@ -76,8 +77,6 @@ def lower(
     spec: GraphSpec, entry: str, device: str, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
 ) -> Lowered:
     """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`. KilnError where a pass fails."""
-    from exporter.artifact.memory import kv_plan  # which itself knows what a GraphSpec is
-
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     expected = expected_places(spec.config, spec.plan, kv, spec.options, entry)
     program = trace(spec, entry, device)

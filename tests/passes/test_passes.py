@@ -12,10 +12,10 @@ import custom_ops.ops  # noqa: F401
 import passes.edit as edit
 from custom_ops.attention.flash import attend
 from custom_ops.tq4 import codec
-from exporter.artifact.memory import kv_plan
 from exporter.compiler.torch_private import fake_export
 from exporter.compiler.trace import lower, make_kv, runnable, trace
 from exporter.errors import KilnError
+from exporter.model.caches import kv_plan
 from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError
 from passes.pipeline import PIPELINE, run_pipeline
