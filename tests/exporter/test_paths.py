@@ -25,7 +25,7 @@ def odd(tmp_path) -> Path:
     """A folder with a name to trip over, and in it a checkout, the packages of a virtual environment, a compiler and a TMPDIR."""
     folder = tmp_path / ODD
     folder.mkdir()
-    for name in ("exporter", "passes", "custom_ops", "configs"):
+    for name in ("exporter", "passes", "custom_ops", "configs", "runtime_cpp"):
         shutil.copytree(ROOT / name, folder / "checkout" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "packages").symlink_to(Path(torch.__file__).parents[1])
     (folder / "g++ of mine").symlink_to(shutil.which("g++"))
