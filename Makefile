@@ -53,7 +53,7 @@ nightly: build lint
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.
 GPU_RECORD ?= docs/measurements/gpu-tests.json
-PARALLEL = $(shell "$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS)" || echo "note: no pytest-xdist: one worker" >&2)
+PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS)" || echo "note: no pytest-xdist: one worker" >&2)
 test-gpu: build
 	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 

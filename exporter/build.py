@@ -12,11 +12,11 @@ import torch
 from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.dtypes import DTYPES, dtype_name
 from custom_ops.gpu.early import waiting_kernels
-from custom_ops.gpu.tables import borrowed
+from custom_ops.gpu.tables import borrowed, lacking
 from custom_ops.gpu.target import gpu_targets
 from custom_ops.tq4.codec import check_dim
 from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.memory import kv_plan, memory_plan
+from exporter.artifact.memory import memory_plan
 from exporter.artifact.output import check_output, check_space, staged
 from exporter.artifact.record import write_manifest
 from exporter.artifact.weights import write_weights
@@ -27,6 +27,8 @@ from exporter.compiler.trace import GraphSpec
 from exporter.compiler.workers import none_left
 from exporter.errors import KilnError
 from exporter.files import write_text
+from exporter.model.caches import kv_plan
+from exporter.model.places import needed_tables
 from exporter.progress import bar, say, size_text
 from exporter.source.plan import ModelPlan
 from exporter.source.weights import weight_bytes
@@ -53,6 +55,7 @@ class ExportOptions:
     activation_dtype: str = "auto"
     decode_activations: str = "exact"
     fuse_decode: bool = True
+    allow_unfused: bool = False
     kv_len: bool = True
     matmul: str = "auto"
     head_budget_mib: int = 256
@@ -110,6 +113,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             materializes_head=cpu,
             matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
+            allow_unfused=options.allow_unfused,
         ),
     )
     largest, tensor = plan.key_bound
@@ -149,6 +153,7 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
     for note in plan.notes:
         say(note)
     print_plan(spec, options, targets)
+    check_tables(spec, targets)
     note_borrowed(targets)
     try:
         check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
@@ -183,10 +188,19 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
 
 
 def _report(entry: CompiledEntry) -> None:
+    for report in entry.reports:
+        if report.shortfall:
+            say(f"note: {entry.entry}: {report.shortfall}")
     say(
         f"  {entry.entry}: traced in {entry.export_s:.0f} s, compiled in {entry.compile_s:.0f} s, {len(entry.constants)} constants, "
         f"{len(entry.kernels)} GPU kernels, peak memory {entry.peak_rss / GIB:.2f} GiB"
     )
+
+
+def check_tables(spec: GraphSpec, targets: tuple[str, ...]) -> None:
+    """KilnError where the kernels have no configuration for one of the model's head sizes."""
+    if targets != ("cpu",) and spec.model_dtype != torch.float32 and (gaps := lacking(needed_tables(spec.config, spec.options))):
+        raise KilnError(f"no kernel is configured for this model's head sizes: {', '.join(gaps)}; add entries there (see make tune)")
 
 
 def note_borrowed(targets: tuple[str, ...]) -> None:

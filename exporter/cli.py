@@ -113,6 +113,7 @@ def main() -> None:
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
 )
+@click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")

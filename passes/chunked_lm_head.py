@@ -23,29 +23,39 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     heads = [n for n in ep.graph.nodes if (_packed(n, names) or _float(n, names))]
     if not heads:
         raise PassError("pass chunked_lm_head: no head found (a linear over token_embd or output)")
-    chunked = 0
+    chunked = []
     for head in heads:
         n, k = head.meta["val"].shape[-1], head.args[0].meta["val"].shape[-1]
-        rows = max(32, options.materialized_head_budget // (4 * k) // 32 * 32)
+        rows = chunk_rows(k, options.materialized_head_budget)
         if rows >= n or _is_plain(head):
             continue
+        chunked.append(_name(head, names))
         emit = _packed_chunk if _packed(head, names) else _float_chunk
         pieces = [emit(ep, head, a, min(a + rows, n)) for a in range(0, n, rows)]
         edit.replace(ep, head, edit.emit(ep, head, aten.cat.default, pieces, -1))
-        chunked += 1
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
     if not chunked:
         note = f"the dequantized head fits the budget of {options.materialized_head_budget} bytes"
         return PassReport("chunked_lm_head", "not needed", note=note)
-    return PassReport("chunked_lm_head", "applied", chunked, f"{rows} rows a chunk")
+    return PassReport("chunked_lm_head", "applied", tuple(chunked), f"{rows} rows a chunk")
+
+
+def chunk_rows(k: int, budget: int) -> int:
+    """Rows of a head [N, k] that are dequantized at once, within `budget` bytes of float32."""
+    return max(32, budget // (4 * k) // 32 * 32)
+
+
+def _name(node, names) -> str:
+    weight = node.args[1] if edit.is_call(node, KILN.quantized_linear.default) else _weight(node)
+    return names.get(weight, "").split(".")[0]
 
 
 def _packed(node, names) -> bool:
-    return edit.is_call(node, KILN.quantized_linear.default) and names.get(node.args[1], "").split(".")[0] in HEADS
+    return edit.is_call(node, KILN.quantized_linear.default) and _name(node, names) in HEADS
 
 
 def _float(node, names) -> bool:
-    return edit.is_call(node, aten.linear.default) and names.get(_weight(node), "").split(".")[0] in HEADS
+    return edit.is_call(node, aten.linear.default) and _name(node, names) in HEADS
 
 
 def _weight(node):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,6 +50,19 @@ def user_input(ep: ExportedProgram, name: str) -> Node:
 def symbolic(size: int | torch.SymInt) -> bool:
     """The size is still free: nothing has fixed it at a number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def bounds(size: torch.SymInt) -> tuple[int, int]:
+    """The smallest and the largest value that a free size still may have."""
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(found.lower), int(found.upper)
+
+
+def layer_part(ep: ExportedProgram, args: Iterable[Any], part: str) -> str:
+    """`blk.3.PART`, 3 the layer that the first cache among `args` belongs to."""
+    named = buffers(ep)
+    cache = next((named[a] for a in map(resolve, args) if a in named), part)
+    return ".".join((*cache.split(".")[:2], part)) if cache.startswith("blk.") else part
 
 
 def written_args(node: Node) -> list[Node]:

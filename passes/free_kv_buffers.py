@@ -22,4 +22,4 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         lowered.kv.append(KVBuffer(fqn, layer, kind, value.dtype, tuple(value.shape)))
     if not lowered.kv:
         raise PassError("pass free_kv_buffers: the graph has no cache")
-    return PassReport("free_kv_buffers", "applied", len(lowered.kv), f"{freed} bytes freed")
+    return PassReport("free_kv_buffers", "applied", tuple(b.name for b in lowered.kv), f"{freed} bytes freed")

@@ -36,7 +36,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     fuser.drop_dead_products()
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
-    return PassReport("fuse_decode", "applied", len(products), f"{options.decode_bytes} bytes an activation; {counts}")
+    note = f"{options.decode_bytes} bytes an activation; {len(products)} products, {counts}"
+    return PassReport("fuse_decode", "applied", tuple(dict.fromkeys(fuser.places)), note)
 
 
 class _Fuser:
@@ -44,6 +45,8 @@ class _Fuser:
         self.ep, self.terms = ep, terms
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its products are scaled by
+        self.names = edit.states(ep)
+        self.places: list[str] = []  # that were rewritten, by the names of weights and layers
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
         self.partials: dict[Node, Node] = {}  # a product -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
@@ -58,11 +61,16 @@ class _Fuser:
     def emit(self, before: Node, target, *args) -> Node:
         return edit.emit(self.ep, before, target, *args)
 
+    def name(self, constant: Node) -> str:
+        """A weight's name, without that of its plane."""
+        return self.names[constant].rpartition(".")[0]
+
     def rewrite(self, product: Node) -> None:
         x, words, halves, kind = product.args
         fixed, *root = self.to_fixed(x, product)
         new = self.emit(product, KILN.fixed_linear.default, fixed, words, halves, kind, self.counters, *root)
         self.made.append(new)
+        self.places.append(self.name(words))
         dtype = product.meta["val"].dtype
         rounded = new if dtype == torch.float32 else self.emit(product, aten.to.dtype, new, dtype)
         self.float32[rounded] = new
@@ -130,11 +138,13 @@ class _Fuser:
         if edit.is_call(y, aten.slice.Tensor) and y.meta["val"].shape == y.args[0].meta["val"].shape:
             y = y.args[0]
         self.counts["norms"] += 1
+        self.places.append(self.name(weight))
         residual = None if y in self.float32 else _residual(y, eps)
         if residual is None:
             both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
             return *(self.emit(before, operator.getitem, both, i) for i in range(2)), eps
         stream, branch, post_weight, scale = residual
+        self.places.append(self.name(post_weight))
         stream, (branch, squares) = self.exact(stream, before), self.with_squares(branch, before)
         all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
         self.float32[y], *fixed = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
@@ -151,6 +161,7 @@ class _Fuser:
         if product is None or not edit.is_call(product, KILN.fixed_linear.default) or not glu_fits(product.meta["val"].shape[1]):
             return None
         self.counts["gated"] += 1
+        self.places.append(self.name(product.args[1]).rpartition(".")[0] + ".glu")
         return self.emit(before, KILN.fixed_glu.default, *product.args)
 
     def attention(self, x: Node, before: Node) -> Node | None:
@@ -169,6 +180,7 @@ class _Fuser:
             return None
         if not q.eps == k.eps == v.args[2]:
             return None
+        self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         first = write.nodes[0]
         together = _projection(q.x)[0] is _projection(k.x)[0]  # products of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.args[0], True))]

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
     ep = lowered.program
     buffers = edit.buffers(ep)
-    matches = 0
+    places = []
     for node in list(ep.graph.nodes):
         write = _index_put(node, buffers) or _slice_copy(ep, node, buffers)
         if write is None:
@@ -27,11 +27,11 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             value = edit.emit(ep, node, aten.view.default, value, _region(cache, dim, 1))
         new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
         edit.replace(ep, node, new)
-        matches += 1
+        places.append(buffers[cache])
     ep.graph.eliminate_dead_code(is_impure_node=_impure)
-    if not matches:
+    if not places:
         raise edit.PassError("pass index_copy: no cache write found; the model must write its caches with cache[pos] = x")
-    return PassReport("index_copy", "applied", matches)
+    return PassReport("index_copy", "applied", tuple(places))
 
 
 def _impure(node: Node) -> bool:

@@ -24,4 +24,4 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     length = edit.emit(ep, first, aten.to.dtype, edit.emit(ep, first, aten.add.Tensor, last, 1), torch.int32)
     for call in calls:
         call.args = (*call.args[:-1], length)
-    return PassReport("kv_len", "applied", len(calls))
+    return PassReport("kv_len", "applied", tuple(edit.layer_part(ep, call.args, "attention") for call in calls))

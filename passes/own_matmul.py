@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 import passes.edit as edit
 from passes.edit import KILN
@@ -16,6 +17,14 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("own_matmul", "off")
     ep = lowered.program
     linears = [n for n in ep.graph.nodes if edit.is_call(n, aten.linear.default) and len(n.args) == 2 and n.args[0].meta["val"].dim() == 2]
+    places = tuple(_name(node.args[1], edit.states(ep)) for node in linears)
     for node in linears:
         edit.replace(ep, node, edit.emit(ep, node, KILN.matmul.default, *node.args, True))
-    return PassReport("own_matmul", "applied" if linears else "not needed", note=f"{len(linears)} products, by {options.matmul}")
+    return PassReport("own_matmul", "applied" if linears else "not needed", places, f"{len(linears)} products, by {options.matmul}")
+
+
+def _name(weight: Node, names: dict[Node, str]) -> str:
+    """The weight's name, behind a conversion."""
+    while edit.is_call(weight, aten.to.dtype):
+        weight = weight.args[0]
+    return names.get(weight, weight.name).rpartition(".")[0]

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError, finish
-from passes.records import Lowered, PassOptions, PassReport
+from passes.records import Expected, Lowered, PassOptions, PassReport
 from passes.verifier import verify
 
 Pass = Callable[[Lowered, PassOptions], PassReport]
@@ -26,9 +26,16 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
 
 
 def run_pipeline(
-    program: ExportedProgram, options: PassOptions, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
+    program: ExportedProgram,
+    options: PassOptions,
+    dump: Path | None = None,
+    after: Callable[[str, ExportedProgram], None] | None = None,
+    expected: Expected | None = None,
 ) -> Lowered:
-    """Run every pass in order, in place. `dump`: a directory for the text of the graph after each; `after`: called after each (tests)."""
+    """Run every pass in order, in place. `dump`: a directory for the text of the graph after each; `after`: called after each (tests).
+
+    Raises PassError where a pass fails, or rewrites other places than are `expected` and options do not allow it.
+    """
     lowered = Lowered(program)
     verify(program, "export")
     _dump(program, dump, 0, "export")
@@ -39,11 +46,22 @@ def run_pipeline(
             verify(program, name)
         except PassError as e:
             raise PassError(f"after pass {name}: {e}") from e
+        if expected is not None:
+            _compare(report, expected.get(name, {}), options)
         lowered.reports.append(report)
         _dump(program, dump, i, name)
         if after:
             after(name, program)
     return lowered
+
+
+def _compare(report: PassReport, expected: dict[str, str], options: PassOptions) -> None:
+    report.expected = len(expected)
+    report.missed = tuple(place + (f" ({why})" if why else "") for place, why in expected.items() if place not in report.places)
+    if unknown := set(report.places) - set(expected):
+        raise PassError(f"pass {report.name} rewrote {', '.join(sorted(unknown))}, which the model is not expected to have")
+    if report.missed and not options.allow_unfused:
+        raise PassError(f"{report.shortfall}; --allow-unfused exports the model as it is, slower")
 
 
 def _dump(program: ExportedProgram, directory: Path | None, index: int, name: str) -> None:

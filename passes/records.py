@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch.export import ExportedProgram
@@ -20,6 +20,7 @@ class PassOptions:
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
     decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
+    allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
     matmul: str = "blas"  # of a prefill's products on a GPU: "kiln" (our kernels), "blas", or "auto", which was measured to be better
 
 
@@ -38,17 +39,34 @@ class KVBuffer:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+# Of one graph: pass -> the places of the model that it rewrites -> what may keep it from one, as "its weight is F16", or "".
+Expected = dict[str, dict[str, str]]
+
+
 @dataclass
 class PassReport:
-    """What one pass did to one graph."""
+    """What one pass did to one graph. A place is a part of the model by its name, as `blk.3.attention`; `expected` ones are the model's."""
 
     name: str
     status: str  # "applied" | "off" | "not needed"
-    matches: int = 0
+    places: tuple[str, ...] = ()  # that were rewritten
     note: str = ""
+    expected: int = 0
+    missed: tuple[str, ...] = ()  # places that were expected and not rewritten, with what may be the reason
+
+    @property
+    def matches(self) -> int:
+        return len(self.places)
+
+    @property
+    def shortfall(self) -> str:
+        """One line where a place was missed, else ""."""
+        shown = ", ".join(self.missed[:8]) + (f" and {len(self.missed) - 8} more" if len(self.missed) > 8 else "")
+        return self.missed and f"pass {self.name} rewrote {self.expected - len(self.missed)} of {self.expected} places; not {shown}" or ""
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {"name": self.name, "status": self.status, "expected": self.expected, "matches": self.matches, "missed": list(self.missed),
+                "note": self.note}  # fmt: skip
 
 
 @dataclass

@@ -23,10 +23,11 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if options.residual_length < 1:
         raise PassError(f"pass turboquant: residual length {options.residual_length}; expected at least 1")
     swap = _Swap(lowered.program, options.residual_length)
-    matches = sum(swap(node) for node in list(lowered.program.graph.nodes) if edit.is_call(node, KILN.global_attention.default))
-    if not matches:
+    calls = [n for n in lowered.program.graph.nodes if edit.is_call(n, KILN.global_attention.default)]
+    places = tuple(place for place in map(swap, calls) if place)
+    if not places:
         raise PassError("pass turboquant: no global attention over a cache found")
-    return PassReport("turboquant", "applied", matches, f"residual length {options.residual_length}")
+    return PassReport("turboquant", "applied", places, f"residual length {options.residual_length}")
 
 
 class _Swap:
@@ -37,18 +38,19 @@ class _Swap:
     def emit(self, before: Node, target, *args) -> Node:
         return edit.emit(self.ep, before, target, *args)
 
-    def __call__(self, attention: Node) -> bool:
+    def __call__(self, attention: Node) -> str | None:
+        """The place that was rewritten."""
         ep = self.ep
         q, k_cache, v_cache, pos, kv_len = (edit.resolve(a) for a in attention.args)
         buffers = edit.buffers(ep)
         writes = [_only_write(c, attention) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
         if None in writes or not writes[0].args[2] is writes[1].args[2] is pos:
-            return False
+            return None
         slots, kv_heads, head_dim = k_cache.meta["val"].shape
         if head_dim & (head_dim - 1) or not 64 <= head_dim <= 512:
             raise PassError(f"pass turboquant: {buffers[k_cache]} has head size {head_dim}; TQ4 needs a power of two from 64 to 512")
         dtype, device = k_cache.meta["val"].dtype, k_cache.meta["val"].device
-        prefix = buffers[k_cache].rsplit(".", 1)[0]
+        prefix, place = buffers[k_cache].rsplit(".", 1)[0], edit.layer_part(ep, attention.args, "attention")
         caches, rings = [], []
         for side in ("k", "v"):
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (kv_heads, slots, head_dim // 4), torch.int16, device))
@@ -66,7 +68,7 @@ class _Swap:
             ep.graph.erase_node(write)
         edit.remove_buffer(ep, k_cache)
         edit.remove_buffer(ep, v_cache)
-        return True
+        return place
 
     def place(self, pos: Node, before: Node) -> tuple[Node, Node | None]:
         """Each token's slot, and the index of the token whose row it writes: of those that share a slot the last; None for one token."""

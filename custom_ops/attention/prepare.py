@@ -142,10 +142,5 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
     constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
-    table = dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"pos_ptr": "*i64", "half": "i32"}
-    return [
-        KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
-                   aligned=("stride", "v_stride")),
-        KernelCase(f"rope_table {model.full.dim}", kiln_rope_table, table, {"BLOCK": 256, "EARLY": early(target)}, {"num_warps": 1},
-                   aligned=("half",)),
-    ]
+    return [KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
+                       aligned=("stride", "v_stride"))]

@@ -35,12 +35,12 @@ from custom_ops.bench.cases import (
 from custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
 from custom_ops.step import add_norm, sample
 from custom_ops.tq4 import attention, codec, decode, prefill
-from custom_ops.weights import embedding, gemv, linear
+from custom_ops.weights import embedding, gemv, linear, matmul
 
 COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
-LAUNCHING = (prepare, flash, gemv, add_norm, embedding, linear, sample, sliding_decode, codec, attention, decode, prefill)
+LAUNCHING = (prepare, flash, gemv, matmul, add_norm, embedding, linear, sample, sliding_decode, codec, attention, decode, prefill)
 SEED = 1
 
 

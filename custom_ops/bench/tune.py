@@ -23,7 +23,6 @@ from custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_ca
 from custom_ops.geometry import Matrix
 from custom_ops.gpu.tables import nearest, pick
 from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.tq4 import prefill as tq4_prefill
 from custom_ops.weights import gemv
 from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import GemvConfig
@@ -105,11 +104,8 @@ def families(target: GpuTarget, work: Workload = GEMMA4_31B) -> list[Family]:
     decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
     tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(work, 1, short), tq4_case(work, 1, long)], **decode)
-    if (target.sm, full.dim) in tq4_prefill.PIECE_TILES:
-        pieces = {"rows": (64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
-        tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
-    else:
-        tiled("tq4 prefill", "tq4.attention.PREFILL_TILES", full.dim, [tq4_case(work, chunk, far)], **prefill)
+    pieces = {"rows": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
+    tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
     decode["keys"] = (16, 32, 64)
     tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
           **decode | {"stages": (1,)})  # fmt: skip

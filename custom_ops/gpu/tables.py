@@ -21,7 +21,7 @@ TABLES = (
     ("attention.flash", "PREFILL_TILES"),
     ("attention.sliding_decode", "SLIDING_TILES"),
     ("tq4.attention", "DECODE_TILES"),
-    ("tq4.attention", "PREFILL_TILES"),
+    ("tq4.prefill", "PIECE_TILES"),
 )
 
 
@@ -38,9 +38,26 @@ def nearest(architectures: Iterable[int], target: GpuTarget) -> int:
 
 
 def pick(table: dict[tuple[int, int], T], target: GpuTarget, dim: int) -> T:
-    """The table's entry for the smallest head dimension that holds `dim`, of the nearest architecture."""
-    size = min(d for _, d in table if d >= dim)
+    """The table's entry for the smallest head dimension that holds `dim`, of the nearest architecture; ValueError where there is none."""
+    size = min((d for _, d in table if d >= dim), default=0)
+    if not size:
+        raise ValueError(f"no kernel configuration for head dimension {dim}; the largest is {max(d for _, d in table)}")
     return table[nearest((sm for sm, d in table if d == size), target), size]
+
+
+def _table(module: str, name: str) -> dict:
+    return getattr(importlib.import_module(f"custom_ops.{module}"), name)
+
+
+def lacking(needed: dict[str, set[int]]) -> list[str]:
+    """Tables without an entry for a head dimension of `needed`, table (as `attention.flash.DECODE_TILES`) -> dimensions."""
+    found = []
+    for path, dims in sorted(needed.items()):
+        module, _, name = path.rpartition(".")
+        if (module, name) not in TABLES:
+            raise ValueError(f"{path} is not among the tables")
+        found += [f"{path} [{dim}]" for dim in sorted(dims) if not any(size >= dim for _, size in _table(module, name))]
+    return found
 
 
 def borrowed(target: GpuTarget) -> dict[int, list[str]]:
@@ -48,7 +65,7 @@ def borrowed(target: GpuTarget) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for module, name in TABLES:
         by_size: dict[str, list[int]] = {}
-        for key in getattr(importlib.import_module(f"custom_ops.{module}"), name):
+        for key in _table(module, name):
             sm, size = (key, "") if isinstance(key, int) else (key[0], f" [{key[1]}]")
             by_size.setdefault(size, []).append(sm)
         for size, architectures in by_size.items():

@@ -43,11 +43,6 @@ from custom_ops.weights.fixed_point import largest, largest_size, store_fixed
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
-PREFILL_TILES = {
-    (86, 512): Tile(rows=32, keys=64, warps=8, stages=2),
-    (90, 512): Tile(rows=64, keys=32, warps=8, stages=2),  # 64 rows: what wgmma takes
-    (100, 512): Tile(rows=32, keys=64, warps=8, stages=2),  # of 64 rows the compiler makes an empty kernel
-}
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
@@ -332,12 +327,10 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
                                   "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
 
 
-def prefill_launch(float32: bool, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
-                   residual: int) -> tuple[Tile, dict]:
-    """The tile and the constants of `kiln_tq4_prefill`."""
-    tile = PREFILL_FLOAT32 if float32 else pick(PREFILL_TILES, target, dim)
-    return tile, {"RESIDUAL": residual, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": tile.rows,
-                  "BLOCK_N": tile.keys, "ASM": asm}
+def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, residual: int) -> dict:
+    """The constants of `kiln_tq4_prefill`, which only float32 takes: of 16 bits a chunk is attended to in pieces."""
+    return {"RESIDUAL": residual, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": PREFILL_FLOAT32.rows,
+            "BLOCK_N": PREFILL_FLOAT32.keys, "ASM": False}
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
@@ -374,20 +367,20 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
             pos: torch.Tensor, out: torch.Tensor) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
     (tokens, heads, dim), (kv_heads, slots, _), residual = q.shape, caches[0].shape, rings[0].shape[0]
-    target, float32, asm = current_target(), q.dtype == torch.float32, q.is_cuda and q.dtype != torch.float32
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
     flash_prefill(q, k, v, *rings, pos, residual, out, lse)
     still_rotated = torch.empty_like(out)
-    pieces = None if float32 else piece_tile(target, dim)
-    if pieces is not None:
-        attend_in_pieces(pieces, *rotated(q, True), caches, pos, residual, still_rotated, codes_lse, asm)
-    else:
-        tile, constants = prefill_launch(float32, asm, target, heads, kv_heads, dim, slots, residual)
+    if q.dtype == torch.float32:
+        tile = PREFILL_FLOAT32
         blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
-        kernel(kiln_tq4_prefill)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens, **constants,
-                                                       num_warps=tile.warps, num_stages=tile.stages)
+        kernel(kiln_tq4_prefill)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens,
+                                                     **prefill_constants(heads, kv_heads, dim, slots, residual), num_warps=tile.warps,
+                                                     num_stages=tile.stages)
+    else:
+        tile = piece_tile(current_target(), dim)
+        attend_in_pieces(tile, *rotated(q, True), caches, pos, residual, still_rotated, codes_lse, asm=q.is_cuda)
     kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
-                                               GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
+                                                 GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
 
 
 @triton_op("kiln::tq4_attention", mutates_args=())
@@ -456,15 +449,15 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             if not terms:
                 cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
                                         options(tile)))
-            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge,
-                                    parts | {"out_ptr": "*i32" if terms else kind}, merge, {"num_warps": merge_warps(dim)}))
+            signature = parts | {"out_ptr": "*i32" if terms else kind}
+            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge, signature, merge,
+                                    {"num_warps": merge_warps(dim)}))
         cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
                                   residual, True))
-        pieces = None if float32 else piece_tile(target, dim)
-        if pieces is not None:
-            cases += piece_cases(name, pieces, h.queries, h.kv, dim, slots, residual)
+        if not float32:
+            cases += piece_cases(name, piece_tile(target, dim), h.queries, h.kv, dim, slots, residual)
             continue
-        tile, constants = prefill_launch(float32, not float32, target, h.queries, h.kv, dim, slots, residual)
+        constants = prefill_constants(h.queries, h.kv, dim, slots, residual)
         signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
-        cases.append(KernelCase(f"{name} prefill {h.label}", kiln_tq4_prefill, signature, constants, options(tile)))
+        cases.append(KernelCase(f"{name} prefill {h.label}", kiln_tq4_prefill, signature, constants, options(PREFILL_FLOAT32)))
     return cases

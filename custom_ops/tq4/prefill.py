@@ -18,6 +18,7 @@ import triton.language as tl
 
 from custom_ops.cases import KernelCase
 from custom_ops.gpu.launch import kernel
+from custom_ops.gpu.tables import pick
 from custom_ops.gpu.target import GpuTarget
 from custom_ops.tq4.codec import LEVEL_UNIT, plane_pair
 
@@ -33,8 +34,16 @@ class PrefillTile:
     piece: int = 16384
 
 
-# By (architecture, head dimension), 16-bit activations. What is not here decompresses tile by tile (`tq4.attention.PREFILL_TILES`).
-PIECE_TILES = {(90, 512): PrefillTile(rows=64, keys=32, warps=8, stages=3)}
+# By (architecture, largest head dimension), see `configs`; measured on sm_90, elsewhere what fits. 16-bit activations; float32 ones
+# decompress tile by tile (`custom_ops/tq4/attention.py`).
+PIECE_TILES = {
+    (80, 512): PrefillTile(rows=32, keys=32, warps=8, stages=3),  # of 64 rows and more the accumulators take all registers
+    (86, 512): PrefillTile(rows=32, keys=32, warps=8, stages=2),
+    (89, 512): PrefillTile(rows=32, keys=32, warps=8, stages=2),
+    (90, 512): PrefillTile(rows=64, keys=32, warps=8, stages=3),
+    (100, 512): PrefillTile(rows=64, keys=32, warps=8, stages=3),
+    (120, 512): PrefillTile(rows=32, keys=32, warps=8, stages=2),
+}
 DECOMPRESS_ROWS, DECOMPRESS_WARPS = 64, 8  # a multiple of every tile's keys: whole blocks are defined
 
 SHRINK = tl.constexpr(0.25)  # of values in the scratch: the largest level times the largest scale would not fit float16
@@ -167,9 +176,9 @@ def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, stat
         tl.store(out, acc * (1.0 / SHRINK), mask=keep[:, None])
 
 
-def piece_tile(target: GpuTarget, dim: int) -> PrefillTile | None:
-    """The tile of this architecture and head dimension; None where codes are decompressed tile by tile instead."""
-    return PIECE_TILES.get((target.sm, dim))
+def piece_tile(target: GpuTarget, dim: int) -> PrefillTile:
+    """The tile of this architecture and head dimension."""
+    return pick(PIECE_TILES, target, dim)
 
 
 def piece_slots(tile: PrefillTile, slots: int) -> int:

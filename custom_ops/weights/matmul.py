@@ -14,6 +14,7 @@ import triton
 from torch.library import triton_op
 
 from custom_ops.cases import KernelCase
+from custom_ops.geometry import GEMMA4_31B, Geometry
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
@@ -155,9 +156,10 @@ def flops(tokens: int, n: int, k: int) -> int:
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def kernel_cases(target: GpuTarget) -> list[KernelCase]:
-    """A piece of the 31B, a float weight, and sizes that nothing divides; one size stands for all, which are but constants."""
-    sizes = [(dtype, *size) for dtype in _TYPES for size in ((5376, 21504, False), (5376, 5376, True), (300, 100, False))]
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """A piece of the model, a float weight, and sizes that nothing divides; one size stands for all, which are but constants."""
+    d = model.hidden
+    sizes = [(dtype, *size) for dtype in _TYPES for size in ((d, model.ffn, False), (d, d, True), (300, 100, False))]
     cases = []
     for dtype, n, k, transposed in sizes:
         tile, kind = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]

@@ -4,32 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from exporter.compiler.trace import GraphSpec
-from exporter.source.config import ModelConfig
-from exporter.source.plan import cache_specs
+from exporter.model.caches import kv_plan
 from exporter.source.weights import weight_bytes
-from passes.records import KVBuffer, PassOptions
-
-
-def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
-    """The caches of the lowered graph, from the hyper-parameters alone."""
-    plan = []
-    for cache in cache_specs(config):
-        prefix, layer, heads, size = f"blk.{cache.layer}.cache", cache.layer, cache.heads, cache.head_dim
-        if cache.window is not None:
-            slots = min(cache.window, max_seq_len)
-            plan += [KVBuffer(f"{prefix}.{side}_ring", layer, "ring", dtype, (slots, heads, size)) for side in "kv"]
-        elif options.turboquant:
-            shape = (options.residual_length, heads, size)
-            for side in "kv":
-                plan.append(KVBuffer(f"{prefix}.{side}_residual", layer, "ring", dtype, shape))
-                plan.append(KVBuffer(f"{prefix}.{side}_codes", layer, "global", torch.int16, (heads, max_seq_len, size // 4)))
-                plan.append(KVBuffer(f"{prefix}.{side}_scales", layer, "global", torch.float16, (heads, max_seq_len)))
-        else:
-            plan += [KVBuffer(f"{prefix}.{side}_cache", layer, "global", dtype, (max_seq_len, heads, size)) for side in "kv"]
-    return plan
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from custom_ops.dtypes import dtype_name
+from custom_ops.gpu.tables import borrowed
 from custom_ops.gpu.target import gpu_targets
 from exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
 from exporter.artifact.output import MANIFEST
@@ -76,6 +77,8 @@ def target_record(compiled: CompiledTarget) -> dict:
         "bytes": compiled.path.stat().st_size,
         "sha256": file_sha256(compiled.path),
         "passes": [r.to_dict() for r in compiled.entries[-1].reports],
+        "shortfalls": [f"{entry.entry}: {r.shortfall}" for entry in compiled.entries for r in entry.reports if r.shortfall],
+        "borrowed": {f"sm_{sm}": tables for sm, tables in borrowed(gpu).items()} if gpu else {},
     }
 
 

@@ -73,7 +73,10 @@ def _artifact_lines(record: dict) -> list[str]:
         f"made by Kiln {producer['kiln']} with torch {producer['torch']}, triton {producer['triton']}",
     ]
     lines += [f"target  {t['target']:7} {t['file']} ({t['bytes'] / 2**20:.1f} MiB)" for t in record["targets"]]
-    lines += [f"pass    {p['name']:16} {p['status']:10} {p['matches'] or '':4} {p['note']}" for p in record["passes"]]
+    for p in record["passes"]:
+        count = f"{p['matches']}/{p['expected']}" if p.get("expected") else ""
+        lines.append(f"pass    {p['name']:16} {p['status']:10} {count:8} {p['note']}")
+    lines += [f"note    {t['target']} {shortfall}" for t in record["targets"] for shortfall in t.get("shortfalls", ())]
     lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
     sizes: Counter[str] = Counter()
     for kv in record["kv"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,6 @@ from exporter.artifact.manifest import file_sha256, read_manifest
 from exporter.artifact.output import MANIFEST
 from exporter.errors import KilnError
 
-# Names in a package: a library for each entry point; in torch's form its metadata and the name of a source, too, and marks of a package.
-MARKS = r"\.?data/\w+|archive_format|archive_version|byteorder|version"
-PACKED = (r"(?P<entry>\w+)\.so", rf"(?:[\w.-]+/)?(?:data/aotinductor/(?P<entry>\w+)/[\w.-]+\.(?:so|json|wrapper\.cpp)|{MARKS})")
 BLOCK = 1 << 24  # bytes read at once
 AGAIN = "copy the artifact again, or export it again"
 
@@ -37,27 +33,18 @@ def verify(directory: Path) -> list[str]:
 
 
 def check_package(path: Path, entries: tuple[str, ...]) -> None:
-    """Raises KilnError for a package with a name that no export writes, or without the library of an entry point.
-
-    A loader that joins names to a folder would write outside of it, or start a compiler where a library is missing.
-    """
+    """Raises KilnError unless a package holds one library for each entry point, under the name that an export writes, and nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, NotImplementedError) as e:
         raise KilnError(f"{path} is not a package: {e}; {AGAIN}") from e
-    libraries = []
-    for name in names:
-        match = next((found for form in PACKED if (found := re.fullmatch(form, name))), None)
-        if not match or ".." in name.split("/") or (match["entry"] and match["entry"] not in entries):
-            raise KilnError(f"{path} holds {name!r}, which is no part of a package; do not load it")
-        if match["entry"] and name.endswith(".so"):
-            libraries.append(match["entry"])
-    if sorted(libraries) != sorted(entries):
-        has = ", ".join(libraries) or "nothing"
-        raise KilnError(f"{path} has libraries for {has}, not one each for {', '.join(entries)}; do not load it")
-    if len(set(names)) != len(names):
-        raise KilnError(f"{path} holds a name twice; do not load it")
+    libraries = {f"{entry}.so" for entry in entries}
+    if extra := next((name for name in names if name not in libraries), None):
+        raise KilnError(f"{path} holds {extra!r}, which is no part of a package; do not load it")
+    if sorted(names) != sorted(libraries):
+        has = ", ".join(sorted(names)) or "nothing"
+        raise KilnError(f"{path} holds {has}, not one each of {', '.join(sorted(libraries))}; do not load it")
 
 
 def _path(directory: Path, name: str) -> Path:

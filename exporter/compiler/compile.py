@@ -20,7 +20,7 @@ from exporter.compiler.package import declared_constants, write_package
 from exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from exporter.compiler.workers import AT_ONCE, take
 from exporter.errors import KilnError
-from passes.edit import symbolic, user_input
+from passes import edit
 from passes.records import KVBuffer, PassReport
 
 
@@ -132,11 +132,13 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             )
     if entry == "decode" and gpu is not None:
         _keeps_the_contract(files)
-    length = user_input(program, "tokens").meta["val"].shape[0]
-    if entry == "prefill" and not symbolic(length):
+    length = edit.user_input(program, "tokens").meta["val"].shape[0]
+    if entry == "prefill" and not edit.symbolic(length):
         raise KilnError(
             f"compiling prefill: the compiler fixed the number of tokens at {length}; an operator compares it with another size"
         )
+    if entry == "prefill" and (found := edit.bounds(length)) != (2, spec.prefill_chunk):
+        raise KilnError(f"compiling prefill: the compiler narrowed 2 to {spec.prefill_chunk} tokens to {found[0]} to {found[1]}")
     constants = [c.name for c in declared_constants(next(Path(f).read_text() for f in files if f.endswith("wrapper.cpp")))]
     return CompiledEntry(
         entry=entry,

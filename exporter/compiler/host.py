@@ -68,13 +68,16 @@ def reason(output: str) -> str:
 
 def compile_failure(error: Exception) -> str:
     """One line for what a compilation raised. The output of a C++ compiler is kept in a file that the line names."""
-    output = getattr(error, "output", None)
+    failed: BaseException | None = error  # Inductor wraps what happens within it
+    while failed is not None and not isinstance(getattr(failed, "output", None), str | bytes):
+        failed = getattr(failed, "inner_exception", None) or failed.__cause__ or failed.__context__
+    output = getattr(failed, "output", None)
     if isinstance(output, bytes):
         output = output.decode(errors="replace")
     if not isinstance(output, str):
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{type(error).__name__}: {text} (KILN_DEBUG=1 shows where)"
-    command = getattr(error, "cmd", ())
+    command = getattr(failed, "cmd", ())
     words = command if isinstance(command, str) else " ".join(map(str, command))
     with tempfile.NamedTemporaryFile("w", prefix="kiln-compiler-", suffix=".log", dir=lasting(), delete=False, errors="replace") as f:
         f.write(f"{words}\n\n{output}")

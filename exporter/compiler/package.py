@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.compiler.host import MARCH, reason
+from exporter.compiler.host import MARCH
 from exporter.errors import KilnError
 
 ABI = 1  # of kiln_shims and kiln_constants; the runner refuses another one
@@ -97,15 +97,16 @@ def link(objects: list[str], wrapper: str, output: Path) -> None:
     compiled, compiler = source.with_suffix(".o"), os.environ.get("CXX") or "g++"
     flags = ["-std=c++17", "-O2", f"-march={MARCH}", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-w", f"-I{IN_PACKAGE.parent}"]
     flags += [f"-ffile-prefix-map={path}=kiln" for path in (IN_PACKAGE.parent, output.parent)]
-    linker = ("-z,defs", "--gc-sections", "--as-needed", "--build-id=none", "-s", f"--version-script={script}")
+    flags_of_ld = ("-z", "defs", "--gc-sections", "--as-needed", "--build-id=none", "-s", f"--version-script={script}")
+    linker = [word for flag in flags_of_ld for word in ("-Xlinker", flag)]  # -Wl would split a path at its commas
     compile_it = [compiler, *flags, "-c", str(source), "-o", str(compiled)]
-    link_it = [compiler, "-shared", *objects, str(compiled), *(f"-Wl,{flag}" for flag in linker), "-lgomp", "-lm", "-o", str(output)]
+    link_it = [compiler, "-shared", *objects, str(compiled), *linker, "-lgomp", "-lm", "-o", str(output)]
     for command in (compile_it, link_it):
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if missing := sorted(set(re.findall(r"undefined reference to [`']([^']+)'", result.stderr))):
             raise KilnError(f"the compiled graph calls {', '.join(missing)}, which the runner does not have; this is a bug in Kiln")
         if result.returncode:
-            raise KilnError(f"{compiler} failed: {reason(result.stderr)}")
+            raise subprocess.CalledProcessError(result.returncode, command, result.stderr)
     for path in (source, script, compiled):
         path.unlink()
 

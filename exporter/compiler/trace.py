@@ -13,7 +13,9 @@ from torch.export import Dim, ExportedProgram
 from custom_ops.dtypes import DTYPES
 from exporter.compiler.torch_private import fake_export
 from exporter.errors import KilnError
+from exporter.model.caches import kv_plan
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from exporter.model.places import expected_places
 from exporter.source.config import ModelConfig
 from exporter.source.weights import WeightPlan
 from passes.edit import PassError
@@ -75,9 +77,11 @@ def lower(
     spec: GraphSpec, entry: str, device: str, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
 ) -> Lowered:
     """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`. KilnError where a pass fails."""
+    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
+    expected = expected_places(spec.config, spec.plan, kv, spec.options, entry)
     program = trace(spec, entry, device)
     try:
-        return run_pipeline(program, spec.options, dump and dump / entry, after)
+        return run_pipeline(program, spec.options, dump and dump / entry, after, expected)
     except PassError as e:
         raise KilnError(str(e)) from e
 

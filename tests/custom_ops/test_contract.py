@@ -133,7 +133,9 @@ def test_names() -> None:
     declared = waiting_kernels()
     assert len(declared) == 13 and all(name.startswith("kiln_") for name in declared)
     cases = all_cases(gpu_targets()["sm_90"])
-    assert all(case.fn.__name__.startswith("kiln_") for case in cases) and declared.keys() <= {case.fn.__name__ for case in cases}
+    assert all(case.fn.__name__.startswith("kiln_") for case in cases)
+    # which is no case, for its sine of a large angle keeps a table on the stack; a decode package has it
+    assert declared.keys() - {case.fn.__name__ for case in cases} == {"kiln_rope_table"}
     for name in {case.fn.__name__ for case in cases}:  # the runner goes by the beginning of a name
         assert any(name.startswith(prefix) for prefix in declared) == (name in declared), name
     case = next(case for case in cases if case.fn.__name__ == "kiln_fix")

@@ -108,11 +108,12 @@ def test_an_oversize_configuration_is_named() -> None:
 
 
 def test_an_empty_kernel_is_named() -> None:
-    """Of this tile the compiler makes one on sm_100, which is why the table has another there."""
-    constants = attention.prefill_launch(False, True, TARGETS["sm_90"], 32, 4, 512, 131072, 256)[1]
-    case = next(c for c in all_cases(TARGETS["sm_100"]) if c.fn is attention.kiln_tq4_prefill and "bf16" in c.name)
-    assert examine(case, TARGETS["sm_100"])[1] == []
-    _, problems = examine(dataclasses.replace(case, constexprs=constants), TARGETS["sm_100"])
+    """Of float16 queries and this tile the compiler makes one on sm_100."""
+    constants = attention.prefill_constants(32, 4, 512, 131072, 256) | {"BLOCK_M": 64, "BLOCK_N": 32, "ASM": True}
+    case = next(c for c in attention.kernel_cases(TARGETS["sm_100"]) if c.fn is attention.kiln_tq4_prefill)
+    signature = case.signature | {"q_ptr": "*fp16", "out_ptr": "*bf16"}
+    case = dataclasses.replace(case, signature=signature, constexprs=constants, options={"num_warps": 8, "num_stages": 2})
+    _, problems = examine(case, TARGETS["sm_100"])
     assert any("nothing to do" in problem for problem in problems)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import custom_ops
 from custom_ops.gpu import tables, target
 from custom_ops.gpu.tables import borrowed, nearest, pick
 from custom_ops.gpu.target import KIB, MIB, gpu_targets
+from custom_ops.tq4 import prefill
 from tests.conftest import kiln
 from tests.exporter.test_cli import TINY
 
 TARGETS = gpu_targets()
+SMS = {t.sm for t in TARGETS.values()}
 TABLES = {f"{module}.{name}": getattr(importlib.import_module(f"custom_ops.{module}"), name) for module, name in tables.TABLES}
 
 
@@ -40,7 +44,7 @@ def test_pick():
     table = {(86, 256): "small", (86, 512): "large", (90, 256): "own"}
     assert [pick(table, TARGETS["sm_90"], dim) for dim in (64, 256, 512)] == ["own", "own", "large"]
     assert [pick(table, TARGETS["sm_120"], dim) for dim in (256, 257)] == ["small", "large"]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no kernel configuration for head dimension 1024; the largest is 512"):
         pick(table, TARGETS["sm_90"], 1024)
 
 
@@ -69,9 +73,25 @@ def test_what_is_borrowed_is_named():
         "attention.flash.DECODE_TILES [256]", "attention.flash.DECODE_TILES [512]",
         "attention.flash.PREFILL_TILES [256]", "attention.flash.PREFILL_TILES [512]",
         "attention.sliding_decode.SLIDING_TILES [256]", "attention.sliding_decode.SLIDING_TILES [512]", "tq4.attention.DECODE_TILES [512]",
-        "tq4.attention.PREFILL_TILES [512]", "weights.matmul.TILES",
+        "weights.matmul.TILES",
     }  # fmt: skip
     assert borrowed(TARGETS["sm_90"]) == {}
+
+
+def test_every_table_of_head_dimensions_is_listed():
+    """What is not listed is neither borrowed nor missed with a word: every module-level table by (architecture, head dimension)."""
+    for module in pkgutil.walk_packages(custom_ops.__path__, "custom_ops."):
+        for name, value in vars(importlib.import_module(module.name)).items() if not module.name.endswith("__main__") else ():
+            if isinstance(value, dict) and value and all(isinstance(k, tuple) and len(k) == 2 and k[0] in SMS for k in value):
+                assert any(value is table for table in TABLES.values()), f"{module.name}.{name}"
+    assert {sm for sm, _ in prefill.PIECE_TILES} == SMS, "prefill over TQ4 has an entry of its own for every architecture"
+
+
+def test_what_a_table_lacks():
+    needed = {"attention.flash.DECODE_TILES": {64, 512, 576}, "tq4.prefill.PIECE_TILES": {512}}
+    assert tables.lacking(needed) == ["attention.flash.DECODE_TILES [576]"]
+    with pytest.raises(ValueError, match="tq4.prefill.TILES is not among the tables"):
+        tables.lacking({"tq4.prefill.TILES": {64}})
 
 
 def test_the_export_says_so_once(tmp_path):

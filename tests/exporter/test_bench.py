@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.artifact.memory import kv_plan
 from exporter.errors import KilnError
 from exporter.measure import bench, kernel_times
+from exporter.model.caches import kv_plan
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
 from exporter.source.weights import constants, plan_weights

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from custom_ops.gpu import contract
+from custom_ops.gpu.cubin import kernels
 from custom_ops.weights.gemv import GemvConfig
 from exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
@@ -82,9 +84,25 @@ def test_memory_constants_and_paths(export):
         assert b"kiln-work-" not in package and b"site-packages/torch" not in package
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_that_may_start_early_wait(export, target):
+    """In the machine code of the decode package: what the export has checked itself, and that there is something to check."""
+    artifact, _ = export
+    waits = json.loads((artifact / "manifest.json").read_text())["entry_points"]["decode"]["waits"]
+    images = cubins(artifact / f"model.{target}.pt2")["decode"]
+    found = [name for image in images for name in kernels(image) if name.startswith(tuple(waits))]
+    assert {re.sub(r"_\d+$", "", name) for name in found} == {
+        "kiln_gemv", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge", "kiln_tq4_prepare", "kiln_tq4_decode",
+        "kiln_tq4_merge"}  # fmt: skip
+    for image in images:
+        assert contract.check(image) == []
+
+
 def test_passes(export):
     artifact, _ = export
     record = json.loads((artifact / "manifest.json").read_text())
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])
+    assert [t["shortfalls"] for t in record["targets"]] == [[], []] and "sm_90" not in record["targets"][0]["borrowed"]
     status = {p["name"]: p["status"] for p in record["passes"]}
     assert status == {
         "index_copy": "applied",

@@ -151,6 +151,9 @@ def test_a_failed_compilation_is_one_line_and_a_file(tmp_path, monkeypatch):
     assert log.parent == tmp_path and log.read_text() == f"g++ x.cpp\n\n{output}"
     text = compile_failure(subprocess.CalledProcessError(1, ["ld", "-r"], b"ld: cannot open a.o\n"))
     assert "ld: cannot open a.o" in text
+    wrapped = RuntimeError("backend failed")
+    wrapped.__cause__ = CppCompileError(["g++"], output)
+    assert "the C++ compiler failed: x.cpp:3:7: error" in compile_failure(wrapped)
     assert compile_failure(ValueError("one\ntwo")) == "ValueError: one (KILN_DEBUG=1 shows where)"
 
 

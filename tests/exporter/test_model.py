@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.artifact.memory import kv_plan
 from exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
+from exporter.model.caches import kv_plan
 from tests.timeline import FIXTURES, TOLERANCE, all_ways, fixture_logits, fixture_tokens, graph_spec, weights, worst
 
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"

@@ -17,7 +17,7 @@ from tests.timeline import FIXTURES
 
 ROOT = Path(__file__).parents[2]
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
-ODD = "-it's an \"odd\" (ö) 窯 $HOME; = &"
+ODD = "-it's an, \"odd\" (ö) 窯 $HOME; = &"
 
 
 @pytest.fixture()
@@ -115,6 +115,15 @@ def test_make_passes_paths_whole(tmp_path):
     command = ["make", "build", f"PY={escaped(venv)}/bin/python", 'BUILD=../a"b']
     result = subprocess.run(command, capture_output=True, cwd=folder, env=environment)
     assert result.returncode == 2 and b"a double quote or a semicolon; move the checkout" in result.stderr
+
+
+def test_workers_of_the_gpu_tests_are_counted():
+    """Before make 4.4 its own shell does not see what it exports: what asks Python stands in the recipe."""
+    (recipe,) = subprocess.run(["make", "-n", "test-gpu", f"PY={sys.executable}", "WORKERS=7"], capture_output=True, text=True, cwd=ROOT,
+                               env={k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}).stdout.splitlines()[-1:]  # fmt: skip
+    shown = subprocess.run(["sh", "-c", recipe.replace('"$PY" -m pytest', "echo", 1)], capture_output=True, text=True,
+                           env=os.environ | {"PY": sys.executable}).stdout  # fmt: skip
+    assert shown.startswith("-m gpu -n 7 "), shown
 
 
 def test_cmake_finds_its_parts_below_odd_paths(tmp_path):

@@ -17,7 +17,7 @@ from exporter.cli import main
 from exporter.errors import KilnError
 
 ENTRIES = ("prefill", "decode")
-GOOD = [f"model/data/aotinductor/{e}/{e}.wrapper.{kind}" for e in ENTRIES for kind in ("so", "json", "wrapper.cpp")] + ["model/version"]
+GOOD = [f"{entry}.so" for entry in ENTRIES]
 
 
 def package(path: Path, names: list[str]) -> Path:
@@ -121,23 +121,24 @@ def test_a_manifest_with_something_missing(artifact, lost):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../.bashrc", "/etc/cron.d/x", "model/data/aotinductor/../x.so", "model/data/aotinductor/prefill/../../x.so", "model\\x.so",
-     "model/data/aotinductor/prefill/x.sh", "model/data/aotinductor/other/x.so", "model/data/aotinductor/prefill/sub/x.so", "x.so",
-     "../data/aotinductor/prefill/y.json"],
+    ["../../.bashrc", "/etc/cron.d/x", "lib/prefill.so", "lib/../decode.so",
+     "prefill\\x.so", "verify.so", "prefill.sh", "prefill.so/", "x.json"],
 )  # fmt: skip
 def test_names_that_no_export_writes(tmp_path, name):
-    for names in (GOOD, [f"{entry}.so" for entry in ENTRIES]):
-        check_package(package(tmp_path / "good.pt2", names), ENTRIES)
+    check_package(package(tmp_path / "good.pt2", GOOD), ENTRIES)
     with pytest.raises(KilnError, match="no part of a package; do not load it"):
         check_package(package(tmp_path / "bad.pt2", [*GOOD, name]), ENTRIES)
 
 
 def test_libraries_that_are_missing_or_there_twice(tmp_path):
-    for names in ([n for n in GOOD if n != GOOD[0]], [*GOOD, GOOD[0].replace(".wrapper", ".other")], ["model/version"]):
-        with pytest.raises(KilnError, match="not one each for prefill, decode; do not load it"):
-            check_package(package(tmp_path / "bad.pt2", names), ENTRIES)
-    with pytest.raises(KilnError, match="holds a name twice"), pytest.warns(UserWarning, match="Duplicate"):
-        check_package(package(tmp_path / "bad.pt2", [*GOOD, GOOD[1]]), ENTRIES)
+    with pytest.raises(KilnError, match=r"bad.pt2 holds decode.so, not one each of decode.so, prefill.so; do not load it"):
+        check_package(package(tmp_path / "bad.pt2", GOOD[1:]), ENTRIES)
+    with pytest.raises(KilnError, match="holds nothing, not one each"):
+        check_package(package(tmp_path / "bad.pt2", []), ENTRIES)
+    with pytest.warns(UserWarning, match="Duplicate"):
+        twice = package(tmp_path / "bad.pt2", [*GOOD, GOOD[1]])
+    with pytest.raises(KilnError, match="holds decode.so, decode.so, prefill.so, not one each"):
+        check_package(twice, ENTRIES)
     (tmp_path / "bad.pt2").write_bytes(b"no zip")
     with pytest.raises(KilnError, match="is not a package"):
         check_package(tmp_path / "bad.pt2", ENTRIES)

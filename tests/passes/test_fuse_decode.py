@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from custom_ops.weights import fixed_point, gemv
 from custom_ops.weights.gemv import GemvConfig
 from exporter.compiler.torch_private import fake_export
 from exporter.compiler.trace import lower, make_kv, runnable
+from exporter.errors import KilnError
 from passes import fuse_decode
 from passes.records import Lowered, PassOptions
 from passes.verifier import verify
@@ -78,8 +80,9 @@ def test_the_pattern_is_gone() -> None:
         assert report(before).status == "off"
         after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=2), "decode", "cpu")
         assert [count(after.program, target) for target in PLAIN] == [0] * 5
-        assert (report(after).status, report(after).matches) == ("applied", 27)
-        assert report(after).note == f"2 bytes an activation; 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
+        found = report(after)  # products, norms, residuals, GELUs, attentions
+        assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())
+        assert found.note == f"2 bytes an activation; 27 products, 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
         # the projections of 6 layers, V apart in 2 of them, leave their sums to the attention
         expected = {"norm_fixed": 1, "add_norm": 12, "fixed_glu": 6, "fixed_linear": 1, "fixed_linear_squares": 12, "fixed_partials": 8,
                     "sliding_decode": 4, "rope_table": 2, "tq4_decode": 2 if tq else 0, "tq4_attention": 0, "tq4_write": 0} | dict.fromkeys(
@@ -145,14 +148,19 @@ def test_a_model_of_float_weights_is_left_alone() -> None:
     assert count(lowered.program, kiln.rope.default) and not count(lowered.program, aten.zeros.default)
 
 
-# Tensors of another type, what the report counts, products with float weights, and what else stays.
+# Tensors of another type; what the report counts: products, norms, GELUs, attentions, conversions; products with float weights; what else
+# stays; the places that are missed, and one of them as it is told.
 VARIATIONS = {
-    "output and down in F32": ({"attn_output": "F32", "ffn_down": "F32"}, (13, 0, 0, 0, 0), 12, {"sliding_attention": 5, "gelu_mul": 6}),
-    "projections in F32": ({"attn_q": "F32", "attn_k": "F32", "attn_v": "F32"}, (7, 6, 5, 1, 1), 6, {"rms_norm": 16, "rope": 0}),
-    "gate apart from up": ({"ffn_gate": "Q6_K"}, (13, 0, 5, 1, 7), 0, {"gelu_mul": 6, "rms_norm": 0}),
-    "value apart": ({"attn_v": "Q6_K"}, (13, 6, 5, 1, 1), 0, {"rms_norm": 0}),
-    "query, key and value apart": ({"attn_q": "Q6_K", "attn_v": "Q8_0"}, (13, 6, 5, 1, 1), 0, {"rms_norm": 0}),
-}
+    "output and down in F32": ({"attn_output": "F32", "ffn_down": "F32"}, (15, 13, 0, 0, 0, 0), 12, {"sliding_attention": 5, "gelu_mul": 6},
+                               {"attn_output": 6, "ffn_down": 6, "attention": 6, "glu": 6}, "blk.0.glu (blk.0.ffn_down is F32)"),
+    # the residual stream is rounded before a norm that is not fused: five of them follow a layer
+    "projections in F32": ({"attn_q": "F32", "attn_k": "F32", "attn_v": "F32"}, (19, 7, 6, 5, 1, 1), 6, {"rms_norm": 16, "rope": 0},
+                           {"attn_qkv": 5, "attn_qk": 1, "attn_norm": 6, "post_ffw_norm": 5}, "blk.1.attn_qkv (its weight is F32)"),
+    "gate apart from up": ({"ffn_gate": "Q6_K"}, (33, 13, 0, 5, 1, 7), 0, {"gelu_mul": 6, "rms_norm": 0}, {"glu": 6},
+                           "blk.2.glu (gate is Q6_K, up Q4_K)"),
+    "value apart": ({"attn_v": "Q6_K"}, (30, 13, 6, 5, 1, 1), 0, {"rms_norm": 0}, {}, None),
+    "query, key and value apart": ({"attn_q": "Q6_K", "attn_v": "Q8_0"}, (36, 13, 6, 5, 1, 1), 0, {"rms_norm": 0}, {}, None),
+}  # fmt: skip
 
 
 def varied(tmp_path, monkeypatch, kinds: dict[str, str]):
@@ -169,13 +177,20 @@ def varied(tmp_path, monkeypatch, kinds: dict[str, str]):
 
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_variations(name: str, tmp_path, monkeypatch) -> None:
-    kinds, counts, linear, left = VARIATIONS[name]
+    kinds, counts, linear, left, missed, told = VARIATIONS[name]
     path = varied(tmp_path, monkeypatch, kinds)
     state = weights(path, tmp_path)
-    plain, fused = (lower(graph_spec(path, decode_bytes=terms), "decode", "cpu") for terms in (0, 3))
-    norms, gated, sliding, full, conversions = counts
-    expected = f"{norms} norms, {gated} gated, {sliding} sliding, {full} global, {conversions} conversions"
+    plain, fused = (lower(graph_spec(path, decode_bytes=terms, allow_unfused=True), "decode", "cpu") for terms in (0, 3))
+    products, norms, gated, sliding, full, conversions = counts
+    expected = f"{products} products, {norms} norms, {gated} gated, {sliding} sliding, {full} global, {conversions} conversions"
     assert report(fused).note == f"3 bytes an activation; {expected}"
+    assert Counter(place.split(" ")[0].split(".")[-1] for place in report(fused).missed) == missed
+    assert report(fused).expected == report(fused).matches + len(report(fused).missed)
+    if told:
+        assert told in report(fused).missed
+        counted = f"pass fuse_decode rewrote {report(fused).matches} of {report(fused).expected} places; not"
+        with pytest.raises(KilnError, match=counted):
+            lower(graph_spec(path, decode_bytes=3), "decode", "cpu")
     assert count(fused.program, kiln.quantized_linear.default) == 0
     for op, number in left.items():
         assert count(fused.program, getattr(kiln, op).default) == number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,14 +12,14 @@ import custom_ops.ops  # noqa: F401
 import passes.edit as edit
 from custom_ops.attention.flash import attend
 from custom_ops.tq4 import codec
-from exporter.artifact.memory import kv_plan
 from exporter.compiler.torch_private import fake_export
 from exporter.compiler.trace import lower, make_kv, runnable, trace
 from exporter.errors import KilnError
+from exporter.model.caches import kv_plan
 from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
 from passes.edit import PassError
 from passes.pipeline import PIPELINE, run_pipeline
-from passes.records import Lowered, PassOptions
+from passes.records import Lowered, PassOptions, PassReport
 from passes.verifier import verify
 from tests.custom_ops import tq4_cache
 from tests.timeline import FIXTURES, GREEDY, graph_spec, weights
@@ -279,6 +281,43 @@ def test_own_matmul():
     assert torch.allclose(runnable(program, state)(x), before, rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_missed_is_an_error_or_told(monkeypatch):
+    """A pass that takes one layer of two, and one that takes what the model does not have."""
+    take = {"places": ("blk.1.attention",)}
+
+    def part(lowered, options):
+        return PassReport("part", "applied", take["places"])
+
+    monkeypatch.setattr("passes.pipeline.PIPELINE", (("part", part),))
+    program, expected = trace(graph_spec(WIDE), "decode", "cpu"), {"part": {"blk.1.attention": "", "blk.5.attention": "V is F16"}}
+    missed = "pass part rewrote 1 of 2 places; not blk.5.attention (V is F16)"
+    with pytest.raises(PassError, match=re.escape(missed + "; --allow-unfused exports the model as it is, slower")):
+        run_pipeline(program, PassOptions(), expected=expected)
+    (report,) = run_pipeline(program, PassOptions(allow_unfused=True), expected=expected).reports
+    assert report.shortfall == missed and report.to_dict() == {
+        "name": "part", "status": "applied", "expected": 2, "matches": 1, "missed": ["blk.5.attention (V is F16)"], "note": ""
+    }  # fmt: skip
+    take["places"] = ("blk.1.attention", "blk.5.attention", "blk.2.attention")
+    with pytest.raises(PassError, match="pass part rewrote blk.2.attention, which the model is not expected to have"):
+        run_pipeline(program, PassOptions(allow_unfused=True), expected=expected)
+    take["places"] = take["places"][:2]
+    assert run_pipeline(program, PassOptions(), expected=expected).reports[0].shortfall == ""
+
+
+class Tokens(nn.Module):
+    def forward(self, tokens):
+        return tokens + 1
+
+
+def test_a_narrowed_length_is_seen():
+    dynamic = {"tokens": {0: torch.export.Dim("T", min=2, max=24)}}
+    program = fake_export(Tokens, lambda: (torch.empty(23, dtype=torch.int64),), dynamic, "cpu")
+    length = edit.user_input(program, "tokens").meta["val"].shape[0]
+    assert edit.symbolic(length) and edit.bounds(length) == (2, 24)
+    assert bool(length > 10)  # a guard, which nobody checks at run time
+    assert edit.symbolic(length) and edit.bounds(length) == (11, 24)
+
+
 def test_free_kv_buffers():
     program = torch.export.export(Cached(), (torch.zeros(1),))  # an export with real tensors
     size = program.state_dict["blk.3.cache.k_ring"].nbytes
@@ -323,10 +362,11 @@ def test_pipeline_on_the_decoder(tmp_path):
         for entry in ("decode", "prefill"):
             lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
             assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
-            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 20 if tq else 12]
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 20 if tq else 12]
+            assert all(r.expected == r.matches and not r.missed for r in lowered.reports)
         plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))
-        assert len(list((tmp_path / str(tq) / "prefill").iterdir())) == 7
+        assert len(list((tmp_path / str(tq) / "prefill").iterdir())) == 1 + len(PIPELINE)
         tokens = torch.arange(40) % 512
         module = runnable(lowered.program, {**state, **make_kv(lowered.kv)})
         _, outputs[tq] = module(tokens, torch.arange(40), *GREEDY)

@@ -56,7 +56,7 @@ class Watched:
     output: str = ""
 
     def __post_init__(self) -> None:
-        self._start, self._changed = time.monotonic(), threading.Condition()
+        self._start, self._changed, self._closed = time.monotonic(), threading.Condition(), 0
         self._readers = [threading.Thread(target=self._read, args=(pipe,)) for pipe in (self.process.stdout, self.process.stderr)]
         for reader in self._readers:
             reader.start()
@@ -70,14 +70,16 @@ class Watched:
                         break
                     self.ends.setdefault(phase, time.monotonic() - self._start)
                 self._changed.notify_all()
+        with self._changed:
+            self._closed += 1
+            self._changed.notify_all()
 
     def wait_for(self, phase: str, timeout: float) -> bool:
         """Until the phase has begun; False where the process ended before."""
         before = [p for p, _ in itertools.takewhile(lambda item: item[0] != phase, self.phases.items())]
         with self._changed:
-            return self._changed.wait_for(lambda: all(p in self.ends for p in before) or self.process.poll() is not None, timeout) and all(
-                p in self.ends for p in before
-            )
+            self._changed.wait_for(lambda: all(p in self.ends for p in before) or self._closed == 2, timeout)
+            return all(p in self.ends for p in before)
 
     def finish(self, timeout: float) -> int:
         code = self.process.wait(timeout)
@@ -115,7 +117,7 @@ def interrupt(command: list, folder: Path, phases: dict[str, str | None], phase:
     reached = watched.wait_for(phase, 600)
     if reached:
         time.sleep(delay)
-    finished = watched.process.poll() is not None
+    finished = watched.process.poll() is not None or not reached
     if not finished:
         watched.process.send_signal(number)
     code = watched.finish(60)

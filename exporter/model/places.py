@@ -1,0 +1,87 @@
+"""What the passes are expected to rewrite, from the hyper-parameters, the weights' plan and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from custom_ops.weights.block_types import LAYOUTS
+from custom_ops.weights.gemv import GLU_ROWS, glu_fits
+from exporter.source.config import ModelConfig
+from exporter.source.weights import WeightPlan
+from passes.chunked_lm_head import chunk_rows
+from passes.records import Expected, KVBuffer, PassOptions
+
+
+def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
+    """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
+    full = [f"blk.{layer.index}.attention" for layer in config.layers if not layer.sliding]
+    rings = {f"blk.{layer.index}.cache.{side}_{'ring' if layer.sliding else 'cache'}" for layer in config.layers for side in "kv"}
+    found: Expected = {
+        "index_copy": dict.fromkeys(sorted(rings), ""),
+        "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
+        "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
+        "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
+        "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
+        "fuse_decode": _fused(config, plan) if options.decode_bytes and entry == "decode" else {},
+        "free_kv_buffers": dict.fromkeys((b.name for b in kv), ""),
+    }
+    return found
+
+
+def needed_tables(config: ModelConfig, options: PassOptions) -> dict[str, set[int]]:
+    """Kernel tables that a model with 16-bit activations takes a configuration from -> its head dimensions there."""
+    sliding, full = ({layer.head_dim for layer in config.layers if layer.sliding == s} for s in (True, False))
+    needed = {"attention.flash.DECODE_TILES": sliding | full, "attention.flash.PREFILL_TILES": sliding | full,
+              "attention.sliding_decode.SLIDING_TILES": sliding}  # fmt: skip
+    return needed | ({"tq4.attention.DECODE_TILES": full, "tq4.prefill.PIECE_TILES": full} if options.turboquant else {})
+
+
+def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: PassOptions) -> list[str]:
+    name = "token_embd" if config.tied_head else "output"
+    head = next(p for p in plan if p.name == name)
+    whole = chunk_rows(head.K, options.materialized_head_budget) >= head.N
+    return [] if not options.materializes_head or whole or head.kind == "F32" else [name]
+
+
+def _products(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
+    head = "token_embd" if config.tied_head else "output"
+    return {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
+
+
+def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
+    return [name for name, p in _products(config, plan).items() if p.kind not in LAYOUTS]
+
+
+def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
+    """Every product, norm, residual, GELU and attention of a token. Of a model without a packed product nothing is: it has another form."""
+    products = _products(config, plan)
+    if not any(p.kind in LAYOUTS for p in products.values()):
+        return {}
+    found = {name: "" if p.kind in LAYOUTS else f"its weight is {p.kind}" for name, p in products.items()}
+
+    def floats(names: Sequence[str]) -> str:
+        """Those of the products beside a place whose weights take no fixed point."""
+        return ", ".join(f"{n} is {products[n].kind}" for n in names if n in products and products[n].kind not in LAYOUTS)
+
+    for layer in config.layers:
+        at = f"blk.{layer.index}"
+        projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
+        gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
+        found |= {
+            f"{at}.attn_norm": floats(projections),
+            f"{at}.post_attention_norm": floats(gates),
+            f"{at}.ffn_norm": floats(gates),
+            f"{at}.post_ffw_norm": "",
+            f"{at}.attention": floats([f"{at}.attn_output"]),
+            f"{at}.glu": _glu(at, products) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
+        }
+    return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
+
+
+def _glu(at: str, products: dict[str, WeightPlan]) -> str:
+    together = products.get(f"{at}.ffn_gate_up")
+    if together is None:
+        return f"gate is {products[f'{at}.ffn_gate'].kind}, up {products[f'{at}.ffn_up'].kind}"
+    if together.kind in LAYOUTS and not glu_fits(together.N):
+        return f"{together.N // 2} rows are no multiple of {GLU_ROWS}"
+    return ""
