@@ -2,8 +2,8 @@
 
 A compiled graph calls torch's C functions and the CUDA driver by name. Here each of those names gets a definition inside the library: in
 `in_package.cpp` where it is the same for every runner, else a jump through a table that the runner fills when it opens the library
-(`runtime_cpp/src/shims.def` lists those). So the library has no undefined symbol that a process with another torch could take over, and a
-graph that needs a function outside of the two lists fails at export.
+(`shims.def` lists those, for the runner too). So the library has no undefined symbol that a process with another torch could take over, and
+a graph that needs a function outside of the two lists fails at export.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from exporter.compiler.host import MARCH
 from exporter.errors import KilnError
 
 ABI = 1  # of kiln_shims and kiln_constants; the runner refuses another one
-SHIMS = Path(__file__).parents[2] / "runtime_cpp" / "src" / "shims.def"
+SHIMS = Path(__file__).with_name("shims.def")
 IN_PACKAGE = Path(__file__).with_name("in_package.cpp")
 EXPORTED = ("kiln_shims", "kiln_constants", "AOTInductorModelContainer*")
 EPOCH = (1980, 1, 1, 0, 0, 0)

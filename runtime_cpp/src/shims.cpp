@@ -190,7 +190,10 @@ struct Named {
 
 }  // namespace
 
-Running::Running(Surroundings& now) : before_(surroundings) { surroundings = &now; }
+Running::Running(Surroundings& now) : before_(surroundings) {
+  surroundings = &now;
+  model_error.clear();  // of a call whose error nobody asked for
+}
 Running::~Running() { surroundings = before_; }
 Surroundings& Running::now() {
   if (!surroundings) fail("internal error: a compiled model runs outside of a session");

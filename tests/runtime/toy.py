@@ -55,9 +55,10 @@ def compile_toy(path: Path, device: str) -> None:
     """In processes of their own: the compiler of packages is installed into them."""
     libraries = {}
     with tempfile.TemporaryDirectory() as work:
-        for entry in ("prefill", "decode"):
-            worker = take()
+        workers = {entry: take() for entry in ("prefill", "decode")}
+        for entry, worker in workers.items():
             worker.start(_compile_entry, entry, device, f"{work}/{entry}")
+        for entry, worker in workers.items():
             libraries[entry] = Path(worker.result())
         write_package(path, libraries)
 

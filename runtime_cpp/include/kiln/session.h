@@ -35,7 +35,8 @@ struct MemoryReport {  // bytes
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 
-// One timeline over a model: its own KV caches and position. Not for two threads at once; several sessions never share state.
+// One timeline over a model: its own KV caches and position; several sessions never share state. A second call at the same time, from another
+// thread or from inside a callback, is an Error; position(), cache_memory() and early_launches() may be asked at any time.
 class Session {
  public:
   // Throws Error when the compiled models and the manifest disagree or the KV caches do not fit into the device's memory.
