@@ -431,13 +431,17 @@ def _scratch_for_every_program() -> None:
 
 
 def _inputs_computed_once() -> None:
-    """The original copies an input that is not in memory yet, and computes it anew for each argument of each kernel."""
+    """The original copies an input that is not in memory yet, and computes it anew for each argument of each kernel.
+
+    Only where T is free: one token's graph stays as it was measured.
+    """
     from torch._inductor.ir import ExternKernel, StorageBox, TensorBox
 
     original = ExternKernel.require_strides.__func__
 
     def require_strides(cls, x, *args, **kwargs):
-        if isinstance(x, TensorBox) and isinstance(x.data, StorageBox):
+        free = isinstance(x, TensorBox) and any(sympy.sympify(n).free_symbols for n in x.get_size())
+        if free and isinstance(x.data, StorageBox):
             x.realize()
         return original(cls, x, *args, **kwargs)
 
