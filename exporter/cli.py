@@ -104,10 +104,10 @@ def main() -> None:
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
 @click.option(
     "--matmul",
-    type=click.Choice(["auto", "kiln", "blas"]),
-    default="auto",
+    type=click.Choice(["kiln", "blas"]),
+    default="kiln",
     show_default=True,
-    help="A prefill's products on a GPU. kiln: compiled into the package; blas: by cuBLAS; auto: the one measured to be better.",
+    help="A prefill's products on a GPU. kiln: compiled into the package, no library needed; blas: by cuBLAS.",
 )
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(

@@ -1,4 +1,4 @@
-"""On a GPU, products with float weights become `kiln::matmul`, whose body decides for our kernels or for cuBLAS where it is compiled."""
+"""On a GPU, products with float weights become `kiln::matmul`: our kernels, compiled into the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     places = tuple(_name(node.args[1], edit.states(ep)) for node in linears)
     for node in linears:
         edit.replace(ep, node, edit.emit(ep, node, KILN.matmul.default, *node.args, True))
-    return PassReport("own_matmul", "applied" if linears else "not needed", places, f"{len(linears)} products, by {options.matmul}")
+    return PassReport("own_matmul", "applied" if linears else "not needed", places)
 
 
 def _name(weight: Node, names: dict[Node, str]) -> str:

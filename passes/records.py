@@ -21,7 +21,7 @@ class PassOptions:
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
     decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
-    matmul: str = "blas"  # of a prefill's products on a GPU: "kiln" (our kernels), "blas", or "auto", which was measured to be better
+    matmul: str = "blas"  # of products on a GPU: "kiln" (our kernels) or "blas"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
 
-CHOICES = ("auto", "kiln", "blas")
+CHOICES = ("kiln", "blas")
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,31 @@ class MatmulTile:
     group: int = 8  # rows of tiles taken together, column by column
     tma: bool = False  # by tensor descriptors, one program for each multiprocessor
     halves: bool = False  # a tile is written in two halves, through half the shared memory
-    flatten: bool = True  # the next tile's first loads begin before a tile is written
     specialize: bool = False  # one warp group loads, two multiply
-    per_sm: int = 1  # with tma: programs of a multiprocessor
-    balanced: bool = False  # tiles that do not fill the card are cut by K
-    better: bool = False  # measured no slower than cuBLAS: `auto` takes it
+    few: tuple[int, int, int, int] = (0, 0, 0, 0)  # rows, columns, inner and stages of the tiles of no more than `rows` tokens; 0: the same
 
     def __post_init__(self) -> None:
-        if self.specialize and (self.flatten or self.halves or self.balanced):
-            raise ValueError(f"{self}: specialized warps go with none of flatten, halves and balanced")
+        if self.specialize and (self.halves or any(self.few)) or (not self.tma and (self.specialize or self.halves or any(self.few))):
+            raise ValueError(f"{self}: halves, specialize and few go with tma, and specialize with neither of the others")
 
 
-# By architecture, see `tables`; bfloat16. Not measured yet: what fits.
+# By architecture, see `tables`; bfloat16. Measured on sm_90, elsewhere what fits.
 TILES = {
     80: MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=4),
     86: MatmulTile(rows=128, columns=128, inner=32, warps=4, stages=3),
-    90: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
+    90: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True, few=(64, 64, 128, 6)),
     100: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
 }
 UNALIGNED = MatmulTile(rows=64, columns=64, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor and no wide load takes
-FLOAT32 = MatmulTile(rows=64, columns=64, inner=32, warps=8, stages=2)  # float32 products run on the CUDA cores, out of registers
+FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=3)  # float32 products run on the CUDA cores, out of registers
 ALIGNED = 16  # bytes
 
-_choice = ["auto"]
+_choice = ["kiln"]
 
 
 @contextlib.contextmanager
 def choosing(choice: str) -> Iterator[None]:
-    """Inside, products are by our kernels ("kiln"), by torch.mm ("blas"), or by the one measured to be better ("auto")."""
+    """Inside, products are by our kernels ("kiln") or by torch.mm ("blas")."""
     if choice not in CHOICES:
         raise ValueError(f"matmul is {choice!r}; expected one of {', '.join(CHOICES)}")
     _choice.append(choice)
@@ -74,9 +71,7 @@ def choosing(choice: str) -> Iterator[None]:
 
 def own(x: torch.Tensor) -> bool:
     """Whether products with x are by our kernels."""
-    if not use_triton(x) or _choice[-1] == "blas":
-        return False
-    return _choice[-1] == "kiln" or table_tile(x.dtype, current_target()).better
+    return use_triton(x) and _choice[-1] == "kiln"
 
 
 def table_tile(dtype: torch.dtype, target: GpuTarget) -> MatmulTile:
@@ -96,8 +91,13 @@ def constants(tile: MatmulTile, n: int, k: int, columns: int, transposed: bool) 
               "BLOCK_K": tile.inner, "GROUP": tile.group}  # fmt: skip
     if not tile.tma:
         return shared
-    return shared | {"HALVES": tile.halves, "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize, "BALANCED": tile.balanced,
-                     "PER_SM": tile.per_sm}
+    few = dict(zip(("FEW_M", "FEW_N", "FEW_K", "FEW_STAGES"), tile.few, strict=True))
+    return shared | few | {"STAGES": tile.stages, "HALVES": tile.halves, "SPECIALIZE": tile.specialize}
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Where programs make their tensor descriptors; the current stream is the launch's."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def launch_warps(tile: MatmulTile) -> int:
@@ -112,15 +112,12 @@ def multiply_into(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, first: in
     tile = tile or fitting_tile(x.dtype, n, k, columns, transposed, target)
     options = {"num_warps": launch_warps(tile), "num_stages": tile.stages}
     fixed = constants(tile, n, k, columns, transposed)
-    if not tile.tma:
+    if tile.tma:
+        triton.set_allocator(_scratch)  # for a direct launch; a package reserves it itself
+        kernel(kiln_matmul_tma)[(target.sm_count,)](x, w, out, x.shape[0], first, **fixed, **options)
+    else:
         grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(n, tile.columns),)
         kernel(kiln_matmul)[grid](x, w, out, x.shape[0], first, **fixed, **options)
-        return
-    programs, parts, flags = target.sm_count * tile.per_sm, w, w
-    if tile.balanced:
-        parts = torch.empty(programs * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
-        flags = torch.zeros(programs, dtype=torch.int32, device=x.device)
-    kernel(kiln_matmul_tma)[(programs,)](x, w, out, parts, flags, x.shape[0], first, **fixed, **options)
 
 
 @triton_op("kiln::matmul", mutates_args=())
@@ -163,7 +160,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     cases = []
     for dtype, n, k, transposed in sizes:
         tile, kind = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]
-        types = {"x": f"*{kind}", "w": f"*{kind}", "out": f"*{kind}", "tokens": "i32", "first": "i32", "parts": "*fp32", "flags": "*i32"}
+        types = {"x": f"*{kind}", "w": f"*{kind}", "out": f"*{kind}", "tokens": "i32", "first": "i32"}
         fn = kiln_matmul_tma if tile.tma else kiln_matmul
         options = {"num_warps": launch_warps(tile), "num_stages": tile.stages}
         name, fixed = f"matmul {kind} {n}x{k}{' transposed' * transposed}", constants(tile, n, k, n, transposed)

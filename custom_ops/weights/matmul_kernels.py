@@ -14,13 +14,13 @@ from custom_ops.gpu.early import INTERPRETED
 
 
 @triton.jit
-def programs(PER_SM: tl.constexpr):
-    """Those of the grid that the GPU runs at once, PER_SM on a multiprocessor: a smaller card of an architecture leaves the others out."""
+def programs():
+    """Those of the grid that the GPU runs at once, one on a multiprocessor: a smaller card of an architecture leaves the others out."""
     if INTERPRETED:
         return tl.num_programs(0)
     else:
         most = tl.inline_asm_elementwise("mov.u32 $0, %nsmid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-        return tl.minimum(tl.num_programs(0), most * PER_SM)
+        return tl.minimum(tl.num_programs(0), most)
 
 
 @triton.jit
@@ -30,19 +30,6 @@ def tile_position(tile, rows, columns: tl.constexpr, GROUP: tl.constexpr):
     size = tl.minimum(rows - first, GROUP)
     within = tile % (GROUP * columns)
     return first + within % size, within // size
-
-
-@triton.jit
-def add_products(x_desc, w_desc, m, n, start, end, acc, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """acc + x[m .., K] @ w[K, n ..] over K blocks start .. end."""
-    for k in range(start, end):
-        a = x_desc.load([m, k * BLOCK_K])
-        if TRANSPOSED:
-            b = w_desc.load([n, k * BLOCK_K]).T
-        else:
-            b = w_desc.load([k * BLOCK_K, n])
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit
@@ -56,75 +43,44 @@ def store_tile(out_desc, m, n, acc, dtype: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def kiln_matmul_tma(x, w, out, parts, flags, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
-                      TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                      HALVES: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, BALANCED: tl.constexpr, PER_SM: tl.constexpr):
-    """out [T, COLUMNS] from column `first` on. BALANCED: every program gets the same number of K blocks of the tiles that do not fill
-    the card: a tile may begin in one program, which leaves its sums in parts[program] (float32) and says so in flags, and end in the next.
-
-    parts [programs, BLOCK_M, BLOCK_N], flags int32 [programs], zero before and after; both only with BALANCED.
-    """
-    dtype: tl.constexpr = out.dtype.element_ty
-    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    steps: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+def multiply_tiles(x, w, out, tokens, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+                   HALVES: tl.constexpr, SPECIALIZE: tl.constexpr):
+    """What one program does of out[:, : N] = x @ w: every tile whose number is its own modulo the programs."""
     x_desc = tl.make_tensor_descriptor(x, [tokens, K], [K, 1], [BLOCK_M, BLOCK_K])
     if TRANSPOSED:
         w_desc = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     else:
         w_desc = tl.make_tensor_descriptor(w, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
-    out_desc = tl.make_tensor_descriptor(out + first, [tokens, N], [COLUMNS, 1], [BLOCK_M, BLOCK_N // 2 if HALVES else BLOCK_N])
+    out_desc = tl.make_tensor_descriptor(out, [tokens, N], [COLUMNS, 1], [BLOCK_M, BLOCK_N // 2 if HALVES else BLOCK_N])
+    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows = tl.cdiv(tokens, BLOCK_M)
     tiles = rows * columns
-    program, count = tl.program_id(0), programs(PER_SM)
-    if not BALANCED:
-        for tile in tl.range(tl.where(program < count, program, tiles), tiles, count, flatten=FLATTEN, warp_specialize=SPECIALIZE):
-            i, j = tile_position(tile, rows, columns, GROUP)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, steps):
-                a = x_desc.load([i * BLOCK_M, k * BLOCK_K])
-                if TRANSPOSED:
-                    b = w_desc.load([j * BLOCK_N, k * BLOCK_K]).T
-                else:
-                    b = w_desc.load([k * BLOCK_K, j * BLOCK_N])
-                acc = tl.dot(a, b, acc)
-            store_tile(out_desc, i * BLOCK_M, j * BLOCK_N, acc, dtype, BLOCK_M, BLOCK_N, HALVES)
-    elif program < count:
-        waves = tl.maximum(tiles // count - 1, 0)  # in which every program has a tile; the rest, one to two for each, is cut by K
-        rest = tiles - waves * count
-        start = program * rest * steps // count
-        end = (program + 1) * rest * steps // count
-        if rest <= count:  # a tile cannot be in three programs
-            start = tl.minimum(program, rest) * steps
-            end = tl.minimum(program + 1, rest) * steps
-        cell = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        if end % steps > 0:  # first, so that the next program need not wait
-            i, j = tile_position(waves * count + end // steps, rows, columns, GROUP)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            acc = add_products(x_desc, w_desc, i * BLOCK_M, j * BLOCK_N, 0, end % steps, acc, TRANSPOSED, BLOCK_K)
-            tl.store(parts + program.to(tl.int64) * BLOCK_M * BLOCK_N + cell, acc)
-            tl.debug_barrier()
-            tl.atomic_xchg(flags + program, 1, sem="release")
-        whole = tl.cdiv(start, steps)
-        for index in tl.range(0, waves + end // steps - whole, flatten=FLATTEN):
-            tile = tl.where(index < waves, index * count + program, waves * (count - 1) + whole + index)
-            i, j = tile_position(tile, rows, columns, GROUP)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, steps):
-                a = x_desc.load([i * BLOCK_M, k * BLOCK_K])
-                if TRANSPOSED:
-                    b = w_desc.load([j * BLOCK_N, k * BLOCK_K]).T
-                else:
-                    b = w_desc.load([k * BLOCK_K, j * BLOCK_N])
-                acc = tl.dot(a, b, acc)
-            store_tile(out_desc, i * BLOCK_M, j * BLOCK_N, acc, dtype, BLOCK_M, BLOCK_N, HALVES)
-        if start % steps > 0:
-            i, j = tile_position(waves * count + start // steps, rows, columns, GROUP)
-            while tl.atomic_cas(flags + program - 1, 1, 0, sem="acquire") != 1:
-                pass
-            tl.debug_barrier()
-            acc = tl.load(parts + (program - 1).to(tl.int64) * BLOCK_M * BLOCK_N + cell, cache_modifier=".cg")
-            acc = add_products(x_desc, w_desc, i * BLOCK_M, j * BLOCK_N, start % steps, steps, acc, TRANSPOSED, BLOCK_K)
-            store_tile(out_desc, i * BLOCK_M, j * BLOCK_N, acc, dtype, BLOCK_M, BLOCK_N, HALVES)
+    program, count = tl.program_id(0), programs()
+    for tile in tl.range(tl.where(program < count, program, tiles), tiles, count, flatten=not SPECIALIZE, warp_specialize=SPECIALIZE):
+        i, j = tile_position(tile, rows, columns, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+            a = x_desc.load([i * BLOCK_M, k * BLOCK_K])
+            if TRANSPOSED:
+                b = w_desc.load([j * BLOCK_N, k * BLOCK_K]).T
+            else:
+                b = w_desc.load([k * BLOCK_K, j * BLOCK_N])
+            acc = tl.dot(a, b, acc)
+        store_tile(out_desc, i * BLOCK_M, j * BLOCK_N, acc, out.dtype.element_ty, BLOCK_M, BLOCK_N, HALVES)
+
+
+@triton.jit
+def kiln_matmul_tma(x, w, out, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+                    HALVES: tl.constexpr, SPECIALIZE: tl.constexpr, FEW_M: tl.constexpr, FEW_N: tl.constexpr, FEW_K: tl.constexpr,
+                    FEW_STAGES: tl.constexpr):
+    """out [T, COLUMNS] from column `first` on, for 16-bit x. FEW_M > 0: up to BLOCK_M tokens are multiplied in tiles of their own, for
+    too few of the others would read w."""
+    if FEW_M > 0 and tokens <= BLOCK_M:
+        multiply_tiles(x, w, out + first, tokens, N, K, COLUMNS, TRANSPOSED, FEW_M, FEW_N, FEW_K, FEW_STAGES, GROUP, False, False)
+    else:
+        multiply_tiles(x, w, out + first, tokens, N, K, COLUMNS, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, HALVES, SPECIALIZE)
 
 
 @triton.jit

@@ -45,9 +45,9 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.kiln.matmul(*arguments)
-    with pytest.raises(ValueError, match="'cublas'; expected one of auto, kiln, blas"), choosing("cublas"):
+    with pytest.raises(ValueError, match="'cublas'; expected one of kiln, blas"), choosing("cublas"):
         pass
-    with pytest.raises(ValueError, match="specialized warps go with none"):
+    with pytest.raises(ValueError, match="halves, specialize and few go with tma"):
         MatmulTile(specialize=True)
 
 
@@ -72,9 +72,8 @@ SMALL = MatmulTile(16, 32, 16, 4, 3, 2, tma=True)
 KINDS = {
     "tma": SMALL,
     "halves": dataclasses.replace(SMALL, halves=True),
-    "two a multiprocessor": dataclasses.replace(SMALL, per_sm=2, flatten=False),
-    "balanced": dataclasses.replace(SMALL, balanced=True),
-    "specialized": dataclasses.replace(SMALL, specialize=True, flatten=False),
+    "few": dataclasses.replace(SMALL, rows=64, few=(16, 16, 16, 2)),
+    "specialized": dataclasses.replace(SMALL, specialize=True),
     "pointers": MatmulTile(16, 16, 32, 4, 3, 2),
 }
 
@@ -103,17 +102,16 @@ def interpreted_choice(monkeypatch) -> None:
     into = matmul.multiply_into
     monkeypatch.setattr(matmul, "multiply_into", lambda *arguments: (launched.append(arguments[3]), into(*arguments)))
     monkeypatch.setattr(linear, "MAX_SCRATCH_BYTES", 256 * 256 * 2)
+    monkeypatch.setitem(TILES, 90, KINDS["tma"])
     words, halves, matrix = random_weight("Q4_K", 304, 256)
     x, w = operands(12, 40, 256, torch.bfloat16)
-    for better in (False, True):
-        monkeypatch.setitem(TILES, 90, dataclasses.replace(KINDS["tma"], better=better))
-        for choice in matmul.CHOICES:
-            launched.clear()
-            with compiling_for(TARGETS["sm_90"]), choosing(choice):
-                y = torch.ops.kiln.quantized_linear(x, words, halves, "Q4_K")
-                z = torch.ops.kiln.matmul(x, w, False)
-            assert launched == ([0, 256, 0] if choice == "kiln" or (choice == "auto" and better) else [])
-            assert relative_error(y, x, matrix) < 8e-3 and error(z, x, w) < 8e-3
+    for choice in matmul.CHOICES:
+        launched.clear()
+        with compiling_for(TARGETS["sm_90"]), choosing(choice):
+            y = torch.ops.kiln.quantized_linear(x, words, halves, "Q4_K")
+            z = torch.ops.kiln.matmul(x, w, False)
+        assert launched == ([0, 256, 0] if choice == "kiln" else [])
+        assert relative_error(y, x, matrix) < 8e-3 and error(z, x, w) < 8e-3
 
 
 def interpreted_one_row() -> None:
