@@ -36,6 +36,7 @@ class MatmulTile:
     tma: bool = False  # by tensor descriptors, one program for each multiprocessor
     halves: bool = False  # a tile is written in two halves, through half the shared memory
     specialize: bool = False  # one warp group loads, two multiply
+    span: int = 0  # without tma, a multiple of `inner`: K is added up in spans of so many and those in turn; 0: all in one
     few: tuple[int, int, int, int] = (0, 0, 0, 0)  # rows, columns, inner and stages of the tiles of no more than `rows` tokens; 0: the same
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ TILES = {
     100: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
 }
 UNALIGNED = MatmulTile(rows=64, columns=64, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor and no wide load takes
-FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=3)  # float32 products run on the CUDA cores, out of registers
+FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=3, span=512)  # float32 products run on the CUDA cores, out of registers
 ALIGNED = 16  # bytes
 
 _choice = ["kiln"]
@@ -90,7 +91,7 @@ def constants(tile: MatmulTile, n: int, k: int, columns: int, transposed: bool) 
     shared = {"N": n, "K": k, "COLUMNS": columns, "TRANSPOSED": transposed, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
               "BLOCK_K": tile.inner, "GROUP": tile.group}  # fmt: skip
     if not tile.tma:
-        return shared
+        return shared | {"SPAN": tile.span}
     few = dict(zip(("FEW_M", "FEW_N", "FEW_K", "FEW_STAGES"), tile.few, strict=True))
     return shared | few | {"STAGES": tile.stages, "HALVES": tile.halves, "SPECIALIZE": tile.specialize}
 

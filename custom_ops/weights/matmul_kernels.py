@@ -84,37 +84,39 @@ def kiln_matmul_tma(x, w, out, tokens, first, N: tl.constexpr, K: tl.constexpr, 
 
 
 @triton.jit
+def add_products(x, w, start, end, acc, K: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + a tile of x @ w over K start .. end; x and w: pointers to the tiles' first piece of K, STEP elements of w between rows."""
+    inner = tl.arange(0, BLOCK_K)
+    for k in range(start, end, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(x + k)
+            b = tl.load(w + k * STEP)
+        else:
+            a = tl.load(x + k, mask=(k + inner < K)[None, :], other=0.0)
+            b = tl.load(w + k * STEP, mask=(k + inner < K)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def kiln_matmul(x, w, out, tokens, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """out [T, COLUMNS] from column `first` on; grid (tiles)."""
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
+    """out [T, COLUMNS] from column `first` on; grid (tiles). SPAN > 0: K is added up in spans and those in turn, for float32's rounding."""
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    even: tl.constexpr = K % BLOCK_K == 0
+    step: tl.constexpr = 1 if TRANSPOSED else N
     i, j = tile_position(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), columns, GROUP)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     # rows and columns beyond the end are read from the last one, and not written
     x += tl.minimum(row, tokens - 1)[:, None] * K + inner[None, :]
-    if N % BLOCK_N == 0:
-        source = column
-    else:
-        source = tl.minimum(column, N - 1)
-    step: tl.constexpr = 1 if TRANSPOSED else N
-    w += inner[:, None] * step
-    if TRANSPOSED:
-        w += source.to(tl.int64)[None, :] * K
-    else:
-        w += source[None, :]
+    source = column if N % BLOCK_N == 0 else tl.minimum(column, N - 1)
+    w += inner[:, None] * step + source.to(tl.int64)[None, :] * (K if TRANSPOSED else 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if even:
-            a = tl.load(x)
-            b = tl.load(w)
-        else:
-            a = tl.load(x, mask=(k + inner < K)[None, :], other=0.0)
-            b = tl.load(w, mask=(k + inner < K)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        x += BLOCK_K
-        w += BLOCK_K * step
+    if SPAN > 0:
+        for start in tl.range(0, K, SPAN, num_stages=1):
+            acc += add_products(x, w, start, tl.minimum(start + SPAN, K), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, step, BLOCK_K)
+    else:
+        acc = add_products(x, w, 0, K, acc, K, step, BLOCK_K)
     out += row.to(tl.int64)[:, None] * COLUMNS + first + column[None, :]
     tl.store(out, acc.to(out.dtype.element_ty), mask=(row < tokens)[:, None] & (column < N)[None, :])

@@ -13,7 +13,7 @@ from custom_ops.geometry import GEMMA4_12B, GEMMA4_31B, MEASURED, RESIDUAL, Head
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.step import add_norm
 from custom_ops.tq4 import attention, codec, prefill
-from custom_ops.weights import fixed_point
+from custom_ops.weights import fixed_point, matmul
 from custom_ops.weights.gemv import COUNTERS, glu_fits
 from custom_ops.weights.layouts import LAYOUTS, dequantize
 
@@ -239,6 +239,26 @@ def test_quantized_linear(kind, dtype):
                 error = relative(out, x.double() @ weight.double())
                 print(f"{kind} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
                 assert error < (5e-3 if dtype == torch.bfloat16 else float32_limit(kind))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matmul(dtype, transposed):
+    """Against float64; a row has the same bits however many there are; what lies behind the last row is not read or written."""
+    g = torch.Generator("cuda").manual_seed(2)
+    for n, k in ((5376, 8192), (16384, 5376), (300, 100), (5376, 21504)):
+        w = torch.randn(k, n, generator=g, device="cuda").mul_(0.02).to(dtype)
+        memory = torch.full((1300, k), torch.nan, dtype=dtype, device="cuda")
+        memory[:1025] = torch.randn(1025, k, generator=g, device="cuda").to(dtype)
+        exact, rows = memory[:1025].double() @ w.double(), []
+        for tokens in (1025, 2, 64, 77, 128, 129, 512):
+            out = torch.full((tokens + 1, n + 8), torch.nan, dtype=dtype, device="cuda")
+            x = memory[:1025] if tokens == 1025 else torch.cat([memory[:tokens], memory[1025:]])[:tokens]
+            matmul.multiply_into(x, w.T.contiguous() if transposed else w, out, 8, transposed)
+            assert out[:, :8].isnan().all() and out[tokens:].isnan().all()
+            rows.append(out[:tokens, 8:])
+            assert relative(rows[-1], exact[:tokens]) < (3e-3 if dtype == torch.bfloat16 else 2e-6)
+            assert torch.equal(rows[-1], rows[0][:tokens]), (n, k, tokens)
 
 
 def random_packed(kind, n, k, g):

@@ -75,6 +75,7 @@ KINDS = {
     "few": dataclasses.replace(SMALL, rows=64, few=(16, 16, 16, 2)),
     "specialized": dataclasses.replace(SMALL, specialize=True),
     "pointers": MatmulTile(16, 16, 32, 4, 3, 2),
+    "spans": MatmulTile(16, 16, 16, 4, 3, 2, span=32),
 }
 
 

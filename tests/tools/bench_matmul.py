@@ -459,8 +459,8 @@ def float32(record: Record, target: GpuTarget) -> None:
     x, w = started(tokens, k, torch.float32), weight(n, k, dtype=torch.float32)
     expected = x.double() @ w.double()
     out = torch.empty(tokens, n, device="cuda")
-    candidates = [matmul.FLOAT32, MatmulTile(128, 64, 16, 8, 2), MatmulTile(64, 64, 16, 8, 3)]
-    names = [f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}" for tile in candidates]
+    candidates = [matmul.FLOAT32, MatmulTile(128, 64, 16, 8, 2, span=512), MatmulTile(64, 64, 16, 8, 3)]
+    names = [f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages} span {tile.span}" for tile in candidates]
     with compiling_for(target):
         calls: dict[str, Callable[[int], None]] = {"cuBLAS": lambda i: torch.mm(x, w, out=out)}
         for name, tile in zip(names, candidates, strict=True):
