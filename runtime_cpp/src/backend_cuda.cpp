@@ -28,16 +28,28 @@ uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
 
 // A stream and events of the context that is current when they are made.
 struct OwnStream {
-  OwnStream() { driver().check(driver().stream_create(&stream, kNonBlocking), "cannot make a stream"); }
-  ~OwnStream() { driver().stream_destroy(stream); }
+  OwnStream() {
+    Among others;
+    driver().check(driver().stream_create(&stream, kNonBlocking), "cannot make a stream");
+  }
+  ~OwnStream() {
+    Among others;
+    driver().stream_destroy(stream);
+  }
   OwnStream(const OwnStream&) = delete;
   OwnStream& operator=(const OwnStream&) = delete;
   Stream stream = nullptr;
 };
 
 struct OwnEvent {
-  OwnEvent() { driver().check(driver().event_create(&event, kDisableTiming), "cannot make an event"); }
-  ~OwnEvent() { driver().event_destroy(event); }
+  OwnEvent() {
+    Among others;
+    driver().check(driver().event_create(&event, kDisableTiming), "cannot make an event");
+  }
+  ~OwnEvent() {
+    Among others;
+    driver().event_destroy(event);
+  }
   OwnEvent(const OwnEvent&) = delete;
   OwnEvent& operator=(const OwnEvent&) = delete;
   Event event = nullptr;
@@ -133,6 +145,7 @@ class CudaTimeline : public Timeline {
 
   void capture(const std::function<void()>& step, const std::vector<std::string>& waits) override {
     synchronize();
+    Alone alone;
     state_->graph.capture(stream(), step, waits);
     captured_ = true;
   }
@@ -143,6 +156,7 @@ class CudaTimeline : public Timeline {
     report.activations = prefill_->mapped() + (captured_ ? 0 : decode_->mapped());
     report.graph = captured_ ? decode_->mapped() : 0;
     report.other = less(lasting_->mapped(), report.kv());
+    Among others;
     size_t free = 0, total = 0;
     driver().check(driver().memory_info(&free, &total), "cannot ask the GPU for its free memory");
     report.outside = less(total - free, report.total());
@@ -232,6 +246,7 @@ class CudaBackend : public Backend {
  public:
   CudaBackend(int index, bool small_context) : gpu_(std::make_shared<const Gpu>(index)), modules_(std::make_shared<Modules>(gpu_)) {
     Current current(*gpu_);
+    Among others;
     if (small_context)  // the driver keeps a stack for every thread the GPU can hold, 1 KiB each by default
       driver().check(driver().context_limit(kLimitStackSize, kStackBytes), "cannot set the stack size of GPU threads");
   }
@@ -240,6 +255,7 @@ class CudaBackend : public Backend {
 
   uint64_t free_bytes() const override {
     Current current(*gpu_);
+    Among others;
     size_t free = 0, total = 0;
     driver().check(driver().memory_info(&free, &total), "cannot ask the GPU for its free memory");
     return free;

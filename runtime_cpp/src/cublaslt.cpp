@@ -158,6 +158,7 @@ CublasLt::CublasLt(const cuda::Gpu& gpu, std::shared_ptr<Memory> memory) {
 }
 
 CublasLt::~CublasLt() {
+  cuda::Among others;
   plans_.clear();
   lt().destroy(handle_);
 }

@@ -14,6 +14,7 @@ int32_t aoti_torch_cuda_mm_out(Tensor* out, Tensor* a, Tensor* b) {
   return shim([&] {
     Surroundings& s = Running::now();
     if (!s.cuda) fail("mm on a GPU in a model for the CPU");
+    Among others;
     s.cuda->matmul(*out, *a, *b, static_cast<Stream>(s.stream));
   });
 }
@@ -28,11 +29,18 @@ Result cuModuleLoadData(Module* module, const void* image) {
   return code;
 }
 
-Result cuModuleGetFunction(Function* function, Module module, const char* name) { return driver().module_function(function, module, name); }
-Result cuFuncSetAttribute(Function function, int attribute, int value) { return driver().function_set(function, attribute, value); }
+Result cuModuleGetFunction(Function* function, Module module, const char* name) {
+  Among others;
+  return driver().module_function(function, module, name);
+}
+Result cuFuncSetAttribute(Function function, int attribute, int value) {
+  Among others;
+  return driver().function_set(function, attribute, value);
+}
 Result cuGetErrorString(Result code, const char** text) { return driver().error_string(code, text); }
 Result cuLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, Stream stream,
                       void** params, void** extra) {
+  Among others;
   return driver().launch(f, gx, gy, gz, bx, by, bz, shared, stream, params, extra);
 }
 
@@ -57,12 +65,14 @@ void* find_cuda_shim(const char* name) {
 Modules::~Modules() {
   try {
     Current current(*gpu_);
+    Among others;
     for (const auto& [image, module] : modules_) driver().module_unload(module);
   } catch (const Error&) {  // the driver is gone: so is the code
   }
 }
 
 Result Modules::load(Module* module, const void* image) {
+  Among others;  // before the mutex: who captures loads nothing, and may wait for no one
   std::lock_guard<std::mutex> lock(mutex_);
   auto [it, fresh] = modules_.emplace(image, nullptr);
   if (fresh)

@@ -2,6 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <mutex>
+#include <shared_mutex>
+
 namespace kiln::cuda {
 
 namespace {
@@ -77,5 +80,38 @@ Gpu::Gpu(int index) : index_(index) {
 }
 
 Gpu::~Gpu() { driver().context_release(device_); }
+
+namespace {
+
+// Who waits to be alone holds the turnstile, so that others cannot keep it waiting by overlapping.
+std::mutex turnstile;
+std::shared_mutex changes;
+thread_local int holds = 0;  // of this thread, one in the other
+
+}  // namespace
+
+Among::Among() {
+  if (holds++) return;
+  turnstile.lock();
+  turnstile.unlock();
+  changes.lock_shared();
+}
+
+Among::~Among() {
+  if (!--holds) changes.unlock_shared();
+}
+
+Alone::Alone() {
+  if (holds) fail("internal error: a capture begins inside of a change of the context");
+  turnstile.lock();
+  changes.lock();
+  ++holds;
+}
+
+Alone::~Alone() {
+  --holds;
+  changes.unlock();
+  turnstile.unlock();
+}
 
 }  // namespace kiln::cuda

@@ -177,6 +177,23 @@ class Current {
   Current& operator=(const Current&) = delete;
 };
 
+// A capture fails when another thread changes the context meanwhile: memory, code (a kernel's first launch loads it), streams and events. So a
+// capture is Alone, and whoever does such a thing is Among others, for no longer than a call; the thread that captures may do both.
+class Among {
+ public:
+  Among();
+  ~Among();
+  Among(const Among&) = delete;
+  Among& operator=(const Among&) = delete;
+};
+class Alone {
+ public:
+  Alone();
+  ~Alone();
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+};
+
 inline Pointer address(const void* data) { return reinterpret_cast<Pointer>(data); }
 
 }  // namespace kiln::cuda

@@ -4,6 +4,7 @@
 
 namespace kiln {
 
+using cuda::Among;
 using cuda::Current;
 using cuda::driver;
 
@@ -24,6 +25,7 @@ uint64_t round_up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * un
 
 void* DeviceMemory::allocate(uint64_t bytes) {
   Current current(*gpu_);
+  Among others;
   cuda::Pointer at = 0;
   if (cuda::Result code = driver().memory_alloc(&at, std::max<uint64_t>(bytes, 1)); code != cuda::kSuccess) out_of_memory(bytes, code, gpu_->index());
   return reinterpret_cast<void*>(at);
@@ -32,6 +34,7 @@ void* DeviceMemory::allocate(uint64_t bytes) {
 void DeviceMemory::release(void* data, uint64_t) noexcept {
   try {
     Current current(*gpu_);
+    Among others;
     driver().memory_free(cuda::address(data));
   } catch (const Error&) {  // the driver is gone: so is the memory
   }
@@ -39,6 +42,7 @@ void DeviceMemory::release(void* data, uint64_t) noexcept {
 
 DevicePool::DevicePool(std::shared_ptr<const cuda::Gpu> gpu) : gpu_(std::move(gpu)) {
   Current current(*gpu_);
+  Among others;
   prop_.type = 1;
   prop_.location = {1, gpu_->index()};
   size_t granularity = 0;
@@ -51,6 +55,7 @@ DevicePool::DevicePool(std::shared_ptr<const cuda::Gpu> gpu) : gpu_(std::move(gp
 DevicePool::~DevicePool() {
   try {
     Current current(*gpu_);
+    Among others;
     for (const auto& [offset, bytes] : mapping_) driver().unmap(base_ + offset, bytes);
     driver().unreserve(base_, reserved_);
   } catch (const Error&) {  // the driver is gone: so is the memory
@@ -60,6 +65,7 @@ DevicePool::~DevicePool() {
 // Maps `bytes` more, a multiple of the granularity, behind what is mapped.
 void DevicePool::grow(uint64_t bytes) {
   Current current(*gpu_);
+  Among others;
   if (bytes > reserved_ - mapped_) out_of_memory(bytes, cuda::kOutOfMemory, gpu_->index());
   cuda::Allocation memory = 0;
   if (cuda::Result code = driver().create(&memory, bytes, &prop_, 0); code != cuda::kSuccess) out_of_memory(bytes, code, gpu_->index());
@@ -111,12 +117,14 @@ void DevicePool::release(void* data, uint64_t bytes) noexcept {
 
 PinnedBuffer::PinnedBuffer(const cuda::Gpu& gpu, uint64_t bytes) : gpu_(gpu) {
   Current current(gpu_);
+  Among others;
   driver().check(driver().host_alloc(&data, bytes, 0), "cannot allocate pinned host memory");
 }
 
 PinnedBuffer::~PinnedBuffer() {
   try {
     Current current(gpu_);
+    Among others;
     driver().host_free(data);
   } catch (const Error&) {
   }

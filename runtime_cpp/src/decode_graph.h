@@ -20,6 +20,8 @@ class DecodeGraph {
  public:
   DecodeGraph() = default;
   ~DecodeGraph() {
+    if (!exec_ && !graph_) return;
+    cuda::Among others;
     if (exec_) cuda::driver().graph_exec_destroy(exec_);
     if (graph_) cuda::driver().graph_destroy(graph_);
   }
@@ -31,7 +33,6 @@ class DecodeGraph {
   void capture(cuda::Stream stream, const std::function<void()>& step, const std::vector<std::string>& waits) {
     if (exec_) fail("internal error: the decode graph is captured already");
     const cuda::Driver& d = cuda::driver();
-    // Thread-local: another session may allocate while this one captures.
     d.check(d.begin_capture(stream, cuda::kCaptureThreadLocal), "cannot start to capture the decode step");
     try {
       step();
