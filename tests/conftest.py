@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import subprocess
@@ -14,6 +15,15 @@ import torch
 from tests.timeline import FIXTURES
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_returned(request: pytest.FixtureRequest):
+    """Workers share the GPU: what a test no longer uses, torch may not keep."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:

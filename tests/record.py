@@ -42,11 +42,11 @@ def machine() -> dict[str, Any]:
 
 
 def reason(report: pytest.TestReport) -> str:
-    """Why it was skipped, or the first line of its failure."""
+    """Why it was skipped, or how its failure begins."""
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    return next(iter(str(crash.message if crash else report.longrepr).splitlines()), "")[:300]
+    return " | ".join(str(crash.message if crash else report.longrepr).splitlines())[:600]
 
 
 class Record:
