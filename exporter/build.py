@@ -57,7 +57,7 @@ class ExportOptions:
     fuse_decode: bool = True
     allow_unfused: bool = False
     kv_len: bool = True
-    matmul: str = "kiln"
+    matmul: str = "blas"
     head_budget_mib: int = 256
     allow_nonfinite: bool = False
     dump_passes: Path | None = None

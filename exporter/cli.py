@@ -105,9 +105,9 @@ def main() -> None:
 @click.option(
     "--matmul",
     type=click.Choice(["kiln", "blas"]),
-    default="kiln",
+    default="blas",
     show_default=True,
-    help="A prefill's products on a GPU. kiln: compiled into the package, no library needed; blas: by cuBLAS.",
+    help="A prefill's products on a GPU. blas: by cuBLAS, found when the artifact is played; kiln: compiled into the package, no library needed.",
 )
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
