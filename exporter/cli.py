@@ -107,7 +107,7 @@ def main() -> None:
     type=click.Choice(["kiln", "blas"]),
     default="blas",
     show_default=True,
-    help="A prefill's products on a GPU. blas: by cuBLAS, found when the artifact is played; kiln: compiled into the package, no library needed.",
+    help="A prefill's products on a GPU. blas: by cuBLAS, found when it is played; kiln: compiled into the package.",
 )
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(
