@@ -1,7 +1,8 @@
 """The table of h200.md from the raw files beside it: python docs/measurements/table.py [--history COMMIT DATE].
 
-Reads h200-31b-MIX.json (`python -m tests.tools.measure_31b`), or where there is none h200-31b-MIX-bench.json and -checks.json, as the tools
-before wrote them. With --history it prints the same figures as rows of history.csv instead.
+Reads the h200-31b-MIX.json of `python -m tests.tools.measure_31b`: one commit's, so a file that was not measured again is not shown. With
+--history it prints the same figures as rows of history.csv instead, where there is no such file those of h200-31b-MIX-bench.json and
+-checks.json, as the tools before wrote them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def rows(raw: dict) -> list[Row]:
     for depth, row in depths.items():
         said = f"{row['decode tok_s']:.1f} ({row['decode p10']:.1f} - {row['decode p90']:.1f}), {row['decode percent']:.1f} %"
         found.append((f"decode at {depth}", row["decode tok_s"], "tok/s", said))
+    chunks = [record["first_chunk"] for record in raw["rounds"]]
+    if "percent" in chunks[0]:  # the tool before did not say
+        speed, share, rate = (statistics.median(chunk[name] for chunk in chunks) for name in ("tok_s", "percent", "tflop_s"))
+        said = f"{speed:,.0f}, {share:.0f} % ({rate:.0f} TFLOP/s)"
+        found.append((f"prefill of the first {chunks[0]['tokens']} tokens", speed, "tok/s", said))
     first, last = min(depths), max(depths)
     ratio = depths[last]["decode tok_s"] / depths[first]["decode tok_s"]
     found.append((f"decode at {last} to decode at {first}", ratio, "ratio", f"{ratio:.3f}"))
@@ -76,8 +82,10 @@ def rows(raw: dict) -> list[Row]:
 
 
 def main(arguments: list[str]) -> None:
-    tables = {name: rows(raw) for name, mix in MIXES.items() if (raw := read(mix))}
-    if arguments[:1] == ["--history"]:
+    history = arguments[:1] == ["--history"]
+    measured = {name: mix for name, mix in MIXES.items() if history or (HERE / f"h200-31b-{mix}.json").is_file()}
+    tables = {name: rows(raw) for name, mix in measured.items() if (raw := read(mix))}
+    if history:
         commit, date = arguments[1:]
         out = csv.writer(sys.stdout, lineterminator="\n")
         for name, found in tables.items():

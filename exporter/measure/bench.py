@@ -113,22 +113,24 @@ def measure(
 
 
 def add_costs(record: dict, manifest: dict) -> dict:
-    """To each depth of `record`: bytes of a decode step, operations of the prefill call, rates, and per cent of the measured ceilings.
+    """To `record`: bytes of a decode step and operations of the prefill call at each depth, rates, and per cent of the measured ceilings.
 
     The ceiling of decode is the faster of copy and plain read, that of prefill a single bfloat16 matmul.
     """
-    ceilings = record["ceilings"]
-    for row in record["depths"]:
-        decode, prefill = row["decode"], row["prefill"]
-        decode["weight_bytes"] = weight_bytes(manifest)
-        decode["kv_bytes"] = kv_bytes(manifest, decode["start"] + decode["steps"] // 2)
-        decode["gb_s"] = (decode["weight_bytes"] + decode["kv_bytes"]) * decode["tok_s"] / 1e9
+    ceilings, first = record["ceilings"], record["first_chunk"]
+    first |= {"start": 0, "seconds": first["warm_s"], "tok_s": first["tokens"] / first["warm_s"]}
+    for prefill in (first, *(row["prefill"] for row in record["depths"])):
         prefill["flops"] = prefill_flops(manifest, prefill["start"], prefill["tokens"])
         prefill["tflop_s"] = prefill["flops"] / prefill["seconds"] / 1e12
         if ceilings:
-            bandwidth = max(ceilings["copy_gb_s"], ceilings["read_gb_s"])
-            decode["percent"] = 100 * decode["gb_s"] / bandwidth
             prefill["percent"] = 100 * prefill["tflop_s"] / ceilings["matmul_tflop_s"]
+    for row in record["depths"]:
+        decode = row["decode"]
+        decode["weight_bytes"] = weight_bytes(manifest)
+        decode["kv_bytes"] = kv_bytes(manifest, decode["start"] + decode["steps"] // 2)
+        decode["gb_s"] = (decode["weight_bytes"] + decode["kv_bytes"]) * decode["tok_s"] / 1e9
+        if ceilings:
+            decode["percent"] = 100 * decode["gb_s"] / max(ceilings["copy_gb_s"], ceilings["read_gb_s"])
     return record
 
 
