@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from tests.timeline import FIXTURES
 
 torch.set_num_threads(2)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the background: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,9 @@ extern "C" __attribute__((no_sanitize("address", "undefined"))) void __sanitizer
   previous = here >> 1;
 }
 
+// UndefinedBehaviorSanitizer's library ends a process without the callback of AddressSanitizer's: its way out is SIGABRT, which is handled below.
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+
 int main(int argc, char** argv) {
   long seconds = 0;
   uint64_t seed = std::random_device{}();

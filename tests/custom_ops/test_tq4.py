@@ -100,9 +100,10 @@ def test_length_is_kept(dim: int) -> None:
 
 
 def test_extreme_vectors() -> None:
-    x = vectors(128, 4) * torch.tensor([0.0, 1e-30, 1e30, 2e4])[:, None]
+    """1e30: a norm beyond float32 is no number, and is not swallowed; 1e8: one beyond float16 is the largest there is."""
+    x = vectors(128, 5) * torch.tensor([0.0, 1e-30, 1e30, 2e4, 1e8])[:, None]
     codes, scale = codec.encode(x)
-    assert scale[0] == 0 and scale[1] == 0 and scale[2] == codec.MAX_SCALE and abs(scale[3] * SPREAD / 2e4 - 1) < 0.05
+    assert scale[0] == 0 and scale[1] == 0 and scale[2].isnan() and abs(scale[3] * SPREAD / 2e4 - 1) < 0.05 and scale[4] == codec.MAX_SCALE
     assert (codec.decode(codes, scale)[:2] == 0).all()
 
 

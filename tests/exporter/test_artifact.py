@@ -180,10 +180,8 @@ class TestInspectOfBadArtifacts:
         assert result.returncode == 1 and match in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
     def test_another_format_version(self, copy):
-        record = manifest(copy) | {"format_version": 1}
-        (copy / "manifest.json").write_text(json.dumps(record))
-        self.fails(copy, "--tokens", "2", match="version 1")
-        assert "version 1" in kiln("inspect", copy, check=False).stderr
+        (copy / "manifest.json").write_text(json.dumps(manifest(copy) | {"format_version": 1}))
+        self.fails(copy, match="version 1")
 
     def test_weights_cut_short(self, copy):
         with (copy / "weights.safetensors").open("r+b") as f:

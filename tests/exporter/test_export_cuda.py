@@ -110,7 +110,7 @@ def test_passes(export):
         "kv_len": "applied",
         "chunked_lm_head": "not needed",  # the kernels read the packed head
         "fuse_decode": "applied",
-        "own_matmul": "not needed",  # no float weights
+        "own_matmul": "off",
         "free_kv_buffers": "applied",
     }
 

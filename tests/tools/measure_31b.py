@@ -43,7 +43,7 @@ INTERLEAVED = """
 import json, sys
 import kiln
 from tests.sessions import interleaved_equal_solo
-prompts = [[2, *((i * (37 + at)) % int(sys.argv[2]) for i in range(200 + 150 * at))] for at in range(2)]
+prompts = [[2, *((i * (37 + at)) % int(sys.argv[2]) for i in range(int(sys.argv[3]) * (1 + at) // 2))] for at in range(2)]
 print(json.dumps(interleaved_equal_solo(kiln.Model(sys.argv[1]), prompts, 12)))
 """
 
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         if at.python == sys.executable and at is old:
             print(f"{at.name}: no Python of its own in {at.checkout}/.venv: its sessions are not interleaved", flush=True)
             continue
-        interleave = (at.python, "-c", INTERLEAVED, at.artifact, vocab)
+        interleave = (at.python, "-c", INTERLEAVED, at.artifact, vocab, len(prompt))
         m.step(at.name, "interleaved sessions equal solo", 30, lambda at=at, c=interleave: {"equal": json.loads(m.run(at, *c))})
     print(table(m.record))
     for line in m.failed + [f"wrong: {line}" for line in wrong(m.record)]:
