@@ -37,8 +37,9 @@ demo: build
 	"$$PY" -m exporter run "$$BUILD/demo" --prompt-file tests/nano/demo_passkey.txt
 
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
-PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadfile" || echo "note: no pytest-xdist: one worker" >&2)
+PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist $(DIST)" || echo "note: no pytest-xdist: one worker" >&2)
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
+test: DIST = loadfile
 test: build lint
 	"$$PY" -m pytest -m "not gpu and not nightly" $(PARALLEL) $(KILN_PYTEST)
 
@@ -54,6 +55,7 @@ nightly: build lint
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.
 GPU_RECORD ?= docs/measurements/gpu-tests.json
+test-gpu: DIST = load
 test-gpu: build
 	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 

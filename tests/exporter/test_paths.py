@@ -67,7 +67,8 @@ def test_an_export_among_odd_paths(odd):
 def test_a_compiler_that_fails_later(tmp_path):
     """One line with its reason, and the file with all it said; nothing else stays."""
     compiler, temporary = tmp_path / "g++", tmp_path / "tmp"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *trial.cpp*|*--version*) exec g++ "$@";; esac\necho "x.cpp:3: error: too old" >&2\nexit 1\n')
+    works = 'case "$*" in *trial.cpp*|*--version*) exec g++ "$@";; esac'
+    compiler.write_text(f'#!/bin/sh\n{works}\necho "x.cpp:3: error: too old" >&2\nexit 1\n')
     compiler.chmod(0o755)
     temporary.mkdir()
     environment = os.environ | {"CXX": str(compiler), "TMPDIR": str(temporary)}
