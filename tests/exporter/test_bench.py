@@ -173,9 +173,11 @@ def test_keys_attended(window):
 def test_share_of_the_ceilings(big):
     row = {"decode": {"start": 100, "steps": 8, "tok_s": 10.0}, "prefill": {"start": 0, "tokens": 64, "seconds": 0.5}}
     ceilings = {"copy_gb_s": 900.0, "read_gb_s": 1000.0, "matmul_tflop_s": 100.0}
-    bench.add_costs({"depths": [row], "ceilings": ceilings}, big)
+    first = {"tokens": 2048, "warm_s": 0.25}
+    bench.add_costs({"depths": [row], "ceilings": ceilings, "first_chunk": first}, big)
     assert row["decode"]["percent"] == pytest.approx((bench.weight_bytes(big) + bench.kv_bytes(big, 104)) * 10 / 1e9 / 1000 * 100)
     assert row["prefill"]["percent"] == pytest.approx(bench.prefill_flops(big, 0, 64) / 0.5 / 1e12)
+    assert first["tok_s"] == 8192 and first["percent"] == pytest.approx(bench.prefill_flops(big, 0, 2048) / 0.25 / 1e12)
 
 
 # ---- pictures and profiles ----
