@@ -99,7 +99,7 @@ comma = ,
 # What clang-tidy says of the C++ code, by .clang-tidy
 tidy: build
 	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
-	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
+	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/src/*/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
 
 # What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.

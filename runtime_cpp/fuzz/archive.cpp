@@ -1,5 +1,5 @@
 // The directory of a code package: what is listed lies in the archive, apart from one another.
-#include "../src/archive.h"
+#include "artifact/archive.h"
 
 #include <algorithm>
 #include <vector>

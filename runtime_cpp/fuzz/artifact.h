@@ -1,7 +1,7 @@
 #pragma once
 #include "fuzz.h"
 #include "kiln/artifact.h"
-#include "file.h"
+#include "artifact/file.h"
 
 namespace kiln::fuzz {
 

@@ -1,6 +1,6 @@
 // Any bytes as a prompt: the ids are those of byte pair encoding done naively, and give the text back.
 #include "fuzz.h"
-#include "utf8.h"
+#include "text/utf8.h"
 #include "vocabulary.h"
 
 namespace {

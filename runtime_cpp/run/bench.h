@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "session/backend.h"
 #include "kiln/session.h"
 
 namespace kiln {

@@ -11,7 +11,7 @@
 
 #include "arguments.h"
 #include "bench.h"
-#include "file.h"
+#include "artifact/file.h"
 #include "kiln/json.h"
 #include "kiln/session.h"
 #include "load_progress.h"

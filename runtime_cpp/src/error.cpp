@@ -1,6 +1,6 @@
 #include "kiln/error.h"
 
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace kiln {
 

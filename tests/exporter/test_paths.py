@@ -120,8 +120,9 @@ def test_make_passes_paths_whole(tmp_path):
 
 def test_workers_of_the_gpu_tests_are_counted():
     """Before make 4.4 its own shell does not see what it exports: what asks Python stands in the recipe."""
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}  # below another make it would name its folder last
     (recipe,) = subprocess.run(["make", "-n", "test-gpu", f"PY={sys.executable}", "WORKERS=7"], capture_output=True, text=True, cwd=ROOT,
-                               env={k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}).stdout.splitlines()[-1:]  # fmt: skip
+                               env=outside).stdout.splitlines()[-1:]  # fmt: skip
     shown = subprocess.run(["sh", "-c", recipe.replace('"$PY" -m pytest', "echo", 1)], capture_output=True, text=True,
                            env=os.environ | {"PY": sys.executable}).stdout  # fmt: skip
     assert shown.startswith("-m gpu -n 7 "), shown

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.builds
 
 SRC = Path(__file__).parents[2] / "runtime_cpp" / "src"
 BINDINGS = r"""
-#include "cpu_ops.h"
+#include "cpu/ops.h"
 using namespace kiln;
 extern "C" {
 void threads(int n) { set_cpu_threads(n); }
@@ -68,7 +68,7 @@ class Ops:
 def ops(tmp_path_factory) -> Ops:
     folder = tmp_path_factory.mktemp("cpu_ops")
     (folder / "bindings.cpp").write_text(BINDINGS)
-    sources = [folder / "bindings.cpp", SRC / "cpu_ops.cpp", SRC / "matmul.cpp"]
+    sources = [folder / "bindings.cpp", SRC / "cpu/ops.cpp", SRC / "cpu/matmul.cpp"]
     command = ["c++", "-std=c++17", "-O1", "-fopenmp", "-shared", "-fPIC", f"-I{SRC}", *sources, "-o", folder / "ops.so"]
     subprocess.run(command, check=True)
     return Ops(folder / "ops.so")

@@ -18,7 +18,7 @@ PROGRAM = r"""
 #include <cstring>
 #include <vector>
 
-#include "file.h"
+#include "artifact/file.h"
 
 int main(int, char** a) try {  // PATH OFFSET BYTES THREADS [LENGTH TO CUT THE FILE TO, once it is mapped]
   kiln::MappedFile file(a[1]);
@@ -39,7 +39,7 @@ def program(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("file")
     (folder / "main.cpp").write_text(PROGRAM)
     includes = [f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}"]
-    sources = [RUNTIME / "src" / name for name in ("error.cpp", "file.cpp")]
+    sources = [RUNTIME / "src" / name for name in ("error.cpp", "artifact/file.cpp")]
     command = ["c++", "-std=c++17", "-pthread", *includes, folder / "main.cpp", *sources, "-o", folder / "main"]
     subprocess.run(command, check=True)
     return folder / "main"

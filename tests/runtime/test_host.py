@@ -18,7 +18,7 @@ PROGRAM = r"""
 #include <cstdlib>
 #include <string>
 
-#include "host.h"
+#include "compiled/host.h"
 #include "kiln/error.h"
 
 using namespace kiln;
@@ -54,7 +54,7 @@ int main(int n, char** a) try {
 def program(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("host")
     (folder / "main.cpp").write_text(PROGRAM)
-    sources = [folder / "main.cpp", RUNTIME / "src" / "host.cpp", RUNTIME / "src" / "error.cpp"]
+    sources = [folder / "main.cpp", RUNTIME / "src" / "compiled" / "host.cpp", RUNTIME / "src" / "error.cpp"]
     command = ["c++", "-std=c++17", f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}", *sources, "-o", folder / "main"]
     subprocess.run(command, check=True)
     return folder / "main"

@@ -1,0 +1,152 @@
+#include "kiln/model.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <set>
+
+#include "cpu/ops.h"
+#include "artifact/file.h"
+#include "session/model_impl.h"
+
+namespace kiln {
+
+namespace {
+
+struct Place {
+  bool cuda = false;
+  int index = 0;
+  const TargetSpec* target = nullptr;
+};
+
+std::string sm_name(std::pair<int, int> cc) { return "sm_" + std::to_string(cc.first) + std::to_string(cc.second); }
+
+Place cuda_place(const Artifact& artifact, int index) {
+  auto cc = cuda_compute_capability(index);
+  const TargetSpec* target = artifact.find_target(true, cc.first, cc.second);
+  if (!target)
+    fail(artifact.directory(), ": no target for cuda:", index, ", which is ", sm_name(cc), "; the artifact has: ", artifact.target_names(),
+         ". Export with --target ", sm_name(cc), artifact.find_target(false) ? ", or run with --device cpu" : "");
+  return {true, index, target};
+}
+
+Place cpu_place(const Artifact& artifact) {
+  const TargetSpec* target = artifact.find_target(false);
+  if (!target) fail(artifact.directory(), ": no CPU target; the artifact has: ", artifact.target_names(), ". Export with --target cpu");
+  return {false, 0, target};
+}
+
+Place choose_place(const Artifact& artifact, const std::string& device) {
+  if (device == "cpu") return cpu_place(artifact);
+  std::string why;
+  if (device == "auto") {
+    bool has_gpu_target = std::any_of(artifact.targets.begin(), artifact.targets.end(), [](const TargetSpec& t) { return t.cuda; });
+    if (has_gpu_target && cuda_device_count(&why) > 0) return cuda_place(artifact, 0);
+    if (!artifact.find_target(false)) fail(artifact.directory(), ": has targets ", artifact.target_names(), ", but no usable GPU: ", why);
+    return cpu_place(artifact);
+  }
+  size_t used = 0;
+  int index = 0;
+  if (device.rfind("cuda:", 0) == 0 && device.size() > 5 && device.find_first_not_of("0123456789", 5) == std::string::npos && device.size() < 9)
+    index = std::stoi(device.substr(5), &used);
+  else if (device != "cuda")
+    fail("unknown device '", device, "'; use cpu, cuda or cuda:N");
+  int count = cuda_device_count(&why);
+  if (count == 0) fail("no usable GPU for --device ", device, ": ", why);
+  if (index >= count) fail("--device ", device, ": this machine has ", count, count == 1 ? " GPU" : " GPUs");
+  return cuda_place(artifact, index);
+}
+
+void check_inputs(const std::string& entry, const EntryPoint& point) {
+  static const std::set<std::string> known = {"tokens", "pos", "temperature", "top_k", "top_p", "seed"};
+  for (const ValueSpec& v : point.inputs)
+    if (!known.count(v.name)) fail("manifest.json: ", entry, " has the input '", v.name, "', which this runner does not know");
+  for (const char* name : {"tokens", "pos"}) {
+    auto it = std::find_if(point.inputs.begin(), point.inputs.end(), [&](const ValueSpec& v) { return v.name == name; });
+    if (it == point.inputs.end() || it->dtype != DType::I64) fail("manifest.json: ", entry, " has no int64 input '", name, "'");
+  }
+  for (const auto& [name, dtype] : {std::pair("token", DType::I64), std::pair("logits", DType::F32)}) {
+    auto it = std::find_if(point.outputs.begin(), point.outputs.end(), [&, n = name](const ValueSpec& v) { return v.name == n; });
+    if (it == point.outputs.end() || it->dtype != dtype) fail("manifest.json: ", entry, " has no ", dtype_name(dtype), " output '", name, "'");
+  }
+}
+
+}  // namespace
+
+std::string gigabytes(uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f GB", static_cast<double>(bytes) / 1e9);
+  return text;
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::~Model() = default;
+
+std::shared_ptr<const Model> Model::load(const std::string& directory, const LoadOptions& options) {
+  return std::shared_ptr<const Model>(new Model(load_impl(directory, options)));
+}
+
+std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, const LoadOptions& options) {
+  auto impl = std::make_unique<Impl>(directory);
+  const Artifact& artifact = impl->artifact;
+  for (const char* entry : {"prefill", "decode"}) check_inputs(entry, artifact.entry(entry));
+  Place place = choose_place(artifact, options.device);
+  impl->target = place.target;
+  impl->package = std::make_unique<Package>(artifact, *place.target);
+  if (options.verify) artifact.verify(options.threads);
+
+  for (const ValueSpec& v : artifact.entry("decode").outputs)
+    if (v.name == "logits") impl->vocab_size = v.shape.empty() ? 0 : v.shape.back();
+  if (impl->vocab_size <= 0) fail(directory, "/manifest.json: decode's logits have no vocabulary size");
+  if (artifact.tokenizer) {
+    impl->tokenizer = Tokenizer::load(artifact.path(artifact.tokenizer->file));
+    if (artifact.tokenizer->bos.value_or(-1) != impl->tokenizer->bos())
+      fail(directory, ": BOS is ", artifact.tokenizer->bos.value_or(-1), " in manifest.json, ", impl->tokenizer->bos(), " in ", artifact.tokenizer->file);
+    if (impl->tokenizer->size() > impl->vocab_size)
+      fail(directory, ": the tokenizer has ", impl->tokenizer->size(), " tokens, the model ", impl->vocab_size);
+  }
+
+  impl->backend = place.cuda ? make_cuda_backend(place.index, options.small_context) : make_cpu_backend();
+  if (!artifact.constants.empty()) {
+    uint64_t begin = UINT64_MAX, end = 0;
+    for (const ConstantSpec& c : artifact.constants) begin = std::min(begin, c.offset), end = std::max(end, c.offset + c.bytes);
+    if (place.cuda) {
+      uint64_t free = impl->backend->free_bytes();
+      if (end - begin > free)
+        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), cuda:", place.index, " has ", gigabytes(free), " (", free,
+             " bytes) free");
+    }
+    impl->blob = impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
+    auto* base = static_cast<char*>(impl->blob.data());
+    for (const ConstantSpec& c : artifact.constants) {
+      Tensor view = Tensor::over(base + (c.offset - begin), impl->blob.device, scalar_of(c.dtype), c.shape);
+      impl->constants.emplace(c.name, std::move(view));
+    }
+  }
+  return impl;
+}
+
+const Artifact& Model::artifact() const { return impl_->artifact; }
+bool Model::has_tokenizer() const { return impl_->tokenizer.has_value(); }
+const Tokenizer& Model::tokenizer() const {
+  if (!impl_->tokenizer) fail(impl_->artifact.directory(), ": has no tokenizer; give token ids");
+  return *impl_->tokenizer;
+}
+const TargetSpec& Model::target() const { return *impl_->target; }
+std::string Model::device() const { return impl_->backend->device().str(); }
+int64_t Model::vocab_size() const { return impl_->vocab_size; }
+bool Model::is_eog(int64_t token) const {
+  const auto& spec = impl_->artifact.tokenizer;
+  return spec && std::find(spec->eog.begin(), spec->eog.end(), token) != spec->eog.end();
+}
+
+std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {
+  const auto& chat = impl_->artifact.chat;
+  if (raw || !chat) return tokenizer().encode(text);
+  return tokenizer().encode_chat(chat->prefix, text, chat->suffix, chat->trim);
+}
+
+void set_threads(int threads) { set_cpu_threads(threads); }
+
+std::string version() { return "0.1.0 (artifact format " + std::to_string(kFormatVersion) + ")"; }
+
+}  // namespace kiln

@@ -1,0 +1,111 @@
+#include "session/not_finite.h"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "artifact/file.h"
+
+namespace kiln {
+
+namespace {
+
+constexpr int64_t kPiece = 1 << 22;  // elements read at a time
+
+// An exponent of ones.
+struct Exponent {
+  uint64_t bytes;
+  uint32_t ones;
+};
+std::optional<Exponent> exponent_of(DType dtype) {
+  switch (dtype) {
+    case DType::F16: return Exponent{2, 0x7C00};
+    case DType::BF16: return Exponent{2, 0x7F80};
+    case DType::F32: return Exponent{4, 0x7F800000};
+    default: return std::nullopt;
+  }
+}
+
+// The first of `n` elements that is not finite, or -1.
+int64_t first_bad(const char* data, int64_t n, const Exponent& e) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, data + static_cast<uint64_t>(i) * e.bytes, e.bytes);
+    if ((bits & e.ones) == e.ones) return i;
+  }
+  return -1;
+}
+
+int64_t product(const std::vector<int64_t>& shape, size_t from, size_t to) {
+  int64_t n = 1;
+  for (size_t i = from; i < to; ++i) n *= shape[i];
+  return n;
+}
+
+// The lowest position below `positions` whose entry in the cache is not finite, or -1.
+int64_t first_bad_position(const KvSpec& spec, int64_t max_seq_len, const Exponent& e, Timeline& timeline, const Tensor& cache, int64_t positions) {
+  // [.., slots, ..]: a ring's come first; a global cache has one for every position.
+  auto dim = spec.ring ? size_t{0} : static_cast<size_t>(std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) - spec.shape.begin());
+  const int64_t heads = product(spec.shape, 0, dim), slots = spec.shape[dim], width = product(spec.shape, dim + 1, spec.shape.size());
+  const int64_t used = std::min(slots, positions), oldest = positions - used;
+  std::vector<char> host;
+  int64_t found = -1;
+  for (int64_t head = 0; head < heads && width > 0; ++head)
+    for (int64_t slot = 0, rows; slot < used; slot += rows) {
+      rows = std::min(used - slot, std::max<int64_t>(1, kPiece / width));
+      Tensor piece = cache;
+      piece.offset += (head * slots + slot) * width;
+      piece.set_shape({rows * width});
+      host.resize(piece.bytes());
+      timeline.read(host.data(), piece);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (first_bad(host.data() + static_cast<uint64_t>(r * width) * e.bytes, width, e) < 0) continue;
+        int64_t position = oldest + (slot + r - oldest % slots + slots) % slots;
+        if (found < 0 || position < found) found = position;
+      }
+    }
+  return found;
+}
+
+std::string first_bad_cache(const Artifact& artifact, Timeline& timeline, const TensorMap& caches, int64_t positions) {
+  const KvSpec* first = nullptr;
+  int64_t found = -1;
+  for (const KvSpec& spec : artifact.kv) {
+    auto e = exponent_of(spec.dtype);
+    if (!e) continue;
+    int64_t position = first_bad_position(spec, artifact.max_seq_len, *e, timeline, caches.at(spec.name), positions);
+    if (position >= 0 && (!first || std::pair(position, spec.layer) < std::pair(found, first->layer))) first = &spec, found = position;
+  }
+  if (!first) return "all cached keys and values are finite, so the first operator is behind the last layer's caches";
+  return "the first operator is in layer " + std::to_string(first->layer) + " or right before it: '" + first->name + "' is not finite at position " +
+         std::to_string(found);
+}
+
+// The row of the matrix that element `i` of a constant belongs to: halves of packed weights have rows innermost.
+int64_t row_of(const ConstantSpec& c, int64_t i) {
+  constexpr std::string_view kHalves = ".halves";
+  bool packed = c.name.size() > kHalves.size() && c.name.compare(c.name.size() - kHalves.size(), kHalves.size(), kHalves) == 0;
+  if (c.shape.empty()) return 0;
+  return packed ? i % c.shape.back() : i / std::max<int64_t>(1, product(c.shape, 1, c.shape.size()));
+}
+
+std::string bad_weights(const Artifact& artifact) {
+  std::string first;
+  int64_t tensors = 0;
+  for (const ConstantSpec& c : artifact.constants) {
+    auto e = exponent_of(c.dtype);
+    if (!e) continue;
+    int64_t i = first_bad(artifact.weights->data() + c.offset, static_cast<int64_t>(c.bytes / e->bytes), *e);
+    if (i >= 0 && ++tensors == 1) first = "'" + c.name + "' has a number that is not finite in row " + std::to_string(row_of(c, i));
+  }
+  if (!tensors) return "all weights are finite";
+  return first + (tensors > 1 ? ", and " + std::to_string(tensors - 1) + " more weights have such" : "") + "; make the artifact again from a sound file";
+}
+
+}  // namespace
+
+std::string trace_not_finite(const Artifact& artifact, Timeline& timeline, const TensorMap& caches, int64_t positions) {
+  return first_bad_cache(artifact, timeline, caches, positions) + "; " + bad_weights(artifact);
+}
+
+}  // namespace kiln
