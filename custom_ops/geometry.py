@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.weights.mixes import EMBEDDING, MIXES, kinds
+from custom_ops.weights.mixes import EMBEDDING, MIXES, block_types
 
 EPS = 1e-6  # inside the roots of all norms
-CONTEXT, RESIDUAL = 131072, 256  # slots of the caches, and of the TQ4 residual, that kernels are compiled and timed for
+CONTEXT, EXACT_WINDOW = 131072, 256  # slots of the caches, and of the TQ4 exact window, that kernels are compiled and timed for
 
-# How the product with a matrix ends in a fused decode step: in parts that attention adds up, gated, with the sums of squares that a norm
+# How the matmul with a matrix ends in a fused decode step: in parts that attention adds up, gated, with the sums of squares that a norm
 # needs, or as it is. Those that leave squares are the ones without a norm before them.
 _ENDS = {"attn_output": "squares", "ffn_down": "squares", "ffn_gate_up": "glu", "token_embd": "sum"}
 
@@ -34,10 +34,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` weights [n, k] of block type `kind`."""
+    """`count` weights [n, k] of block type `block_type`."""
 
     name: str
-    kind: str
+    block_type: str
     n: int
     k: int
     count: int
@@ -49,7 +49,7 @@ class Matrix:
 
     @property
     def normed(self) -> bool:
-        """There is a norm before the product."""
+        """There is a norm before the matmul."""
         return self.end != "squares"
 
 
@@ -91,13 +91,13 @@ class Geometry:
         mix: a key of MIXES; with the default all types are the same, so that all that may be fused is.
         """
         layers = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in self.layer(i).items()}
-        types = kinds(MIXES[mix], layers | {EMBEDDING: (self.vocab, self.hidden)})
+        types = block_types(MIXES[mix], layers | {EMBEDDING: (self.vocab, self.hidden)})
         counts: Counter[tuple[str, str, int, int]] = Counter()
         for i in range(self.layers):
             left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
-            kind = left["attn_q"][0]
-            fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == kind]
-            counts["attn_qkv" if len(fused) == 3 else "attn_qk", kind, sum(n for _, n, _ in fused), self.hidden] += 1
+            block_type = left["attn_q"][0]
+            fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == block_type]
+            counts["attn_qkv" if len(fused) == 3 else "attn_qk", block_type, sum(n for _, n, _ in fused), self.hidden] += 1
             counts.update((name, *rest) for name, rest in left.items())
         return (*(Matrix(*key, count) for key, count in counts.items()), Matrix("token_embd", types[EMBEDDING], self.vocab, self.hidden, 1))
 

@@ -137,7 +137,7 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
 
 
 def decode_bytes(options: ExportOptions, dtype: str) -> int:
-    """Bytes of an activation of a decode product in fixed point: what loses nothing against `dtype`, or one with `int8`."""
+    """Bytes of an activation of a decode matmul in fixed point: what loses nothing against `dtype`, or one with `int8`."""
     return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype].torch]
 
 
@@ -217,7 +217,7 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
         print(f"{'matrix':34} {'type':5} {'N':>7} {'K':>6}  from")
         for p in spec.plan:
             if p.K:
-                print(f"{p.name:34} {p.kind:5} {p.N:7d} {p.K:6d}  {' + '.join(s.rsplit('.', 2)[-2] for s in p.sources)}")
+                print(f"{p.name:34} {p.block_type:5} {p.N:7d} {p.K:6d}  {' + '.join(s.rsplit('.', 2)[-2] for s in p.sources)}")
     print(f"model       {config.name} ({config.architecture}), {len(config.layers)} layers")
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")

@@ -99,7 +99,7 @@ def main() -> None:
     type=click.Choice(["exact", "int8"]),
     default="exact",
     show_default=True,
-    help="Of one token's products on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a product.",
+    help="Of one token's matmuls on a GPU. exact: nothing is lost against the activation dtype; int8: a byte each, about 0.6 % a matmul.",
 )
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
 @click.option(
@@ -107,7 +107,7 @@ def main() -> None:
     type=click.Choice(["kiln", "blas"]),
     default="blas",
     show_default=True,
-    help="A prefill's products on a GPU. blas: by cuBLAS, found when it is played; kiln: compiled into the package.",
+    help="A prefill's matmuls on a GPU. blas: by cuBLAS, found when it is played; kiln: compiled into the package.",
 )
 @click.option("--kv-len/--no-kv-len", default=True, show_default=True, help="Bound global attention by the filled length.")
 @click.option(

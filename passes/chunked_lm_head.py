@@ -69,9 +69,9 @@ def _is_plain(node) -> bool:
 
 
 def _packed_chunk(ep, head, a: int, b: int):
-    x, words, halves, kind = head.args
+    x, words, halves, block_type = head.args
     words, halves = (edit.emit(ep, head, aten.slice.Tensor, t, 2, a, b) for t in (words, halves))
-    return edit.emit(ep, head, KILN.quantized_linear.default, x, words, halves, kind)
+    return edit.emit(ep, head, KILN.quantized_linear.default, x, words, halves, block_type)
 
 
 def _float_chunk(ep, head, a: int, b: int):

@@ -18,7 +18,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             freed += value.untyped_storage().nbytes()
             ep.state_dict[fqn] = node.meta["val"]
         layer = int(fqn.split(".")[1])
-        kind = "ring" if fqn.endswith(("_ring", "_residual")) else "global"
+        kind = "ring" if fqn.endswith(("_ring", "_exact")) else "global"
         lowered.kv.append(KVBuffer(fqn, layer, kind, value.dtype, tuple(value.shape)))
     if not lowered.kv:
         raise PassError("pass free_kv_buffers: the graph has no cache")

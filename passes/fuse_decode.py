@@ -23,20 +23,20 @@ VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatt
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not options.decode_bytes:
-        return PassReport("fuse_decode", "off", note="the target's products take activations as they are")
+        return PassReport("fuse_decode", "off", note="the target's matmuls take activations as they are")
     ep = lowered.program
     if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
         return PassReport("fuse_decode", "not needed", note="many tokens")
-    products = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
-    if not products:
+    matmuls = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
+    if not matmuls:
         return PassReport("fuse_decode", "not needed", note="no weight is packed")
     fuser = _Fuser(ep, options.decode_bytes)
-    for product in products:
-        fuser.rewrite(product)
-    fuser.drop_dead_products()
+    for matmul in matmuls:
+        fuser.rewrite(matmul)
+    fuser.drop_dead_matmuls()
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
-    note = f"{options.decode_bytes} bytes an activation; {len(products)} products, {counts}"
+    note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
     return PassReport("fuse_decode", "applied", tuple(dict.fromkeys(fuser.places)), note)
 
 
@@ -44,11 +44,11 @@ class _Fuser:
     def __init__(self, ep, terms: int):
         self.ep, self.terms = ep, terms
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
-        self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its products are scaled by
+        self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
         self.names = edit.states(ep)
         self.places: list[str] = []  # that were rewritten, by the names of weights and layers
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
-        self.partials: dict[Node, Node] = {}  # a product -> the same, to be summed by its reader
+        self.partials: dict[Node, Node] = {}  # a matmul -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.made: list[Node] = []
         first = next(n for n in ep.graph.nodes if n.op != "placeholder")
@@ -65,18 +65,18 @@ class _Fuser:
         """A weight's name, without that of its plane."""
         return self.names[constant].rpartition(".")[0]
 
-    def rewrite(self, product: Node) -> None:
-        x, words, halves, kind = product.args
-        fixed, *root = self.to_fixed(x, product)
-        new = self.emit(product, KILN.fixed_linear.default, fixed, words, halves, kind, self.counters, *root)
+    def rewrite(self, matmul: Node) -> None:
+        x, words, halves, block_type = matmul.args
+        fixed, *root = self.to_fixed(x, matmul)
+        new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root)
         self.made.append(new)
         self.places.append(self.name(words))
-        dtype = product.meta["val"].dtype
-        rounded = new if dtype == torch.float32 else self.emit(product, aten.to.dtype, new, dtype)
+        dtype = matmul.meta["val"].dtype
+        rounded = new if dtype == torch.float32 else self.emit(matmul, aten.to.dtype, new, dtype)
         self.float32[rounded] = new
-        edit.replace(self.ep, product, rounded)
+        edit.replace(self.ep, matmul, rounded)
 
-    def drop_dead_products(self) -> None:
+    def drop_dead_matmuls(self) -> None:
         for node in self.made:
             self.ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
             if not node.users:
@@ -102,17 +102,17 @@ class _Fuser:
         return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
-        """What sums to `node`: a product that leaves its sum to its reader, or the value itself."""
-        product = self.exact(node, before)
-        if not edit.is_call(product, KILN.fixed_linear.default):
-            return product
-        if product not in self.partials:
-            fixed, words, halves, kind, _, *root = product.args
-            self.partials[product] = self.emit(product, KILN.fixed_partials.default, fixed, words, halves, kind, *root)
-        return self.partials[product]
+        """What sums to `node`: a matmul that leaves its sum to its reader, or the value itself."""
+        matmul = self.exact(node, before)
+        if not edit.is_call(matmul, KILN.fixed_linear.default):
+            return matmul
+        if matmul not in self.partials:
+            fixed, words, halves, block_type, _, *root = matmul.args
+            self.partials[matmul] = self.emit(matmul, KILN.fixed_partials.default, fixed, words, halves, block_type, *root)
+        return self.partials[matmul]
 
     def with_squares(self, node: Node, before: Node) -> tuple[Node, Node]:
-        """`node` in float32 and the sums of its squares, which a product leaves beside its result."""
+        """`node` in float32 and the sums of its squares, which a matmul leaves beside its result."""
         value = self.exact(node, before)
         if not edit.is_call(value, KILN.fixed_linear.default):
             return value, self.emit(before, aten.sum.dim_IntList, self.emit(before, aten.mul.Tensor, value, value), [1])
@@ -122,7 +122,7 @@ class _Fuser:
     # ---- values in fixed point ----
 
     def to_fixed(self, x: Node, before: Node) -> tuple[Node, ...]:
-        """x in fixed point, and (squares, eps) where its products are to be multiplied by their root."""
+        """x in fixed point, and (squares, eps) where its matmuls are to be multiplied by their root."""
         if x not in self.fixed:
             self.fixed[x] = self.norm(x, before) or (self.gated(x, before) or self.attention(x, before) or self.converted(x, before),)
         return self.fixed[x]
@@ -139,11 +139,11 @@ class _Fuser:
             y = y.args[0]
         self.counts["norms"] += 1
         self.places.append(self.name(weight))
-        residual = None if y in self.float32 else _residual(y, eps)
-        if residual is None:
+        added = None if y in self.float32 else _branch_added(y, eps)
+        if added is None:
             both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
             return *(self.emit(before, operator.getitem, both, i) for i in range(2)), eps
-        stream, branch, post_weight, scale = residual
+        stream, branch, post_weight, scale = added
         self.places.append(self.name(post_weight))
         stream, (branch, squares) = self.exact(stream, before), self.with_squares(branch, before)
         all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
@@ -157,12 +157,12 @@ class _Fuser:
         (chunks, first), (other, second) = halves
         if chunks is None or chunks is not other or (first, second) != (0, 1) or not edit.is_call(chunks, aten.chunk.default):
             return None
-        product = self.float32.get(chunks.args[0])
-        if product is None or not edit.is_call(product, KILN.fixed_linear.default) or not glu_fits(product.meta["val"].shape[1]):
+        matmul = self.float32.get(chunks.args[0])
+        if matmul is None or not edit.is_call(matmul, KILN.fixed_linear.default) or not glu_fits(matmul.meta["val"].shape[1]):
             return None
         self.counts["gated"] += 1
-        self.places.append(self.name(product.args[1]).rpartition(".")[0] + ".glu")
-        return self.emit(before, KILN.fixed_glu.default, *product.args)
+        self.places.append(self.name(matmul.args[1]).rpartition(".")[0] + ".glu")
+        return self.emit(before, KILN.fixed_glu.default, *matmul.args)
 
     def attention(self, x: Node, before: Node) -> Node | None:
         call = _viewed(x)
@@ -182,7 +182,7 @@ class _Fuser:
             return None
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         first = write.nodes[0]
-        together = _projection(q.x)[0] is _projection(k.x)[0]  # products of their own are split differently
+        together = _projection(q.x)[0] is _projection(k.x)[0]  # matmuls of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.args[0], True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         if edit.is_call(call, KILN.sliding_attention.default):
@@ -295,7 +295,7 @@ def _viewed(node: Node) -> Node:
     return node
 
 
-def _residual(y: Node, eps: float) -> tuple[Node, Node, Node, Node | None] | None:
+def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node, Node | None] | None:
     """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without the scale."""
     scale = None
     if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):

@@ -1,4 +1,4 @@
-"""On a GPU, products with float weights become `kiln::matmul`: our kernels, compiled into the package."""
+"""On a GPU, matmuls with float weights become `kiln::matmul`: our kernels, compiled into the package."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.export import ExportedProgram
 
-from custom_ops.geometry import RESIDUAL
+from custom_ops.geometry import EXACT_WINDOW
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class PassOptions:
     """What the passes may be told. Sizes in bytes."""
 
     turboquant: bool = False
-    residual_length: int = RESIDUAL  # with TurboQuant: the newest keys and values of a global layer that are read exactly, not in code
+    residual_length: int = EXACT_WINDOW  # with TurboQuant: the newest keys and values of a global layer that are read exactly, not in code
     kv_len: bool = True
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
-    decode_bytes: int = 0  # of an activation of a decode product, in fixed point; 0: as they are, nothing fused (the CPU target)
+    decode_bytes: int = 0  # of an activation of a decode matmul, in fixed point; 0: as they are, nothing fused (the CPU target)
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
-    matmul: str = "blas"  # of products on a GPU: "kiln" (our kernels) or "blas"
+    matmul: str = "blas"  # of matmuls on a GPU: "kiln" (our kernels) or "blas"
 
 
 @dataclass(frozen=True)

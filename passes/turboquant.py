@@ -1,7 +1,7 @@
-"""Global layers: the K and V caches become TQ4 caches with an exact residual, their writes and their attention the TQ4 ops.
+"""Global layers: the K and V caches become TQ4 caches with an exact window, their writes and their attention the TQ4 ops.
 
-Codes are written before the attention, which reads the older part of a long chunk there; the residual, a ring, is written after it, as that
-of a sliding layer is. Sliding layers stay as they are.
+Codes are written before the attention, which reads the older part of a long chunk there; the exact window, a ring, is written after it, as
+that of a sliding layer is. Sliding layers stay as they are.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 
 
 class _Swap:
-    def __init__(self, ep: ExportedProgram, residual: int):
-        self.ep, self.residual = ep, residual
+    def __init__(self, ep: ExportedProgram, exact_window: int):
+        self.ep, self.exact_window = ep, exact_window
         self.places: dict[Node, tuple[Node, Node | None]] = {}  # positions -> their slots of the ring, and whose rows go there
 
     def emit(self, before: Node, target, *args) -> Node:
@@ -55,7 +55,7 @@ class _Swap:
         for side in ("k", "v"):
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (kv_heads, slots, head_dim // 4), torch.int16, device))
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (kv_heads, slots), torch.float16, device))
-            rings.append(edit.add_buffer(ep, f"{prefix}.{side}_residual", (self.residual, kv_heads, head_dim), dtype, device))
+            rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (self.exact_window, kv_heads, head_dim), dtype, device))
         own = [write.args[3] for write in writes]
         slot, last = self.place(pos, attention)
         self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
@@ -76,10 +76,10 @@ class _Swap:
             last = None
             if pos.meta["val"].shape[0] != 1:
                 ends = [self.emit(before, aten.slice.Tensor, pos, 0, *span) for span in ((0, 1), (-1, 2**63 - 1))]
-                turns = self.emit(before, aten.floor_divide.default, self.emit(before, aten.sub.Tensor, ends[1], pos), self.residual)
+                turns = self.emit(before, aten.floor_divide.default, self.emit(before, aten.sub.Tensor, ends[1], pos), self.exact_window)
                 index = self.emit(before, aten.sub.Tensor, pos, ends[0])
-                last = self.emit(before, aten.add.Tensor, index, self.emit(before, aten.mul.Tensor, turns, self.residual))
-            self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.residual), last
+                last = self.emit(before, aten.add.Tensor, index, self.emit(before, aten.mul.Tensor, turns, self.exact_window))
+            self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.exact_window), last
         return self.places[pos]
 
 

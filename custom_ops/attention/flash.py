@@ -363,11 +363,11 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored:
     return out
 
 
-def prefill_case(name: str, dtype: torch.dtype, kind: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int,
-                 lse: bool = False) -> KernelCase:
-    """The compilation behind `flash_prefill`; kind: of a pointer to dtype."""
+def prefill_case(name: str, dtype: torch.dtype, pointer: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
+                 window: int, lse: bool = False) -> KernelCase:
+    """The compilation behind `flash_prefill`; pointer: of one to dtype."""
     tile = prefill_tile(dtype, target, dim)
-    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_ring_ptr", "v_ring_ptr", "out_ptr"), kind)
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_ring_ptr", "v_ring_ptr", "out_ptr"), pointer)
     signature |= {"pos_ptr": "*i64", "lse_ptr": "*fp32" if lse else "*i64", "tokens": "i32"}
     return KernelCase(name, kiln_flash_prefill, signature, prefill_constants(tile, heads, kv_heads, dim, slots, window, lse),
                       {"num_warps": tile.warps, "num_stages": tile.stages})
@@ -376,16 +376,16 @@ def prefill_case(name: str, dtype: torch.dtype, kind: str, target: GpuTarget, he
 def flash_cases(name: str, target: GpuTarget, shape: Heads, slots: int, window: int) -> list[KernelCase]:
     """The compilations behind `flash_attention`, in bfloat16 and float32."""
     heads, kv_heads, dim, cases = shape.queries, shape.kv, shape.dim, []
-    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        label = f"{name} {kind[1:]} {shape.label}"
-        inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
+    for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        label = f"{name} {pointer[1:]} {shape.label}"
+        inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), pointer)
         position = {"pos_ptr": "*i64", "len_ptr": "*i64" if window else "*i32"}
         parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32"}
         tile = decode_tile(dtype, target, dim)
         split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, not window)
         cases.append(KernelCase(f"{label} decode", kiln_flash_decode, inputs | position | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
-        cases.append(KernelCase(f"{label} merge", kiln_flash_merge, parts | position | inputs | {"out_ptr": kind}, merge,
+        cases.append(KernelCase(f"{label} merge", kiln_flash_merge, parts | position | inputs | {"out_ptr": pointer}, merge,
                                 {"num_warps": merge_warps(dim)}))
-        cases.append(prefill_case(f"{label} prefill", dtype, kind, target, heads, kv_heads, dim, slots, window))
+        cases.append(prefill_case(f"{label} prefill", dtype, pointer, target, heads, kv_heads, dim, slots, window))
     return cases

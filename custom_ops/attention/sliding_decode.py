@@ -1,7 +1,7 @@
 """Sliding-window attention of one token from its raw projections: norms, rotary embedding, cache write, attention, fixed point.
 
-Two kernels. Every program of the first prepares the queries it needs itself, from the parts that the product left, and reads its keys and
-values before that: they are of earlier tokens, so they need not wait for the product. The second merges the splits.
+Two kernels. Every program of the first prepares the queries it needs itself, from the parts that the matmul left, and reads its keys and
+values before that: they are of earlier tokens, so they need not wait for the matmul. The second merges the splits.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
 
     q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
-    tensor-core tile takes; products are transposed as in `kiln_flash_decode`. The split of the last key writes it to the rings.
+    tensor-core tile takes; matmuls are transposed as in `kiln_flash_decode`. The split of the last key writes it to the rings.
     """
     H: tl.constexpr = D // 2
     head = tl.program_id(0)
@@ -125,7 +125,7 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     low = start + split * size
     if low >= end:
         return  # the merge computes the same split size and does not read this one
-    stored = tl.minimum(low + size, end - 1)  # the token's own key and value come from the product
+    stored = tl.minimum(low + size, end - 1)  # the token's own key and value come from the matmul
     p = low + tl.arange(0, BLOCK_N)
     if AHEAD:
         k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
@@ -179,7 +179,7 @@ def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: in
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
     del split["HAS_LEN"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
-    ahead = tile is not DECODE_FLOAT32  # its products, out of registers, leave none for keys ahead
+    ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
     return split | pads | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts, "ROWS": triton.next_power_of_2(heads // kv_heads)}, merge
 
 
@@ -219,19 +219,19 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
-    """The kernels at the model's shapes: V from the product of q and k, and from its own."""
+    """The kernels at the model's shapes: V from the matmul of q and k, and from its own."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
     signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
     h, cases = model.sliding, []
-    for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        rings = {"k_ring_ptr": f"*{kind}", "v_ring_ptr": f"*{kind}"}
+    for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
         tile = _tile(dtype, target, h.dim)
         for parts, v_parts in ((3, 3), (4, 14)):
             split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2)
-            cases.append(KernelCase(f"sliding_decode {kind} {parts} {v_parts} {h.label}", kiln_sliding_decode, signature | rings,
+            cases.append(KernelCase(f"sliding_decode {element} {parts} {v_parts} {h.label}", kiln_sliding_decode, signature | rings,
                                     {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
                                     aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
-        cases.append(KernelCase(f"sliding_decode {kind} merge {h.label}", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
+        cases.append(KernelCase(f"sliding_decode {element} merge {h.label}", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
                                 {"num_warps": merge_warps(h.dim)}))
     return cases

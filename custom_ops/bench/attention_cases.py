@@ -12,7 +12,7 @@ from custom_ops.tq4 import codec
 from custom_ops.weights import fixed_point
 
 SPREAD = 0.3  # of random queries, keys and values: scores of a few units, as after the norms of a real model
-PARTS = 4  # in which products leave what attention adds up
+PARTS = 4  # in which matmuls leave what attention adds up
 LEAST_SLOTS = 8192  # of a cache, however little of it is filled: a decode kernel has as many splits as for a long one
 
 
@@ -80,7 +80,7 @@ def around_bytes(heads: Heads) -> int:
 
 
 def sliding_decode_case(work: Workload) -> Case:
-    """From the projections, in as many parts as their products leave them, to the next product's activations."""
+    """From the projections, in as many parts as their matmuls leave them, to the next matmul's activations."""
     heads, window = work.sliding, work.window
     start = 4 * window
 
@@ -168,35 +168,35 @@ def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tenso
 
 
 def tq4_rings(g: torch.Generator, work: Workload, end: int) -> list[torch.Tensor]:
-    """The residual before position `end`: no numbers in slots that a query there does not read."""
+    """The exact window before position `end`: no numbers in slots that a query there does not read."""
     heads, rings = work.full, []
     for _ in range(2):
-        ring = torch.full((work.residual, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
-        past = torch.arange(max(end - work.residual + 1, 0), end, device=g.device)
-        ring[past % work.residual] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
+        ring = torch.full((work.exact_window, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
+        past = torch.arange(max(end - work.exact_window + 1, 0), end, device=g.device)
+        ring[past % work.exact_window] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
         rings.append(ring)
     return rings
 
 
 def tq4_bytes(work: Workload, tokens: int, depth: int) -> int:
     """Bytes of the keys and values that `tokens` queries up to `depth` read: in code, and of the newest ones exactly."""
-    heads, residual = work.full, work.residual
-    return 2 * max(depth - residual, 0) * tq4_row_bytes(heads) + 2 * min(depth, residual - 1 + tokens) * heads.kv * heads.dim * 2
+    heads, exact_window = work.full, work.exact_window
+    return 2 * max(depth - exact_window, 0) * tq4_row_bytes(heads) + 2 * min(depth, exact_window - 1 + tokens) * heads.kv * heads.dim * 2
 
 
 def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int) -> torch.Tensor:
     """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest R as they are."""
-    residual, end = rings[0].shape[0], start + own[0].shape[0]
-    newest = torch.arange(max(start - residual + 1, 0), end, device=q.device)
+    exact_window, end = rings[0].shape[0], start + own[0].shape[0]
+    newest = torch.arange(max(start - exact_window + 1, 0), end, device=q.device)
     past = newest[newest < start]
 
     def side(i: int) -> torch.Tensor:
         coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
-        return torch.cat([coded, rings[i][past % residual].float(), own[i].float()])
+        return torch.cat([coded, rings[i][past % exact_window].float(), own[i].float()])
 
     distance = pos[:, None] - newest
-    old = torch.arange(end, device=q.device) <= pos[:, None] - residual
-    return attend(q.float(), side(0), side(1), torch.cat([old, (distance >= 0) & (distance < residual)], 1))
+    old = torch.arange(end, device=q.device) <= pos[:, None] - exact_window
+    return attend(q.float(), side(0), side(1), torch.cat([old, (distance >= 0) & (distance < exact_window)], 1))
 
 
 def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
@@ -229,7 +229,7 @@ def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
 
 
 def tq4_decode_case(work: Workload, depth: int) -> Case:
-    """From the projections to the next product's activations; the token is the last of `depth`."""
+    """From the projections to the next matmul's activations; the token is the last of `depth`."""
     heads, start = work.full, depth - 1
 
     def arguments(g: torch.Generator) -> Tensors:

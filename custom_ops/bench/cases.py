@@ -13,7 +13,7 @@ import torch
 
 import custom_ops.ops  # noqa: F401
 from custom_ops import geometry
-from custom_ops.geometry import CONTEXT, EPS, RESIDUAL, Geometry, Heads, Matrix
+from custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, Geometry, Heads, Matrix
 from custom_ops.markers import rms_norm
 from custom_ops.step import add_norm, sample
 from custom_ops.weights import embedding, fixed_point, linear
@@ -68,7 +68,7 @@ class Workload:
     full: Heads  # the global layers
     depths: tuple[int, ...]  # of decode; every second one, and the last, of prefill
     chunks: tuple[int, ...]  # tokens of a prefill call; the last one is used for attention
-    residual: int = RESIDUAL  # of the TQ4 caches
+    exact_window: int = EXACT_WINDOW  # of the TQ4 caches
 
 
 def workload(model: Geometry, mix: str) -> Workload:
@@ -90,34 +90,34 @@ def normal(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.bfloat16,
     return torch.empty(shape, dtype=dtype, device=g.device).normal_(0, scale, generator=g)
 
 
-def packed(kind: str, n: int, k: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def packed(block_type: str, n: int, k: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Random words and halves of a matrix [n, k]: any bits are a valid block."""
-    layout = LAYOUTS[kind]
+    layout = LAYOUTS[block_type]
     blocks = k // layout.block
     words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device=g.device, dtype=torch.int32)
     halves = torch.empty((blocks, layout.halves, n), dtype=torch.float16, device=g.device).uniform_(0, 1e-2, generator=g)
     return words, halves
 
 
-# ---- products and rows of packed matrices ----
+# ---- matmuls and rows of packed matrices ----
 
 
-def product_case(op: str, m: Matrix, tokens: int, dtype: torch.dtype, limit: float, group: str) -> Case:
+def matmul_case(op: str, m: Matrix, tokens: int, dtype: torch.dtype, limit: float, group: str) -> Case:
     def arguments(g: torch.Generator) -> Tensors:
-        return (normal(g, tokens, m.k, dtype=dtype), *packed(m.kind, m.n, m.k, g))
+        return (normal(g, tokens, m.k, dtype=dtype), *packed(m.block_type, m.n, m.k, g))
 
     def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
         parts = ((words[:, :, i : i + REFERENCE_ROWS], halves[:, :, i : i + REFERENCE_ROWS]) for i in range(0, m.n, REFERENCE_ROWS))
-        return torch.cat([x.float() @ dequantize(m.kind, *part) for part in parts], 1)
+        return torch.cat([x.float() @ dequantize(m.block_type, *part) for part in parts], 1)
 
     return Case(
-        op=f"{op} {m.kind}",
+        op=f"{op} {m.block_type}",
         shape=f"[{tokens}, {m.k}] x {m.n}",
-        bytes=linear.bytes_moved(m.kind, tokens, m.n, m.k, dtype.itemsize),
+        bytes=linear.bytes_moved(m.block_type, tokens, m.n, m.k, dtype.itemsize),
         flops=linear.flops(tokens, m.n, m.k),
         limit=limit,
         arguments=arguments,
-        call=lambda x, words, halves: kiln.quantized_linear(x, words, halves, m.kind),
+        call=lambda x, words, halves: kiln.quantized_linear(x, words, halves, m.block_type),
         reference=reference,
         copy=clone(1, 2),
         group=group,
@@ -131,24 +131,24 @@ def fixed_bytes(count: int) -> int:
 
 
 def fixed_case(m: Matrix) -> Case:
-    """The product as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
+    """The matmul as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
     end = {"glu": "fixed_glu", "sum": "fixed_linear", "squares": "fixed_linear_squares", "split": "fixed_partials"}[m.end]
 
     def arguments(g: torch.Generator) -> Tensors:
         x = fixed_point.quantize(normal(g, 1, m.k, dtype=torch.float32), TERMS)
         squares = normal(g, m.k // add_norm.PIECE, dtype=torch.float32).square()
-        return (x, *packed(m.kind, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device), squares)
+        return (x, *packed(m.block_type, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device), squares)
 
     def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor, squares: torch.Tensor) -> Any:
         if end == "fixed_partials":
-            return kiln.fixed_partials(x, words, halves, m.kind, squares, EPS)
+            return kiln.fixed_partials(x, words, halves, m.block_type, squares, EPS)
         scaled = () if end == "fixed_linear_squares" else (squares, EPS)
-        return getattr(kiln, end)(x, words, halves, m.kind, counters, *scaled)
+        return getattr(kiln, end)(x, words, halves, m.block_type, counters, *scaled)
 
     def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor,
                   squares: torch.Tensor) -> torch.Tensor:
         parts = ((words[:, :, i : i + REFERENCE_ROWS], halves[:, :, i : i + REFERENCE_ROWS]) for i in range(0, m.n, REFERENCE_ROWS))
-        y = torch.cat([fixed_point.dequantize(x) @ dequantize(m.kind, *part) for part in parts], 1)
+        y = torch.cat([fixed_point.dequantize(x) @ dequantize(m.block_type, *part) for part in parts], 1)
         if end == "fixed_linear_squares":
             return torch.cat((y, y.square().sum(1, keepdim=True)), 1)
         y = y * add_norm.root(squares, m.k, EPS)
@@ -164,9 +164,9 @@ def fixed_case(m: Matrix) -> Case:
 
     written = fixed_bytes(m.n // 2) if end == "fixed_glu" else 4 * m.n
     return Case(
-        op=f"{end} {m.kind}",
+        op=f"{end} {m.block_type}",
         shape=f"{m.k} x {m.n}",
-        bytes=linear.bytes_moved(m.kind, 0, m.n, m.k) + fixed_bytes(m.k) + written,
+        bytes=linear.bytes_moved(m.block_type, 0, m.n, m.k) + fixed_bytes(m.k) + written,
         flops=linear.flops(1, m.n, m.k),
         limit=FIXED if end == "fixed_glu" else 1e-5,
         arguments=arguments,
@@ -174,7 +174,7 @@ def fixed_case(m: Matrix) -> Case:
         reference=reference,
         copy=clone(1, 2),
         result=result,
-        group="matrix products of a fused decode step",
+        group="matmuls of a fused decode step",
         count=m.count,
     )
 
@@ -188,7 +188,7 @@ def add_norm_case(work: Workload) -> Case:
 
     def arguments(g: torch.Generator) -> Tensors:
         vectors = [normal(g, *shape, dtype=torch.float32) for shape in ((1, d), (1, d), (d,), (d,))]
-        squares = vectors[1].square().unflatten(1, (-1, 64)).sum((0, 2))  # as the product before leaves them
+        squares = vectors[1].square().unflatten(1, (-1, 64)).sum((0, 2))  # as the matmul before leaves them
         return (*vectors, torch.full((1,), 0.5, device=g.device), squares)
 
     def call(x: torch.Tensor, branch: torch.Tensor, post_weight: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
@@ -221,14 +221,14 @@ def add_norm_case(work: Workload) -> Case:
 
 def gemv_cases(work: Workload) -> list[Case]:
     """Every matrix times one token, not fused; the head's activations are float32."""
-    group = "matrix products of a decode step"
-    cases = [product_case("gemv", m, 1, torch.bfloat16, ROUNDED, group) for m in work.matrices]
-    return [*cases, product_case("gemv", work.head, 1, torch.float32, 1e-5, group)]
+    group = "matmuls of a decode step"
+    cases = [matmul_case("gemv", m, 1, torch.bfloat16, ROUNDED, group) for m in work.matrices]
+    return [*cases, matmul_case("gemv", work.head, 1, torch.float32, 1e-5, group)]
 
 
 def linear_cases(work: Workload) -> list[Case]:
     return [
-        product_case("linear", m, tokens, torch.bfloat16, ROUNDED, f"matrix products of {tokens} tokens, the head apart")
+        matmul_case("linear", m, tokens, torch.bfloat16, ROUNDED, f"matmuls of {tokens} tokens, the head apart")
         for tokens in work.chunks
         for m in work.matrices
     ]
@@ -239,14 +239,14 @@ def embedding_case(m: Matrix, tokens: int) -> Case:
         return torch.randint(m.n, (tokens,), generator=g, device=g.device)
 
     return Case(
-        op=f"embedding {m.kind}",
+        op=f"embedding {m.block_type}",
         shape=f"{tokens} of {m.n}, {m.k}",
-        bytes=tokens * (m.k // LAYOUTS[m.kind].block * LAYOUTS[m.kind].block_bytes + 4 * m.k),
+        bytes=tokens * (m.k // LAYOUTS[m.block_type].block * LAYOUTS[m.block_type].block_bytes + 4 * m.k),
         flops=0,
         limit=EXACT,
-        arguments=lambda g: (ids(g), *packed(m.kind, m.n, m.k, g)),
-        call=lambda rows, words, halves: kiln.quantized_embedding(rows, words, halves, m.kind),
-        reference=lambda rows, words, halves: embedding.reference(rows, words, halves, m.kind),
+        arguments=lambda g: (ids(g), *packed(m.block_type, m.n, m.k, g)),
+        call=lambda rows, words, halves: kiln.quantized_embedding(rows, words, halves, m.block_type),
+        reference=lambda rows, words, halves: embedding.reference(rows, words, halves, m.block_type),
         copy=lambda arguments, g: (ids(g), *arguments[1:]),  # other rows of the same table
     )
 

@@ -101,10 +101,10 @@ def measure_ceilings() -> Ceilings:
     a, b = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     c = torch.empty_like(a)
 
-    def product(i: int) -> torch.Tensor:
+    def matmul(i: int) -> torch.Tensor:
         return torch.mm(a, b, out=c)
 
-    megaflop, once = 2 * MATMUL**3 / 1e6, graph_time(product, 1, summary=min)
+    megaflop, once = 2 * MATMUL**3 / 1e6, graph_time(matmul, 1, summary=min)
     calls = max(1, round(SUSTAINED * 1e6 / once))
-    sustained = call_time(lambda: [product(i) for i in range(calls)]) * 1e3 / calls
+    sustained = call_time(lambda: [matmul(i) for i in range(calls)]) * 1e3 / calls
     return Ceilings(copy, read, megaflop / once, megaflop / sustained)

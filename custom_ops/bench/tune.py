@@ -74,7 +74,7 @@ class Tuning:
 
 def gemv_current(target: GpuTarget, m: Matrix) -> GemvConfig:
     config = gemv.GEMV_CONFIGS[nearest(gemv.GEMV_CONFIGS, target)]
-    return replace(config, groups=config.groups or LAYOUTS[m.kind].gemv_groups)
+    return replace(config, groups=config.groups or LAYOUTS[m.block_type].gemv_groups)
 
 
 def first(current: Any, others: Iterator[Any]) -> list[Any]:
@@ -168,7 +168,7 @@ def launch_of(family: Family, candidate: Any, target: GpuTarget) -> Any:
     if not family.matrix:
         return candidate
     m = family.matrix
-    constants, splits, warps = gemv.launch(m.kind, 1, m.n, m.k, target)
+    constants, splits, warps = gemv.launch(m.block_type, 1, m.n, m.k, target)
     return tuple(constants.values()), splits, warps
 
 
@@ -231,7 +231,7 @@ def best_tile(family: Family, trials: list[Trial]) -> tuple[Any, float] | None:
 
 
 def best_gemv(trials: list[Trial]) -> tuple[GemvConfig, dict[str, int], float] | None:
-    """The one GemvConfig and groups of each block type with the least time for all products of a decode step, and that time.
+    """The one GemvConfig and groups of each block type with the least time for all matmuls of a decode step, and that time.
 
     None when no combination was timed for every matrix.
     """
@@ -242,27 +242,27 @@ def best_gemv(trials: list[Trial]) -> tuple[GemvConfig, dict[str, int], float] |
             if t.us is not None:
                 found[t.candidate] = t.us
     candidates = {c for found in times.values() for c in found}
-    kinds = sorted({m.kind for m in times})
+    block_types = sorted({m.block_type for m in times})
     best = None
     for config in sorted({replace(c, groups=0) for c in candidates}, key=lambda c: tuple(vars(c).values())):
-        by_kind, total = {}, 0.0
-        for kind in kinds:  # its groups are its own affair
-            sums = {g: sum(m.count * found.get(replace(config, groups=g), math.inf) for m, found in times.items() if m.kind == kind)
-                    for g in sorted({c.groups for c in candidates})}  # fmt: skip
-            by_kind[kind] = min(sums, key=sums.__getitem__)
-            total += sums[by_kind[kind]]
+        by_type, total = {}, 0.0
+        for block_type in block_types:  # its groups are its own affair
+            sums = {g: sum(m.count * found.get(replace(config, groups=g), math.inf) for m, found in times.items()
+                           if m.block_type == block_type) for g in sorted({c.groups for c in candidates})}  # fmt: skip
+            by_type[block_type] = min(sums, key=sums.__getitem__)
+            total += sums[by_type[block_type]]
         if math.isfinite(total) and (best is None or total < best[2]):
-            best = config, by_kind, total
+            best = config, by_type, total
     return best
 
 
 def winners(chosen: list[Family], trials: list[Trial]) -> list[dict]:
     """For each table entry that was found: the file, the line to write there, and what it was chosen by."""
     found = []
-    if products := best_gemv(trials):
-        config, groups, us = products
+    if matmuls := best_gemv(trials):
+        config, groups, us = matmuls
         family = next(family for family in chosen if family.matrix)
-        by = f"{us / 1e3:.3f} ms for the products of a decode step, with gemv_groups {groups} in block_types.py"
+        by = f"{us / 1e3:.3f} ms for the matmuls of a decode step, with gemv_groups {groups} in block_types.py"
         found.append((family, config, by))
     for family in chosen:
         if not family.matrix and (best := best_tile(family, trials)):

@@ -113,7 +113,7 @@ def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor
              weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x' = (x + RMSNorm(branch) * post_weight) * scale, x' * weight in fixed point of `terms` bytes, and sums that add up to x' . x'.
 
-    A product with the second times `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32;
+    A matmul with the second times `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32;
     branch_squares float32 [P], which add up to branch . branch; weights float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
     int32 [1, D / 32, 8 terms + 4] and float32 [P'], P' the kernel's choice. Raises ValueError when a shape or dtype does not fit.
     """
@@ -141,7 +141,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     """The kernels at the model's hidden size."""
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
-    squares = torch.empty(84)  # of the product before, by blocks of rows
+    squares = torch.empty(84)  # of the matmul before, by blocks of rows
     for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
         constants = {"EPS": EPS} | _constants(model.hidden, given, scale, 2, target)
         cases.append(KernelCase(f"{name} {model.hidden}", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))

@@ -30,7 +30,7 @@ from custom_ops.attention.flash import (
 )
 from custom_ops.attention.global_attention import causal_mask
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, GEMMA4_31B, RESIDUAL, Geometry
+from custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.tables import pick
@@ -46,25 +46,25 @@ WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more tha
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
 ROTATE_WARPS = 4
-RESIDUAL_KEYS = 32  # of a split of the residual, at least
+WINDOW_KEYS = 32  # of a split of the exact window, at least
 
 LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
-              v_scales: torch.Tensor, k_residual: torch.Tensor, v_residual: torch.Tensor, pos: torch.Tensor,
+              v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
               kv_len: torch.Tensor | None) -> torch.Tensor:
     """The op in plain torch; arguments as `tq4_attention`. In float32, float64 for float64 q; exact keys and values are rotated as well."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    slots, residual = k_codes.shape[1], k_residual.shape[0]
-    past = torch.arange(residual, device=pos.device) - residual + pos[0]  # position order
+    slots, exact_window = k_codes.shape[1], k_exact.shape[0]
+    past = torch.arange(exact_window, device=pos.device) - exact_window + pos[0]  # position order
     sides = []
-    for codes, scales, ring, own in ((k_codes, k_scales, k_residual, k), (v_codes, v_scales, v_residual, v)):
+    for codes, scales, ring, own in ((k_codes, k_scales, k_exact, k), (v_codes, v_scales, v_exact, v)):
         coded = codec.decode_rotated(codes, scales).transpose(0, 1).to(compute)
-        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % residual], own]).to(compute))]))
+        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % exact_window], own]).to(compute))]))
     newest = torch.cat([past, pos])
     distance = pos[:, None] - newest[None, :]
-    mask = torch.cat([causal_mask(slots, pos - residual, kv_len), (distance >= 0) & (distance < residual) & (newest >= 0)], 1)
+    mask = torch.cat([causal_mask(slots, pos - exact_window, kv_len), (distance >= 0) & (distance < exact_window) & (newest >= 0)], 1)
     return codec.unrotate(attend(codec.rotate(q.to(compute)), *sides, mask)).to(q.dtype)
 
 
@@ -105,13 +105,13 @@ def unrotated(x, D: tl.constexpr):
 
 
 @triton.jit
-def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                    D: tl.constexpr):
+def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
+                    GROUP: tl.constexpr, D: tl.constexpr):
     """One row of out, attention to exact keys, merged with R^T x, that to codes, by the logarithms of their total weights."""
     r = tl.program_id(0)
     token = r // HEADS
     head = r % HEADS
-    if tl.load(pos_ptr).to(tl.int32) + token < RESIDUAL:
+    if tl.load(pos_ptr).to(tl.int32) + token < EXACT_WINDOW:
         return  # this query reads no code
     dim = tl.arange(0, D)
     y = unrotated(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
@@ -122,17 +122,17 @@ def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, RESID
 
 
 @triton.jit
-def coded_end(pos_ptr, RESIDUAL: tl.constexpr):
+def coded_end(pos_ptr, EXACT_WINDOW: tl.constexpr):
     """The codes of positions below this are what one query attends to."""
-    return tl.maximum(tl.load(pos_ptr).to(tl.int32) + 1 - RESIDUAL, 0)
+    return tl.maximum(tl.load(pos_ptr).to(tl.int32) + 1 - EXACT_WINDOW, 0)
 
 
 @waits()
 @triton.jit
 def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
-                      o_ptr, ml_ptr, RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
-                      D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                      ASM: tl.constexpr, EARLY: tl.constexpr):
+                      o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                      PAD: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr):
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
@@ -141,22 +141,22 @@ def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_code
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     split = tl.program_id(1)
-    end = coded_end(pos_ptr, RESIDUAL)
+    end = coded_end(pos_ptr, EXACT_WINDOW)
     size = split_size(0, end, SPLITS, BLOCK_N)
     if size == BLOCK_N:
-        split = (split + SPLITS) % (SPLITS + EXACT)  # the residual is the longest work: it starts first, otherwise it fills gaps at the end
+        split = (split + SPLITS) % (SPLITS + EXACT)  # the exact window is the longest work: it starts first, else it fills gaps at the end
     if split < SPLITS:
         low = split * size
         if low < end:  # the merge computes the same split size and does not read the others
             decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, o_ptr, ml_ptr, head, split, low,
                          tl.minimum(low + size, end), SLOTS, KV, GROUP, PAD, D, BLOCK_N, ASM)
     else:
-        start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
+        start, end = decode_range(pos_ptr, pos_ptr, False, EXACT_WINDOW, True)
         size = split_size(start, end, EXACT, BLOCK_R)
         low = start + (split - SPLITS) * size
         if low < end:
-            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RESIDUAL, KV, GROUP,
-                        PAD, D, BLOCK_R, 1)
+            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), EXACT_WINDOW, KV,
+                        GROUP, PAD, D, BLOCK_R, 1)
 
 
 @triton.jit
@@ -221,17 +221,17 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 
 @waits()
 @triton.jit
-def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
+def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
                      EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                      TERMS: tl.constexpr, EARLY: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     dim = tl.arange(0, D)
-    end = coded_end(pos_ptr, RESIDUAL)
+    end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
     m_codes, total_codes, acc_codes = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
-    start, end = decode_range(pos_ptr, pos_ptr, False, RESIDUAL, True)
+    start, end = decode_range(pos_ptr, pos_ptr, False, EXACT_WINDOW, True)
     active = tl.cdiv(end - start, split_size(start, end, EXACT, BLOCK_R))
     m, total, acc = merge_splits(o_ptr + SPLITS * HEADS * D, ml_ptr + SPLITS * HEADS * 2, head, active, HEADS, D, EXACT_PAD)
     new = tl.maximum(m, m_codes)  # the query's own key is exact: never -inf
@@ -247,7 +247,7 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, RESIDUAL: tl.constexpr, HEAD
 
 @triton.jit
 def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, out_ptr, lse_ptr, tokens,
-                       RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                       EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
     """BLOCK_M rows of one KV head, a row being a (token, head of the group) pair, tokens major; the output stays rotated, and is undefined
     in rows that read no code. lse_ptr float32 [KV, T * GROUP]: the base-2 logarithm of every row's total weight.
@@ -262,7 +262,7 @@ def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr,
     query = token * (KV * GROUP) + head * GROUP + r % GROUP
     keep = token < tokens
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
-    pos = tl.load(pos_ptr).to(tl.int32) - RESIDUAL  # the first query reads codes up to here
+    pos = tl.load(pos_ptr).to(tl.int32) - EXACT_WINDOW  # the first query reads codes up to here
     end = pos + last + 1
     if end <= 0:
         return
@@ -311,26 +311,26 @@ def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr,
     tl.store(lse_ptr + head * tokens * GROUP + r, m + tl.log2(total), mask=keep)
 
 
-def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, residual: int,
+def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int,
                   terms: int = 0) -> tuple[Tile, dict, dict]:
-    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype: of the residual."""
+    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype: of the exact window."""
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     block = decode_tile(dtype, target, dim).keys
     wave = target.sm_count * tile.splits_per_sm // kv_heads
-    exact = max(1, min(triton.cdiv(residual, max(block, RESIDUAL_KEYS)), wave // 4))
+    exact = max(1, min(triton.cdiv(exact_window, max(block, WINDOW_KEYS)), wave // 4))
     splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
-    shared = {"RESIDUAL": residual, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
+    shared = {"EXACT_WINDOW": exact_window, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
                                   "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
 
 
-def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, residual: int) -> dict:
+def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
     """The constants of `kiln_tq4_prefill`, which only float32 takes: of 16 bits a chunk is attended to in pieces."""
-    return {"RESIDUAL": residual, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim, "BLOCK_M": PREFILL_FLOAT32.rows,
-            "BLOCK_N": PREFILL_FLOAT32.keys, "ASM": False}
+    return {"EXACT_WINDOW": exact_window, "SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "D": dim,
+            "BLOCK_M": PREFILL_FLOAT32.rows, "BLOCK_N": PREFILL_FLOAT32.keys, "ASM": False}
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
@@ -340,9 +340,9 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
     Into `out`: [1, H, D], or a row in fixed point.
     """
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
-    (kv_heads, slots, _), residual = k_codes.shape, rings[0].shape[0]
+    (kv_heads, slots, _), exact_window = k_codes.shape, rings[0].shape[0]
     asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
-    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, residual, terms)
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window, terms)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
@@ -366,31 +366,31 @@ def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torc
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
             pos: torch.Tensor, out: torch.Tensor) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
-    (tokens, heads, dim), (kv_heads, slots, _), residual = q.shape, caches[0].shape, rings[0].shape[0]
+    (tokens, heads, dim), (kv_heads, slots, _), exact_window = q.shape, caches[0].shape, rings[0].shape[0]
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
-    flash_prefill(q, k, v, *rings, pos, residual, out, lse)
+    flash_prefill(q, k, v, *rings, pos, exact_window, out, lse)
     still_rotated = torch.empty_like(out)
     if q.dtype == torch.float32:
         tile = PREFILL_FLOAT32
         blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
         kernel(kiln_tq4_prefill)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens,
-                                                     **prefill_constants(heads, kv_heads, dim, slots, residual), num_warps=tile.warps,
+                                                     **prefill_constants(heads, kv_heads, dim, slots, exact_window), num_warps=tile.warps,
                                                      num_stages=tile.stages)
     else:
         tile = piece_tile(current_target(), dim)
-        attend_in_pieces(tile, *rotated(q, True), caches, pos, residual, still_rotated, codes_lse, asm=q.is_cuda)
-    kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, RESIDUAL=residual, HEADS=heads,
+        attend_in_pieces(tile, *rotated(q, True), caches, pos, exact_window, still_rotated, codes_lse, asm=q.is_cuda)
+    kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, EXACT_WINDOW=exact_window, HEADS=heads,
                                                  GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
 
 
 @triton_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
-                  v_scales: torch.Tensor, k_residual: torch.Tensor, v_residual: torch.Tensor, pos: torch.Tensor,
+                  v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
                   kv_len: torch.Tensor | None) -> torch.Tensor:
     """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < R, else in code.
 
     q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
-    chunk already; k_residual, v_residual [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
+    chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
     it changes no result. Nothing is written. Slots of codes past pos[-1] - R may hold anything. Returns [T, H, D] in q's dtype.
     Raises ValueError when head counts, dimensions or dtypes do not fit.
@@ -398,18 +398,18 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
     codec.check_dim(q.shape[2])
-    check_residual("tq4_attention", k_residual, v_residual, kv_heads, q.shape[2])
-    if not q.dtype == k.dtype == v.dtype == k_residual.dtype:
-        raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, the residual {k_residual.dtype}; expected one dtype")
+    check_exact_window("tq4_attention", k_exact, v_exact, kv_heads, q.shape[2])
+    if not q.dtype == k.dtype == v.dtype == k_exact.dtype:
+        raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, exact window {k_exact.dtype}; expected one dtype")
     if not use_triton(q):
-        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_residual, v_residual, pos, kv_len)
+        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len)
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    caches, rings = (k_codes, k_scales, v_codes, v_scales), (k_residual, v_residual)
+    caches, rings = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact)
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     if tokens == 1:
-        slot = pos % k_residual.shape[0]
+        slot = pos % k_exact.shape[0]
         rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
         decode(q, *rotated(q), caches, rings, pos, out)
     else:
@@ -417,15 +417,15 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     return out
 
 
-def check_residual(op: str, k_residual: torch.Tensor, v_residual: torch.Tensor, kv_heads: int, dim: int) -> None:
+def check_exact_window(op: str, k_exact: torch.Tensor, v_exact: torch.Tensor, kv_heads: int, dim: int) -> None:
     """ValueError unless both are [R, KV, D]."""
-    if not k_residual.shape == v_residual.shape == (k_residual.shape[0], kv_heads, dim):
-        raise ValueError(f"{op}: residual {tuple(k_residual.shape)}, {tuple(v_residual.shape)}; expected [R, {kv_heads}, {dim}]")
+    if not k_exact.shape == v_exact.shape == (k_exact.shape[0], kv_heads, dim):
+        raise ValueError(f"{op}: exact window {tuple(k_exact.shape)}, {tuple(v_exact.shape)}; expected [R, {kv_heads}, {dim}]")
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """The kernels at the model's shapes."""
-    h, dim, slots, residual = model.full, model.full.dim, CONTEXT, RESIDUAL
+    h, dim, slots, exact_window = model.full, model.full.dim, CONTEXT, EXACT_WINDOW
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     parts = {"o_ptr": "*fp32", "ml_ptr": "*fp32", "pos_ptr": "*i64"}
 
@@ -433,31 +433,31 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         return {"num_warps": tile.warps, "num_stages": tile.stages}
 
     cases = []
-    for dtype, kind, inner in ((torch.bfloat16, "*bf16", "*fp16"), (torch.float32, "*fp32", "*fp32")):
-        name, float32 = f"tq4_attention {kind[1:]}", kind == "*fp32"
+    for dtype, pointer, inner in ((torch.bfloat16, "*bf16", "*fp16"), (torch.float32, "*fp32", "*fp32")):
+        name, float32 = f"tq4_attention {pointer[1:]}", pointer == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
-        rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), kind)
-        rotate = {"x_ptr": kind, "scale_ptr": "*fp32"}
+        rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), pointer)
+        rotate = {"x_ptr": pointer, "scale_ptr": "*fp32"}
         for kind_out in (inner,) if float32 else (inner, "*i8"):
             cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": kind_out},
                                     {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
-        unrotate = {"x_ptr": kind, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": kind, "tokens": "i32"}
-        constants = {"RESIDUAL": residual, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
+        unrotate = {"x_ptr": pointer, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": pointer, "tokens": "i32"}
+        constants = {"EXACT_WINDOW": exact_window, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
         cases.append(KernelCase(f"{name} unrotate {h.label}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
         for terms in (0, 2):
-            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, residual, terms)
+            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, exact_window, terms)
             if not terms:
                 cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
                                         options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else kind}
+            signature = parts | {"out_ptr": "*i32" if terms else pointer}
             cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge, signature, merge,
                                     {"num_warps": merge_warps(dim)}))
-        cases.append(prefill_case(f"{name} prefill of the residual {h.label}", dtype, kind, target, h.queries, h.kv, dim, residual,
-                                  residual, True))
+        cases.append(prefill_case(f"{name} prefill of the exact window {h.label}", dtype, pointer, target, h.queries, h.kv, dim,
+                                  exact_window, exact_window, True))
         if not float32:
-            cases += piece_cases(name, piece_tile(target, dim), h.queries, h.kv, dim, slots, residual)
+            cases += piece_cases(name, piece_tile(target, dim), h.queries, h.kv, dim, slots, exact_window)
             continue
-        constants = prefill_constants(h.queries, h.kv, dim, slots, residual)
-        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": kind, "lse_ptr": "*fp32", "tokens": "i32"}
+        constants = prefill_constants(h.queries, h.kv, dim, slots, exact_window)
+        signature = query | caches | {"pos_ptr": "*i64", "out_ptr": pointer, "lse_ptr": "*fp32", "tokens": "i32"}
         cases.append(KernelCase(f"{name} prefill {h.label}", kiln_tq4_prefill, signature, constants, options(PREFILL_FLOAT32)))
     return cases

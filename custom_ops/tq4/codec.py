@@ -262,9 +262,9 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     """The kernels at the model's shapes."""
     caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     return [
-        KernelCase(f"tq4_write {kind[1:]} {model.full.kv}x{model.full.dim}", kiln_tq4_write,
-                   caches | {"k_ptr": kind, "v_ptr": kind, "pos_ptr": "*i64", "rows": "i32"},
+        KernelCase(f"tq4_write {pointer[1:]} {model.full.kv}x{model.full.dim}", kiln_tq4_write,
+                   caches | {"k_ptr": pointer, "v_ptr": pointer, "pos_ptr": "*i64", "rows": "i32"},
                    {"SLOTS": CONTEXT, "KV": model.full.kv, "D": model.full.dim, "ROWS": WRITE_ROWS, "EARLY": early(target)},
                    {"num_warps": WRITE_WARPS})
-        for kind in ("*bf16", "*fp32")
+        for pointer in ("*bf16", "*fp32")
     ]

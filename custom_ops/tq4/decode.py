@@ -10,7 +10,7 @@ from torch.library import triton_op
 from custom_ops.attention.flash import check_kernel_shapes
 from custom_ops.attention.prepare import PREPARE_WARPS, check_projections, prepare_reference, prepared_head
 from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, EPS, GEMMA4_31B, RESIDUAL, Geometry
+from custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
 from custom_ops.gpu.early import early, waits
 from custom_ops.gpu.launch import kernel, use_triton
 from custom_ops.gpu.target import GpuTarget
@@ -26,15 +26,15 @@ from custom_ops.weights.fixed_point import GROUP, group_words
 def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
                        EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
-                       RESIDUAL: tl.constexpr, EARLY: tl.constexpr):
-    """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % RESIDUAL of a ring
-    [RESIDUAL, KV, D], and encoded to slot pos. Grid (HEADS + 2 KV).
+                       EXACT_WINDOW: tl.constexpr, EARLY: tl.constexpr):
+    """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % EXACT_WINDOW of a ring
+    [EXACT_WINDOW, KV, D], and encoded to slot pos. Grid (HEADS + 2 KV).
     """
     head = tl.program_id(0)
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
                          EPS, HEADS, KV, D, EARLY)
     pos = tl.load(pos_ptr).to(tl.int32)
-    row = pos % RESIDUAL * KV
+    row = pos % EXACT_WINDOW * KV
     if head < HEADS:
         plain = x_ptr + head * D
     elif head < HEADS + KV:
@@ -56,14 +56,14 @@ def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, s
         encode_rows(x, tl.where(key, k_codes_ptr, v_codes_ptr), tl.where(key, k_scales_ptr, v_scales_ptr), slot, keep, 1, D)
 
 
-@triton_op("kiln::tq4_decode", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_residual", "v_residual"))
+@triton_op("kiln::tq4_decode", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact"))
 def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
-               k_residual: torch.Tensor, v_residual: torch.Tensor, pos: torch.Tensor, eps: float, terms: int) -> torch.Tensor:
-    """`prepare_qkv`, the token's key and value into the codes as `tq4_write` and into the residual, then `tq4_attention`.
+               k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int) -> torch.Tensor:
+    """`prepare_qkv`, the token's key and value into the codes as `tq4_write` and into the exact window, then `tq4_attention`.
 
-    Projections, weights, cos, sin as `prepare_qkv` takes them, caches and residual as `tq4_attention`; pos [1] int64. Products with codes
-    are in float16, in float32 where that is the residual's dtype. Returns the output in fixed point of `terms` bytes, int32
+    Projections, weights, cos, sin as `prepare_qkv` takes them, caches and exact window as `tq4_attention`; pos [1] int64. Products with
+    codes are in float16, in float32 where that is the exact window's dtype. Returns the output in fixed point of `terms` bytes, int32
     [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
     """
     check_projections("tq4_decode", q, k, v, q_weight, cos)
@@ -72,15 +72,15 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     heads = q.shape[1] // dim
     if k.shape[1] != kv_heads * dim or 4 * k_codes.shape[2] != dim:
         raise ValueError(f"tq4_decode: k has {k.shape[1]} elements, k_codes is {tuple(k_codes.shape)}; expected [KV, S, D/4], D {dim}")
-    attention.check_residual("tq4_decode", k_residual, v_residual, kv_heads, dim)
-    caches, rings, dtype, residual = (k_codes, k_scales, v_codes, v_scales), (k_residual, v_residual), k_residual.dtype, k_residual.shape[0]
+    attention.check_exact_window("tq4_decode", k_exact, v_exact, kv_heads, dim)
+    caches, rings, dtype, exact_window = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
     if not use_triton(q):
         query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32)
         codec.reference_write(*caches, *own, pos)
         own = [x.to(dtype) for x in own]
         out = attention.reference(query, *own, *caches, *rings, pos, None)
         for ring, x in zip(rings, own, strict=True):
-            ring.index_copy_(0, pos % residual, x)
+            ring.index_copy_(0, pos % exact_window, x)
         return fixed_point.quantize(out.flatten(1), terms)
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
@@ -88,7 +88,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, q_weight, k_weight, cos, sin, pos, plain, rotated, scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0],
-        v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, RESIDUAL=residual, EARLY=early(),
+        v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, EXACT_WINDOW=exact_window, EARLY=early(),
         num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
     attention.decode(plain, rotated, scale, caches, rings, pos, out, terms)
@@ -96,15 +96,16 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
-    """The kernel at the model's shapes, and attention over a float16 residual; the merge is among `tq4_attention`'s."""
+    """The kernel at the model's shapes, and attention over a float16 exact window; the merge is among `tq4_attention`'s."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr"), "*fp32")
     types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     h, cases = model.full, []
-    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "RESIDUAL": RESIDUAL, "EARLY": early(target)}
-    for residual in ("*fp16", "*bf16", "*fp32"):
-        signature = types | {"q_out_ptr": "*fp32" if residual == "*fp32" else "*fp16"}
-        signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), residual)
-        cases.append(KernelCase(f"tq4_prepare {residual[1:]} {h.label}", kiln_tq4_prepare, signature, constants,
+    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "EXACT_WINDOW": EXACT_WINDOW,
+                 "EARLY": early(target)}
+    for exact_window in ("*fp16", "*bf16", "*fp32"):
+        signature = types | {"q_out_ptr": "*fp32" if exact_window == "*fp32" else "*fp16"}
+        signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), exact_window)
+        cases.append(KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}", kiln_tq4_prepare, signature, constants,
                                 {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
     return cases

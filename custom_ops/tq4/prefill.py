@@ -52,7 +52,7 @@ RESTORED = tl.constexpr(16)  # rows of the state in one step
 
 @triton.jit
 def kiln_tq4_decompress(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, v_ptr, tokens, start,
-                          RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                          EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
                           ASM: tl.constexpr):
     """ROWS slots of one KV head, of the piece from slot `start`, still rotated: k_ptr int8 [KV, PIECE, D], levels times LEVEL_UNIT; v_ptr
     float16 [KV, PIECE, D], shrunk.
@@ -62,7 +62,7 @@ def kiln_tq4_decompress(k_codes_ptr, v_codes_ptr, v_scales_ptr, pos_ptr, k_ptr, 
     Q: tl.constexpr = D // 4
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
-    filled = tl.load(pos_ptr).to(tl.int32) + tokens - RESIDUAL - start
+    filled = tl.load(pos_ptr).to(tl.int32) + tokens - EXACT_WINDOW - start
     if first >= filled:
         return
     row = first + tl.arange(0, ROWS)
@@ -97,7 +97,7 @@ def scales_of(k_scales_ptr, n, start, SLOTS: tl.constexpr, PIECE: tl.constexpr, 
 
 @triton.jit
 def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start,
-                     RESIDUAL: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                     EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                      D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated, rows that read no code are undefined.
 
@@ -108,7 +108,7 @@ def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, stat
     blocks = tl.num_programs(0)
     block = blocks - 1 - tl.program_id(0)  # the longest sweeps start first
     head = tl.program_id(1)
-    pos = tl.load(pos_ptr).to(tl.int32) - RESIDUAL - start  # the first query reads codes up to here
+    pos = tl.load(pos_ptr).to(tl.int32) - EXACT_WINDOW - start  # the first query reads codes up to here
     end = pos + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
     if end <= 0:
         return
@@ -186,40 +186,40 @@ def piece_slots(tile: PrefillTile, slots: int) -> int:
     return min(tile.piece, triton.cdiv(slots, DECOMPRESS_ROWS) * DECOMPRESS_ROWS)
 
 
-def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int, asm: bool) -> tuple[dict, dict]:
+def constants(tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int, asm: bool) -> tuple[dict, dict]:
     """The constants of `kiln_tq4_decompress` and of `kiln_tq4_piece`."""
-    shared = {"PIECE": piece_slots(tile, slots), "SLOTS": slots, "D": dim, "RESIDUAL": residual}
+    shared = {"PIECE": piece_slots(tile, slots), "SLOTS": slots, "D": dim, "EXACT_WINDOW": exact_window}
     return (shared | {"ROWS": DECOMPRESS_ROWS, "ASM": asm},
             shared | {"KV": kv_heads, "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys})
 
 
 def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, caches: tuple[torch.Tensor, ...], pos: torch.Tensor,
-                     residual: int, out: torch.Tensor, lse: torch.Tensor, asm: bool) -> None:
+                     exact_window: int, out: torch.Tensor, lse: torch.Tensor, asm: bool) -> None:
     """Launch the kernels: q int8 [T, H, 2, D] and q_scale float32 [T, H] as `kiln_tq4_rotate` leaves them; a query at p reads codes up to
-    p - residual. out [T, H, D], still rotated; lse float32 [KV, T * H / KV].
+    p - exact window. out [T, H, D], still rotated; lse float32 [KV, T * H / KV].
 
     Scratch: 3 * KV * D * piece bytes, and with more than one piece 4 bytes for each element of q.
     """
     tokens, heads, _, dim = q.shape
     k_codes, k_scales, v_codes, v_scales = caches
     kv_heads, slots, _ = k_codes.shape
-    decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, asm)
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, exact_window, asm)
     piece = decompress["PIECE"]
     blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
     k = torch.empty(kv_heads, piece, dim, dtype=torch.int8, device=q.device)
     v = torch.empty(kv_heads, piece, dim, dtype=torch.float16, device=q.device)
-    kept = kv_heads * blocks * tile.rows if slots - residual > piece else 1  # rows whose state passes from piece to piece
+    kept = kv_heads * blocks * tile.rows if slots - exact_window > piece else 1  # rows whose state passes from piece to piece
     state = torch.empty(2 * kept * dim, dtype=torch.float16, device=q.device)
-    for start in range(0, slots - residual, piece):
+    for start in range(0, slots - exact_window, piece):
         kernel(kiln_tq4_decompress)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](k_codes, v_codes, v_scales, pos, k, v, tokens, start,
                                                                                **decompress, num_warps=DECOMPRESS_WARPS)
         kernel(kiln_tq4_piece)[(blocks, kv_heads)](q, q_scale, k, k_scales, v, pos, state, lse, out, tokens, start, **attend,
                                                      num_warps=tile.warps, num_stages=tile.stages)
 
 
-def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, residual: int) -> list[KernelCase]:
+def piece_cases(name: str, tile: PrefillTile, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> list[KernelCase]:
     """The compilations behind `attend_in_pieces`, for bfloat16 activations."""
-    decompress, attend = constants(tile, heads, kv_heads, dim, slots, residual, True)
+    decompress, attend = constants(tile, heads, kv_heads, dim, slots, exact_window, True)
     scratch = {"k_ptr": "*i8", "v_ptr": "*fp16", "pos_ptr": "*i64"}
     caches = {"k_codes_ptr": "*i16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     inputs = {"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_scales_ptr": "*fp16"}

@@ -57,10 +57,10 @@ LAYOUTS: dict[str, PackLayout] = {
     )
 }
 # Every test run compiles the kernels of these types for every architecture, those of the other types for one: the compiler's time.
-USUAL_KINDS = ("Q4_K", "Q6_K")
+USUAL_TYPES = ("Q4_K", "Q6_K")
 RARE_TARGETS = (90,)
 
 
-def usual_targets(kind: str) -> tuple[int, ...] | None:
+def usual_targets(block_type: str) -> tuple[int, ...] | None:
     """`KernelCase.targets` of a case of this block type."""
-    return None if kind in USUAL_KINDS else RARE_TARGETS
+    return None if block_type in USUAL_TYPES else RARE_TARGETS

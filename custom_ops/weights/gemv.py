@@ -19,7 +19,7 @@ from custom_ops.gpu.tables import nearest
 from custom_ops.gpu.target import GpuTarget, current_target
 from custom_ops.step.add_norm import PIECE, root, root_constants
 from custom_ops.weights import fixed_point
-from custom_ops.weights.block_types import LAYOUTS, USUAL_KINDS, usual_targets
+from custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
 from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 from custom_ops.weights.gemv_kernels import kiln_gemv
 from custom_ops.weights.layouts import dequantize
@@ -57,10 +57,10 @@ FIXED_BLOCK = 1024
 GLU_ROWS = 256  # the largest number of rows of a program
 
 
-def launch(kind: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
+def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
     """(constants of `kiln_gemv` beside the format's, number of splits of K, warps)."""
     config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
-    groups = math.gcd(config.groups or LAYOUTS[kind].gemv_groups, k // GROUP)
+    groups = math.gcd(config.groups or LAYOUTS[block_type].gemv_groups, k // GROUP)
     steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
     best = None
     for warps in (1 << i for i in range(config.warps.bit_length())):
@@ -98,19 +98,19 @@ def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
     return out
 
 
-def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None,
               eps: float) -> torch.Tensor:
-    """The product in plain torch; arguments as `fixed_linear`."""
-    y = fixed_point.dequantize(x) @ dequantize(kind, words, halves)
+    """The matmul in plain torch; arguments as `fixed_linear`."""
+    y = fixed_point.dequantize(x) @ dequantize(block_type, words, halves)
     return y if squares is None else y * root(squares, x.shape[1] * GROUP, eps)
 
 
-def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor, dtype: torch.dtype,
+def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor, dtype: torch.dtype,
              end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
              leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares."""
     tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
-    constants, splits, warps = launch(kind, tokens, n, k, current_target())
+    constants, splits, warps = launch(block_type, tokens, n, k, current_target())
     alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
     if alone:
         end = "split"  # there is nothing to add up
@@ -127,15 +127,15 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: s
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
     kernel(kiln_gemv, constants["REGISTERS"], x)[grid](
         x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
-        halves.stride(1), **format_constants(kind), TERMS=terms, END=end, **constants,
+        halves.stride(1), **format_constants(block_type), TERMS=terms, END=end, **constants,
         **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
     return out[0] if alone else out, left
 
 
-def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None,
+def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None,
            one: bool = False) -> None:
-    check_weight(op, words, halves, kind)
-    k = words.shape[0] * LAYOUTS[kind].block
+    check_weight(op, words, halves, block_type)
+    k = words.shape[0] * LAYOUTS[block_type].block
     if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
         raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
     if (one or squares is not None) and x.shape[0] != 1:
@@ -153,55 +153,55 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
 
 
 @triton_op("kiln::fixed_linear", mutates_args=("counters",))
-def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                  squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    """The product of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
+    """The matmul of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
-    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the product
+    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the matmul
     is multiplied by `add_norm.root` of them. Raises ValueError when a shape does not fit.
     """
-    _check("fixed_linear", x, words, halves, kind, squares)
+    _check("fixed_linear", x, words, halves, block_type, squares)
     if not use_triton(x):
-        return reference(x, words, halves, kind, squares, eps)
-    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps)[0]
+        return reference(x, words, halves, block_type, squares, eps)
+    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps)[0]
 
 
 @triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
-def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """`fixed_linear` of one token, and float32 partial sums of its squares; the kernel chooses how many."""
-    _check("fixed_linear_squares", x, words, halves, kind, squares, one=True)
+    _check("fixed_linear_squares", x, words, halves, block_type, squares, one=True)
     if not use_triton(x):
-        y = reference(x, words, halves, kind, squares, eps)
+        y = reference(x, words, halves, block_type, squares, eps)
         return y, (y * y).sum(1)
-    return multiply(x, words, halves, kind, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
+    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
 
 
 @triton_op("kiln::fixed_partials", mutates_args=())
-def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, squares: torch.Tensor | None = None,
+def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
     """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the result; the kernel chooses S."""
-    _check("fixed_partials", x, words, halves, kind, squares, one=True)
+    _check("fixed_partials", x, words, halves, block_type, squares, one=True)
     if not use_triton(x):
-        return reference(x, words, halves, kind, squares, eps)
-    parts, _ = multiply(x, words, halves, kind, x, torch.float32, "split", squares, eps)
+        return reference(x, words, halves, block_type, squares, eps)
+    parts, _ = multiply(x, words, halves, block_type, x, torch.float32, "split", squares, eps)
     return parts.view(-1, words.shape[2])
 
 
 @triton_op("kiln::fixed_glu", mutates_args=("counters",))
-def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, counters: torch.Tensor,
+def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
               squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    """gelu(gate) * value, of the product [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
+    """gelu(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
 
     GELU is the one with tanh. N / 2 is a multiple of the rows of a program. Raises ValueError when a shape does not fit.
     """
-    _check("fixed_glu", x, words, halves, kind, squares)
+    _check("fixed_glu", x, words, halves, block_type, squares)
     if not glu_fits(words.shape[2]):
         raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
     if not use_triton(x):
-        gate, value = reference(x, words, halves, kind, squares, eps).chunk(2, dim=-1)
+        gate, value = reference(x, words, halves, block_type, squares, eps).chunk(2, dim=-1)
         return fixed_point.quantize(F.gelu(gate, approximate="tanh") * value, terms_of(x))
-    return multiply(x, words, halves, kind, counters, torch.float32, "glu", squares, eps)[0]
+    return multiply(x, words, halves, block_type, counters, torch.float32, "glu", squares, eps)[0]
 
 
 def glu_fits(n: int) -> bool:
@@ -216,20 +216,20 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     integers = dict.fromkeys(("n", "k"), "i32")
     types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
-    for kind in LAYOUTS:
-        usual = kind in USUAL_KINDS
+    for block_type in LAYOUTS:
+        usual = block_type in USUAL_TYPES
         for m in model.matrices():
             n, k, normed, end = m.n, m.k, m.normed, "sum" if m.end == "squares" else m.end
-            launched, _, warps = launch(kind, 1, n, k, target)
+            launched, _, warps = launch(block_type, 1, n, k, target)
             for terms in (2, 1) if usual else (2,):
-                constants = format_constants(kind) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
+                constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
                                                                   "SQUARES": m.end == "squares",
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 out = {"out": "*i32" if end == "glu" else "*fp32"}
-                case = KernelCase(f"gemv {kind} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
-                                  usual_targets(kind), tuple(integers))
+                case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
+                                  usual_targets(block_type), tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
     constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}

@@ -172,7 +172,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
               HALVES: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
               EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr,
               PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
-    """The product of x[t] and every row. Grid (row blocks, splits, T).
+    """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
     a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with

@@ -13,7 +13,7 @@ A group is 32 consecutive elements y[32g] .. y[32g + 31] of a block, in dequanti
 
 Words of a block, in order, and halves of a block:
 
-| kind | words | halves |
+| block_type | words | halves |
 |---|---|---|
 | Q4_0 | 4 nibble | d |
 | Q4_1 | 4 nibble | d, m |
@@ -60,12 +60,12 @@ def _from_nibbles(words: np.ndarray, out: np.ndarray) -> None:
     out[..., 1::2, :] = ((low >> 4) & _LOW) | (high & ~_LOW)
 
 
-def _nibble_runs(kind: str, words: np.ndarray) -> np.ndarray:
+def _nibble_runs(block_type: str, words: np.ndarray) -> np.ndarray:
     """Nibble words [G, words, N] of a block seen as [G, runs.., 2, run words / 2, N]; 2 is low and high nibbles of a GGUF run."""
     g, n = words.shape[0], words.shape[2]
-    if kind in ("Q4_K", "Q5_K"):  # 4 runs of 32 bytes: group 2c low, group 2c + 1 high
+    if block_type in ("Q4_K", "Q5_K"):  # 4 runs of 32 bytes: group 2c low, group 2c + 1 high
         return words.reshape(g, 4, 2, 4, n)
-    if kind == "Q6_K":  # 2 halves of 2 runs: run r has group r low, group r + 2 high
+    if block_type == "Q6_K":  # 2 halves of 2 runs: run r has group r low, group r + 2 high
         return words.reshape(g, 2, 2, 2, 4, n).swapaxes(2, 3)
     return words.reshape(g, 1, 2, 2, n)  # 16 bytes: first half of the group low, second half high
 
@@ -105,23 +105,23 @@ def _gather_bits(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _check(kind: str) -> PackLayout:
-    if kind not in LAYOUTS:
-        raise ValueError(f"no packed layout for block type {kind}; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[kind]
+def _check(block_type: str) -> PackLayout:
+    if block_type not in LAYOUTS:
+        raise ValueError(f"no packed layout for block type {block_type}; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[block_type]
 
 
-def pack(kind: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """GGUF blocks uint8 [N, G, block bytes] -> (words int32 [G, W, N], halves float16 [G, H, N]).
 
     The last axis of `blocks` must be contiguous. `out` takes the results instead of new arrays; packing rows n0:n1 into
     `(words[:, :, n0:n1], halves[:, :, n0:n1])` chunk by chunk gives the whole, whatever the chunks. Chunks of a few hundred rows and about
     256 KB stay in the L2 cache and are the fastest, above 1 GB/s per core.
     """
-    layout = _check(kind)
+    layout = _check(block_type)
     n, g, size = blocks.shape
     if size != layout.block_bytes:
-        raise ValueError(f"{kind} blocks have {layout.block_bytes} bytes, got {size}")
+        raise ValueError(f"{block_type} blocks have {layout.block_bytes} bytes, got {size}")
     if out is None:
         out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), np.float16)
     words, halves = out
@@ -132,50 +132,50 @@ def pack(kind: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | Non
     fields = [  # [G, words, N]; always a copy, because fields are transformed in place
         blocks[:, :, offset : offset + length].view("<u4").transpose(1, 2, 0).copy() for offset, length in layout.word_fields
     ]
-    if kind == "Q8_0":
+    if block_type == "Q8_0":
         dst[:] = fields[0]
         return out
     nibbles = 32 if layout.block == 256 else 4
-    runs = _nibble_runs(kind, dst[:, :nibbles])
+    runs = _nibble_runs(block_type, dst[:, :nibbles])
     _to_nibbles(fields[0].reshape(*runs.shape[:-3], -1, n), runs)
-    if kind in ("Q5_0", "Q5_1"):
+    if block_type in ("Q5_0", "Q5_1"):
         dst[:, 4] = _spread_bits(fields[1][:, 0])
-    elif kind == "Q5_K":
+    elif block_type == "Q5_K":
         _transpose_bits(fields[1], 1)
         dst[:, 32:40] = fields[1]
-    elif kind == "Q6_K":
+    elif block_type == "Q6_K":
         two = fields[1].reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
         _transpose_bits(two, 2)
         dst[:, 32:48].reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
     if layout.block == 256:
-        dst[:, nibbles + (0 if kind == "Q4_K" else fields[1].shape[1]) :] = fields[-1]
+        dst[:, nibbles + (0 if block_type == "Q4_K" else fields[1].shape[1]) :] = fields[-1]
     return out
 
 
-def unpack(kind: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
+def unpack(block_type: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
     """(words int32 [G, W, N], halves float16 [G, H, N]) -> the GGUF blocks, uint8 [N, G, block bytes]: the inverse of `pack`."""
-    layout = _check(kind)
+    layout = _check(block_type)
     g, _, n = words.shape
     src = np.ascontiguousarray(words).view(np.uint32)
     blocks = np.empty((n, g, layout.block_bytes), np.uint8)
     for h, offset in enumerate(layout.half_fields):
         blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0] = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
 
-    if kind == "Q8_0":
+    if block_type == "Q8_0":
         fields = [src]
     else:
         nibbles = 32 if layout.block == 256 else 4
-        runs = _nibble_runs(kind, src[:, :nibbles])
+        runs = _nibble_runs(block_type, src[:, :nibbles])
         low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
         _from_nibbles(runs, low)
         fields = [low.reshape(g, nibbles, n)]
-        if kind in ("Q5_0", "Q5_1"):
+        if block_type in ("Q5_0", "Q5_1"):
             fields.append(_gather_bits(src[:, 4:5]))
-        elif kind == "Q5_K":
+        elif block_type == "Q5_K":
             fifth = src[:, 32:40].copy()
             _transpose_bits(fifth, 1)
             fields.append(fifth)
-        elif kind == "Q6_K":
+        elif block_type == "Q6_K":
             two = src[:, 32:48].reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
             _transpose_bits(two, 2)
             fields.append(two.reshape(g, 16, n))
@@ -212,16 +212,16 @@ def _k_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _items(s, 8), _items(m, 8)
 
 
-def dequantize(kind: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
     """words int32 [G, W, N], halves float16 [G, H, N] -> the matrix transposed, float32 [K, N].
 
     Bit-equal to GGML's dequantization. N may be any subset of rows, taken along the last axis of both.
     """
-    layout = _check(kind)
+    layout = _check(block_type)
     g, _, n = words.shape
     k = g * layout.block
     d = halves[:, 0].float()  # [G, N]
-    if kind == "Q8_0":
+    if block_type == "Q8_0":
         return (_signed(_items(words, 8)) * d.unsqueeze(1)).view(k, n)
     if layout.block == 32:
         q = _items(words[:, :4], 4)  # [G, 32, N]
@@ -232,11 +232,11 @@ def dequantize(kind: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Te
         return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
     q = _items(words[:, :32], 4)  # [G, 256, N]
-    if kind == "Q6_K":
+    if block_type == "Q6_K":
         q = (q | (_items(words[:, 32:48], 2) << 4)) - 32
         scale = _signed(_items(words[:, 48:], 8)) * d.unsqueeze(1)  # [G, 16, N]
         return (q.view(g, 16, 16, n) * scale.unsqueeze(2)).view(k, n)
-    if kind == "Q5_K":
+    if block_type == "Q5_K":
         q = q | (_items(words[:, 32:40], 1) << 4)
     s, m = _k_scales(words[:, layout.words - 3 :])
     scale, minimum = s * d.unsqueeze(1), m * halves[:, 1:].float()  # [G, 8, N]

@@ -1,4 +1,4 @@
-"""Dense product of a chunk of tokens with a float matrix: what prefill multiplies dequantized pieces and float weights by.
+"""Dense matmul of a chunk of tokens with a float matrix: what prefill multiplies dequantized pieces and float weights by.
 
 Compiled into the package, so that it needs no library; `choosing` says whether it or torch.mm (cuBLAS) is used, in one place for all.
 """
@@ -25,7 +25,7 @@ CHOICES = ("kiln", "blas")
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """How the product is cut: a tile of the result, the piece of K loaded at a time, and how programs take tiles."""
+    """How the matmul is cut: a tile of the result, the piece of K loaded at a time, and how programs take tiles."""
 
     rows: int = 128
     columns: int = 128
@@ -52,7 +52,7 @@ TILES = {
     100: MatmulTile(rows=128, columns=256, inner=64, warps=8, stages=3, tma=True),
 }
 UNALIGNED = MatmulTile(rows=64, columns=64, inner=32, warps=4, stages=3)  # sizes or strides that no descriptor and no wide load takes
-FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=3, span=512)  # float32 products run on the CUDA cores, out of registers
+FLOAT32 = MatmulTile(rows=64, columns=64, inner=16, warps=8, stages=3, span=512)  # float32 matmuls run on the CUDA cores, out of registers
 ALIGNED = 16  # bytes
 
 _choice = ["blas"]
@@ -60,7 +60,7 @@ _choice = ["blas"]
 
 @contextlib.contextmanager
 def choosing(choice: str) -> Iterator[None]:
-    """Inside, products are by our kernels ("kiln") or by torch.mm ("blas")."""
+    """Inside, matmuls are by our kernels ("kiln") or by torch.mm ("blas")."""
     if choice not in CHOICES:
         raise ValueError(f"matmul is {choice!r}; expected one of {', '.join(CHOICES)}")
     _choice.append(choice)
@@ -71,7 +71,7 @@ def choosing(choice: str) -> Iterator[None]:
 
 
 def own(x: torch.Tensor) -> bool:
-    """Whether products with x are by our kernels."""
+    """Whether matmuls with x are by our kernels."""
     return use_triton(x) and _choice[-1] == "kiln"
 
 
@@ -160,10 +160,10 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     sizes = [(dtype, *size) for dtype in _TYPES for size in ((d, model.ffn, False), (d, d, True), (300, 100, False))]
     cases = []
     for dtype, n, k, transposed in sizes:
-        tile, kind = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]
-        types = {"x": f"*{kind}", "w": f"*{kind}", "out": f"*{kind}", "tokens": "i32", "first": "i32"}
+        tile, block_type = fitting_tile(dtype, n, k, n, transposed, target), _TYPES[dtype]
+        types = {"x": f"*{block_type}", "w": f"*{block_type}", "out": f"*{block_type}", "tokens": "i32", "first": "i32"}
         fn = kiln_matmul_tma if tile.tma else kiln_matmul
         options = {"num_warps": launch_warps(tile), "num_stages": tile.stages}
-        name, fixed = f"matmul {kind} {n}x{k}{' transposed' * transposed}", constants(tile, n, k, n, transposed)
+        name, fixed = f"matmul {block_type} {n}x{k}{' transposed' * transposed}", constants(tile, n, k, n, transposed)
         cases.append(KernelCase(name, fn, types, fixed, options, aligned=("first",)))
     return cases

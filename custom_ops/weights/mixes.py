@@ -39,7 +39,7 @@ def more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def kinds(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The type of every tensor, by name; `tensors` are their shapes in PyTorch order. What is no matrix is F32."""
     promoted = set()
     for stem in PROMOTED if mix.promotes else ():
@@ -47,7 +47,7 @@ def kinds(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        kind = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.embedding if name == EMBEDDING else mix.base
-        layout = LAYOUTS.get(kind)
-        found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else kind
+        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.embedding if name == EMBEDDING else mix.base
+        layout = LAYOUTS.get(block_type)
+        found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
     return found

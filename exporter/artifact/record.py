@@ -47,7 +47,7 @@ def quantization(spec: GraphSpec) -> list[dict]:
             rows.append(
                 {
                     "name": plan.name,
-                    "type": plan.kind,
+                    "type": plan.block_type,
                     "shape": [plan.N, plan.K],
                     "sources": list(plan.sources),
                     "bits_per_weight": plan.bits_per_weight,

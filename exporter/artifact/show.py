@@ -83,7 +83,7 @@ def _artifact_lines(record: dict) -> list[str]:
         sizes[kv["kind"]] += kv["bytes"]
     lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" for kind, size in sizes.items()]
     types = Counter(q["type"] for q in record["quantization"])
-    lines.append("types   " + ", ".join(f"{n} {kind}" for kind, n in types.items()))
+    lines.append("types   " + ", ".join(f"{n} {block_type}" for block_type, n in types.items()))
     return lines
 
 

@@ -40,7 +40,7 @@ def _packed_slabs(
 
     Slabs run along G, so that the file is written front to back although N is innermost.
     """
-    layout = LAYOUTS[plan.kind]
+    layout = LAYOUTS[plan.block_type]
     groups = plan.K // layout.block
     sources, row = [], 0
     for name in plan.sources:
@@ -59,9 +59,9 @@ def _packed_slabs(
             at = slice(row + start, row + stop)
             for g0 in range(first, last, inner):
                 g1 = min(g0 + inner, last)
-                pack(plan.kind, blocks[start:stop, g0:g1], out=(words[g0 - first : g1 - first, :, at], halves[g0:g1, :, at]))
+                pack(plan.block_type, blocks[start:stop, g0:g1], out=(words[g0 - first : g1 - first, :, at], halves[g0:g1, :, at]))
                 if check and bad_position("F16", halves[g0:g1, :, at]):
-                    bad = bad_row(plan.kind, blocks[start:stop].reshape(stop - start, -1))
+                    bad = bad_row(plan.block_type, blocks[start:stop].reshape(stop - start, -1))
                     raise KilnError(describe(gguf, name, start + (bad or 0)))
             row_bytes = groups * layout.block_bytes
             gguf.release(name, start * row_bytes, stop * row_bytes)
@@ -84,8 +84,8 @@ def _copied_slabs(gguf: GGUFFile, plan: WeightPlan, check: bool) -> Iterator[np.
         for start in range(0, len(flat), SLAB_BYTES):
             piece = flat[start : start + SLAB_BYTES].copy()  # a view would be paged in again after the release
             gguf.release(name, start, start + len(piece))
-            if check and (bad := bad_position(plan.kind, piece)):
-                raise KilnError(describe(gguf, name, (start + bad[0] * FLOATS[plan.kind].size) // data.shape[1]))
+            if check and (bad := bad_position(plan.block_type, piece)):
+                raise KilnError(describe(gguf, name, (start + bad[0] * FLOATS[plan.block_type].size) // data.shape[1]))
             yield piece
 
 
@@ -94,7 +94,7 @@ def _pieces(plan: ModelPlan, pool: ThreadPoolExecutor, check: bool) -> Iterator[
     gguf = plan.gguf
     for p in plan.weights:
         first, *second = plan_constants(p)
-        if p.kind in LAYOUTS:
+        if p.block_type in LAYOUTS:
             halves = np.empty(second[0].shape, np.float16)
             for words in _packed_slabs(gguf, p, halves, pool, check):
                 yield first, words

@@ -37,7 +37,7 @@ def weight_bytes(manifest: dict) -> int:
 
 
 def kv_bytes(manifest: dict, position: int) -> int:
-    """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once, codes up to the residual."""
+    """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once, codes up to the exact window."""
     total = 0
     for kv in manifest["kv"]:
         ring = kv["kind"] == "ring"
@@ -48,7 +48,7 @@ def kv_bytes(manifest: dict, position: int) -> int:
 
 
 def prefill_flops(manifest: dict, start: int, tokens: int) -> int:
-    """Floating-point operations of the matrix products and attention of one prefill call; the head runs for its last token only."""
+    """Floating-point operations of the matmuls and attention of one prefill call; the head runs for its last token only."""
     matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
     head = matrices.get("output", matrices["token_embd"])
     flops = 2 * head[0] * head[1]

@@ -143,7 +143,7 @@ class GraphPlayer:
 
     def __init__(self, graph: torch.nn.Module, caches: dict[str, Tensor], config: ModelConfig, max_seq_len: int, device: str):
         self.graph, self.device, self.max_seq_len, self.vocab_size = graph, device, max_seq_len, config.vocab_size
-        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_residual"))]
+        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_exact"))]
         self._sampling = [torch.zeros(1, dtype=dtype, device=device) for _, dtype in SAMPLING_INPUTS]
         self.position = 0
 
@@ -200,7 +200,7 @@ def reference_player(plan: ModelPlan, max_seq_len: int, device: str) -> GraphPla
     from exporter.tools.quantize import to_float
 
     config, gguf = checked_config(plan, max_seq_len), plan.gguf
-    weights = [replace(p, kind="F32") for p in plan.weights]
+    weights = [replace(p, block_type="F32") for p in plan.weights]
     need = 4 * sum(p.N * max(p.K, 1) for p in weights)
     if device == "cuda" and need > (free := torch.cuda.mem_get_info()[0]):
         raise KilnError(f"the fp32 reference needs {size_text(need)}, the GPU has {size_text(free)} free; give --device cpu")

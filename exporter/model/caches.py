@@ -20,7 +20,7 @@ def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: 
         elif options.turboquant:
             shape = (options.residual_length, heads, size)
             for side in "kv":
-                plan.append(KVBuffer(f"{prefix}.{side}_residual", layer, "ring", dtype, shape))
+                plan.append(KVBuffer(f"{prefix}.{side}_exact", layer, "ring", dtype, shape))
                 plan.append(KVBuffer(f"{prefix}.{side}_codes", layer, "global", torch.int16, (heads, max_seq_len, size // 4)))
                 plan.append(KVBuffer(f"{prefix}.{side}_scales", layer, "global", torch.float16, (heads, max_seq_len)))
         else:

@@ -32,24 +32,24 @@ class Matrix(nn.Module):
 
     def __init__(self, plan: WeightPlan):
         super().__init__()
-        self.kind = plan.kind
-        if plan.kind in LAYOUTS:
-            layout = LAYOUTS[plan.kind]
+        self.block_type = plan.block_type
+        if plan.block_type in LAYOUTS:
+            layout = LAYOUTS[plan.block_type]
             groups = plan.K // layout.block
             self.words = _constant(groups, layout.words, plan.N, dtype=torch.int32)
             self.halves = _constant(groups, layout.halves, plan.N, dtype=torch.float16)
         else:
-            self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.kind].torch)
+            self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.block_type].torch)
 
     def linear(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
-        if self.kind in LAYOUTS:
-            return torch.ops.kiln.quantized_linear(x, self.words, self.halves, self.kind)
+        if self.block_type in LAYOUTS:
+            return torch.ops.kiln.quantized_linear(x, self.words, self.halves, self.block_type)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)  # a float weight is never rounded
         return F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:  # [T] -> [T, K] float32
-        if self.kind in LAYOUTS:
-            return torch.ops.kiln.quantized_embedding(ids, self.words, self.halves, self.kind)
+        if self.block_type in LAYOUTS:
+            return torch.ops.kiln.quantized_embedding(ids, self.words, self.halves, self.block_type)
         return F.embedding(ids.clamp(min=0), self.weight).float()  # -1: this step is queued behind one that found no token
 
 

@@ -40,28 +40,28 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
     name = "token_embd" if config.tied_head else "output"
     head = next(p for p in plan if p.name == name)
     whole = chunk_rows(head.K, options.materialized_head_budget) >= head.N
-    return [] if not options.materializes_head or whole or head.kind == "F32" else [name]
+    return [] if not options.materializes_head or whole or head.block_type == "F32" else [name]
 
 
-def _products(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
+def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
     head = "token_embd" if config.tied_head else "output"
     return {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
 
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
-    return [name for name, p in _products(config, plan).items() if p.kind not in LAYOUTS]
+    return [name for name, p in _matmuls(config, plan).items() if p.block_type not in LAYOUTS]
 
 
 def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
-    """Every product, norm, residual, GELU and attention of a token. Of a model without a packed product nothing is: it has another form."""
-    products = _products(config, plan)
-    if not any(p.kind in LAYOUTS for p in products.values()):
+    """Every matmul, norm, residual addition, GELU and attention of a token. Without a packed matrix nothing is."""
+    matmuls = _matmuls(config, plan)
+    if not any(p.block_type in LAYOUTS for p in matmuls.values()):
         return {}
-    found = {name: "" if p.kind in LAYOUTS else f"its weight is {p.kind}" for name, p in products.items()}
+    found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()}
 
     def floats(names: Sequence[str]) -> str:
-        """Those of the products beside a place whose weights take no fixed point."""
-        return ", ".join(f"{n} is {products[n].kind}" for n in names if n in products and products[n].kind not in LAYOUTS)
+        """Those of the matmuls beside a place whose weights take no fixed point."""
+        return ", ".join(f"{n} is {matmuls[n].block_type}" for n in names if n in matmuls and matmuls[n].block_type not in LAYOUTS)
 
     for layer in config.layers:
         at = f"blk.{layer.index}"
@@ -73,15 +73,15 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
             f"{at}.ffn_norm": floats(gates),
             f"{at}.post_ffw_norm": "",
             f"{at}.attention": floats([f"{at}.attn_output"]),
-            f"{at}.glu": _glu(at, products) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
+            f"{at}.glu": _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
         }
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
 
 
-def _glu(at: str, products: dict[str, WeightPlan]) -> str:
-    together = products.get(f"{at}.ffn_gate_up")
+def _glu(at: str, matmuls: dict[str, WeightPlan]) -> str:
+    together = matmuls.get(f"{at}.ffn_gate_up")
     if together is None:
-        return f"gate is {products[f'{at}.ffn_gate'].kind}, up {products[f'{at}.ffn_up'].kind}"
-    if together.kind in LAYOUTS and not glu_fits(together.N):
+        return f"gate is {matmuls[f'{at}.ffn_gate'].block_type}, up {matmuls[f'{at}.ffn_up'].block_type}"
+    if together.block_type in LAYOUTS and not glu_fits(together.N):
         return f"{together.N // 2} rows are no multiple of {GLU_ROWS}"
     return ""

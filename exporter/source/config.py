@@ -104,14 +104,14 @@ class _Fields:
             return key, self.keys[field].get("default")
         return key, metadata[key]
 
-    def _positive(self, key: str, value: Any, kind: type, zero: bool = False) -> Any:
+    def _positive(self, key: str, value: Any, number_type: type, zero: bool = False) -> Any:
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
-        number = None if isinstance(value, bool) else (_as_integer if kind is int else _as_number)(value)
+        number = None if isinstance(value, bool) else (_as_integer if number_type is int else _as_number)(value)
         if number is None or number < 0 or (number == 0 and not zero) or number >= 1 << 48:
-            self.fail(key, f"is {_shown(value)}, a positive {'integer' if kind is int else 'number'} was expected")
-            return kind(1)
-        return kind(number)
+            self.fail(key, f"is {_shown(value)}, a positive {'integer' if number_type is int else 'number'} was expected")
+            return number_type(1)
+        return number_type(number)
 
     def integer(self, field: str) -> int:
         key, value = self.raw(field)
@@ -331,10 +331,10 @@ def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) ->
         elif name not in expected:
             unknown.setdefault(re.sub(r"^blk\.\d+\.", "blk.*.", name), []).append(name)
     found = _first_and_count(missing) + _first_and_count(misshapen)
-    for (kind, vector), names in wrong_types.items():
+    for (block_type, vector), names in wrong_types.items():
         more = f" and {len(names) - 1} more of this type" if len(names) > 1 else ""
         supported = ", ".join(FLOATS if vector else (*LAYOUTS, *FLOATS))
-        found.append(f"tensor {names[0]} has the unsupported type {kind}{more}; supported here: {supported}; {_instead(kind)}")
+        found.append(f"tensor {names[0]} has the unsupported type {block_type}{more}; supported here: {supported}; {_instead(block_type)}")
     for names in unknown.values():
         more = f" and {len(names) - 1} more like it" if len(names) > 1 else ""
         found.append(f"tensor {names[0]} is not part of a {config.architecture} model that Kiln knows{more}: leaving it out "
@@ -353,15 +353,15 @@ _REMOVED = {  # weights rearranged for one processor, or long gone
 }
 
 
-def _instead(kind: str) -> str:
+def _instead(block_type: str) -> str:
     """What to do about a block type that cannot be loaded."""
-    if kind in _REMOVED:
-        return f"that is {_REMOVED[kind]}, which llama.cpp dropped; download a Q4_0 or Q4_K_M file of the same model"
-    if kind.startswith("type "):
+    if block_type in _REMOVED:
+        return f"that is {_REMOVED[block_type]}, which llama.cpp dropped; download a Q4_0 or Q4_K_M file of the same model"
+    if block_type.startswith("type "):
         return "the file is newer than Kiln, or damaged; download a Q4_K_M file of the same model"
     better = {"IQ4": "Q4_K_M or Q4_0", "MXFP": "Q4_K_M or Q8_0", "NVFP": "Q4_K_M or Q8_0", "Q8": "Q8_0"}
-    nearest = next((names for start, names in better.items() if kind.startswith(start)), "Q4_K_M")
-    return f"download a {nearest} file of the same model without {kind} tensors (not an IQ, UD or MXFP4 mix), or quantize it so"
+    nearest = next((names for start, names in better.items() if block_type.startswith(start)), "Q4_K_M")
+    return f"download a {nearest} file of the same model without {block_type} tensors (not an IQ, UD or MXFP4 mix), or quantize it so"
 
 
 def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:

@@ -17,9 +17,9 @@ MAX_WORKERS = 8
 _EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
 
-def bad_position(kind: str, values: np.ndarray) -> tuple[int, ...] | None:
-    """The first index that is not finite of values of the float type `kind`, given as themselves, as integers or (flat) as bytes."""
-    code, exponent = _EXPONENT[kind]
+def bad_position(block_type: str, values: np.ndarray) -> tuple[int, ...] | None:
+    """The first index that is not finite of values of the float type `block_type`, given as themselves, as integers or (flat) as bytes."""
+    code, exponent = _EXPONENT[block_type]
     bits = values.view(code)
     bits = np.bitwise_and(bits, np.dtype(code).type(exponent))
     if not bits.size or bits.max() != exponent:
@@ -27,13 +27,13 @@ def bad_position(kind: str, values: np.ndarray) -> tuple[int, ...] | None:
     return tuple(int(i) for i in np.argwhere(bits == exponent)[0])
 
 
-def bad_row(kind: str, rows: np.ndarray) -> int | None:
-    """The first row with a scale or value that is not finite: `rows` uint8 [n, row bytes] as in the file, `kind` a loadable type."""
-    if kind in LAYOUTS:
-        blocks = rows.reshape(len(rows), -1, LAYOUTS[kind].block_bytes)
-        found = [bad_position("F16", blocks[:, :, at : at + 2].view("<u2")) for at in LAYOUTS[kind].half_fields]
+def bad_row(block_type: str, rows: np.ndarray) -> int | None:
+    """The first row with a scale or value that is not finite: `rows` uint8 [n, row bytes] as in the file, `block_type` a loadable type."""
+    if block_type in LAYOUTS:
+        blocks = rows.reshape(len(rows), -1, LAYOUTS[block_type].block_bytes)
+        found = [bad_position("F16", blocks[:, :, at : at + 2].view("<u2")) for at in LAYOUTS[block_type].half_fields]
         return min((index[0] for index in found if index), default=None)
-    index = bad_position(kind, rows.view(_EXPONENT[kind][0]))
+    index = bad_position(block_type, rows.view(_EXPONENT[block_type][0]))
     return index[0] if index else None
 
 

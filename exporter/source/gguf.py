@@ -36,7 +36,7 @@ _SCALARS = {  # value type -> little-endian numpy dtype
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
-_DTYPES = {kind: np.dtype(code) for kind, code in _SCALARS.items()}
+_DTYPES = {value_type: np.dtype(code) for value_type, code in _SCALARS.items()}
 _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)?$", re.IGNORECASE)
 MAX_DIMS = 4
 MAX_PARTS = 9999
@@ -65,7 +65,7 @@ class TensorInfo:
 class _Value:
     """Where a metadata value lies: bytes start .. end of the file. count is None for a scalar."""
 
-    kind: GGUFValueType  # of the scalar, or of the array's items
+    value_type: GGUFValueType  # of the scalar, or of the array's items
     count: int | None
     start: int
     end: int
@@ -98,7 +98,7 @@ class Metadata(Mapping[str, Any]):
         """The value type number and the value's encoding as it stands in the file (for an array: item type, count, items)."""
         value = self._part.values[key]
         if value.count is None:
-            return int(value.kind), self._part.map[value.start : value.end]
+            return int(value.value_type), self._part.map[value.start : value.end]
         return int(GGUFValueType.ARRAY), self._part.map[value.start - 12 : value.end]
 
 
@@ -190,7 +190,7 @@ class _Part:
             if a.offset + a.nbytes > b.offset:
                 raise KilnError(f"{self.path}: tensors {a.name} and {b.name} overlap; the file is damaged, download it again")
 
-    def _kind(self, key: str) -> GGUFValueType:
+    def _value_type(self, key: str) -> GGUFValueType:
         number = self._u32()
         try:
             return GGUFValueType(number)
@@ -198,13 +198,13 @@ class _Part:
             raise KilnError(f"{self.path}: metadata key {key} has unknown value type {number}; the file is damaged or too new") from e
 
     def _value(self, key: str) -> _Value:
-        kind, count = self._kind(key), None
-        if kind == GGUFValueType.ARRAY:
-            kind, count = self._kind(key), self._u64()
-            if kind == GGUFValueType.ARRAY:
+        value_type, count = self._value_type(key), None
+        if value_type == GGUFValueType.ARRAY:
+            value_type, count = self._value_type(key), self._u64()
+            if value_type == GGUFValueType.ARRAY:
                 raise KilnError(f"{self.path}: metadata key {key} is an array of arrays, which is not supported")
         start = self._at
-        if kind == GGUFValueType.STRING:
+        if value_type == GGUFValueType.STRING:
             if count is not None and MAX_ITEMS < count <= self.size // 8:
                 raise self._too_large(f"metadata key {key} has {count} texts")
             at, unpack, data = start, _U64.unpack_from, self.map
@@ -214,8 +214,8 @@ class _Part:
                     raise self._truncated()
             self._at = at
         else:
-            self._skip(_DTYPES[kind].itemsize * (1 if count is None else count))
-        return _Value(kind, count, start, self._at)
+            self._skip(_DTYPES[value_type].itemsize * (1 if count is None else count))
+        return _Value(value_type, count, start, self._at)
 
     def decode(self, key: str) -> Any:
         """The value of `key`: int, float, bool, str, or a list of one of them. Raises KeyError."""
@@ -224,8 +224,8 @@ class _Part:
             raise self._too_large(f"metadata key {key} has {value.count} values")
         if value.end - value.start > MAX_TEXT and value.count is None:
             raise self._too_large(f"metadata key {key} has a text of {value.end - value.start} bytes")
-        if value.kind != GGUFValueType.STRING:
-            items = np.frombuffer(self.map, _DTYPES[value.kind], 1 if value.count is None else value.count, value.start).tolist()
+        if value.value_type != GGUFValueType.STRING:
+            items = np.frombuffer(self.map, _DTYPES[value.value_type], 1 if value.count is None else value.count, value.start).tolist()
             return items[0] if value.count is None else items
         at, texts = value.start, []
         for _ in range(1 if value.count is None else value.count):
@@ -247,13 +247,13 @@ class _Part:
         if offset % align:
             raise KilnError(f"{self.path}: tensor {name} is misaligned: offset {offset} is no multiple of {align}; the file is damaged")
         try:
-            kind = GGMLQuantizationType(number)
+            block_type = GGMLQuantizationType(number)
         except ValueError:
             return TensorInfo(name, shape, f"type {number}", number, 0, self.index, data + offset)
-        block, size = GGML_QUANT_SIZES[kind]
+        block, size = GGML_QUANT_SIZES[block_type]
         if shape[-1] % block:
             raise KilnError(
-                f"{self.path}: tensor {name} has rows of {shape[-1]} elements, no multiple of the {block} of a {kind.name} block; "
+                f"{self.path}: tensor {name} has rows of {shape[-1]} elements, no multiple of the {block} of a {block_type.name} block; "
                 "the file is damaged"
             )
         nbytes = prod(shape) // block * size
@@ -261,7 +261,7 @@ class _Part:
             raise KilnError(
                 f"{self.path}: truncated: tensor {name} ends at byte {data + offset + nbytes}, the file has {self.size}; download it again"
             )
-        return TensorInfo(name, shape, kind.name, number, nbytes, self.index, data + offset)
+        return TensorInfo(name, shape, block_type.name, number, nbytes, self.index, data + offset)
 
 
 class GGUFFile:

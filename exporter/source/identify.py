@@ -83,9 +83,9 @@ def _old_imatrix(head: bytes) -> bool:
 
 def other_model(metadata: Mapping[str, Any]) -> str | None:
     """What a GGUF file holds that is no language model, None for one that may be."""
-    kind, architecture = (str(metadata.get(f"general.{key}", "")).lower() for key in ("type", "architecture"))
-    if kind in _TYPES:
-        return _TYPES[kind]
+    general_type, architecture = (str(metadata.get(f"general.{key}", "")).lower() for key in ("type", "architecture"))
+    if general_type in _TYPES:
+        return _TYPES[general_type]
     if architecture in _OTHER or "bert" in architecture:
         return _OTHER.get(architecture, _OTHER["bert"])
     if not architecture:

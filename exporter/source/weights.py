@@ -29,20 +29,20 @@ _DERIVED_FROM = ("rope_freqs.weight",)  # not constants themselves
 class WeightPlan:
     """One weight of the model: a matrix [N, K], or a vector [N] when K is 0 (always F32).
 
-    kind: a packed block type, F32, F16 or BF16. sources: the GGUF tensors it is made of, rows one after another.
+    block_type: a packed block type, F32, F16 or BF16. sources: the GGUF tensors it is made of, rows one after another.
     """
 
     name: str
-    kind: str
+    block_type: str
     N: int
     K: int
     sources: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
-        if self.kind in LAYOUTS:
-            return LAYOUTS[self.kind].bits_per_weight
-        return 8.0 * FLOATS[self.kind].size
+        if self.block_type in LAYOUTS:
+            return LAYOUTS[self.block_type].bits_per_weight
+        return 8.0 * FLOATS[self.block_type].size
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
 
 
 def plan_constants(plan: WeightPlan) -> tuple[ConstantSpec, ...]:
-    if plan.kind in LAYOUTS:
-        layout = LAYOUTS[plan.kind]
+    if plan.block_type in LAYOUTS:
+        layout = LAYOUTS[plan.block_type]
         groups = plan.K // layout.block
         return (
             ConstantSpec(f"{plan.name}.words", "int32", (groups, layout.words, plan.N)),
             ConstantSpec(f"{plan.name}.halves", "float16", (groups, layout.halves, plan.N)),
         )
     shape = (plan.N, plan.K) if plan.K else (plan.N,)
-    return (ConstantSpec(f"{plan.name}.weight", FLOATS[plan.kind].name, shape),)
+    return (ConstantSpec(f"{plan.name}.weight", FLOATS[plan.block_type].name, shape),)
 
 
 def _rotary(config: ModelConfig) -> dict[str, tuple[int, float]]:
@@ -123,10 +123,10 @@ def weight_bytes(config: ModelConfig, plan: Sequence[WeightPlan]) -> int:
 
 def vector(gguf: GGUFFile, name: str) -> np.ndarray:
     """A float tensor of one dimension as float32."""
-    raw, kind = gguf.data(name).reshape(-1), gguf.tensors[name].type
-    if kind == "BF16":
+    raw, block_type = gguf.data(name).reshape(-1), gguf.tensors[name].type
+    if block_type == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return raw.view("<f4" if kind == "F32" else "<f2").astype(np.float32)
+    return raw.view("<f4" if block_type == "F32" else "<f2").astype(np.float32)
 
 
 def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from custom_ops.dtypes import FLOATS
 from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.mixes import MIXES, kinds
+from custom_ops.weights.mixes import MIXES, block_types
 from exporter.errors import KilnError
 from exporter.files import replacing
 from exporter.source.gguf import GGUFFile, open_gguf
@@ -173,31 +173,31 @@ _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }  # fmt: skip
 
 
-def quantize(kind: str, x: np.ndarray) -> np.ndarray:
-    """float32 [N, K] -> the blocks of its rows, uint8 [N, bytes of a row]; F32, F16 and BF16 (to nearest even) are also kinds.
+def quantize(block_type: str, x: np.ndarray) -> np.ndarray:
+    """float32 [N, K] -> the blocks of its rows, uint8 [N, bytes of a row]; F32, F16 and BF16 (to nearest even) are also block_types.
 
-    Raises KilnError for an unknown kind, for rows that are no multiple of the block, and for values that are not finite.
+    Raises KilnError for an unknown block_type, for rows that are no multiple of the block, and for values that are not finite.
     """
     x = np.ascontiguousarray(x, np.float32)
     if x.ndim != 2:
         raise KilnError(f"a matrix is quantized, not an array of shape {list(x.shape)}")
     if not np.isfinite(x).all():
         raise KilnError("the matrix has values that are not finite; train or convert the model again")
-    if kind in ("F32", "F16"):
-        return x.astype("<f4" if kind == "F32" else "<f2").view(np.uint8)
-    if kind == "BF16":
+    if block_type in ("F32", "F16"):
+        return x.astype("<f4" if block_type == "F32" else "<f2").view(np.uint8)
+    if block_type == "BF16":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
-    if kind not in _BLOCKS:
-        raise KilnError(f"no quantizer for block type {kind}; known: {', '.join(_BLOCKS)}")
-    block, size = LAYOUTS[kind].block, LAYOUTS[kind].block_bytes
+    if block_type not in _BLOCKS:
+        raise KilnError(f"no quantizer for block type {block_type}; known: {', '.join(_BLOCKS)}")
+    block, size = LAYOUTS[block_type].block, LAYOUTS[block_type].block_bytes
     rows, columns = x.shape
     if columns % block:
-        raise KilnError(f"rows of {columns} elements are no multiple of the {block} of a {kind} block")
+        raise KilnError(f"rows of {columns} elements are no multiple of the {block} of a {block_type} block")
     flat, step = x.reshape(-1, block), max(1, CHUNK // block)
     out = np.empty((len(flat), size), np.uint8)
     for start in range(0, len(flat), step):
-        out[start : start + step] = _BLOCKS[kind](flat[start : start + step])
+        out[start : start + step] = _BLOCKS[block_type](flat[start : start + step])
     return out.reshape(rows, columns // block * size)
 
 
@@ -217,7 +217,7 @@ def quantized_plan(file: GGUFFile, mix: str) -> list[Tensor]:
     for name, info in file.tensors.items():
         if info.type not in FLOATS:
             raise KilnError(f"{file.path}: tensor {name} is {info.type} already; quantize from a file of {', '.join(FLOATS)} tensors")
-    types = kinds(MIXES[mix], {name: info.shape for name, info in file.tensors.items()})
+    types = block_types(MIXES[mix], {name: info.shape for name, info in file.tensors.items()})
     return [(name, info.shape, types[name]) for name, info in file.tensors.items()]
 
 
@@ -237,10 +237,10 @@ def write_quantized(path_in: str | Path, path_out: str | Path, mix: str, workers
     header, offsets, size = gguf_header(metadata, plan)
 
     def blocks(tensor: Tensor) -> np.ndarray:
-        name, shape, kind = tensor
+        name, shape, block_type = tensor
         values = to_float(file, name)
         try:
-            return quantize(kind, values.reshape(-1, shape[-1]))
+            return quantize(block_type, values.reshape(-1, shape[-1]))
         except KilnError as e:
             raise KilnError(f"{file.path}: tensor {name}: {e}") from e
 

@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFil
 
 from custom_ops.geometry import EPS, GEOMETRIES, Geometry
 from custom_ops.weights.block_types import LAYOUTS, PackLayout
-from custom_ops.weights.mixes import MIXES, SYNTHETIC, kinds
+from custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
 from exporter.errors import KilnError
 from exporter.files import replacing
 from exporter.source.config import LayerConfig, ModelConfig, expected_tensors
@@ -78,13 +78,13 @@ def synth_plan(preset: str, mix: str, layers: int | None = None) -> list[Tensor]
     if mix not in SYNTHETIC:
         raise KilnError(f"unknown mix {mix!r}; known: {', '.join(SYNTHETIC)}")
     shapes = expected_tensors(_config(preset, layers))
-    types = kinds(MIXES[mix], shapes)
+    types = block_types(MIXES[mix], shapes)
     return [(name, shape, types[name]) for name, shape in shapes.items()]
 
 
-def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
+def tensor_bytes(shape: tuple[int, ...], block_type: str) -> int:
     """Bytes of a tensor's data in the file."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
     return prod(shape) // block * size
 
 
@@ -104,28 +104,28 @@ _CODES = {  # value type -> how `struct` writes it
 }
 
 
-def key_value(key: str, kind: GGUFValueType, value: Any) -> KeyValue:
-    """One metadata entry; a list makes an array of `kind`."""
-    if kind == GGUFValueType.STRING:
+def key_value(key: str, value_type: GGUFValueType, value: Any) -> KeyValue:
+    """One metadata entry; a list makes an array of `value_type`."""
+    if value_type == GGUFValueType.STRING:
         data = b"".join(map(_text, value)) if isinstance(value, list) else _text(value)
     else:
         items = value if isinstance(value, list) else [value]
-        data = struct.pack(f"<{len(items)}{_CODES[kind]}", *items)
+        data = struct.pack(f"<{len(items)}{_CODES[value_type]}", *items)
     if isinstance(value, list):
-        return key, int(GGUFValueType.ARRAY), struct.pack("<IQ", kind, len(value)) + data
-    return key, int(kind), data
+        return key, int(GGUFValueType.ARRAY), struct.pack("<IQ", value_type, len(value)) + data
+    return key, int(value_type), data
 
 
 def gguf_header(metadata: Iterable[KeyValue], tensors: Iterable[Tensor]) -> tuple[bytes, list[int], int]:
     """A GGUF v3 header up to the tensor data, each tensor's offset from the file's start, and the file's size."""
     metadata, tensors = list(metadata), list(tensors)
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
-    out += [_text(key) + struct.pack("<I", kind) + data for key, kind, data in metadata]
+    out += [_text(key) + struct.pack("<I", value_type) + data for key, value_type, data in metadata]
     offsets, at = [], 0
-    for name, shape, kind in tensors:
-        out.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], GGMLQuantizationType[kind], at))
+    for name, shape, block_type in tensors:
+        out.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], GGMLQuantizationType[block_type], at))
         offsets.append(at)
-        at += -(-tensor_bytes(shape, kind) // ALIGN) * ALIGN
+        at += -(-tensor_bytes(shape, block_type) // ALIGN) * ALIGN
     header = b"".join(out)
     header += bytes(-len(header) % ALIGN)
     return header, [len(header) + offset for offset in offsets], len(header) + at
@@ -146,7 +146,7 @@ _MERGES = (
 def _tokenizer(vocab: int) -> list[KeyValue]:
     """A small byte-fallback BPE: special tokens, the 256 bytes, printable ASCII and a few merges, then unused tokens."""
     tokens = [text for text, _ in _SPECIAL]
-    types = [kind for _, kind in _SPECIAL]
+    types = [token_type for _, token_type in _SPECIAL]
     tokens += [f"<0x{b:02X}>" for b in range(256)]
     types += [6] * 256
     tokens += [chr(c) for c in range(33, 127)] + [merge.replace(" ", "") for merge in _MERGES]
@@ -232,9 +232,9 @@ def _rms(layout: PackLayout) -> float:
     return sqrt(quants * (_mean_square(32, 63) if layout.minimum else _mean_square(-128, 127)))  # times the scales of the groups
 
 
-def _fill_blocks(kind: str, blocks: np.ndarray, std: float) -> None:
+def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
     """Random bytes [blocks, block bytes] -> blocks of mean 0 and the given standard deviation, in place."""
-    layout = LAYOUTS[kind]
+    layout = LAYOUTS[block_type]
     at = layout.half_fields[0]
     field = blocks[:, at : at + 2].view("<u2")[:, 0]
     jitter = 1 - _JITTER + field * np.float32(2 * _JITTER / 65536)
@@ -242,7 +242,7 @@ def _fill_blocks(kind: str, blocks: np.ndarray, std: float) -> None:
     if layout.block == 32:
         d[field & 1 == 1] *= -1  # the integers have mean -1/2
     field[:] = d.astype(np.float16).view("<u2")
-    if kind == "Q4_K":
+    if block_type == "Q4_K":
         blocks[:, 2:4].view("<u2")[:, 0] = (d * np.float32(7.5)).astype(np.float16).view("<u2")
         blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - 7.5)
         blocks[:, 8:12] = blocks[:, 4:8]
@@ -264,20 +264,20 @@ def _vector_mean(name: str, size: int) -> tuple[float, float]:
     return means.get(stem, 1.0), 0.1
 
 
-def _pieces(name: str, shape: tuple[int, ...], kind: str, seed: int, slab_bytes: int) -> Iterator[np.ndarray]:
+def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int) -> Iterator[np.ndarray]:
     """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes."""
     if name == "rope_freqs.weight":
         size = shape[0]
         yield np.where(np.arange(size) < size // 4, 1.0, 1e30).astype("<f4").view(np.uint8)
         return
     bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
-    rows, row_bytes = (shape[0], tensor_bytes(shape[1:], kind)) if len(shape) == 2 else (1, 4 * shape[0])
+    rows, row_bytes = (shape[0], tensor_bytes(shape[1:], block_type)) if len(shape) == 2 else (1, 4 * shape[0])
     step = max(8, slab_bytes // row_bytes // 8 * 8)  # a multiple of 8 rows is a whole number of the generator's 8-byte words
     for row in range(0, rows, step):
         nbytes = min(step, rows - row) * row_bytes
         raw = bits.random_raw(-(-nbytes // 8)).view(np.uint8)[:nbytes]
-        if kind != "F32":
-            _fill_blocks(kind, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]), 1 / sqrt(shape[1]))
+        if block_type != "F32":
+            _fill_blocks(block_type, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[block_type]][1]), 1 / sqrt(shape[1]))
             yield raw
             continue
         uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
@@ -310,7 +310,7 @@ def write_synthetic(
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
     header, offsets, size = gguf_header(metadata(_config(preset, layers), _geometry(preset).head_dims, mix, vocab_from), tensors)
-    total, done, lock = sum(tensor_bytes(shape, kind) for _, shape, kind in tensors), 0, threading.Lock()
+    total, done, lock = sum(tensor_bytes(shape, block_type) for _, shape, block_type in tensors), 0, threading.Lock()
     with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
         f.write(header)
         f.truncate(size)

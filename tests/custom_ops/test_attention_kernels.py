@@ -147,7 +147,7 @@ def interpreted_sliding_every_configuration(target: str) -> None:
 
 
 def check_tq4(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int,
-              with_len: bool, residual: int = 32) -> None:
+              with_len: bool, exact_window: int = 32) -> None:
     generator = torch.Generator().manual_seed(first + tokens)
     end = first + tokens
     q, k, v = (random(generator, dtype, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
@@ -155,29 +155,29 @@ def check_tq4(target: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: i
     v = v * torch.linspace(3, 0.2, end)[:, None, None].to(dtype)
     kv_len = torch.tensor([end], dtype=torch.int32) if with_len else None
     with compiling_for(TARGETS[target]):
-        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, residual), torch.arange(first, end), kv_len)
-    assert error(out, tq4_cache.exact(q, k, v, first, residual)) < TOLERANCE[dtype]
+        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, exact_window), torch.arange(first, end), kv_len)
+    assert error(out, tq4_cache.exact(q, k, v, first, exact_window)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def interpreted_tq4_decode_lengths(length: int) -> None:
-    """Below the residual's length, at it, and past it; caches of whole blocks of keys and others."""
+    """Below the exact window's length, at it, and past it; caches of whole blocks of keys and others."""
     check_tq4("sm_86", torch.float32, 64, 4, 2, 112, length - 1, 1, with_len=True)
     check_tq4("sm_86", torch.float32, 64, 4, 2, 100, length - 1, 1, with_len=length % 2 == 0)
     check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 100, length - 1, 1, with_len=length % 2 == 1)
 
 
-@pytest.mark.parametrize("residual", [32, 64, 96])
-def interpreted_tq4_decode_residual_in_splits(residual: int) -> None:
-    """On sm_90 the residual of one KV head has a program for every 32 keys; on a small card one or two for all of them."""
+@pytest.mark.parametrize("exact_window", [32, 64, 96])
+def interpreted_tq4_decode_exact_window_in_splits(exact_window: int) -> None:
+    """On sm_90 the exact window of one KV head has a program for every 32 keys; on a small card one or two for all of them."""
     for sms in (1, 4, 132):
         target = dataclasses.replace(TARGETS["sm_90"], sm_count=sms)
-        split = attention.decode_launch(torch.float32, False, target, 2, 1, 64, 200, residual)[1]
-        assert split["EXACT"] == {1: 1, 4: 1, 132: residual // 32}[sms] and split["SPLITS"] == min(sms, 13)  # of 16 keys
+        split = attention.decode_launch(torch.float32, False, target, 2, 1, 64, 200, exact_window)[1]
+        assert split["EXACT"] == {1: 1, 4: 1, 132: exact_window // 32}[sms] and split["SPLITS"] == min(sms, 13)  # of 16 keys
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(TARGETS, "small", target)
-            for first in (40, residual - 1, residual, 150):
-                check_tq4("small", torch.float32, 64, 2, 1, 200, first, 1, False, residual)
+            for first in (40, exact_window - 1, exact_window, 150):
+                check_tq4("small", torch.float32, 64, 2, 1, 200, first, 1, False, exact_window)
 
 
 @pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (5, 2), (31, 33), (50, 17), (30, 2), (31, 2), (32, 2), (0, 33), (0, 90)])
@@ -186,9 +186,9 @@ def interpreted_tq4_prefill_chunks(first: int, tokens: int) -> None:
     check_tq4("sm_86", torch.bfloat16, 128, 3, 1, 96, first, tokens, with_len=False)
 
 
-def interpreted_tq4_residual_longer_than_the_cache() -> None:
+def interpreted_tq4_exact_window_longer_than_the_cache() -> None:
     for first, tokens in ((0, 1), (39, 1), (0, 40), (17, 5)):
-        check_tq4("sm_86", torch.float32, 64, 4, 2, 40, first, tokens, True, residual=64)
+        check_tq4("sm_86", torch.float32, 64, 4, 2, 40, first, tokens, True, exact_window=64)
 
 
 @pytest.mark.parametrize("target", distinct_targets(attention.DECODE_TILES))

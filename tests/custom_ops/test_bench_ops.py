@@ -39,7 +39,7 @@ TINY = Workload(
     full=Heads(8, 2, 64, 1),
     depths=(8, 24, 64),
     chunks=(12, 40),
-    residual=16,
+    exact_window=16,
 )
 CASES = {case.name: case for case in all_cases(TINY)}
 CEILINGS = Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0, matmul_sustained_tflop_s=80.0)
@@ -144,9 +144,9 @@ def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
     counts: dict[tuple, int] = {}
     for p in plan_weights(config, gguf):
         if p.K:
-            key = (p.name.split(".")[-1], p.kind, p.N, p.K)
+            key = (p.name.split(".")[-1], p.block_type, p.N, p.K)
             counts[key] = counts.get(key, 0) + 1
-    assert counts == {(m.name, m.kind, m.n, m.k): m.count for m in (*work.matrices, work.head)}
+    assert counts == {(m.name, m.block_type, m.n, m.k): m.count for m in (*work.matrices, work.head)}
     for heads, sliding in ((work.sliding, True), (work.full, False)):
         layers = [layer for layer in config.layers if layer.sliding == sliding]
         assert len(layers) == heads.layers
@@ -170,7 +170,7 @@ def test_family(family):
     def launch():
         if family.matrix:
             m = family.matrix
-            return gemv.launch(m.kind, 1, m.n, m.k, H200)
+            return gemv.launch(m.block_type, 1, m.n, m.k, H200)
         if family.entries is prefill.PIECE_TILES:
             return prefill.piece_tile(H200, family.key[1])
         return pick(family.entries, H200, family.key[1])
@@ -200,7 +200,7 @@ def test_best_gemv():
     """Groups may differ by block type, the rest may not: the sum over the model decides."""
 
     def times(m, c):
-        us = 10.0 + (c.rows != 128) + (c.groups != {"Q4_K": 4, "Q6_K": 2}[m.kind]) + (c.warps != 2)
+        us = 10.0 + (c.rows != 128) + (c.groups != {"Q4_K": 4, "Q6_K": 2}[m.block_type]) + (c.warps != 2)
         return us + {"attn_qkv": 3.0 * (c.warps_per_sm != 16), "ffn_down": 5.0 * (c.warps_per_sm != 24)}.get(m.name, 0.0)
 
     config, groups, us = tune.best_gemv(gemv_trials(times))
@@ -208,7 +208,7 @@ def test_best_gemv():
     assert groups == {"Q4_K": 4, "Q6_K": 2} and us == pytest.approx(2 * 13 + 3 * 10 + 10 + 10)
 
     def unfit(m, c):
-        return None if m.kind == "Q6_K" and c.groups == 2 else times(m, c)
+        return None if m.block_type == "Q6_K" and c.groups == 2 else times(m, c)
 
     assert tune.best_gemv(gemv_trials(unfit))[1]["Q6_K"] in (1, 4)
     assert tune.best_gemv(gemv_trials(lambda m, c: None)) is None and tune.best_gemv([]) is None

@@ -7,17 +7,17 @@ import torch
 
 from custom_ops.weights import embedding as op
 from tests.custom_ops.interpret import interpreted
-from tests.custom_ops.test_linear import KINDS, random_weight
+from tests.custom_ops.test_linear import TYPES, random_weight
 
 IDS = torch.tensor([3, 0, 49, 3, 12])
 test_kernels_interpreted = interpreted(__file__)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference(kind: str) -> None:
-    words, halves, matrix = random_weight(kind, 50, 512)
+@pytest.mark.parametrize("block_type", TYPES)
+def test_reference(block_type: str) -> None:
+    words, halves, matrix = random_weight(block_type, 50, 512)
     for ids in (IDS, IDS[:1]):
-        rows = torch.ops.kiln.quantized_embedding(ids, words, halves, kind)
+        rows = torch.ops.kiln.quantized_embedding(ids, words, halves, block_type)
         assert rows.dtype == torch.float32 and torch.equal(rows, torch.from_numpy(matrix)[ids])
 
 
@@ -51,11 +51,12 @@ def test_opaque_when_exported() -> None:
 # ---- under the interpreter ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def interpreted_embedding(kind: str) -> None:
+@pytest.mark.parametrize("block_type", TYPES)
+def interpreted_embedding(block_type: str) -> None:
     """Bit for bit: one token, fewer tokens than a program takes, and more; also of a slice of a table."""
-    words, halves, _ = random_weight(kind, 50, 256)
+    words, halves, _ = random_weight(block_type, 50, 256)
     for ids in (IDS[2:3], IDS, torch.arange(40)):
-        assert torch.equal(torch.ops.kiln.quantized_embedding(ids, words, halves, kind), op.reference(ids, words, halves, kind))
+        assert torch.equal(torch.ops.kiln.quantized_embedding(ids, words, halves, block_type), op.reference(ids, words, halves, block_type))
     words, halves = words[:, :, 3:30], halves[:, :, 3:30]
-    assert torch.equal(torch.ops.kiln.quantized_embedding(IDS % 20, words, halves, kind), op.reference(IDS % 20, words, halves, kind))
+    looked_up = torch.ops.kiln.quantized_embedding(IDS % 20, words, halves, block_type)
+    assert torch.equal(looked_up, op.reference(IDS % 20, words, halves, block_type))

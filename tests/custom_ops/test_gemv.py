@@ -25,7 +25,7 @@ test_kernels_interpreted = interpreted(__file__)
 if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
 
-KINDS = list(LAYOUTS)
+TYPES = list(LAYOUTS)
 TERMS = (1, 2, 3)
 LOSS = {1: 1.2e-2, 2: 6e-5, 3: 1.2e-6}  # relative, of a product with normally distributed activations; minima cancel
 KERNEL = 1e-6  # against the activations that the kernel is given
@@ -49,25 +49,25 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_cpu(kind: str, terms: int) -> None:
-    words, halves, matrix = random_weight(kind, 512, 512)
+@pytest.mark.parametrize("block_type", TYPES)
+def test_on_a_cpu(block_type: str, terms: int) -> None:
+    words, halves, matrix = random_weight(block_type, 512, 512)
     x = random_x(1, 512, torch.float32)
     fixed = kiln.fixed_point(x, terms)
-    y = kiln.fixed_linear(fixed, words, halves, kind, counters())
+    y = kiln.fixed_linear(fixed, words, halves, block_type, counters())
     assert y.dtype == torch.float32 and relative_error(y, x, matrix) < LOSS[terms]
-    assert torch.equal(kiln.fixed_partials(fixed, words, halves, kind).sum(0, keepdim=True), y)
-    out = kiln.fixed_glu(fixed, words, halves, kind, counters())
+    assert torch.equal(kiln.fixed_partials(fixed, words, halves, block_type).sum(0, keepdim=True), y)
+    out = kiln.fixed_glu(fixed, words, halves, block_type, counters())
     assert out.dtype == torch.int32 and out.shape == (1, 8, fixed_point.group_words(terms))
     assert relative(fixed_point.dequantize(out), gelu_product(x, matrix)) < 3 * LOSS[terms]
-    check_roots(fixed, words, halves, kind, y)
+    check_roots(fixed, words, halves, block_type, y)
 
 
-def check_roots(fixed: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, kind: str, plain: torch.Tensor) -> None:
+def check_roots(fixed: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, plain: torch.Tensor) -> None:
     """Every op multiplies the product by the root of the sums of squares it is given; one leaves those of its own."""
     squares, zeros, eps = torch.tensor([300.0, 5.0, 41.5]), counters(), 0.25
     expected = plain.double() * (squares.double().sum() / (32 * fixed.shape[1]) + eps) ** -0.5
-    given = fixed, words, halves, kind
+    given = fixed, words, halves, block_type
     y, left = kiln.fixed_linear_squares(*given, zeros, squares, eps)
     assert relative(kiln.fixed_linear(*given, zeros, squares, eps), expected) < KERNEL
     assert relative(kiln.fixed_partials(*given, squares, eps).sum(0, keepdim=True), expected) < KERNEL
@@ -112,8 +112,8 @@ class Gated(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, kind, n, k in (("gate_up", "Q4_K", 1024, 256), ("down", "Q6_K", 96, 512)):
-            words, halves, _ = random_weight(kind, n, k)
+        for name, block_type, n, k in (("gate_up", "Q4_K", 1024, 256), ("down", "Q6_K", 96, 512)):
+            words, halves, _ = random_weight(block_type, n, k)
             self.register_buffer(f"{name}_words", words)
             self.register_buffer(f"{name}_halves", halves)
 
@@ -141,17 +141,17 @@ def test_opaque_when_exported() -> None:
 @pytest.mark.parametrize("target", gpu_targets().values(), ids=lambda target: f"sm_{target.sm}")
 def test_launches_fill_the_card(target) -> None:
     """Enough warps to hide memory's latency, no more than run at once where one wave can hold them."""
-    for kind in KINDS:
+    for block_type in TYPES:
         for n, k, end in ((m.n, m.k, m.end) for model in MEASURED for mix in ("q8_0", "q4_k_m") for m in model.matrices(mix)):
-            constants, splits, warps = launch(kind, 1, n, k, target)
+            constants, splits, warps = launch(block_type, 1, n, k, target)
             steps, blocks = k // (32 * constants["GROUPS"]), -(-n // constants["ROWS"])
             assert 1 <= splits <= gemv.MAX_SPLITS and constants["EVEN"] == (n % constants["ROWS"] == 0) and constants["SHARES"] == warps
             each = -(-steps // (splits * warps))
             assert (splits - 1) * warps * each < steps  # no program without work
-            assert LAYOUTS[kind].block == 32 or LAYOUTS[kind].block // 32 % constants["GROUPS"] == 0
+            assert LAYOUTS[block_type].block == 32 or LAYOUTS[block_type].block // 32 % constants["GROUPS"] == 0
             running = blocks * splits * warps / target.sm_count
-            assert running >= 6, (kind, n, k, splits)
-            assert splits == 1 or running <= GemvConfig().warps_per_sm, (kind, n, k, splits)
+            assert running >= 6, (block_type, n, k, splits)
+            assert splits == 1 or running <= GemvConfig().warps_per_sm, (block_type, n, k, splits)
             assert blocks <= gemv.COUNTERS and (end != "glu" or (n // 2) % constants["ROWS"] == 0)
 
 
@@ -162,8 +162,8 @@ def test_launches_take_the_configuration() -> None:
     assert constants["REGISTERS"] == 248 and GemvConfig(warps_per_sm=28).registers == 72
     assert launch("Q8_0", 1, 64, 96, H200, GemvConfig(groups=2))[0]["GROUPS"] == 1  # three groups: none by two
     assert launch("Q4_K", 8, 262144, 5376, H200)[1] == 1
-    for kind in KINDS:
-        assert LAYOUTS[kind].gemv_groups in (1, 2, 4) and GemvConfig().groups == 0
+    for block_type in TYPES:
+        assert LAYOUTS[block_type].gemv_groups in (1, 2, 4) and GemvConfig().groups == 0
 
 
 def test_more_rows_than_lanes_hold_take_one_warp() -> None:
@@ -172,12 +172,12 @@ def test_more_rows_than_lanes_hold_take_one_warp() -> None:
         GemvConfig(rows=256, warps=2)
 
 
-@pytest.mark.parametrize("kind, n, k", [("Q4_K", 5376, 8192), ("Q6_K", 16384, 5376), ("Q8_0", 18432, 5376)])
+@pytest.mark.parametrize("block_type, n, k", [("Q4_K", 5376, 8192), ("Q6_K", 16384, 5376), ("Q8_0", 18432, 5376)])
 @pytest.mark.parametrize("rows", [64, 128])
-def test_a_warp_works_on_one_share(kind: str, n: int, k: int, rows: int, monkeypatch) -> None:
+def test_a_warp_works_on_one_share(block_type: str, n: int, k: int, rows: int, monkeypatch) -> None:
     """The kernel reads its share off the warp's number: the compiler's layout must give warp w the elements of share w, everywhere."""
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(rows=rows))
-    case = next(c for c in gemv.kernel_cases(H200) if c.name.startswith(f"gemv {kind} {n}x{k} 2 bytes"))
+    case = next(c for c in gemv.kernel_cases(H200) if c.name.startswith(f"gemv {block_type} {n}x{k} 2 bytes"))
     shares = case.constexprs["SHARES"]
     assert shares > 1
     text = compile_case(case, H200).asm["ttgir"]
@@ -204,65 +204,66 @@ def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0, warps: i
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def interpreted_gemv(kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type", TYPES)
+def interpreted_gemv(block_type: str, monkeypatch) -> None:
     """A slice that starts and ends inside blocks of rows, 70 rows: a full program and a masked one; several splits."""
-    words, halves, matrix = random_weight(kind, 90, 256)
+    words, halves, matrix = random_weight(block_type, 90, 256)
     cut = slice(5, 75)
     x = random_x(1, 256, torch.float32)
     for terms in TERMS:
         fixed, zeros = gemv.fix(x, terms), counters(2)
         with spread(monkeypatch, 8):
-            assert launch(kind, 1, 70, 256, current_target())[1] == 4
-            y = kiln.fixed_linear(fixed, words[:, :, cut], halves[:, :, cut], kind, zeros)
+            assert launch(block_type, 1, 70, 256, current_target())[1] == 4
+            y = kiln.fixed_linear(fixed, words[:, :, cut], halves[:, :, cut], block_type, zeros)
         assert y.dtype == torch.float32 and not zeros.any()
         assert relative_error(y, x, matrix[cut]) < LOSS[terms]
         assert relative_error(y, fixed_point.dequantize(fixed), matrix[cut]) < KERNEL
 
 
-@pytest.mark.parametrize("kind, k, programs, warps, splits", [("Q4_K", 512, 4, 4, 2), ("Q6_K", 768, 2, 4, 1), ("Q4_0", 320, 4, 2, 2),
+@pytest.mark.parametrize("block_type, k, programs, warps, splits", [("Q4_K", 512, 4, 4, 2), ("Q6_K", 768, 2, 4, 1), ("Q4_0", 320, 4, 2, 2),
                                                               ("Q8_0", 320, 2, 4, 1)])  # fmt: skip
-def interpreted_shares(kind: str, k: int, programs: int, warps: int, splits: int, monkeypatch) -> None:
+def interpreted_shares(block_type: str, k: int, programs: int, warps: int, splits: int, monkeypatch) -> None:
     """Warps share a program's part of K; where the steps are no multiple of the shares the last have fewer, or none."""
-    words, halves, matrix = random_weight(kind, 90, k)
+    words, halves, matrix = random_weight(block_type, 90, k)
     cut = slice(5, 75)
     fixed, zeros = gemv.fix(random_x(1, k, torch.float32), 3), counters(2)
     with spread(monkeypatch, programs, warps=warps):
-        constants, found, _ = launch(kind, 1, 70, k, current_target())
+        constants, found, _ = launch(block_type, 1, 70, k, current_target())
         assert (constants["SHARES"], found) == (warps, splits)
-        y = kiln.fixed_linear(fixed, words[:, :, cut], halves[:, :, cut], kind, zeros)
+        y = kiln.fixed_linear(fixed, words[:, :, cut], halves[:, :, cut], block_type, zeros)
     assert not zeros.any() and relative_error(y, fixed_point.dequantize(fixed), matrix[cut]) < KERNEL
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
-def interpreted_several_tokens(kind: str, monkeypatch) -> None:
-    words, halves, matrix = random_weight(kind, 70, 512)
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q8_0"])
+def interpreted_several_tokens(block_type: str, monkeypatch) -> None:
+    words, halves, matrix = random_weight(block_type, 70, 512)
     x = random_x(3, 512, torch.float32)
     zeros = counters(6)
     with spread(monkeypatch, 12):
-        assert launch(kind, 3, 70, 512, current_target())[1] == 2
-        y = kiln.fixed_linear(gemv.fix(x, 2), words, halves, kind, zeros)
+        assert launch(block_type, 3, 70, 512, current_target())[1] == 2
+        y = kiln.fixed_linear(gemv.fix(x, 2), words, halves, block_type, zeros)
     assert relative_error(y, x, matrix) < LOSS[2] and not zeros.any()
 
 
-@pytest.mark.parametrize("kind, groups", [("Q4_K", 1), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 2), ("Q6_K", 4), ("Q5_1", 1), ("Q8_0", 4)])
-def interpreted_groups(kind: str, groups: int, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type, groups", [("Q4_K", 1), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 2), ("Q6_K", 4), ("Q5_1", 1), ("Q8_0", 4)])
+def interpreted_groups(block_type: str, groups: int, monkeypatch) -> None:
     """However many groups a lane takes at a time: 4 of a block of 256 are half of it."""
-    words, halves, matrix = random_weight(kind, 64, 256)
+    words, halves, matrix = random_weight(block_type, 64, 256)
     x = random_x(1, 256, torch.float32)
     with spread(monkeypatch, 1, groups=groups):
-        assert launch(kind, 1, 64, 256, current_target())[0]["GROUPS"] == groups
-        y = kiln.fixed_linear(gemv.fix(x, 3), words, halves, kind, counters())
+        assert launch(block_type, 1, 64, 256, current_target())[0]["GROUPS"] == groups
+        y = kiln.fixed_linear(gemv.fix(x, 3), words, halves, block_type, counters())
     assert relative_error(y, x, matrix) < LOSS[3]
 
 
-@pytest.mark.parametrize("kind, terms, tokens, programs", [("Q4_K", 2, 1, 8), ("Q6_K", 1, 1, 1), ("Q5_0", 3, 2, 8), ("Q8_0", 2, 1, 8)])
-def interpreted_glu(kind: str, terms: int, tokens: int, programs: int, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type, terms, tokens, programs",
+                         [("Q4_K", 2, 1, 8), ("Q6_K", 1, 1, 1), ("Q5_0", 3, 2, 8), ("Q8_0", 2, 1, 8)])  # fmt: skip
+def interpreted_glu(block_type: str, terms: int, tokens: int, programs: int, monkeypatch) -> None:
     """The last of gates and values, whichever it is, makes the activations of the next product; 8 programs: 4 or 2 splits, 1: one."""
-    words, halves, matrix = random_weight(kind, 512, 256)
+    words, halves, matrix = random_weight(block_type, 512, 256)
     fixed, zeros = gemv.fix(random_x(tokens, 256, torch.float32), terms), counters(2 * tokens)
     with spread(monkeypatch, programs, rows=256):
-        out = kiln.fixed_glu(fixed, words, halves, kind, zeros)
+        out = kiln.fixed_glu(fixed, words, halves, block_type, zeros)
     assert out.shape == (tokens, 8, fixed_point.group_words(terms)) and not zeros.any()
     exact = gelu_product(fixed_point.dequantize(fixed), matrix)
     assert relative(fixed_point.dequantize(out), exact) < {1: 1e-2, 2: 4e-5, 3: 1e-6}[terms]
@@ -270,34 +271,34 @@ def interpreted_glu(kind: str, terms: int, tokens: int, programs: int, monkeypat
     assert relative(fixed_point.dequantize(out), fixed_point.dequantize(expected).double()) < {1: 5e-3, 2: 2e-5, 3: 1e-6}[terms]
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_1"])
-def interpreted_ends_agree(kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q5_1"])
+def interpreted_ends_agree(block_type: str, monkeypatch) -> None:
     """"split" leaves what "sum" adds up; with one split there is nothing to add and no counter is touched."""
-    words, halves, matrix = random_weight(kind, 128, 256)
+    words, halves, matrix = random_weight(block_type, 128, 256)
     x = random_x(1, 256, torch.float32)
     fixed = gemv.fix(x, 2)
     for programs, splits in ((8, 4), (1, 1)):
         with spread(monkeypatch, programs):
-            parts = kiln.fixed_partials(fixed, words, halves, kind)
+            parts = kiln.fixed_partials(fixed, words, halves, block_type)
             zeros = counters()
-            y = kiln.fixed_linear(fixed, words, halves, kind, zeros)
-            rounded, _ = gemv.multiply(fixed, words, halves, kind, zeros, torch.bfloat16)
+            y = kiln.fixed_linear(fixed, words, halves, block_type, zeros)
+            rounded, _ = gemv.multiply(fixed, words, halves, block_type, zeros, torch.bfloat16)
         assert parts.shape == (splits, 128) and not zeros.any()
         torch.testing.assert_close(parts.sum(0, keepdim=True), y, rtol=1e-5, atol=1e-5)
         assert y.shape == (1, 128) and relative_error(y, x, matrix) < LOSS[2]
         assert rounded.dtype == torch.bfloat16 and relative_error(rounded, x, matrix) < 8e-3  # the interpreter truncates to bfloat16
 
 
-@pytest.mark.parametrize("kind, programs", [("Q4_K", 64), ("Q8_0", 1)])
-def interpreted_roots(kind: str, programs: int, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type, programs", [("Q4_K", 64), ("Q8_0", 1)])
+def interpreted_roots(block_type: str, programs: int, monkeypatch) -> None:
     """Several splits and one, which has nothing to add up but leaves its sum of squares."""
-    words, halves, _ = random_weight(kind, 512, 256)
+    words, halves, _ = random_weight(block_type, 512, 256)
     fixed = gemv.fix(random_x(1, 256, torch.float32), 2)
     with spread(monkeypatch, programs):
-        assert (launch(kind, 1, 512, 256, current_target())[1] > 1) == (programs > 1)
-        check_roots(fixed, words, halves, kind, kiln.fixed_linear(fixed, words, halves, kind, counters()))
+        assert (launch(block_type, 1, 512, 256, current_target())[1] > 1) == (programs > 1)
+        check_roots(fixed, words, halves, block_type, kiln.fixed_linear(fixed, words, halves, block_type, counters()))
         cut = slice(5, 75)  # a masked program
-        y, left = kiln.fixed_linear_squares(fixed, words[:, :, cut], halves[:, :, cut], kind, counters())
+        y, left = kiln.fixed_linear_squares(fixed, words[:, :, cut], halves[:, :, cut], block_type, counters())
     assert left.shape == (2,) and relative(left.sum(), y.double().square().sum()) < KERNEL
 
 
@@ -331,7 +332,7 @@ def interpreted_largest_activations_do_not_overflow(monkeypatch) -> None:
 
 
 def test_groups_divide() -> None:
-    for kind in KINDS:
+    for block_type in TYPES:
         for k in (256, 512, 768, 5376, 21504):
-            groups = launch(kind, 1, 64, k, H200)[0]["GROUPS"]
+            groups = launch(block_type, 1, 64, k, H200)[0]["GROUPS"]
             assert k // 32 % groups == 0 and math.gcd(groups, 8) == groups

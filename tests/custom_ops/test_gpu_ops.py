@@ -9,7 +9,7 @@ import torch
 
 import custom_ops.ops  # noqa: F401
 from custom_ops.attention import flash, prepare, sliding_decode
-from custom_ops.geometry import GEMMA4_12B, GEMMA4_31B, MEASURED, RESIDUAL, Heads
+from custom_ops.geometry import EXACT_WINDOW, GEMMA4_12B, GEMMA4_31B, MEASURED, Heads
 from custom_ops.gpu.target import compiling_for, gpu_targets
 from custom_ops.step import add_norm
 from custom_ops.tq4 import attention, codec, prefill
@@ -137,25 +137,25 @@ def slots_for(length: int) -> int:
     return whole if length % 2 else whole + 77
 
 
-def tq4_rings(k, v, first: int, residual: int):
-    """The residual before position `first`, NaN in every slot that a query there does not read."""
-    rings = [torch.full((residual, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype) for x in (k, v)]
-    past = torch.arange(max(first - residual + 1, 0), first, device=k.device)
+def tq4_rings(k, v, first: int, exact_window: int):
+    """The exact window before position `first`, NaN in every slot that a query there does not read."""
+    rings = [torch.full((exact_window, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype) for x in (k, v)]
+    past = torch.arange(max(first - exact_window + 1, 0), first, device=k.device)
     for ring, x in zip(rings, (k, v), strict=True):
-        ring[past % residual] = x[past]
+        ring[past % exact_window] = x[past]
     return rings
 
 
-def tq4_state(k, v, slots: int, first: int, residual: int):
+def tq4_state(k, v, slots: int, first: int, exact_window: int):
     """What `tq4_attention` takes between q and pos for the positions from `first` on of k, v [N, KV, D]."""
-    codes = [t for x in (k, v) for t in tq4_codes(x, slots, max(k.shape[0] - residual, 0))]
-    return k[first:].contiguous(), v[first:].contiguous(), *codes, *tq4_rings(k, v, first, residual)
+    codes = [t for x in (k, v) for t in tq4_codes(x, slots, max(k.shape[0] - exact_window, 0))]
+    return k[first:].contiguous(), v[first:].contiguous(), *codes, *tq4_rings(k, v, first, exact_window)
 
 
-def tq4_exact(q, k, v, first: int, residual: int):
+def tq4_exact(q, k, v, first: int, exact_window: int):
     """Over what the codec makes of older keys and values, and over the newest as they are."""
     distance = torch.arange(first, k.shape[0], device=q.device)[:, None] - torch.arange(k.shape[0], device=q.device)
-    mask = torch.cat([distance >= residual, (distance >= 0) & (distance < residual)], 1)
+    mask = torch.cat([distance >= exact_window, (distance >= 0) & (distance < exact_window)], 1)
     return exact(q, *(torch.cat([codec.decode(*codec.encode(x)), x.float()]) for x in (k, v)), mask)
 
 
@@ -163,7 +163,7 @@ def tq4_exact(q, k, v, first: int, residual: int):
 @configured(attention.DECODE_TILES)
 @pytest.mark.parametrize("tokens", [1, 70, 700])
 def test_tq4_attention(target, dtype, tokens, model):
-    """Within the residual, from its end on, and far beyond; chunks longer than it included."""
+    """Within the exact window, from its end on, and far beyond; chunks longer than it included."""
     if tokens == 1:
         lengths = (*LENGTHS, 255, 256, 257, 258)
     elif tokens == 70:
@@ -174,22 +174,23 @@ def test_tq4_attention(target, dtype, tokens, model):
         q, k, v = tensors(model.full, dtype, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
         with compiling_for(gpu_targets()[target]):
-            out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, RESIDUAL), pos, pos[-1:].to(torch.int32) + 1)
-        error = relative(out, tq4_exact(q, k, v, length - tokens, RESIDUAL))
+            state = tq4_state(k, v, slots_for(length), length - tokens, EXACT_WINDOW)
+            out = kiln.tq4_attention(q, *state, pos, pos[-1:].to(torch.int32) + 1)
+        error = relative(out, tq4_exact(q, k, v, length - tokens, EXACT_WINDOW))
         print(f"tq4 {target} {dtype} of {tokens} up to {length}: {error:.1e}")
         assert error < LIMIT[dtype], length
 
 
-@pytest.mark.parametrize("residual", [32, 96, 1024])
+@pytest.mark.parametrize("exact_window", [32, 96, 1024])
 @pytest.mark.parametrize("tokens", [1, 70])
 @both_models
-def test_tq4_attention_other_residuals(tokens, residual, model):
+def test_tq4_attention_other_exact_windows(tokens, exact_window, model):
     for length in (70, 96, 97, 1024, 1025, 3000):
         q, k, v = tensors(model.full, torch.float16, tokens, length, length, scale=0.3)
         pos = torch.arange(length - tokens, length, device="cuda")
-        out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, residual), pos, None)
-        error = relative(out, tq4_exact(q, k, v, length - tokens, residual))
-        print(f"tq4 residual {residual}, {tokens} up to {length}: {error:.1e}")
+        out = kiln.tq4_attention(q, *tq4_state(k, v, slots_for(length), length - tokens, exact_window), pos, None)
+        error = relative(out, tq4_exact(q, k, v, length - tokens, exact_window))
+        print(f"tq4 exact window {exact_window}, {tokens} up to {length}: {error:.1e}")
         assert error < LIMIT[torch.float16], length
 
 
@@ -215,30 +216,30 @@ def test_tq4_write(dtype, tokens, model):
     assert not any(c[:, untouched].any() for c in caches)
 
 
-def float32_limit(kind: str) -> float:
+def float32_limit(block_type: str) -> float:
     """Of a product's relative error: what is added for the quants and taken away for the minima is larger than the result."""
-    return 5e-6 if LAYOUTS[kind].minimum else 2e-6
+    return 5e-6 if LAYOUTS[block_type].minimum else 2e-6
 
 
-@pytest.mark.parametrize("kind", list(LAYOUTS))
+@pytest.mark.parametrize("block_type", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantized_linear(kind, dtype):
-    layout = LAYOUTS[kind]
+def test_quantized_linear(block_type, dtype):
+    layout = LAYOUTS[block_type]
     g = torch.Generator("cuda").manual_seed(1)
     names = ("attn_qkv", "attn_output", "ffn_down")
     for n, k in [(m.n, m.k) for m in GEMMA4_31B.matrices() if m.name in names] + [(300, 512)]:
         blocks = k // layout.block
         words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
         halves = torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
-        weight = dequantize(kind, words, halves)
+        weight = dequantize(block_type, words, halves)
         for target in ("sm_90", "sm_120") if n > 8192 else ("sm_90",):
             for tokens in (1, 3, 33):
                 x = torch.randn(tokens, k, generator=g, device="cuda").to(dtype)
                 with compiling_for(gpu_targets()[target]):
-                    out = kiln.quantized_linear(x, words, halves, kind)
+                    out = kiln.quantized_linear(x, words, halves, block_type)
                 error = relative(out, x.double() @ weight.double())
-                print(f"{kind} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
-                assert error < (5e-3 if dtype == torch.bfloat16 else float32_limit(kind))
+                print(f"{block_type} {dtype} {target} [{tokens}, {k}] x [{n}]: {error:.1e}")
+                assert error < (5e-3 if dtype == torch.bfloat16 else float32_limit(block_type))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -261,52 +262,52 @@ def test_matmul(dtype, transposed):
             assert torch.equal(rows[-1], rows[0][:tokens]), (n, k, tokens)
 
 
-def random_packed(kind, n, k, g):
-    layout = LAYOUTS[kind]
+def random_packed(block_type, n, k, g):
+    layout = LAYOUTS[block_type]
     blocks = k // layout.block
     words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
     return words, torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
 
 
-def product(x, words, halves, kind, rows=8192):
+def product(x, words, halves, block_type, rows=8192):
     """float64, some rows at a time: the head would not fit."""
     parts = ((words[:, :, i : i + rows], halves[:, :, i : i + rows]) for i in range(0, words.shape[2], rows))
-    return torch.cat([x.double() @ dequantize(kind, *part).double() for part in parts], 1)
+    return torch.cat([x.double() @ dequantize(block_type, *part).double() for part in parts], 1)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0"])
-def test_gemv(kind, terms):
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0"])
+def test_gemv(block_type, terms):
     """Every matrix of the 31B, each end, against the activations as they are in fixed point; repeats are the same bits."""
     g = torch.Generator("cuda").manual_seed(3)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cuda")
     *layers, head = [(m.n, m.k) for m in GEMMA4_31B.matrices()]
-    for n, k in [*layers, (300, 512)] + [head] * (kind == "Q6_K"):
-        words, halves = random_packed(kind, n, k, g)
+    for n, k in [*layers, (300, 512)] + [head] * (block_type == "Q6_K"):
+        words, halves = random_packed(block_type, n, k, g)
         x = torch.randn(1, k, generator=g, device="cuda")
         fixed = kiln.fixed_point(x, terms)
         assert relative(fixed_point.dequantize(fixed), x.double()) < {1: 1e-2, 2: 4e-5, 3: 2e-7}[terms]
         roots = torch.rand(21, generator=g, device="cuda")
-        expected = product(fixed_point.dequantize(fixed), words, halves, kind)
+        expected = product(fixed_point.dequantize(fixed), words, halves, block_type)
         for target in ("sm_90", "sm_120"):
             with compiling_for(gpu_targets()[target]):
-                calls = [lambda: kiln.fixed_linear(fixed, words, halves, kind, counters),  # noqa: B023
-                         lambda: kiln.fixed_partials(fixed, words, halves, kind),  # noqa: B023
-                         lambda: kiln.fixed_linear_squares(fixed, words, halves, kind, counters, roots, 1e-6)]  # noqa: B023
+                calls = [lambda: kiln.fixed_linear(fixed, words, halves, block_type, counters),  # noqa: B023
+                         lambda: kiln.fixed_partials(fixed, words, halves, block_type),  # noqa: B023
+                         lambda: kiln.fixed_linear_squares(fixed, words, halves, block_type, counters, roots, 1e-6)]  # noqa: B023
                 first, *others = [calls[0]() for _ in range(20)]
                 parts = calls[1]()
                 assert all(torch.equal(first, other) for other in others) and torch.equal(parts, calls[1]())
                 error = relative(first, expected)
-                print(f"gemv {kind} {terms} bytes {target} {k} x {n}: {error:.1e}")
-                assert error < float32_limit(kind) and relative(parts.sum(0, keepdim=True), expected) < float32_limit(kind)
+                print(f"gemv {block_type} {terms} bytes {target} {k} x {n}: {error:.1e}")
+                assert error < float32_limit(block_type) and relative(parts.sum(0, keepdim=True), expected) < float32_limit(block_type)
                 scaled, squares = calls[2]()
                 assert torch.equal(scaled, calls[2]()[0]) and torch.equal(squares, calls[2]()[1])
-                assert relative(scaled, expected * add_norm.root(roots.double(), k, 1e-6)) < float32_limit(kind)
+                assert relative(scaled, expected * add_norm.root(roots.double(), k, 1e-6)) < float32_limit(block_type)
                 assert relative(squares.sum(), scaled.double().square().sum()) < 1e-6
                 if glu_fits(n):
                     gate, value = expected.chunk(2, -1)
                     gated = torch.nn.functional.gelu(gate, approximate="tanh") * value
-                    first, *others = [kiln.fixed_glu(fixed, words, halves, kind, counters) for _ in range(20)]
+                    first, *others = [kiln.fixed_glu(fixed, words, halves, block_type, counters) for _ in range(20)]
                     assert all(torch.equal(first, other) for other in others)
                     assert relative(fixed_point.dequantize(first), gated) < {1: 1.2e-2, 2: 6e-5, 3: 3e-6}[terms]
         assert not counters.any()
@@ -366,7 +367,7 @@ def test_sliding_decode(target, dtype, model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @configured(attention.DECODE_TILES)
 def test_tq4_decode(target, dtype, model):
-    """From projections in parts, over the codes and the residual of `dtype` that were written, garbage behind them."""
+    """From projections in parts, over the codes and the exact window of `dtype` that were written, garbage behind them."""
     heads, kv_heads, dim = model.full.queries, model.full.kv, model.full.dim
     g = torch.Generator("cuda").manual_seed(6)
     weights = [torch.rand(dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
@@ -378,13 +379,13 @@ def test_tq4_decode(target, dtype, model):
         last = length - 1
         past = [(torch.randn(last, kv_heads, dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
         codes = [t for x in past for t in tq4_codes(x, slots_for(length), last)]
-        rings = tq4_rings(*past, last, RESIDUAL)
+        rings = tq4_rings(*past, last, EXACT_WINDOW)
         kept, pos = [t.clone() for t in (*codes, *rings)], torch.tensor([last], device="cuda")
         with compiling_for(gpu_targets()[target]):
             out = kiln.tq4_decode(*raw, *codes, *rings, pos, 1e-6, 2)
         prepared = prepare.prepare_reference(*raw, 1e-6, torch.float32)
         keys, values = (torch.cat([x, own.to(dtype)]) for x, own in zip(past, prepared[1:], strict=True))
-        error = relative(fixed_point.dequantize(out), tq4_exact(prepared[0], keys, values, last, RESIDUAL).flatten(1))
+        error = relative(fixed_point.dequantize(out), tq4_exact(prepared[0], keys, values, last, EXACT_WINDOW).flatten(1))
         print(f"tq4_decode {target} {dtype} at {length}: {error:.1e}")
         assert error < {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-4}[dtype], length
         for i, x in ((0, prepared[1]), (2, prepared[2])):
@@ -393,7 +394,7 @@ def test_tq4_decode(target, dtype, model):
             for t in (i, i + 1):
                 codes[t][:, last] = kept[t][:, last]
                 assert torch.equal(codes[t].view(torch.int16), kept[t].view(torch.int16))
-        slot = last % RESIDUAL
+        slot = last % EXACT_WINDOW
         for ring, old, own in zip(rings, kept[4:], prepared[1:], strict=True):
             assert relative(ring[slot], own[0]) < {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-6}[dtype]
             ring[slot] = old[slot]
@@ -406,25 +407,25 @@ def test_tq4_decode(target, dtype, model):
 def test_tq4_prefill_in_pieces(sm, dim, dtype, model):
     """Chunks without codes, within a piece of codes, up to its end, across it, and after several."""
     piece = prefill.PIECE_TILES[sm, dim].piece
-    for slots, end, tokens in ((4096, 200, 200), (4096, 300, 300), (piece, piece, 70), (131072, piece + RESIDUAL, 70),
-                               (131072, piece + RESIDUAL + 5, 70), (131072, piece + RESIDUAL + 70, 70),
-                               (131072, 2 * piece + RESIDUAL + 1, 33), (131072, 131072, 70)):  # fmt: skip
+    for slots, end, tokens in ((4096, 200, 200), (4096, 300, 300), (piece, piece, 70), (131072, piece + EXACT_WINDOW, 70),
+                               (131072, piece + EXACT_WINDOW + 5, 70), (131072, piece + EXACT_WINDOW + 70, 70),
+                               (131072, 2 * piece + EXACT_WINDOW + 1, 33), (131072, 131072, 70)):  # fmt: skip
         q, k, v = tensors(dataclasses.replace(model.full, dim=dim), dtype, tokens, end, end, scale=0.3)
-        pos, state = torch.arange(end - tokens, end, device="cuda"), tq4_state(k, v, slots, end - tokens, RESIDUAL)
+        pos, state = torch.arange(end - tokens, end, device="cuda"), tq4_state(k, v, slots, end - tokens, EXACT_WINDOW)
         with compiling_for(gpu_targets()[f"sm_{sm}"]):
             out, again = (kiln.tq4_attention(q, *state, pos, None) for _ in range(2))
-        error = relative(out, tq4_exact(q, k, v, end - tokens, RESIDUAL))
+        error = relative(out, tq4_exact(q, k, v, end - tokens, EXACT_WINDOW))
         print(f"tq4 prefill of {tokens} up to {end} of {slots}, {dtype}: {error:.1e}")
         assert error < LIMIT[dtype] and torch.equal(out, again)
 
 
-@pytest.mark.parametrize("kind", list(LAYOUTS))
-def test_quantized_embedding(kind):
-    layout = LAYOUTS[kind]
+@pytest.mark.parametrize("block_type", list(LAYOUTS))
+def test_quantized_embedding(block_type):
+    layout = LAYOUTS[block_type]
     words = torch.randint(-(1 << 31), 1 << 31, (4, layout.words, 1000), device="cuda").to(torch.int32)
     halves = torch.rand(4, layout.halves, 1000, device="cuda").to(torch.float16)
     ids = torch.randint(0, 1000, (37,), device="cuda")
-    assert torch.equal(kiln.quantized_embedding(ids, words, halves, kind), dequantize(kind, words, halves).T[ids])
+    assert torch.equal(kiln.quantized_embedding(ids, words, halves, block_type), dequantize(block_type, words, halves).T[ids])
 
 
 @pytest.mark.parametrize("vocab", [512, GEMMA4_31B.vocab])

@@ -14,20 +14,20 @@ from custom_ops.weights import linear as op
 from custom_ops.weights.layouts import LAYOUTS, dequantize, pack
 from tests.custom_ops.interpret import interpreted
 
-KINDS = list(LAYOUTS)
+TYPES = list(LAYOUTS)
 H200 = gpu_targets()["sm_90"]
 test_kernels_interpreted = interpreted(__file__)
 
 
-def random_weight(kind: str, n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def random_weight(block_type: str, n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """words, halves and the float32 matrix [n, k] by the gguf package, from random quants and scales of ordinary size."""
     random = np.random.default_rng(seed)
-    layout = LAYOUTS[kind]
+    layout = LAYOUTS[block_type]
     blocks = random.integers(0, 256, (n, k // layout.block, layout.block_bytes), dtype=np.uint8)
-    scales = slice(208, 210) if kind == "Q6_K" else slice(0, 2 * layout.halves)
+    scales = slice(208, 210) if block_type == "Q6_K" else slice(0, 2 * layout.halves)
     blocks[:, :, scales] = random.normal(0, 0.02, (n, k // layout.block, layout.halves)).astype(np.float16).view(np.uint8)
-    matrix = gguf.quants.dequantize(blocks.reshape(n, -1), gguf.GGMLQuantizationType[kind])
-    words, halves = pack(kind, blocks)
+    matrix = gguf.quants.dequantize(blocks.reshape(n, -1), gguf.GGMLQuantizationType[block_type])
+    words, halves = pack(block_type, blocks)
     return torch.from_numpy(words), torch.from_numpy(halves), matrix
 
 
@@ -40,15 +40,15 @@ def relative_error(y: torch.Tensor, x: torch.Tensor, matrix: np.ndarray) -> floa
     return float((y.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference(kind: str) -> None:
-    words, halves, matrix = random_weight(kind, 40, 512)
+@pytest.mark.parametrize("block_type", TYPES)
+def test_reference(block_type: str) -> None:
+    words, halves, matrix = random_weight(block_type, 40, 512)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
         x = random_x(3, 512, dtype)
-        y = torch.ops.kiln.quantized_linear(x, words, halves, kind)
+        y = torch.ops.kiln.quantized_linear(x, words, halves, block_type)
         assert y.dtype == dtype and y.shape == (3, 40)
         assert relative_error(y, x, matrix) < tolerance
-        part = torch.ops.kiln.quantized_linear(x, words[:, :, 8:24], halves[:, :, 8:24], kind)
+        part = torch.ops.kiln.quantized_linear(x, words[:, :, 8:24], halves[:, :, 8:24], block_type)
         assert relative_error(part, x, matrix[8:24]) < tolerance
 
 
@@ -75,8 +75,8 @@ class TwoLayers(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, kind, n, k in (("up", "Q4_K", 96, 256), ("down", "Q5_0", 80, 96)):
-            words, halves, _ = random_weight(kind, n, k)
+        for name, block_type, n, k in (("up", "Q4_K", 96, 256), ("down", "Q5_0", 80, 96)):
+            words, halves, _ = random_weight(block_type, n, k)
             self.register_buffer(f"{name}_words", words)
             self.register_buffer(f"{name}_halves", halves)
 
@@ -112,39 +112,39 @@ def test_bytes_and_operations() -> None:
 # ---- under the interpreter ----
 
 
-@pytest.mark.parametrize("kind,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2)])
-def interpreted_few_tokens(kind: str, k: int, tokens: int) -> None:
+@pytest.mark.parametrize("block_type,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2)])
+def interpreted_few_tokens(block_type: str, k: int, tokens: int) -> None:
     """In fixed point: also K that the usual number of groups at a time does not divide, and rows that no program's rows divide."""
-    words, halves, matrix = random_weight(kind, 70, k)
+    words, halves, matrix = random_weight(block_type, 70, k)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):  # the interpreter truncates to bfloat16
         x = random_x(tokens, k, dtype)
         with compiling_for(dataclasses.replace(H200, sm_count=1)):
-            y = torch.ops.kiln.quantized_linear(x, words, halves, kind)
+            y = torch.ops.kiln.quantized_linear(x, words, halves, block_type)
         assert y.dtype == dtype and y.shape == (tokens, 70)
         assert relative_error(y, x, matrix) < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def interpreted_dequantize(kind: str) -> None:
+@pytest.mark.parametrize("block_type", TYPES)
+def interpreted_dequantize(block_type: str) -> None:
     """Bit for bit, also of a slice that no program's rows divide."""
-    words, halves, matrix = random_weight(kind, 300, 256)
+    words, halves, matrix = random_weight(block_type, 300, 256)
     for cut in (slice(0, 256), slice(7, 290)):
         expected = torch.from_numpy(matrix[cut]).T
-        assert torch.equal(op.dequantized(words[:, :, cut], halves[:, :, cut], kind, torch.float32, words), expected)
-        assert torch.equal(expected, dequantize(kind, words[:, :, cut], halves[:, :, cut]))
-    rounded = op.dequantized(words[:, :, cut], halves[:, :, cut], kind, torch.bfloat16, words)
+        assert torch.equal(op.dequantized(words[:, :, cut], halves[:, :, cut], block_type, torch.float32, words), expected)
+        assert torch.equal(expected, dequantize(block_type, words[:, :, cut], halves[:, :, cut]))
+    rounded = op.dequantized(words[:, :, cut], halves[:, :, cut], block_type, torch.bfloat16, words)
     torch.testing.assert_close(rounded.float(), expected, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_0"])
-def interpreted_many_tokens(kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q5_0"])
+def interpreted_many_tokens(block_type: str, monkeypatch) -> None:
     """Dequantized in two chunks along N, the second shorter, and multiplied."""
-    words, halves, matrix = random_weight(kind, 300, 256)
+    words, halves, matrix = random_weight(block_type, 300, 256)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
         monkeypatch.setattr(op, "MAX_SCRATCH_BYTES", 256 * 256 * dtype.itemsize)
         assert op.chunk_rows(300, 256, dtype.itemsize) == 256
         x = random_x(op.MAX_GEMV_TOKENS + 4, 256, dtype)
         with compiling_for(dataclasses.replace(H200, sm_count=1)):
-            y = torch.ops.kiln.quantized_linear(x, words, halves, kind)
+            y = torch.ops.kiln.quantized_linear(x, words, halves, block_type)
         assert y.dtype == dtype and y.shape == (12, 300)
         assert relative_error(y, x, matrix) < tolerance

@@ -69,7 +69,7 @@ def test_bytes_and_operations() -> None:
 # ---- under the interpreter ----
 
 SMALL = MatmulTile(16, 32, 16, 4, 3, 2, tma=True)
-KINDS = {
+TYPES = {
     "tma": SMALL,
     "halves": dataclasses.replace(SMALL, halves=True),
     "few": dataclasses.replace(SMALL, rows=64, few=(16, 16, 16, 2)),
@@ -80,10 +80,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def interpreted_every_way(kind: str, transposed: bool) -> None:
+@pytest.mark.parametrize("block_type", TYPES)
+def interpreted_every_way(block_type: str, transposed: bool) -> None:
     """Within a wider result; sizes that no tile divides; fewer tiles than programs, as many, and several waves. Rows stay the same."""
-    n, k, tile = 104, 72, KINDS[kind]
+    n, k, tile = 104, 72, TYPES[block_type]
     for dtype, tolerance in ((torch.bfloat16, 8e-3), (torch.float32, 1e-6)):  # the interpreter truncates to bfloat16
         x, w = operands(130, n, k, dtype)
         rows = []
@@ -103,7 +103,7 @@ def interpreted_choice(monkeypatch) -> None:
     into = matmul.multiply_into
     monkeypatch.setattr(matmul, "multiply_into", lambda *arguments: (launched.append(arguments[3]), into(*arguments)))
     monkeypatch.setattr(linear, "MAX_SCRATCH_BYTES", 256 * 256 * 2)
-    monkeypatch.setitem(TILES, 90, KINDS["tma"])
+    monkeypatch.setitem(TILES, 90, TYPES["tma"])
     words, halves, matrix = random_weight("Q4_K", 304, 256)
     x, w = operands(12, 40, 256, torch.bfloat16)
     for choice in matmul.CHOICES:

@@ -22,7 +22,7 @@ from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import random_weight
 from tests.custom_ops.test_prepare import Inputs, rings
 from tests.custom_ops.test_sample import arguments
-from tests.custom_ops.test_tq4_decode import RESIDUAL, SLOTS, cache, projections
+from tests.custom_ops.test_tq4_decode import EXACT_WINDOW, SLOTS, cache, projections
 
 test_kernels_interpreted = interpreted(__file__)
 
@@ -57,22 +57,22 @@ def fixed_point() -> None:
 def products() -> None:
     """From an activation, from a norm's sums, from a weight; every way a product may end."""
     zeros = torch.zeros(gemv.COUNTERS, dtype=torch.int32)
-    for kind in ("Q6_K",) if triton.knobs.runtime.interpret else ("Q4_K", "Q6_K", "Q8_0"):
-        words, halves, _ = random_weight(kind, 512, 256)
+    for block_type in ("Q6_K",) if triton.knobs.runtime.interpret else ("Q4_K", "Q6_K", "Q8_0"):
+        words, halves, _ = random_weight(block_type, 512, 256)
         x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
         good, squares = quantize(x, 2), torch.tensor([NAN, 1.0])
         x[0, 200] = INF
         for fixed, given in ((quantize(x, 2), None), (good, squares)):
-            assert nan(dequantize(kiln.fixed_glu(fixed, words, halves, kind, zeros, given, EPS)))
+            assert nan(dequantize(kiln.fixed_glu(fixed, words, halves, block_type, zeros, given, EPS)))
             cut = words[:, :, :64], halves[:, :, :64]
-            y, left = kiln.fixed_linear_squares(fixed, *cut, kind, zeros, given, EPS)
-            assert nan(y) and nan(left.sum()) and nan(kiln.fixed_linear(fixed, *cut, kind, zeros, given, EPS))
-            assert nan(kiln.fixed_partials(fixed, *cut, kind, given, EPS).sum(0))
+            y, left = kiln.fixed_linear_squares(fixed, *cut, block_type, zeros, given, EPS)
+            assert nan(y) and nan(left.sum()) and nan(kiln.fixed_linear(fixed, *cut, block_type, zeros, given, EPS))
+            assert nan(kiln.fixed_partials(fixed, *cut, block_type, given, EPS).sum(0))
         halves = halves.clone()
         halves[0, 0, 300] = NAN
-        y = kiln.fixed_linear(good, words[:, :, 256:320], halves[:, :, 256:320], kind, zeros)
+        y = kiln.fixed_linear(good, words[:, :, 256:320], halves[:, :, 256:320], block_type, zeros)
         assert nan(y[:, 44]) and finite(y[:, :44]) and finite(y[:, 45:])
-        y = dequantize(kiln.fixed_glu(good, words, halves, kind, zeros))  # 300 is value 44: its group
+        y = dequantize(kiln.fixed_glu(good, words, halves, block_type, zeros))  # 300 is value 44: its group
         assert nan(y[:, 32:64]) and finite(y[:, :32]) and finite(y[:, 64:])
 
 
@@ -137,7 +137,7 @@ def tq4_codec() -> None:
 
 
 def tq4_decode() -> None:
-    """From the projections, from a code's scale, from the residual."""
+    """From the projections, from a code's scale, from the exact window."""
     heads, kv_heads, dim, pos = 4, 2, 64, 70
     for where in range(7):
         raw, caches = list(projections(heads, kv_heads, dim, 3, 2, 1)), cache(kv_heads, dim, pos, 1)
@@ -146,7 +146,7 @@ def tq4_decode() -> None:
         elif where < 5:
             caches[1 + 2 * (where - 3)][0, 11] = NAN
         else:
-            caches[where - 1][(pos - 4) % RESIDUAL, 0, 5] = NAN
+            caches[where - 1][(pos - 4) % EXACT_WINDOW, 0, 5] = NAN
         y = dequantize(kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, 2)).view(heads, dim)
         rest = y[1:] if where == 0 else y[2:]
         assert finite(rest) and nan(y[0, :32]) and (where == 6 or nan(y[: heads - len(rest)]))
@@ -166,7 +166,7 @@ def attention_of_a_chunk() -> None:
                 (q, k, v)[where][-1 if where == 0 else 10, 0, 3] = NAN
                 pos = torch.arange(first, end)
                 everything = [torch.cat([x, torch.zeros(5, 2, 64, dtype=dtype)]) for x in (k, v)]
-                coded = tq4_cache.state(k, v, SLOTS, first, RESIDUAL)
+                coded = tq4_cache.state(k, v, SLOTS, first, EXACT_WINDOW)
                 ring = [x[first - 32 : first].roll(first, 0) for x in (k, v)]  # the key at 10 is older than the window
                 outs = [kiln.global_attention(q, *everything, pos, None), kiln.tq4_attention(q, *coded, pos, None)]
                 for out in outs:

@@ -147,7 +147,7 @@ def test_write_touches_its_slots_only() -> None:
         assert torch.equal(c[:, :4], b[:, :4]) and torch.equal(c[:, 7:], b[:, 7:])
 
 
-RESIDUAL = 8
+EXACT_WINDOW = 8
 
 
 def vectors_of(heads: int, kv_heads: int, tokens: int, end: int, dim: int = 64) -> tuple[torch.Tensor, ...]:
@@ -160,11 +160,11 @@ def vectors_of(heads: int, kv_heads: int, tokens: int, end: int, dim: int = 64) 
 def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int) -> None:
     """Garbage in every slot that is not read."""
     q, k, v = vectors_of(heads, kv_heads, tokens, first + tokens)
-    out = tq4_attention(q, *tq4_cache.state(k, v, 24, first, RESIDUAL), torch.arange(first, first + tokens), None)
-    torch.testing.assert_close(out.double(), tq4_cache.exact(q, k, v, first, RESIDUAL), rtol=1e-5, atol=2e-6)
+    out = tq4_attention(q, *tq4_cache.state(k, v, 24, first, EXACT_WINDOW), torch.arange(first, first + tokens), None)
+    torch.testing.assert_close(out.double(), tq4_cache.exact(q, k, v, first, EXACT_WINDOW), rtol=1e-5, atol=2e-6)
 
 
-def test_a_residual_longer_than_the_sequence_is_exact_attention() -> None:
+def test_a_exact_window_longer_than_the_sequence_is_exact_attention() -> None:
     q, k, v = vectors_of(4, 2, 12, 12)
     out = tq4_attention(q, *tq4_cache.state(k, v, 16, 0, 32), torch.arange(12), None)
     torch.testing.assert_close(out, attend(q, k, v, torch.ones(12, 12).tril().bool()), rtol=1e-5, atol=2e-6)
@@ -181,21 +181,21 @@ def test_attention_is_close_to_that_over_the_original_vectors() -> None:
 def test_garbage_and_kv_len_change_nothing() -> None:
     q, k, v = vectors_of(4, 2, 3, 20)
     pos, kv_len = torch.arange(17, 20), torch.tensor([20], dtype=torch.int32)
-    own_k, own_v, *caches, k_ring, v_ring = tq4_cache.state(k, v, 24, 17, RESIDUAL)
+    own_k, own_v, *caches, k_ring, v_ring = tq4_cache.state(k, v, 24, 17, EXACT_WINDOW)
     expected = tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, None)
     assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, kv_len), expected)
     for value in (1000.0, float("nan"), float("inf")):
         for c in caches:
             c[:, 12:] = 0x5A5A if c.dtype == torch.int16 else value
         for ring in (k_ring, v_ring):
-            ring[17 % RESIDUAL] = value  # position 9, which the query at 17 reads in code
+            ring[17 % EXACT_WINDOW] = value  # position 9, which the query at 17 reads in code
         assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, kv_len), expected)
         assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, None), expected)
 
 
 def play(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output of every query, fed in chunks as the lowered graph does, and the caches in the end."""
-    caches, rings = empty_cache(2, 32, 64), [torch.full((RESIDUAL, 2, 64), float("nan")) for _ in range(2)]
+    caches, rings = empty_cache(2, 32, 64), [torch.full((EXACT_WINDOW, 2, 64), float("nan")) for _ in range(2)]
     outs, start = [], 0
     for size in chunks:
         pos = torch.arange(start, start + size)
@@ -204,7 +204,7 @@ def play(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[int]) -
         outs.append(tq4_attention(q[pos], *own, *caches, *rings, pos, None))
         for ring, x in zip(rings, own, strict=True):
             for i in range(size):
-                ring[(start + i) % RESIDUAL] = x[i]
+                ring[(start + i) % EXACT_WINDOW] = x[i]
         start += size
     return torch.cat(outs), caches + rings
 
@@ -224,9 +224,9 @@ def test_wrong_arguments_are_refused() -> None:
     rings, pos = (torch.zeros(8, 2, 64), torch.zeros(8, 2, 64)), torch.tensor([0])
     with pytest.raises(ValueError, match="tq4_attention: q is"):
         tq4_attention(q[:, :3], k, v, *cache, *rings, pos, None)
-    with pytest.raises(ValueError, match=r"tq4_attention: residual \(8, 2, 64\), \(7, 2, 64\); expected \[R, 2, 64\]"):
+    with pytest.raises(ValueError, match=r"tq4_attention: exact window \(8, 2, 64\), \(7, 2, 64\); expected \[R, 2, 64\]"):
         tq4_attention(q, k, v, *cache, rings[0], rings[1][:7], pos, None)
-    with pytest.raises(ValueError, match="tq4_attention: q, k, v are torch.float32, .* the residual torch.float16; expected one dtype"):
+    with pytest.raises(ValueError, match="tq4_attention: q, k, v are torch.float32, .* exact window torch.float16; expected one dtype"):
         tq4_attention(q, k, v, *cache, rings[0].half(), rings[1].half(), pos, None)
     with pytest.raises(ValueError, match="head dimension 96"):
         codec.encode(random(1, 2, 96))
@@ -241,13 +241,13 @@ class Model(torch.nn.Module):
         super().__init__()
         for name, tensor in zip(("k_codes", "k_scales", "v_codes", "v_scales"), empty_cache(2, 16, 64), strict=True):
             self.register_buffer(name, tensor)
-        for name in ("k_residual", "v_residual"):
+        for name in ("k_exact", "v_exact"):
             self.register_buffer(name, torch.zeros(4, 2, 64))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         caches = (self.k_codes, self.k_scales, self.v_codes, self.v_scales)
         torch.ops.kiln.tq4_write(*caches, k, v, pos)
-        return torch.ops.kiln.tq4_attention(q, k, v, *caches, self.k_residual, self.v_residual, pos, (pos[-1:] + 1).to(torch.int32))
+        return torch.ops.kiln.tq4_attention(q, k, v, *caches, self.k_exact, self.v_exact, pos, (pos[-1:] + 1).to(torch.int32))
 
 
 def test_export_keeps_the_ops_whole() -> None:

@@ -21,7 +21,7 @@ if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
 
 EPS = 1e-6
-SLOTS, RESIDUAL = 90, 32
+SLOTS, EXACT_WINDOW = 90, 32
 H200 = gpu_targets()["sm_90"]
 LOSS = {1: 1.2e-2, 2: 6e-5, 3: 3e-6}  # relative, of the output in so many bytes
 kiln = torch.ops.kiln
@@ -38,10 +38,10 @@ def projections(heads: int, kv_heads: int, dim: int, parts: int, v_parts: int, s
 
 
 def cache(kv_heads: int, dim: int, length: int, seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Codes, scales and residual with `length` vectors, garbage elsewhere."""
+    """Codes, scales and exact window with `length` vectors, garbage elsewhere."""
     g = torch.Generator().manual_seed(seed)
     k, v = ((torch.randn(length, kv_heads, dim, generator=g) * dim**-0.25).to(dtype) for _ in range(2))
-    return [t for x in (k, v) for t in tq4_cache.codes_of(x, SLOTS, length)] + [tq4_cache.ring_of(x, length, RESIDUAL) for x in (k, v)]
+    return [t for x in (k, v) for t in tq4_cache.codes_of(x, SLOTS, length)] + [tq4_cache.ring_of(x, length, EXACT_WINDOW) for x in (k, v)]
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -49,13 +49,13 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: int, terms: int, dtype: torch.dtype = torch.float32) -> None:
-    """Against norm, rotary embedding, encoding and attention in plain torch, over the codes and the residual that were written."""
+    """Against norm, rotary embedding, encoding and attention in plain torch, over the codes and the exact window that were written."""
     raw, caches = projections(heads, kv_heads, dim, parts, v_parts, pos), cache(kv_heads, dim, pos, pos, dtype)
     before, at = [t.clone() for t in caches], torch.tensor([pos])
     out = kiln.tq4_decode(*raw, *caches, at, EPS, terms)
     q, *written = prepare.prepare_reference(*raw, EPS, torch.float32)
     assert out.dtype == torch.int32 and out.shape == (1, heads * dim // 32, fixed_point.group_words(terms))
-    stored = [ring[at % RESIDUAL].clone() for ring in caches[4:]]
+    stored = [ring[at % EXACT_WINDOW].clone() for ring in caches[4:]]
     expected = attention.reference(q.double(), *stored, *caches[:4], *before[4:], at, None).flatten(1)
     found = fixed_point.dequantize(out).double()
     limit, rounding = {torch.float32: (LOSS[terms], 1e-5), torch.float16: (1e-3, 1e-3), torch.bfloat16: (1e-2, 8e-3)}[dtype]
@@ -68,9 +68,9 @@ def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: in
         assert (codec.decode(codes[:, pos], scales[:, pos]) - exact).norm() / exact.norm() < 5e-3
         assert torch.equal(codes[:, others], before[2 * i][:, others])
         assert torch.equal(bits(scales[:, others]), bits(before[2 * i + 1][:, others]))
-    others = [s for s in range(RESIDUAL) if s != pos % RESIDUAL]
+    others = [s for s in range(EXACT_WINDOW) if s != pos % EXACT_WINDOW]
     for ring, old, x in zip(caches[4:], before[4:], written, strict=True):
-        torch.testing.assert_close(ring[pos % RESIDUAL].float(), x[0], rtol=rounding, atol=1e-5)
+        torch.testing.assert_close(ring[pos % EXACT_WINDOW].float(), x[0], rtol=rounding, atol=1e-5)
         assert torch.equal(bits(ring[others]), bits(old[others]))
 
 
@@ -95,7 +95,7 @@ def interpreted_kernels(heads: int, kv_heads: int, dim: int, parts: int, v_parts
 
 
 @pytest.mark.parametrize("pos", [0, 31, 70])
-def interpreted_residual_of_16_bits(pos: int) -> None:
+def interpreted_exact_window_of_16_bits(pos: int) -> None:
     for sms in (1, 8):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
             for dtype in (torch.float16, torch.bfloat16):
@@ -108,13 +108,13 @@ def test_wrong_arguments_are_named() -> None:
         kiln.tq4_decode(raw[0], raw[1][:, :64], *raw[2:], *caches, pos, EPS, 2)
     with pytest.raises(ValueError, match=r"tq4_decode: k has 128 elements, k_codes is \(1, 90, 16\); expected \[KV, S, D/4\], D 64"):
         kiln.tq4_decode(*raw, *(t[:1] for t in caches), pos, EPS, 2)
-    with pytest.raises(ValueError, match=r"tq4_decode: residual \(32, 1, 64\), \(32, 2, 64\); expected \[R, 2, 64\]"):
+    with pytest.raises(ValueError, match=r"tq4_decode: exact window \(32, 1, 64\), \(32, 2, 64\); expected \[R, 2, 64\]"):
         kiln.tq4_decode(*raw, *caches[:4], caches[4][:, :1], caches[5], pos, EPS, 2)
     with pytest.raises(ValueError, match="tq4: head dimension 32; expected 64, 128, 256 or 512"):
         kiln.tq4_decode(*projections(4, 2, 32, 1, 1, 0), *cache(2, 64, 3, 0), pos, EPS, 2)
 
 
-NAMES = ("k_codes", "k_scales", "v_codes", "v_scales", "k_residual", "v_residual")
+NAMES = ("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact")
 
 
 class Layer(torch.nn.Module):

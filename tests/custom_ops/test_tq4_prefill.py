@@ -22,25 +22,25 @@ SM_90 = gpu_targets()["sm_90"]
 SMALL = PrefillTile(rows=16, keys=16, warps=4, stages=2, piece=64)
 
 
-def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int, residual: int = 32,
+def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int = 32,
             limit: float = 1e-3) -> None:
     """Queries at positions first.. of a cache of k and v, all as float16, garbage beyond them: the result is exact to `limit`."""
     q, k, v = (x.to(torch.float16) for x in (q, k, v))
     pos = torch.arange(first, first + q.shape[0])
     with pytest.MonkeyPatch.context() as patch, compiling_for(SM_90):
         patch.setitem(prefill.PIECE_TILES, (SM_90.sm, q.shape[2]), tile)
-        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, residual), pos, None)
-    assert error(out, tq4_cache.exact(q, k, v, first, residual)) < limit
+        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, exact_window), pos, None)
+    assert error(out, tq4_cache.exact(q, k, v, first, exact_window)) < limit
 
 
 def check(tile: PrefillTile, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int, size: float = 1.0,
-          residual: int = 32) -> None:
+          exact_window: int = 32) -> None:
     generator = torch.Generator().manual_seed(first + tokens)
     end = first + tokens
     q, k, v = (random(generator, torch.float32, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
     k = k * torch.linspace(0.1, 2, end)[:, None, None]  # scales that differ from key to key
     v = v * torch.linspace(3, 0.2, end)[:, None, None] * size
-    compare(tile, q, k, v, slots, first, residual)
+    compare(tile, q, k, v, slots, first, exact_window)
 
 
 @pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (0, 33), (5, 2), (31, 2), (31, 33), (32, 2), (82, 17), (96, 2), (94, 2),
@@ -51,11 +51,11 @@ def interpreted_chunks_across_pieces(first: int, tokens: int) -> None:
     check(SMALL, 64, 3, 1, 201, first, tokens)
 
 
-def interpreted_residuals() -> None:
+def interpreted_exact_windows() -> None:
     """As long as a piece, longer, and longer than the cache."""
-    for residual in (64, 96, 224):
-        for first, tokens in ((0, 70), (residual - 1, 3), (150, 40)):
-            check(SMALL, 64, 2, 1, max(192, first + tokens), first, tokens, residual=residual)
+    for exact_window in (64, 96, 224):
+        for first, tokens in ((0, 70), (exact_window - 1, 3), (150, 40)):
+            check(SMALL, 64, 2, 1, max(192, first + tokens), first, tokens, exact_window=exact_window)
 
 
 @pytest.mark.parametrize("rows, keys", [(32, 16), (32, 32), (16, 64)])
@@ -85,7 +85,7 @@ def interpreted_a_query_of_zeros() -> None:
 
 @pytest.mark.parametrize("strong", [{3: 4}, {70: 4}, {140: 4}, {175: 4}, {3: 3, 70: 4}, {70: 4, 140: 3}, {3: 4, 175: 3}])
 def interpreted_scores_beyond_the_resolution_of_float32(strong: dict[int, float]) -> None:
-    """One key takes all the weight, in the first piece, a middle one, the last or the residual, with or without a runner-up elsewhere."""
+    """One key takes all the weight, in the first piece, a middle one, the last or the exact window, with or without a runner-up."""
     generator = torch.Generator().manual_seed(1)
     k, v = (torch.randn(180, 1, 64, generator=generator) for _ in range(2))
     q = torch.randn(2, 2, 64, generator=generator)

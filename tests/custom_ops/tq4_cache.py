@@ -1,4 +1,4 @@
-"""TQ4 caches with a residual, and attention over them in float64 loops that share nothing with the ops; used by the tests."""
+"""TQ4 caches with an exact window, and attention over them in float64 loops that share nothing with the ops; used by the tests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def codes_of(x: torch.Tensor, slots: int, used: int) -> list[torch.Tensor]:
     return [all_codes, all_scales]
 
 
-def ring_of(x: torch.Tensor, first: int, residual: int) -> torch.Tensor:
-    """The residual before position `first`, [R, KV, D]: garbage in every slot that no query from `first` on may read."""
+def ring_of(x: torch.Tensor, first: int, exact_window: int) -> torch.Tensor:
+    """The exact window before position `first`, [R, KV, D]: garbage in every slot that no query from `first` on may read."""
     garbage = torch.tensor([float("nan"), float("inf"), -1e30, 1000.0]).to(x.dtype)
-    ring = garbage.repeat(x.shape[2] // 4).expand(residual, *x.shape[1:]).clone()
-    for p in range(max(first - residual + 1, 0), first):
-        ring[p % residual] = x[p]
+    ring = garbage.repeat(x.shape[2] // 4).expand(exact_window, *x.shape[1:]).clone()
+    for p in range(max(first - exact_window + 1, 0), first):
+        ring[p % exact_window] = x[p]
     return ring
 
 
-def state(k: torch.Tensor, v: torch.Tensor, slots: int, first: int, residual: int) -> tuple[torch.Tensor, ...]:
+def state(k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int) -> tuple[torch.Tensor, ...]:
     """What `tq4_attention` takes after q, up to pos, for queries at positions first .. N - 1 of k and v [N, KV, D].
 
     Garbage wherever no query reads, the codes of the newest positions included.
     """
-    coded = max(k.shape[0] - residual, 0)
+    coded = max(k.shape[0] - exact_window, 0)
     codes = [t for x in (k, v) for t in codes_of(x, slots, coded)]
-    rings = [ring_of(x, first, residual) for x in (k, v)]
+    rings = [ring_of(x, first, exact_window) for x in (k, v)]
     return k[first:].clone(), v[first:].clone(), *codes, *rings
 
 
@@ -42,14 +42,14 @@ def decoded(x: torch.Tensor) -> torch.Tensor:
     return codec.unrotate(codec.decode_rotated(codes, scales).double())
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, residual: int) -> torch.Tensor:
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, exact_window: int) -> torch.Tensor:
     """Attention of q [T, H, D] from position `first` on to k and v [N, KV, D], in float64, one query head at a time."""
     out = torch.empty(q.shape, dtype=torch.float64)
     group = q.shape[1] // k.shape[1]
     k_coded, v_coded = decoded(k), decoded(v)
     for t in range(q.shape[0]):
         p = first + t
-        old = max(p - residual + 1, 0)  # the first position that is read exactly
+        old = max(p - exact_window + 1, 0)  # the first position that is read exactly
         for h in range(q.shape[1]):
             keys, values = (
                 torch.cat([coded[:old, h // group], x[old : p + 1, h // group].double()]) for coded, x in ((k_coded, k), (v_coded, v))

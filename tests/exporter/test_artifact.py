@@ -142,7 +142,7 @@ def test_manifest(artifacts):
     assert record["targets"][0]["shortfalls"] == [] and record["targets"][0]["borrowed"] == {}
     assert record["format_version"] == 2 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
     assert record["residual_length"] == 32 and json.loads((artifacts["plain"] / "manifest.json").read_text())["residual_length"] is None
-    rings = [kv for kv in record["kv"] if kv["name"].endswith("_residual")]
+    rings = [kv for kv in record["kv"] if kv["name"].endswith("_exact")]
     assert [(kv["kind"], kv["dtype"], kv["shape"][0]) for kv in rings] == [("ring", "float32", 32)] * 4
     assert re.search("pass    turboquant .* 2/2 +residual length 32\n", kiln("inspect", artifacts["tq4"]).stdout)
     fused = {q["name"]: q for q in record["quantization"]}

@@ -58,7 +58,7 @@ def test_rates(record):
 
 
 def test_costs_of_the_artifact(record, artifacts):
-    """The tied head is read with everything else; a ring of 16 slots is full at every depth, the residual of 32 from the second on."""
+    """The tied head is read with everything else; a ring of 16 slots is full at every depth, the exact window of 32 from the second on."""
     manifest = json.loads((artifacts["tq4"] / "manifest.json").read_text())
     memory = record["memory"]
     assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
@@ -67,10 +67,10 @@ def test_costs_of_the_artifact(record, artifacts):
     for row in record["depths"]:
         assert row["decode"]["weight_bytes"] == memory["weights"]
         middle = row["decode"]["start"] + 4
-        residual = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_residual"))
-        assert manifest["residual_length"] == 32 and 0 < residual < ring
-        read = memory["kv_global"] * max(middle - 32, 0) // 96 + residual * min(middle, 32) // 32
-        assert row["decode"]["kv_bytes"] == ring - residual + read
+        exact_window = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_exact"))
+        assert manifest["residual_length"] == 32 and 0 < exact_window < ring
+        read = memory["kv_global"] * max(middle - 32, 0) // 96 + exact_window * min(middle, 32) // 32
+        assert row["decode"]["kv_bytes"] == ring - exact_window + read
 
 
 def test_table_and_default_depths(artifacts):
@@ -130,7 +130,7 @@ def big(tmp_path_factory) -> dict:
     sizes = {c.name: torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(config, plan)}
     return {
         "constants": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "quantization": [{"name": p.name, "type": p.kind, "shape": [p.N, p.K]} for p in plan if p.K],
+        "quantization": [{"name": p.name, "type": p.block_type, "shape": [p.N, p.K]} for p in plan if p.K],
         "config": config.to_dict(),
         "max_seq_len": SLOTS,
         "residual_length": 256,
@@ -141,10 +141,10 @@ def big(tmp_path_factory) -> dict:
 def test_costs_of_the_31b(big):
     """Against counts made by hand: 10 global layers of 4 x 512, 50 sliding ones of 16 x 256."""
     assert bench.weight_bytes(big) == pytest.approx(18.67e9, rel=1e-3)
-    ring, residual = 50 * 2 * 1024 * 16 * 256 * 2, 10 * 2 * 256 * 4 * 512 * 2
-    assert bench.kv_bytes(big, SLOTS) == ring + residual + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
-    assert bench.kv_bytes(big, 512) == ring // 2 + residual + 10 * 2 * 256 * 4 * (256 + 2)
-    assert bench.kv_bytes(big, 128) == ring // 8 + residual // 2
+    ring, exact_window = 50 * 2 * 1024 * 16 * 256 * 2, 10 * 2 * 256 * 4 * 512 * 2
+    assert bench.kv_bytes(big, SLOTS) == ring + exact_window + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 512) == ring // 2 + exact_window + 10 * 2 * 256 * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 128) == ring // 8 + exact_window // 2
     layers = 2 * 5376 * (50 * (16384 + 8192) + 10 * (18432 + 16384) + 60 * 3 * 21504)
     head = 2 * 262144 * 5376
     sliding, full = 50 * 4 * 32 * 256, 10 * 4 * 32 * 512

@@ -179,7 +179,7 @@ def test_residual_length(tmp_path, options, newest):
     assert line.endswith(f"(sliding layers{newest}, float32)"), line
 
 
-def test_the_plan_counts_the_residual():
+def test_the_plan_counts_the_exact_window():
     """Keys and values of the newest positions of every global layer, in float32 on a CPU, among the rings."""
     plans = {}
     for turboquant in (False, True):
@@ -223,7 +223,7 @@ def test_dry_run_of_the_31b(tmp_path):
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert "17.3" in lines["weights"] or "17.4" in lines["weights"]
     assert float(result.stdout.split("KV global")[1].split()[0]) == pytest.approx(2.52, abs=0.03)
-    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the residual
+    assert float(result.stdout.split("KV ring")[1].split()[0]) == pytest.approx(0.80, abs=0.01)  # 0.02 of it the exact window
     assert lines["blk.0.attn_qk"].split()[1] == "Q4_K" and lines["blk.0.attn_v"].split()[1] == "Q6_K"
     assert not (tmp_path / "out").exists()
     assert 100 << 20 < peak < 1 << 30  # PyTorch alone is several hundred MiB

@@ -74,7 +74,7 @@ def test_caches_are_what_is_asked_for(kv_cache: str) -> None:
     file = "gemma4-tiny-dense-wide-Q4_K_M.gguf" if kv_cache == "tq4" else "gemma4-tiny-dense.gguf"
     player = pl.graph_player(read_plan(FIXTURES / file), kv_cache, 32, "cpu")
     rings = {ring.dtype for ring in player._rings}
-    assert len(player._rings) == (12 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the residual of 2 global ones
+    assert len(player._rings) == (12 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the exact window of 2 global ones
     assert rings == {{"f16": torch.float16, "bf16": torch.bfloat16}.get(kv_cache, torch.float32)}
     with pytest.raises(KilnError, match="a bfloat16 cache does not go with float32 activations"):
         pl.graph_player(read_plan(TINY), "bf16", 32, "cpu", "float32")
@@ -176,7 +176,7 @@ def test_the_bounds_notice(fault: str, exact: pl.GraphPlayer, quantized: pl.Grap
 def test_passkeys(exact: pl.GraphPlayer, quantized: pl.GraphPlayer, stack: ev.Haystack, monkeypatch) -> None:
     assert all(ev.retrieve(exact, stack))
     assert all(ev.retrieve(quantized, stack))
-    encode = codec.encode  # a cache that forgets: the answers are not in the question, two are in the residual
+    encode = codec.encode  # a cache that forgets: the answers are not in the question, two are in the exact window
     monkeypatch.setattr(codec, "encode", lambda x: encode(torch.ones_like(x)))
     assert sum(ev.retrieve(quantized, stack)) == 2
 

@@ -95,7 +95,7 @@ def test_quantized_model_is_the_float_model_of_its_values(mix, tmp_path):
     quantized.load_state_dict(weights(path, tmp_path), strict=False)
 
     file = open_gguf(path)
-    plan = [dataclasses.replace(p, kind="F32") if p.K else p for p in spec.plan]
+    plan = [dataclasses.replace(p, block_type="F32") if p.K else p for p in spec.plan]
     plain = dataclasses.replace(spec, plan=tuple(plan)).model()
     state = weights(path, tmp_path)
     for p in plan:

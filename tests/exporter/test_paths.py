@@ -120,7 +120,7 @@ def test_make_passes_paths_whole(tmp_path):
 
 def test_workers_of_the_gpu_tests_are_counted():
     """Before make 4.4 its own shell does not see what it exports: what asks Python stands in the recipe."""
-    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}  # below another make it would name its folder last
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}  # below make it names its folder last
     (recipe,) = subprocess.run(["make", "-n", "test-gpu", f"PY={sys.executable}", "WORKERS=7"], capture_output=True, text=True, cwd=ROOT,
                                env=outside).stdout.splitlines()[-1:]  # fmt: skip
     shown = subprocess.run(["sh", "-c", recipe.replace('"$PY" -m pytest', "echo", 1)], capture_output=True, text=True,

@@ -16,7 +16,7 @@ from exporter.tools.quantize import quantize, quantized_plan, to_float, write_qu
 from exporter.tools.synth import synth_plan, write_synthetic
 from tests.gguf_files import rewrite
 
-KINDS = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 # Largest relative error (root mean square) on normal values: a uniform quantizer of that many levels, and a little slack.
 BOUND = {"Q4_0": 0.090, "Q5_0": 0.045, "Q8_0": 0.006, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.020}
 
@@ -29,32 +29,32 @@ def values(rows: int = 24, columns: int = 1024, seed: int = 0) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def restored(kind: str, blocks: np.ndarray) -> np.ndarray:
-    return quants.dequantize(blocks, GGMLQuantizationType[kind])
+def restored(block_type: str, blocks: np.ndarray) -> np.ndarray:
+    return quants.dequantize(blocks, GGMLQuantizationType[block_type])
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "BF16"])
-def test_bits_equal_the_gguf_package(kind: str) -> None:
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "BF16"])
+def test_bits_equal_the_gguf_package(block_type: str) -> None:
     x = values(seed=1)
     x[3, :64] = 0  # a whole block of zeros has the scale 0
     x[5, 7] = 1e-8
-    np.testing.assert_array_equal(quantize(kind, x), quants.quantize(x, GGMLQuantizationType[kind]))
+    np.testing.assert_array_equal(quantize(block_type, x), quants.quantize(x, GGMLQuantizationType[block_type]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_error_bound(kind: str) -> None:
+@pytest.mark.parametrize("block_type", TYPES)
+def test_error_bound(block_type: str) -> None:
     x = np.random.default_rng(2).standard_normal((64, 1024)).astype(np.float32) * np.float32(0.02)
-    error = restored(kind, quantize(kind, x)) - x
-    assert np.sqrt(np.square(error).mean()) / x.std() < BOUND[kind]
+    error = restored(block_type, quantize(block_type, x)) - x
+    assert np.sqrt(np.square(error).mean()) / x.std() < BOUND[block_type]
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_search_beats_plain_rounding(kind: str) -> None:
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q5_K", "Q6_K"])
+def test_search_beats_plain_rounding(block_type: str) -> None:
     """The search must pay: less error than the largest value as the scale, in every matrix of a few shapes of distribution."""
-    plain = {"Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": None}[kind]
+    plain = {"Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": None}[block_type]
     for seed in range(3):
         x = values(seed=seed)
-        error = np.square(restored(kind, quantize(kind, x)) - x).mean(1)
+        error = np.square(restored(block_type, quantize(block_type, x)) - x).mean(1)
         if plain:
             reference = np.square(restored(plain, quantize(plain, x)) - x).mean(1)
         else:  # 6 bits with the group's largest magnitude at -32
@@ -65,8 +65,8 @@ def test_search_beats_plain_rounding(kind: str) -> None:
         assert (error < reference * 1.05).all()
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_edges(kind: str) -> None:
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q5_K", "Q6_K"])
+def test_edges(block_type: str) -> None:
     """Zeros stay zeros, a constant and one-sided values are kept within a step, one outlier does not hurt its neighbours' groups."""
     x = np.zeros((6, 256), np.float32)
     x[1] = 0.75
@@ -75,8 +75,8 @@ def test_edges(kind: str) -> None:
     x[4] = np.linspace(-2, -1, 256)
     x[5] = np.random.default_rng(0).standard_normal(256) * 0.01
     x[5, 0] = 5
-    y = restored(kind, quantize(kind, x))
-    levels = {"Q4_K": 15, "Q5_K": 31, "Q6_K": 32}[kind]
+    y = restored(block_type, quantize(block_type, x))
+    levels = {"Q4_K": 15, "Q5_K": 31, "Q6_K": 32}[block_type]
     assert (y[0] == 0).all()
     assert np.abs(y[1:3] - x[1:3]).max() < 0.75 / levels
     assert np.abs(y[3:5] - x[3:5]).max() < 2 / levels
@@ -118,19 +118,19 @@ def test_write_quantized(source: Path, tmp_path: Path, mix: str) -> None:
     assert [(t.name, t.shape, t.type) for t in after.tensors.values()] == plan
     kept = [key for key in before.metadata if key not in ("general.file_type", "general.quantization_version")]
     assert all(before.metadata.raw(key) == after.metadata.raw(key) for key in kept)
-    for name, _, kind in plan:
+    for name, _, block_type in plan:
         x, y = to_float(before, name), to_float(after, name)
-        if kind == "F32":
+        if block_type == "F32":
             np.testing.assert_array_equal(x, y)
         else:
-            assert np.sqrt(np.square(x - y).mean()) / x.std() < 1.1 * BOUND[kind], name
+            assert np.sqrt(np.square(x - y).mean()) / x.std() < 1.1 * BOUND[block_type], name
 
 
 def test_fallback_where_rows_are_odd(source: Path, tmp_path: Path) -> None:
     x = values(rows=512, columns=96)
     path = rewrite(tmp_path / "odd.gguf", source, set_tensors={"blk.0.ffn_gate.weight": ((512, 96), "F32", x.view(np.uint8))})
-    kinds = {name: kind for name, _, kind in quantized_plan(open_gguf(path), "q4_k_m")}
-    assert kinds["blk.0.ffn_gate.weight"] == LAYOUTS["Q4_K"].fallback == "Q5_0"
+    block_types = {name: block_type for name, _, block_type in quantized_plan(open_gguf(path), "q4_k_m")}
+    assert block_types["blk.0.ffn_gate.weight"] == LAYOUTS["Q4_K"].fallback == "Q5_0"
     out = tmp_path / "out.gguf"
     write_quantized(path, out, "q4_k_m", workers=2)
     y = to_float(open_gguf(out), "blk.0.ffn_gate.weight")

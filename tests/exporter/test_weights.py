@@ -48,11 +48,11 @@ def oracle(file: GGUFFile, name: str) -> np.ndarray:
 def check_against_oracle(file: GGUFFile, plan: Sequence[WeightPlan], tensors: dict[str, torch.Tensor]) -> None:
     for p in plan:
         expected = np.concatenate([oracle(file, s) for s in p.sources])
-        if p.kind in LAYOUTS:
+        if p.block_type in LAYOUTS:
             words, halves = tensors[f"{p.name}.words"], tensors[f"{p.name}.halves"]
-            got = dequantize(p.kind, words, halves).T.contiguous()
+            got = dequantize(p.block_type, words, halves).T.contiguous()
             raw = np.concatenate([file.data(s) for s in p.sources])
-            np.testing.assert_array_equal(unpack(p.kind, words.numpy(), halves.numpy()).reshape(raw.shape), raw, err_msg=p.name)
+            np.testing.assert_array_equal(unpack(p.block_type, words.numpy(), halves.numpy()).reshape(raw.shape), raw, err_msg=p.name)
         else:
             got = tensors[f"{p.name}.weight"].float()
         assert tuple(got.shape) == ((p.N, p.K) if p.K else (p.N,))
@@ -112,7 +112,7 @@ def test_file_format(tmp_path: Path) -> None:
 
 
 def names(plan: Sequence[WeightPlan], prefix: str) -> dict[str, tuple[str, int, int]]:
-    return {p.name.removeprefix(prefix): (p.kind, p.N, p.K) for p in plan if p.name.startswith(prefix) and p.K}
+    return {p.name.removeprefix(prefix): (p.block_type, p.N, p.K) for p in plan if p.name.startswith(prefix) and p.K}
 
 
 def test_fusion(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_fusion(tmp_path: Path) -> None:
     assert names(plan, "blk.2.") == {"attn_qk": ("Q4_K", 640, 256), **no_v}
     assert names(plan, "token_embd") == {"": ("Q6_K", 512, 256)}
     norm = next(p for p in plan if p.name == "blk.0.attn_norm")
-    assert (norm.kind, norm.N, norm.K, norm.sources) == ("F32", 256, 0, ("blk.0.attn_norm.weight",))
+    assert (norm.block_type, norm.N, norm.K, norm.sources) == ("F32", 256, 0, ("blk.0.attn_norm.weight",))
 
     q8 = open_gguf(FIXTURES / "gemma4-tiny-dense-wide-Q8_0.gguf")
     changed = {n: (q8.tensors[n].shape, "Q8_0", q8.data(n)) for n in ("blk.0.attn_k.weight", "blk.0.ffn_up.weight")}

@@ -34,8 +34,8 @@ from tests.nano.evals import joined, retrieve
 from tests.nano.model import Cache, Nano, load_gguf
 
 HELD_OUT = Path(__file__).parent / "held_out.txt"
-RESIDUAL = PassOptions.residual_length
-BASE, TQ4, SHIPPED = "bf16", "TQ4", f"TQ4, newest {RESIDUAL} exact"
+EXACT_WINDOW = PassOptions.residual_length
+BASE, TQ4, SHIPPED = "bf16", "TQ4", f"TQ4, newest {EXACT_WINDOW} exact"
 LEVELS_4BIT = tuple(level / codec.SPREAD.value for level in codec.LEVELS)
 LEVELS_3BIT = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max of N(0, 1), 8 levels
 GEOMETRY_31B = (10, 4, 512)  # global layers, KV heads, head size
@@ -127,7 +127,7 @@ def dense_rotation(seed: int) -> tuple[Map, Map]:
 
 
 def codecs(seed: int) -> list[Codec]:
-    """The base first, what ships, but for its residual, second."""
+    """The base first, what ships, but for its exact window, second."""
     hadamard = (codec.rotate, codec.unrotate)
     plain = (identity, identity)
     return [
@@ -148,12 +148,12 @@ def codecs(seed: int) -> list[Codec]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A codec on keys, values or both; the other side stays bfloat16, and so do the newest `residual` positions."""
+    """A codec on keys, values or both; the other side stays bfloat16, and so do the newest `exact window` positions."""
 
     name: str
     k: Codec
     v: Codec
-    residual: int = 0
+    exact_window: int = 0
 
     def write_unrounded(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if layer.sliding else (self.k.apply(k), self.v.apply(v))
@@ -174,7 +174,7 @@ def settings(seed: int) -> list[Setting]:
     every = codecs(seed)
     base, tq4_codec = every[:2]
     rows = [Setting(c.name, c, c) for c in every]
-    rows.insert(1, Setting(SHIPPED, tq4_codec, tq4_codec, RESIDUAL))
+    rows.insert(1, Setting(SHIPPED, tq4_codec, tq4_codec, EXACT_WINDOW))
     for c in every:
         if c.one_side:
             rows += [Setting(f"{c.name}, K only", c, base), Setting(f"{c.name}, V only", base, c)]
@@ -233,7 +233,7 @@ class Study:
     # -- codecs --
 
     def cache(self, model: Nano, setting: Setting, slots: int) -> Cache:
-        return Cache(model.config, slots, torch.float32, self.device, setting.write, setting.residual, setting.newest)
+        return Cache(model.config, slots, torch.float32, self.device, setting.write, setting.exact_window, setting.newest)
 
     def states(self, model: Nano, ids: list[int], cache: Cache) -> Tensor:
         """[len(ids), D]"""
@@ -287,11 +287,11 @@ class Study:
     # -- product --
 
     def product(self) -> None:
-        """The shipped ops: equal to the codec of the table with the same residual, and how far from exact caches."""
+        """The shipped ops: equal to the codec of the table with the same exact window, and how far from exact caches."""
         depth = max(d for d in self.sizes.depths if d <= self.sizes.float32_depth)
         model, setting = load_gguf(self.a.gguf, self.device), next(s for s in settings(self.a.seed) if s.name == SHIPPED)
         ids = self.stacks[depth][0].context
-        h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded, setting.residual))
+        h = self.states(model, ids, Cache(model.config, depth, torch.float32, self.device, setting.write_unrounded, setting.exact_window))
         player = pl.graph_player(self.plan, "tq4", depth, self.device, "float32")
         scores = joined(
             measure(model.logits(h[at : at + len(rows)]), rows, ids[at + 1 : at + len(rows) + 1]) for at, rows in scored(player, ids[:-1])
@@ -381,7 +381,7 @@ def table(record: dict[str, Any]) -> str:
         f"# The KV cache of the global layers, {record['gguf']}",
         "",
         f"{record['device']}, torch {record['torch']}, {record['seconds']:.0f} s. KL in nats, cosine of logits, 95% half widths. "
-        "Bytes a token: 10 layers of 4 heads of 512, K and V; a residual does not grow with the context.",
+        "Bytes a token: 10 layers of 4 heads of 512, K and V; an exact window does not grow with the context.",
         "",
     ]
     if record["codecs"]:
@@ -406,7 +406,7 @@ def table(record: dict[str, Any]) -> str:
             lines += ["", f"{SHIPPED} by position:", ""] + by_position(shipped["deep"])
     product = record["product"]
     if "tq4_float32_vs_codec" in product:
-        lines += ["", "## The shipped ops", "", "TQ4 in float32 against the same codec and residual in the plain forward:", ""]
+        lines += ["", "## The shipped ops", "", "TQ4 in float32 against the same codec and exact window in the plain forward:", ""]
         lines += by_position(product["tq4_float32_vs_codec"])
     if "tq4_vs_exact" in product:
         lines += ["", f"TQ4 against exact caches, both lowered, {product['tq4_vs_exact']['activations']} activations:", ""]

@@ -85,15 +85,15 @@ def attend_banded(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int) -> 
 class Cache:
     """Keys and values of one sequence. `write(layer, k, v)` sees what is stored and may change it (a quantizer, say).
 
-    With a `residual` a query of a full layer reads those less than that many positions before it as `newest(layer, k, v)` leaves them.
+    With an `exact_window` a query of a full layer reads those less than that many positions before it as `newest(layer, k, v)` leaves them.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: str, write: Callable | None = None, residual: int = 0,
-                 newest: Callable | None = None):  # fmt: skip
-        self.config, self.length, self.write, self.residual, self.newest = config, 0, write, residual, newest
+    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: str, write: Callable | None = None,
+                 exact_window: int = 0, newest: Callable | None = None):  # fmt: skip
+        self.config, self.length, self.write, self.exact_window, self.newest = config, 0, write, exact_window, newest
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
-        self.tails: dict[int, list[Tensor]] = {}  # full layer -> the newest keys and values, residual - 1 at most
+        self.tails: dict[int, list[Tensor]] = {}  # full layer -> the newest keys and values, exact_window - 1 at most
         for layer in config.layers:
             kept = 0 if layer.sliding else slots
             for store in (self.k, self.v):
@@ -102,7 +102,7 @@ class Cache:
     def update(self, layer: LayerConfig, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Stores k and v [1, KV, T, hd] of positions start .. start + T - 1 and returns what the chunk attends to, with its positions.
 
-        With a residual those of a full layer are the start + T stored ones, then the newest again.
+        With an exact window those of a full layer are the start + T stored ones, then the newest again.
         """
         newest = self.newest(layer, k, v) if self.newest else (k, v)
         if self.write:
@@ -118,11 +118,11 @@ class Cache:
         self.k[i][:, :, start:end] = k.to(self.k[i].dtype)
         self.v[i][:, :, start:end] = v.to(self.v[i].dtype)
         stored, pos = [x[i][:, :, :end].to(k.dtype) for x in (self.k, self.v)], torch.arange(end, device=k.device)
-        if not self.residual:
+        if not self.exact_window:
             return *stored, pos
         before = self.tails.get(i, [x[:, :, :0] for x in newest])
         newest = [torch.cat(pair, 2) for pair in zip(before, newest, strict=True)]
-        self.tails[i] = [x[:, :, -(self.residual - 1) :] for x in newest]
+        self.tails[i] = [x[:, :, -(self.exact_window - 1) :] for x in newest]
         again = torch.arange(end - newest[0].shape[2], end, device=k.device)
         return *(torch.cat(pair, 2) for pair in zip(stored, newest, strict=True)), torch.cat((pos, again))
 
@@ -180,9 +180,9 @@ class Layer(nn.Module):
         else:
             distance = pos[:, None, :, None] - key_pos[:, None, None, :]
             seen = (distance >= 0) & (distance < self.window) if c.sliding else distance >= 0
-            if cache is not None and cache.residual and not c.sliding:
+            if cache is not None and cache.exact_window and not c.sliding:
                 stored = torch.arange(k.shape[2], device=k.device) < start + q.shape[2]
-                seen &= stored == (distance >= cache.residual)
+                seen &= stored == (distance >= cache.exact_window)
             out = attend(q, k, v, seen)
         x = x + norm(F.linear(out.transpose(1, 2).flatten(2), self.attn_output.weight), self.post_attention_norm.weight, self.eps)
         h = norm(x, self.ffn_norm.weight, self.eps)

@@ -68,7 +68,7 @@ def test_same_function_as_the_decoder(model: Nano, file: Path, ids: torch.Tensor
     assert reference.std() > 0.5  # not a comparison of nothing with nothing
 
 
-def test_same_residual_as_the_product(model: Nano, file: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_same_exact_window_as_the_product(model: Nano, file: Path, ids: torch.Tensor, tmp_path: Path) -> None:
     """The study's cache, codes and the newest keys as they are, gives the logits of the lowered graph, in chunks of any size."""
     lowered = lower(graph_spec(file, max_seq_len=128, chunk=128, turboquant=True, residual_length=32), "prefill", "cpu")
     state = {**weights(file, tmp_path), **make_kv(lowered.kv)}
@@ -78,11 +78,11 @@ def test_same_residual_as_the_product(model: Nano, file: Path, ids: torch.Tensor
         return (k, v) if layer.sliding else tuple(codec.decode(*codec.encode(x)) for x in (k, v))
 
     errors = {}
-    for residual, chunk in ((32, 1000), (32, 40), (32, 1), (31, 1000), (0, 1000)):
-        cache = Cache(model.config, 160, torch.float32, "cpu", write, residual)
+    for exact_window, chunk in ((32, 1000), (32, 40), (32, 1), (31, 1000), (0, 1000)):
+        cache = Cache(model.config, 160, torch.float32, "cpu", write, exact_window)
         pieces = [model.read(ids[at : at + chunk].tolist(), cache) for at in range(0, len(ids), chunk)]
         logits = model.logits(torch.cat(pieces))
-        errors[residual, chunk] = max((rows[i] - logits[i]).abs().max().item() for i in rows)
+        errors[exact_window, chunk] = max((rows[i] - logits[i]).abs().max().item() for i in rows)
     print(errors)
     assert max(errors[32, chunk] for chunk in (1000, 40, 1)) < 1e-4 < min(errors[31, 1000], errors[0, 1000])
 

@@ -27,8 +27,8 @@ from tests.timeline import FIXTURES, GREEDY, WINDOW, fixture_tokens, graph_spec,
 aten, kiln = torch.ops.aten, torch.ops.kiln
 NAME = "gemma4-tiny-dense-wide-Q4_K_M"  # 4 sliding layers, 2 global; V of another type than Q and K in some
 STEPS = 2 * WINDOW + 4  # the ring wraps twice
-RESIDUAL = 8
-ROUNDING = {3: 1e-5, 2: 5e-4, 1: 7e-2}  # relative error of logits, by the bytes of an activation, after 27 products
+EXACT_WINDOW = 8
+ROUNDING = {3: 1e-5, 2: 5e-4, 1: 7e-2}  # relative error of logits, by the bytes of an activation, after 27 matmuls
 TOKENS = fixture_tokens("gemma4-tiny-dense-wide")[:STEPS]
 PLAIN = (kiln.quantized_linear.default, kiln.rms_norm.default, kiln.rope.default, kiln.gelu_mul.default, kiln.sliding_attention.default)
 
@@ -63,7 +63,7 @@ def state(tmp_path_factory) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def unfused() -> dict[bool, Lowered]:
     """The graph that is not fused, in float32; with and without TurboQuant."""
-    specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL) for tq in (False, True)}
+    specs = {tq: graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=EXACT_WINDOW) for tq in (False, True)}
     return {tq: lower(spec, "decode", "cpu") for tq, spec in specs.items()}
 
 
@@ -75,14 +75,14 @@ def plain(state, unfused) -> dict[bool, torch.Tensor]:
 
 def test_the_pattern_is_gone() -> None:
     for tq in (False, True):
-        before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL), "decode", "cpu")
+        before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=EXACT_WINDOW), "decode", "cpu")
         assert [count(before.program, target) for target in PLAIN] == [27, 43, 12, 6, 4]
         assert report(before).status == "off"
-        after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=2), "decode", "cpu")
+        after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=EXACT_WINDOW, decode_bytes=2), "decode", "cpu")
         assert [count(after.program, target) for target in PLAIN] == [0] * 5
-        found = report(after)  # products, norms, residuals, GELUs, attentions
+        found = report(after)  # matmuls, norms, residual additions, GELUs, attentions
         assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())
-        assert found.note == f"2 bytes an activation; 27 products, 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
+        assert found.note == f"2 bytes an activation; 27 matmuls, 13 norms, 6 gated, 4 sliding, 2 global, {0 if tq else 2} conversions"
         # the projections of 6 layers, V apart in 2 of them, leave their sums to the attention
         expected = {"norm_fixed": 1, "add_norm": 12, "fixed_glu": 6, "fixed_linear": 1, "fixed_linear_squares": 12, "fixed_partials": 8,
                     "sliding_decode": 4, "rope_table": 2, "tq4_decode": 2 if tq else 0, "tq4_attention": 0, "tq4_write": 0} | dict.fromkeys(
@@ -94,7 +94,7 @@ def test_the_pattern_is_gone() -> None:
 
 
 class Rounded(torch.fx.Interpreter):
-    """The graph that is not fused, the activations of its products rounded to fixed point as the fused one's are."""
+    """The graph that is not fused, the activations of its matmuls rounded to fixed point as the fused one's are."""
 
     def __init__(self, module: nn.Module, terms: int):
         super().__init__(module)
@@ -116,7 +116,7 @@ LIMITS = [(3, False, 1e-5), (2, False, 5e-4), (1, False, 5e-2), (3, True, 2e-2),
 def test_outputs(terms: int, tq: bool, limit: float, state, unfused, plain) -> None:
     module = runnable(unfused[tq].program, {**state, **make_kv(unfused[tq].kv)})
     expected = stepped(Rounded(module, terms).run, TOKENS)
-    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=RESIDUAL, decode_bytes=terms)
+    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=EXACT_WINDOW, decode_bytes=terms)
     found = decoded(lower(spec, "decode", "cpu"), state, TOKENS)
     rounding = error(expected, plain[tq])
     print(f"{terms} bytes, TurboQuant {tq}: {error(found, expected):.1e} off the rounded graph, which is {rounding:.1e} off the exact one")
@@ -148,7 +148,7 @@ def test_a_model_of_float_weights_is_left_alone() -> None:
     assert count(lowered.program, kiln.rope.default) and not count(lowered.program, aten.zeros.default)
 
 
-# Tensors of another type; what the report counts: products, norms, GELUs, attentions, conversions; products with float weights; what else
+# Tensors of another type; what the report counts: matmuls, norms, GELUs, attentions, conversions; matmuls with float weights; what else
 # stays; the places that are missed, and one of them as it is told.
 VARIATIONS = {
     "output and down in F32": ({"attn_output": "F32", "ffn_down": "F32"}, (15, 13, 0, 0, 0, 0), 12, {"sliding_attention": 5, "gelu_mul": 6},
@@ -181,8 +181,8 @@ def test_variations(name: str, tmp_path, monkeypatch) -> None:
     path = varied(tmp_path, monkeypatch, kinds)
     state = weights(path, tmp_path)
     plain, fused = (lower(graph_spec(path, decode_bytes=terms, allow_unfused=True), "decode", "cpu") for terms in (0, 3))
-    products, norms, gated, sliding, full, conversions = counts
-    expected = f"{products} products, {norms} norms, {gated} gated, {sliding} sliding, {full} global, {conversions} conversions"
+    matmuls, norms, gated, sliding, full, conversions = counts
+    expected = f"{matmuls} matmuls, {norms} norms, {gated} gated, {sliding} sliding, {full} global, {conversions} conversions"
     assert report(fused).note == f"3 bytes an activation; {expected}"
     assert Counter(place.split(" ")[0].split(".")[-1] for place in report(fused).missed) == missed
     assert report(fused).expected == report(fused).matches + len(report(fused).missed)
@@ -199,7 +199,7 @@ def test_variations(name: str, tmp_path, monkeypatch) -> None:
 
 
 def test_for_a_gpu_projections_come_in_parts(tmp_path, monkeypatch) -> None:
-    """q and k of one product share its parts; products of their own may be split differently and are added up first."""
+    """q and k of one matmul share its parts; matmuls of their own may be split differently and are added up first."""
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(warps=1))  # the warps of a program would share the little there is
     paths = FIXTURES / f"{NAME}.gguf", varied(tmp_path, monkeypatch, {"attn_q": "Q6_K", "attn_v": "Q8_0"})
     for path, apart in zip(paths, (False, True), strict=True):
@@ -213,7 +213,7 @@ def test_for_a_gpu_projections_come_in_parts(tmp_path, monkeypatch) -> None:
             assert v.shape[0] > 1 or (apart and call.target is kiln.prepare_qkv.default)
 
 
-class Residual(nn.Module):
+class Stream(nn.Module):
     """A branch whose norm has another epsilon than the norm after it, then a product."""
 
     def __init__(self, eps: float):
@@ -232,7 +232,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("eps, fused", [(1e-6, True), (1e-1, False)])
 def test_epsilons_must_agree(eps: float, fused: bool) -> None:
     shapes = ((1,), torch.int64), ((1, 256), torch.float32), ((1, 256), torch.float32)
-    program = fake_export(lambda: Residual(eps), lambda: tuple(torch.empty(s, dtype=d) for s, d in shapes), None, "cpu")
+    program = fake_export(lambda: Stream(eps), lambda: tuple(torch.empty(s, dtype=d) for s, d in shapes), None, "cpu")
     words, halves, _ = random_weight("Q4_K", 64, 256)
     g = torch.Generator().manual_seed(0)
     state = {"words": words, "halves": halves} | {n: torch.rand(256, generator=g) for n in ("first", "second")}

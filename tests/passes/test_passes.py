@@ -148,7 +148,7 @@ def attention_inputs(head_dim=64, tokens=3):
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 def test_turboquant(tokens):
-    """Chunks shorter than the residual of 4, as long, and longer, over which it wraps: the newest 4 keys are exact, the others coded."""
+    """Chunks shorter than the exact window of 4, as long, and longer, over which it wraps: the newest 4 keys are exact, others coded."""
     program = export(Attention, *attention_inputs(tokens=tokens))
     _, report = run(turboquant, program, turboquant=True, residual_length=4)
     assert (report.matches, report.note) == (1, "residual length 4")
@@ -160,7 +160,7 @@ def test_turboquant(tokens):
         f"cache.{side}_{what}": found
         for side in "kv"
         for what, found in {
-            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "residual": ((4, 2, 64), torch.float32)
+            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "exact window": ((4, 2, 64), torch.float32)
         }.items()
     }  # fmt: skip
     g = torch.Generator().manual_seed(tokens)
@@ -171,7 +171,7 @@ def test_turboquant(tokens):
     torch.testing.assert_close(torch.cat(outs).double(), tq4_cache.exact(q[:end], k[:end], v[:end], 0, 4), rtol=1e-5, atol=1e-5)
     newest = torch.arange(end - 4, end)
     for side, x in (("k", k), ("v", v)):
-        assert torch.equal(state[f"cache.{side}_residual"][newest % 4], x[newest])
+        assert torch.equal(state[f"cache.{side}_exact"][newest % 4], x[newest])
 
 
 def test_turboquant_near_miss_and_errors():
@@ -255,7 +255,7 @@ def test_chunked_lm_head_near_miss():
 
 
 class Floats(nn.Module):
-    """Two products with float weights, and one that is no plain product."""
+    """Two matmuls with float weights, and one that is no plain matmul."""
 
     def __init__(self):
         super().__init__()

@@ -91,7 +91,7 @@ class Product:
     k: int
     transposed: bool
     sm: int
-    kind: str = "bf16"
+    block_type: str = "bf16"
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class Product:
     def source(self) -> tuple[ASTSource, dict]:
         fn = kiln_matmul_tma if self.tile.tma else kiln_matmul
         fixed = matmul.constants(self.tile, self.n, self.k, self.n, self.transposed)
-        types = {name: f"*{self.kind}" for name in ("x", "w", "out")}
+        types = {name: f"*{self.block_type}" for name in ("x", "w", "out")}
         types |= {"tokens": "i32", "first": "i32"}
         signature = {name: "constexpr" if name in fixed else types[name] for name in fn.arg_names}
         aligned = [i for i, name in enumerate(fn.arg_names) if signature[name].startswith("*") or name == "first"]
@@ -234,23 +234,23 @@ def packed_weights() -> list[list[tuple]]:
     from custom_ops.bench.cases import packed
 
     generator = torch.Generator("cuda").manual_seed(3)
-    return [[(kind, n, k, *packed(kind, n, k, generator)) for kind, n, k in layer] for layer in LAYERS]
+    return [[(block_type, n, k, *packed(block_type, n, k, generator)) for block_type, n, k in layer] for layer in LAYERS]
 
 
-def by_columns(words: torch.Tensor, halves: torch.Tensor, kind: str, x: torch.Tensor) -> torch.Tensor:
+def by_columns(words: torch.Tensor, halves: torch.Tensor, block_type: str, x: torch.Tensor) -> torch.Tensor:
     """The piece [K, N], as prefill makes it."""
-    return linear.dequantized(words, halves, kind, torch.bfloat16, x)
+    return linear.dequantized(words, halves, block_type, torch.bfloat16, x)
 
 
-def by_rows(words: torch.Tensor, halves: torch.Tensor, kind: str, x: torch.Tensor) -> torch.Tensor:
+def by_rows(words: torch.Tensor, halves: torch.Tensor, block_type: str, x: torch.Tensor) -> torch.Tensor:
     """The piece [N, K], by the kernel that makes rows of an embedding."""
     n, k = words.shape[2], x.shape[1]
     out = torch.empty((n, k), dtype=torch.bfloat16, device="cuda")
-    groups = min(LAYOUTS[kind].block // 32, 2)
+    groups = min(LAYOUTS[block_type].block // 32, 2)
     constants = {"GATHER": True, "GROUPS": groups, "ROWS": 32, "EVEN": n % 32 == 0}
     every, strides = torch.arange(n, device="cuda"), (words.stride(1), halves.stride(1))
-    kernel(kiln_dequantize)[(triton.cdiv(n, 32), k // 32 // groups)](words, halves, every, out, n, k, *strides, **format_constants(kind),
-                                                                     **constants, num_warps=1)
+    kernel(kiln_dequantize)[(triton.cdiv(n, 32), k // 32 // groups)](words, halves, every, out, n, k, *strides,
+                                                                     **format_constants(block_type), **constants, num_warps=1)
     return out
 
 
@@ -267,12 +267,12 @@ def chunk_calls(weights: list[list[tuple]], tokens: int, multiply: Callable[[int
     def call() -> None:
         for _ in range(REPEATS):
             for layer in weights:
-                for kind, n, k, words, halves in layer:
+                for block_type, n, k, words, halves in layer:
                     step = linear.chunk_rows(n, k, 2)
                     for i in range(0, n, step):
                         size = min(step, n - i)
                         if dequantize:
-                            w = dequantize(words[:, :, i : i + step], halves[:, :, i : i + step], kind, xs[k])
+                            w = dequantize(words[:, :, i : i + step], halves[:, :, i : i + step], block_type, xs[k])
                         else:
                             w = dense.setdefault((size, k), None)
                             if w is None:
@@ -330,7 +330,7 @@ def probe(sm: int, word: str) -> None:
 
 
 def probes(sm: int, record: Record) -> list[str]:
-    """The kinds that hang or fail."""
+    """The block_types that hang or fail."""
     words = [word for word in ("specialize",) if any(getattr(tile, word) for tile in tiles(sm))]
     running = {word: subprocess.Popen([sys.executable, "-m", "tests.tools.bench_matmul", "--probe", word, "--sm", str(sm)],
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for word in words}  # fmt: skip
