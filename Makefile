@@ -12,24 +12,46 @@ endif
 export PYTHON VENV BUILD PY
 BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
 .PHONY: setup build demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+
+# kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
+FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
+define runtime
+	@case "$$PWD$$BUILD$$PY" in *[\"\;]*) echo 'CMake cannot build where a path holds a double quote or a semicolon; move the checkout' >&2; exit 1;; esac
+	@rm -rf "$$BUILD/wheels" && mkdir -p "$$BUILD"
+	PATH=$(BIN):"$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/wheels" --config-settings=build-dir="$(FOLDER)" ./runtime_cpp
+	$(PIP) install --no-deps --force-reinstall "$$BUILD"/wheels/kiln_runtime-*.whl
+endef
+# The same files, where Python is somebody's own and may have neither pip nor the wheel's tools.
+define runtime_by_cmake
+	@case "$$PWD$$BUILD$$PY" in *[\"\;]*) echo 'CMake cannot build where a path holds a double quote or a semicolon; move the checkout' >&2; exit 1;; esac
+	@mkdir -p "$$BUILD"
+	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$BUILD/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_MESSAGE=NEVER \
+	  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DCMAKE_INSTALL_PREFIX=$(SITE) \
+	  >"$$BUILD/cmake.log" 2>&1 || { cat "$$BUILD/cmake.log"; exit 1; }
+	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/cpp" --target install
+	ln -sf $(SITE)/kiln/bin/kiln-run $(BIN)/kiln-run
+endef
 
 setup:
 	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || { set -ex; \
 	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'; \
 	"$$PYTHON" -m venv "$$VENV"; \
-	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[build,dev]'; \
-	touch "$$VENV/.installed"; }
+	"$$PY" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["build"], sep="\n")' >"$$VENV/build.txt"; \
+	$(PIP) install --requirement "$$VENV/build.txt"; }
+	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || $(MAKE) --no-print-directory installed
 
-# kiln-run beside Python, the extension module in its site-packages
+# kiln-export in place, which needs the runtime of its own version
+.PHONY: installed
+installed:
+	$(runtime)
+	$(PIP) install --editable '.[build,dev]'
+	touch "$$VENV/.installed"
+
 build: $(SETUP)
-	@case "$$PWD$$BUILD$$PY" in *[\"\;]*) echo 'CMake cannot build where a path holds a double quote or a semicolon; move the checkout' >&2; exit 1;; esac
-	@mkdir -p "$$BUILD"
-	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$BUILD/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_INSTALL_MESSAGE=NEVER \
-	  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR=$(BIN) -DKILN_PYTHON_DIR=$(SITE) \
-	  >"$$BUILD/cmake.log" 2>&1 || { cat "$$BUILD/cmake.log"; exit 1; }
-	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/cpp" --target install
+	$(if $(SETUP),$(runtime),$(runtime_by_cmake))
 
 demo: build
 	"$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$BUILD/demo" --target cpu --max-seq-len 256 --force
@@ -78,8 +100,7 @@ sanitize: build
 # The C++ library and tests/runtime with AddressSanitizer and UndefinedBehaviorSanitizer; sessions in threads with ThreadSanitizer. The tests'
 # artifact is compiled first, without them. setarch: ThreadSanitizer of GCC 12 does not know newer kernels' address spaces.
 sanitized = PATH=$(BIN):"$$PATH" cmake -S runtime_cpp -B "$$SANITIZED_CPU/$(1)" -G Ninja -DKILN_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DKILN_BIN_DIR="$$SANITIZED_CPU/$(1)/bin" \
-  -DKILN_PYTHON_DIR="$$SANITIZED_CPU/$(1)/site" >/dev/null && PATH=$(BIN):"$$PATH" cmake --build "$$SANITIZED_CPU/$(1)" --target $(3)
+  -DPython_EXECUTABLE="$$("$$PY" -c 'import sys; print(sys.executable)')" -DCMAKE_INSTALL_PREFIX="$$SANITIZED_CPU/$(1)/site" >/dev/null && PATH=$(BIN):"$$PATH" cmake --build "$$SANITIZED_CPU/$(1)" --target $(3)
 PRELOADED = $$(for l in libasan.so libubsan.so libstdc++.so.6; do printf '%s ' "$$(c++ -print-file-name=$$l)"; done)
 # One OpenMP thread: its library synchronizes out of the sanitizer's sight.
 TSAN = OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=runtime_cpp/test/tsan.supp setarch -R "$$SANITIZED_CPU/tsan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu
@@ -92,7 +113,7 @@ sanitize-cpu: $(SETUP)
 	"$$SANITIZED_CPU/asan/kiln-threads" "$$SANITIZED_CPU/toy/cpu" cpu 8 64 4
 	$(TSAN) 8 64 20
 	$(TSAN) 8 40 3 alive
-	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$SANITIZED_CPU/asan/site" KILN_RUN="$$SANITIZED_CPU/asan/bin/kiln-run" \
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$SANITIZED_CPU/asan/site" KILN_RUN="$$SANITIZED_CPU/asan/site/kiln/bin/kiln-run" \
 	  KILN_TEST_TOY="$$SANITIZED_CPU/toy" "$$PY" -m pytest -m "not gpu and not builds" tests/runtime
 comma = ,
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from exporter.artifact.manifest import read_manifest
 from exporter.errors import KilnError
+from exporter.measure.runner import runtime
 
 DECODE_STEPS, PREFILL_CALLS = 5, 2  # under the profiler
 REPLAYS, BATCHES = 10, 7  # of the step's graph, for its time without the profiler
@@ -103,8 +104,7 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     chunk = min(prefill_chunk or manifest["prefill_chunk"], manifest["prefill_chunk"], limit)
     if chunk < 2:
         raise KilnError(f"{artifact}: holds {manifest['max_seq_len']} tokens; --profile needs more than {SPARE + 2}")
-    import kiln
-
+    kiln = runtime()
     try:
         model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}")
         profiles = []
@@ -126,8 +126,9 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
 
 def _session(model: Any, **options: Any) -> Any:
     """A session over caches of random values: zeros would time a softmax over equal scores, and take less power than real work."""
-    import kiln
     import torch
+
+    import kiln
 
     session = kiln.Session(model, **options)
     dtypes = {kv["name"]: getattr(torch, kv["dtype"]) for kv in model.manifest["kv"]}

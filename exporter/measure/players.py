@@ -22,6 +22,7 @@ from exporter.artifact.load import load_weights
 from exporter.artifact.weights import write_weights
 from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
 from exporter.errors import KilnError
+from exporter.measure.runner import runtime
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.progress import size_text
 from exporter.source.config import ModelConfig
@@ -231,10 +232,7 @@ class ArtifactPlayer:
     """An artifact in the runner. It cannot go back: a rewind reads everything again."""
 
     def __init__(self, directory: Path, device: str):
-        try:
-            import kiln
-        except ImportError as e:
-            raise KilnError("evaluating an artifact needs the runner's Python module kiln; run `make build`") from e
+        kiln = runtime()
         try:
             self._model = kiln.Model(str(directory), device=device, threads=torch.get_num_threads())
             self._session = kiln.Session(self._model)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
+from types import ModuleType
 
 from exporter.errors import KilnError
+from kiln import _kiln_run
+
+BUILT = "pip install kiln-runtime, in a checkout `make build`"
 
 
 def runner() -> str:
     """Path of kiln-run; raises KilnError where it is not built."""
-    beside = Path(sys.executable).parent / "kiln-run"
-    binary = str(beside) if beside.is_file() else shutil.which("kiln-run")
+    binary = _kiln_run.binary() or shutil.which("kiln-run")
     if not binary:
-        raise KilnError(f"kiln-run is not built: neither {beside.name} beside Python nor on PATH; run `make build`")
+        raise KilnError(f"kiln-run is not built: neither in the package kiln nor on PATH; {BUILT}")
     return binary
+
+
+def runtime() -> ModuleType:
+    """The package kiln with the runner's names; raises KilnError where its module is not built."""
+    import kiln
+
+    try:
+        kiln.Model  # noqa: B018  is loaded with its first name
+    except ImportError as e:
+        raise KilnError(f"the runner's Python module is not built ({e.__cause__}); {BUILT}") from e
+    return kiln

@@ -1,4 +1,4 @@
-// The Python module `kiln`: the same classes, exceptions as kiln.Error, the GIL released while the model runs.
+// The Python module `kiln._runtime`, whose names the package `kiln` hands out: the same classes, exceptions as kiln.Error, no GIL while the model runs.
 #include <dlfcn.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
@@ -89,7 +89,7 @@ py::dict memory(const Session& session) {
 
 }  // namespace
 
-PYBIND11_MODULE(kiln, m) {
+PYBIND11_MODULE(_runtime, m) {
   // A host compiler may link libstdc++ statically into compiled models; its locales fail unless the process's own library comes first.
   dlopen("libstdc++.so.6", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
   m.doc() = "Plays kiln artifacts: Model (an artifact on a device), Session (one timeline over it), Tokenizer.";

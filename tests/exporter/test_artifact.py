@@ -6,19 +6,19 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import kiln as kiln_module
 import numpy as np
 import pytest
 import torch
 
+import kiln as kiln_module
+from exporter.measure.runner import runner
 from passes.pipeline import PIPELINE
 from tests.conftest import kiln
 from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
 
-RUNNER = Path(sys.executable).parent / "kiln-run"
+RUNNER = Path(runner())
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:

@@ -12,6 +12,7 @@ import torch
 
 from exporter.errors import KilnError
 from exporter.measure import bench, kernel_times
+from exporter.measure.runner import runner
 from exporter.model.caches import kv_plan
 from exporter.source.config import from_gguf
 from exporter.source.gguf import open_gguf
@@ -20,7 +21,7 @@ from exporter.tools.synth import write_synthetic
 from passes.records import PassOptions
 from tests.conftest import kiln
 
-RUNNER = Path(sys.executable).parent / "kiln-run"
+RUNNER = Path(runner())
 SLOTS = 131072
 
 

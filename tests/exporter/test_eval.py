@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import kiln as kiln_package
 from custom_ops.tq4 import codec
 from exporter.cli import main
 from exporter.errors import KilnError
@@ -268,6 +269,8 @@ def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(KilnError, match="needs the package tokenizers"):
         pl.gguf_text(read_plan(GGUF))
-    monkeypatch.setitem(sys.modules, "kiln", None)
+    monkeypatch.setitem(sys.modules, "kiln._runtime", None)
+    for name in kiln_package.__all__:
+        monkeypatch.delitem(vars(kiln_package), name, raising=False)
     with pytest.raises(KilnError, match="make build"):
         pl.ArtifactPlayer(tmp_path, "cpu")

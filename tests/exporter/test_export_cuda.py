@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,12 @@ import pytest
 from custom_ops.gpu import contract
 from custom_ops.gpu.cubin import kernels
 from custom_ops.weights.gemv import GemvConfig
+from exporter.measure.runner import runner
 from exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.tools.cubins import architecture, cubins, registers
 
-KILN_RUN = Path(sys.executable).parent / "kiln-run"
+KILN_RUN = Path(runner())
 TARGETS = ("sm_90", "sm_120")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.measure.runner import runner
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 
@@ -25,8 +26,8 @@ def odd(tmp_path) -> Path:
     """A folder with a name to trip over, and in it a checkout, the packages of a virtual environment, a compiler and a TMPDIR."""
     folder = tmp_path / ODD
     folder.mkdir()
-    for name in ("exporter", "passes", "custom_ops", "configs", "runtime_cpp"):
-        shutil.copytree(ROOT / name, folder / "checkout" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("kiln", "exporter", "passes", "custom_ops", "configs", "runtime_cpp"):
+        shutil.copytree(ROOT / name, folder / "checkout" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "packages").symlink_to(Path(torch.__file__).parents[1])
     (folder / "g++ of mine").symlink_to(shutil.which("g++"))
     (folder / "tmp").mkdir()
@@ -59,8 +60,8 @@ def test_an_export_among_odd_paths(odd):
     assert {p.name for p in odd.iterdir()} == before | {out.name} and not list((odd / "tmp").iterdir())
     assert ODD.encode() not in (out / "model.pt2").read_bytes()
     kiln("inspect", "--verify", out)
-    runner = Path(sys.executable).parent / "kiln-run"
-    answer = subprocess.run([runner, out, "--tokens", "2,3", "--max-new-tokens", "2", "--no-eog", "--json"], capture_output=True, text=True)
+    play = [runner(), out, "--tokens", "2,3", "--max-new-tokens", "2", "--no-eog", "--json"]
+    answer = subprocess.run(play, capture_output=True, text=True)
     assert answer.returncode == 0 and len(json.loads(answer.stdout)["tokens"]) == 2, answer.stderr
 
 
@@ -86,10 +87,18 @@ def test_a_compiler_that_fails_later(tmp_path):
 CMAKE = """#!/bin/sh
 for word in "$@"; do printf '%s\\n' "$word"; done >> "$LOG"
 """
+PIP = """import os, sys
+from pathlib import Path
+print(*sys.argv[1:], sep="\\n", file=open(os.environ["LOG"], "a"))
+if "--wheel-dir" in sys.argv:
+    folder = Path(sys.argv[sys.argv.index("--wheel-dir") + 1])
+    folder.mkdir()
+    (folder / "kiln_runtime-0-any.whl").touch()
+"""
 
 
 def test_make_passes_paths_whole(tmp_path):
-    """Install folders below an environment with an odd name reach cmake as one argument each."""
+    """Folders with odd names reach cmake (with somebody's Python) and pip (with our own environment) as one argument each."""
     folder, log = tmp_path / "it's my $HOME (ö)" / "checkout", tmp_path / "log"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", folder)
@@ -97,21 +106,26 @@ def test_make_passes_paths_whole(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     (venv / "bin" / "cmake").write_text(CMAKE)
     (venv / "bin" / "cmake").chmod(0o755)
+    site = venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    (site / "pip").mkdir()
+    (site / "pip" / "__main__.py").write_text(PIP)
+    (folder / "pyproject.toml").touch()
+    os.utime(folder / "pyproject.toml", (0, 0))
+    (venv / ".installed").touch()
     of_make = {"PY", "VENV", "BUILD", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}  # the tests may run under make
     environment = {k: v for k, v in os.environ.items() if k not in of_make} | {"LOG": str(log)}
-    for arguments in ([f"PY={escaped(venv)}/bin/python"], [f"VENV={escaped(venv)}", f"BUILD={escaped(folder.parent)}/out put"]):
+    for arguments, expected in (
+        ([f"PY={escaped(venv)}/bin/python"], [f"-DCMAKE_INSTALL_PREFIX={site}", f"-DPython_EXECUTABLE={venv}/bin/python"]),
+        (
+            [f"VENV={escaped(venv)}", f"BUILD={escaped(folder.parent)}/a {{b}}"],
+            [f"--config-settings=build-dir={folder.parent}/a {{{{b}}}}/cpp", f"{folder.parent}/a {{b}}/wheels/kiln_runtime-0-any.whl"],
+        ),
+    ):
         log.unlink(missing_ok=True)
-        (venv / ".installed").touch()
-        (folder / "pyproject.toml").touch()
-        os.utime(folder / "pyproject.toml", (0, 0))
         result = subprocess.run(["make", "build", *arguments], capture_output=True, text=True, cwd=folder, env=environment)
         assert result.returncode == 0, result.stderr + result.stdout
         words = log.read_text().splitlines()
-        assert f"-DKILN_BIN_DIR={venv}/bin" in words and f"-DPython_EXECUTABLE={venv}/bin/python" in words, words
-        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        assert f"-DKILN_PYTHON_DIR={venv}/lib/{version}/site-packages" in words, words
-        if len(arguments) > 1:
-            assert f"{folder.parent}/out put/cpp" in words, words
+        assert not [word for word in expected if word not in words], words
     (folder.parent / 'a"b').mkdir()
     command = ["make", "build", f"PY={escaped(venv)}/bin/python", 'BUILD=../a"b']
     result = subprocess.run(command, capture_output=True, cwd=folder, env=environment)

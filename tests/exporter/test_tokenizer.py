@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import kiln
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
+import kiln
 from exporter.errors import KilnError
+from exporter.measure.runner import runner
 from exporter.source.chat import read_chat, render_chat, template_text
 from exporter.source.gguf import open_gguf
 from exporter.source.tokenizer import read_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-KILN_RUN = Path(sys.executable).parent / "kiln-run"
+KILN_RUN = Path(runner())
 TWO_PLUS_TWO = [2, 105, 2364, 107, 3689, 563, 236743, 236778, 236862, 236778, 236881, 106, 107, 105, 4368, 107, 100, 45518, 107, 101]
 
 

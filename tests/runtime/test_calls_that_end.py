@@ -9,10 +9,10 @@ import operator
 import shutil
 import time
 
-import kiln
 import numpy as np
 import pytest
 
+import kiln
 from tests.runtime.toy import CHUNK, MAX_SEQ, PROMPT, TOLERANCE, VOCAB, WIDTH, eager, fails, ids, run
 
 MORE = [50, 51, 52, 53, 54, 55, 56]  # a second turn, longer than the ring

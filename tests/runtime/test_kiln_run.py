@@ -8,9 +8,9 @@ import pty
 import re
 import subprocess
 
-import kiln
 import numpy as np
 
+import kiln
 from tests.runtime.toy import KILN_RUN, MAX_SEQ, PROMPT, TOLERANCE, VOCAB, WIDTH, change, eager, fails, ids, run
 
 

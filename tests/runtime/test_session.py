@@ -6,11 +6,11 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import kiln
 import numpy as np
 import pytest
 import torch
 
+import kiln
 from tests.runtime.toy import CHUNK, MAX_SEQ, PROMPT, TOLERANCE, VOCAB, WIDTH, WINDOW, change, eager, fails, ids, run, sampling_tensors
 
 

@@ -15,8 +15,9 @@ import torch
 
 from exporter.compiler.package import write_package
 from exporter.compiler.workers import take
+from exporter.measure.runner import runner
 
-KILN_RUN = Path(os.environ.get("KILN_RUN", Path(sys.executable).parent / "kiln-run"))  # named where it is built with sanitizers
+KILN_RUN = Path(os.environ.get("KILN_RUN") or runner())  # named where it is built with sanitizers
 VOCAB, WIDTH, WINDOW, MAX_SEQ, CHUNK = 61, 8, 4, 24, 12
 ALIGN = 256
 TOLERANCE = 1e-5  # of logits below 1

@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-RUNNER = Path(sys.executable).parent / "kiln-run"
+from exporter.measure.runner import runner
+
+RUNNER = Path(runner())
 PROMPT = "Why is the sky blue?"
 LONG = ",".join(str(3 + i * 7 % 200) for i in range(600))  # three chunks, the last one short
 

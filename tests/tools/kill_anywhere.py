@@ -25,10 +25,11 @@ from pathlib import Path
 
 from exporter.artifact.verify import verify
 from exporter.errors import KilnError
+from exporter.measure.runner import runner
 
 ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "gemma4-tiny-dense.gguf"
-RUNNER = Path(sys.executable).parent / "kiln-run"
+RUNNER = Path(runner())
 # A phase ends where its words are printed; the last one with the process.
 EXPORT_PHASES = {"starting": "total ", "packing": "compiling for", "compiling": "traced in", "finishing": None}
 RUN_PHASES = {"loading": "", "generating": None}

@@ -72,7 +72,9 @@ def side(name: str, compiled: Path, checkout: Path, work: Path) -> Side:
     """With the Python and the runner that the checkout's own `make build` installed, else those that run this."""
     own = checkout / ".venv" / "bin" / "python"
     python = str(own) if own.is_file() else sys.executable
-    places = [own.parent, checkout / "build" / "cpp"] + [Path(sys.executable).parent] * (checkout == ROOT)  # never another commit's
+    inside = (checkout / ".venv").glob("lib/python3*/site-packages/kiln/bin")
+    here = [Path(sys.executable).parent] if checkout == ROOT else []  # never another commit's
+    places = [*inside, own.parent, checkout / "build" / "cpp", *here]
     runner = next((place / "kiln-run" for place in places if (place / "kiln-run").is_file()), None)
     if runner is None:
         sys.exit(f"measure_31b: error: no kiln-run in {', '.join(map(str, places))}; run `make build` in {checkout}")

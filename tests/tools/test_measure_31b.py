@@ -13,7 +13,7 @@ from tests.timeline import FIXTURES
 from tests.tools import measure_31b
 
 GGUF = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"
-ROOMS = ("configs", "custom_ops", "exporter", "passes", "tests")
+ROOMS = ("configs", "custom_ops", "exporter", "kiln", "passes", "tests")
 
 
 @pytest.fixture

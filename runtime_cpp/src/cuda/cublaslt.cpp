@@ -72,7 +72,7 @@ std::vector<std::string> candidates() {
     char* real = realpath(self.dli_fname, nullptr);
     std::string here = folder_of(real ? real : self.dli_fname);
     std::free(real);
-    for (const std::string& packages : {here, here + "/../lib/python3*/site-packages", here + "/.."})
+    for (const std::string& packages : {here + "/..", here + "/../.."})  // of kiln/_runtime, of kiln/bin and kiln/lib
       for (const char* inside : {"/nvidia/cu1[23]/lib/", "/nvidia/cublas/lib/"}) patterns.push_back(packages + inside);
   }
   if (const char* prefix = std::getenv("VIRTUAL_ENV"))
