@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.geometry import MEASURED
+from kiln.custom_ops.geometry import MEASURED
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("configs", "custom_ops", "passes", "exporter")  # each imports those before it, and none after it
@@ -23,7 +25,7 @@ def modules(*rooms: str) -> dict[str, Path]:
     found = {}
     for room in rooms:
         for path in sorted((ROOT / room).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = ("kiln", *path.relative_to(ROOT).with_suffix("").parts)
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -75,8 +77,8 @@ def graph(top: bool) -> dict[str, set[str]]:
 def test_rooms_import_one_way() -> None:
     """custom_ops <- passes <- exporter, functions' own imports included."""
     for name, used in graph(top=False).items():
-        room = ROOMS.index(name.split(".")[0])
-        late = [other for other in used if ROOMS.index(other.split(".")[0]) > room]
+        room = ROOMS.index(name.split(".")[1])
+        late = [other for other in used if ROOMS.index(other.split(".")[1]) > room]
         assert not late, f"{name} imports {', '.join(late)}"
 
 
@@ -106,15 +108,15 @@ def test_reading_loads_no_torch(command: str, tmp_path: Path) -> None:
     given = {"ARTIFACT": str(tmp_path), "GGUF": str(ROOT / "tests/fixtures/gemma4-tiny-dense.gguf")}
     arguments = [given.get(word, word) for word in command.split()]
     run = f"print(CliRunner().invoke(main, {arguments}).output)"
-    found = loaded_after(f"from click.testing import CliRunner; from exporter.cli import main; {run}")
-    assert not {"torch", "triton"} & found and "exporter.cli" in found
+    found = loaded_after(f"from click.testing import CliRunner; from kiln.exporter.cli import main; {run}")
+    assert not {"torch", "triton"} & found and "kiln.exporter.cli" in found
 
 
 def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
-    """What `pip install .` takes: every module and every table, loaded from there and not from here."""
+    """What `pip install .` takes: every module and every table, loaded from there and not from here; nothing that is kiln-runtime's."""
     source, target = tmp_path / "source", tmp_path / "site"
-    source.mkdir()  # pip builds in the folder that it is given
-    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    (source / "runtime_cpp").mkdir(parents=True)  # pip builds in the folder that it is given
+    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE", "NOTICE", "runtime_cpp/CMakeLists.txt"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -122,15 +124,40 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
     missing = [name for name in modules(*ROOMS) if not (target / Path(*name.split("."))).with_suffix(".py").is_file() and not
                (target / Path(*name.split(".")) / "__init__.py").is_file()]  # fmt: skip
     assert not missing
+    assert {path.name for path in (target / "kiln").iterdir()} == set(ROOMS)
     code = f"""
 import sys
-import tokenize
 sys.path.insert(0, {str(target)!r})
-import custom_ops.geometry, custom_ops.gpu.target, exporter.source.config as config
-print(config.__file__, sorted(config.families()), sorted(custom_ops.gpu.target.gpu_targets()))
+from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.exporter.source import config
+print(config.__file__, sorted(config.families()), sorted(gpu_targets()))
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert out.startswith(str(target)) and "gemma4" in out and "sm_90" in out
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(str(target)) and "gemma4" in run.stdout and "sm_90" in run.stdout
+
+
+def test_no_module_has_two_names() -> None:
+    """A room is imported below `kiln` and nowhere else: a module that is loaded under two names has two of every class and every table."""
+    old = re.compile(rf"(?:{'|'.join(ROOMS)})(?:\.|$)")
+    for path in [*ROOT.glob("*/**/*.py")]:
+        if any(part in ("build", "node_modules") or part.startswith(".") for part in path.relative_to(ROOT).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in named if old.match(name)], f"{path.relative_to(ROOT)}: imports {named}; import it from kiln"
+
+
+@pytest.mark.parametrize("start", ["exporter", "kiln.exporter"])
+def test_the_command_starts_below_kiln(start: str) -> None:
+    """`python -m exporter` in a checkout is `python -m kiln.exporter`: of the top, nothing is loaded but the package that was named."""
+    run = f"runpy.run_module({start!r}, run_name='__main__')"
+    code = f"import runpy, sys\nsys.argv = ['x', '--version']\ntry: {run}\nexcept SystemExit: pass"
+    found = loaded_after(code)
+    assert "kiln.exporter.cli" in found
+    assert {name for name in found if name.split(".")[0] in ROOMS} == ({"exporter"} if start == "exporter" else set())
+    assert "kiln._runtime" not in found and "numpy" not in found
 
 
 def test_shapes_of_models_stand_in_one_place() -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact.manifest import read_manifest
-from exporter.errors import KilnError
-from exporter.measure.runner import runtime
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure.runner import runtime
 
 DECODE_STEPS, PREFILL_CALLS = 5, 2  # under the profiler
 REPLAYS, BATCHES = 10, 7  # of the step's graph, for its time without the profiler

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from types import ModuleType
 
-from exporter.errors import KilnError
 from kiln import _kiln_run
+from kiln.exporter.errors import KilnError
 
 BUILT = "pip install kiln-runtime, in a checkout `make build`"
 

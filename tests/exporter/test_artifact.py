@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import kiln as kiln_module
-from exporter.measure.runner import runner
-from passes.pipeline import PIPELINE
+from kiln.exporter.measure.runner import runner
+from kiln.passes.pipeline import PIPELINE
 from tests.conftest import kiln
 from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.measure.runner import runner
+from kiln.exporter.measure.runner import runner
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 

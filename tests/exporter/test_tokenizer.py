@@ -12,11 +12,11 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
 import kiln
-from exporter.errors import KilnError
-from exporter.measure.runner import runner
-from exporter.source.chat import read_chat, render_chat, template_text
-from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure.runner import runner
+from kiln.exporter.source.chat import read_chat, render_chat, template_text
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.tokenizer import read_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KILN_RUN = Path(runner())

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from exporter.measure.runner import runner
+from kiln.exporter.measure.runner import runner
 
 RUNNER = Path(runner())
 PROMPT = "Why is the sky blue?"
