@@ -1,5 +1,4 @@
 // The Python module `kiln._runtime`, whose names the package `kiln` hands out: the same classes, exceptions as kiln.Error, no GIL while the model runs.
-#include <dlfcn.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -7,6 +6,7 @@
 
 #include <chrono>
 
+#include "compiled/host.h"
 #include "kiln/session.h"
 
 namespace py = pybind11;
@@ -90,8 +90,7 @@ py::dict memory(const Session& session) {
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
-  // A host compiler may link libstdc++ statically into compiled models; its locales fail unless the process's own library comes first.
-  dlopen("libstdc++.so.6", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
+  kiln::share_libstdcxx();
   m.doc() = "Plays kiln artifacts: Model (an artifact on a device), Session (one timeline over it), Tokenizer.";
   m.attr("__version__") = kiln::version();
   py::register_exception<kiln::Error>(m, "Error");

@@ -1,6 +1,7 @@
 #include "compiled/host.h"
 
 #include <cpuid.h>
+#include <dlfcn.h>
 #include <gnu/libc-version.h>
 
 #include <charconv>
@@ -78,5 +79,7 @@ void check_glibc(std::string_view library, const std::string& where, const std::
 }
 
 void check_glibc(std::string_view library, const std::string& where) { check_glibc(library, where, gnu_get_libc_version()); }
+
+void share_libstdcxx() { dlopen("libstdc++.so.6", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL); }
 
 }  // namespace kiln

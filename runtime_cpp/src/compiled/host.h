@@ -21,4 +21,7 @@ void check_cpu();
 void check_glibc(std::string_view library, const std::string& where, const std::string& has);
 void check_glibc(std::string_view library, const std::string& where);
 
+// A host compiler may link libstdc++ statically into compiled models; its locales fail unless the process's own library comes first.
+void share_libstdcxx();
+
 }  // namespace kiln

@@ -147,6 +147,6 @@ std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const
 
 void set_threads(int threads) { set_cpu_threads(threads); }
 
-std::string version() { return "0.1.0 (artifact format " + std::to_string(kFormatVersion) + ")"; }
+std::string version() { return KILN_VERSION " (artifact format " + std::to_string(kFormatVersion) + ")"; }
 
 }  // namespace kiln
