@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -52,6 +52,26 @@ installed:
 
 build: $(SETUP)
 	$(if $(SETUP),$(runtime),$(runtime_by_cmake))
+
+# Both distributions as they are uploaded, checked
+wheels: $(SETUP)
+	$(runtime)
+	@rm -rf "$$BUILD"/dist/*.whl
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/dist" .
+	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel repair --wheel-dir "$$BUILD/dist" "$$BUILD"/wheels/kiln_runtime-*.whl
+	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel show "$$BUILD"/dist/kiln_runtime-*.whl
+	"$$PY" -m twine check --strict "$$BUILD"/dist/*.whl
+
+# The runner without Python: kiln-run, the C library, examples and licences
+RUNNER = kiln-runtime-$(shell sed -n 's/^project.kiln_runtime VERSION \([0-9.]*\).*/\1/p' runtime_cpp/CMakeLists.txt)-linux-x86_64
+tarball: $(SETUP)
+	@[ -f "$$BUILD/cpp/libkiln.so" ] || $(MAKE) --no-print-directory build
+	@rm -rf "$$BUILD/tarball" && mkdir -p "$$BUILD/tarball/$(RUNNER)" "$$BUILD/dist"
+	PATH=$(BIN):"$$PATH" cmake --install "$$BUILD/cpp" --strip --prefix "$$BUILD/tarball" >"$$BUILD/tarball.log"
+	cd "$$BUILD/tarball" && mv kiln/bin kiln/lib kiln/include $(RUNNER)
+	cp -RL runtime_cpp/LICENSE runtime_cpp/NOTICE runtime_cpp/README.md runtime_cpp/licenses runtime_cpp/examples "$$BUILD/tarball/$(RUNNER)"
+	tar --sort=name --owner=0 --group=0 -C "$$BUILD/tarball" -czf "$$BUILD/dist/$(RUNNER).tar.gz" $(RUNNER)
+	@ls -l "$$BUILD/dist/$(RUNNER).tar.gz"
 
 demo: build
 	"$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$BUILD/demo" --target cpu --max-seq-len 256 --force

@@ -20,7 +20,14 @@ using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 kiln::ParseSpecial parse_mode(bool parse_special) { return parse_special ? kiln::ParseSpecial::All : kiln::ParseSpecial::None; }
 
-py::array_t<float> to_numpy(const std::vector<float>& row) { return py::array_t<float>(static_cast<py::ssize_t>(row.size()), row.data()); }
+py::array_t<float> to_numpy(const std::vector<float>& row) {
+  try {
+    return py::array_t<float>(static_cast<py::ssize_t>(row.size()), row.data());
+  } catch (const py::error_already_set& e) {
+    if (!e.matches(PyExc_ImportError)) throw;
+    throw py::import_error("logits are numpy arrays, and numpy is not installed: pip install kiln-runtime[numpy]");
+  }
+}
 
 std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress) {
   kiln::LoadOptions options;

@@ -125,7 +125,8 @@ def test_bad_handles(lib, toy, device) -> None:
     assert lib.kiln_session_free(session) == OK
     out = c.c_int64(-7)
     none = "not a kiln_session, or one that was freed"
-    for bad, words in ((None, "is NULL"), (session, none), (model, none), (c.c_void_p(12345), none), (c.cast(c.pointer(out), c.c_void_p), none)):
+    address = c.cast(c.pointer(out), c.c_void_p)
+    for bad, words in ((None, "is NULL"), (session, none), (model, none), (c.c_void_p(12345), none), (address, none)):
         refused(lib, lib.kiln_position(bad, c.byref(out)), MISUSED, "kiln_position: ", words)
         refused(lib, prefill(lib, bad, PROMPT)[0], MISUSED, words)
         refused(lib, generate(lib, bad, 1)[0], MISUSED, words)
@@ -217,6 +218,7 @@ def test_handles_from_many_threads(lib, toy, device) -> None:
     assert lib.kiln_model_free(model) == OK and generate(lib, alone, 2)[0] == OK and lib.kiln_session_free(alone) == OK
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("language", ["c", "c++", "cmake", "rust"])
 def test_the_examples(language: str, artifacts, tmp_path) -> None:
     """play.c as C99 without a warning, as README says, and through CMake's find_package; play.rs where there is a Rust compiler."""
