@@ -58,6 +58,7 @@ class Geometry:
     """A dense model of sliding and full attention layers."""
 
     name: str
+    family: str
     hidden: int
     ffn: int
     layers: int
@@ -68,11 +69,7 @@ class Geometry:
     context: int  # tokens that the model was trained for
     vocab: int
     suppress_tokens: tuple[int, ...] = ()
-
-    @property
-    def head_dims(self) -> tuple[int, int]:
-        """Of sliding and of full layers."""
-        return self.sliding.dim, self.full.dim
+    tied: bool = True  # the head is the embedding
 
     def is_full(self, layer: int) -> bool:
         return layer % self.full_every == self.full_every - 1

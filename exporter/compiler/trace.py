@@ -16,7 +16,7 @@ from exporter.errors import KilnError
 from exporter.model.caches import kv_plan
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from exporter.model.places import expected_places
-from exporter.source.config import ModelConfig
+from exporter.model.records import ModelConfig
 from exporter.source.weights import WeightPlan
 from passes.edit import PassError
 from passes.pipeline import run_pipeline

@@ -23,12 +23,12 @@ from exporter.artifact.weights import write_weights
 from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
 from exporter.errors import KilnError
 from exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from exporter.model.records import ModelConfig
 from exporter.progress import size_text
-from exporter.source.config import ModelConfig
 from exporter.source.finite import describe
 from exporter.source.plan import ModelPlan
 from exporter.source.weights import WeightPlan
-from passes.records import PassOptions
+from passes.records import KINDS, PassOptions
 
 KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
 PIECE_TOKENS = 2048  # fed at once
@@ -139,11 +139,11 @@ class AllPositionsSpec(GraphSpec):
 
 
 class GraphPlayer:
-    """A graph with the inputs of `prefill` whose output is [T, V]; `caches` are the tensors it writes."""
+    """A graph with the inputs of `prefill` whose output is [T, V]; `caches` are the tensors it writes, by the names of buffers."""
 
     def __init__(self, graph: torch.nn.Module, caches: dict[str, Tensor], config: ModelConfig, max_seq_len: int, device: str):
         self.graph, self.device, self.max_seq_len, self.vocab_size = graph, device, max_seq_len, config.vocab_size
-        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_exact"))]
+        self._rings = [tensor for name, tensor in caches.items() if KINDS[name.rpartition("_")[2]] != "global"]
         self._sampling = [torch.zeros(1, dtype=dtype, device=device) for _, dtype in SAMPLING_INPUTS]
         self.position = 0
 

@@ -1,4 +1,4 @@
-"""Synthetic Gemma 4 files: real geometry and block types, random but well-scaled weights, written at disk speed.
+"""Synthetic files: real geometry and block types, random but well-scaled weights, written at disk speed.
 
 Matrices are random quantized blocks with mean 0 and standard deviation 1/sqrt(K), so that every layer keeps its input's scale. Norm
 weights are chosen so that attention scores have a standard deviation of about 2 and logits one of about 2.5, far from the soft-cap.
@@ -25,14 +25,13 @@ from custom_ops.weights.block_types import LAYOUTS, PackLayout
 from custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
 from exporter.errors import KilnError
 from exporter.files import replacing
-from exporter.source.config import LayerConfig, ModelConfig, expected_tensors
+from exporter.model.records import ModelConfig
+from exporter.source.config import expected_tensors, families, family
 from exporter.source.gguf import open_gguf
 
 ALIGN = 32
 SLAB_BYTES = 1 << 20
 MAX_WORKERS = 8
-THETA_FULL, THETA_SLIDING = 1e6, 1e4
-SOFTCAP = 30.0
 
 Progress = Callable[[str, int, int], None]
 KeyValue = tuple[str, int, bytes]  # key, value type number, encoded value
@@ -53,23 +52,16 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
     count = model.layers if layers is None else layers
     if not 1 <= count <= model.layers:
         raise KilnError(f"preset {preset} has 1 to {model.layers} layers, {count} asked for")
-    heads = ((full, model.full if full else model.sliding) for full in map(model.is_full, range(count)))
     return ModelConfig(
-        architecture="gemma4",
+        architecture=model.family,
         name=f"synthetic-{preset}" + (f"-{count}-layers" if count != model.layers else ""),
         vocab_size=model.vocab,
         hidden_size=model.hidden,
         rms_norm_eps=EPS,
-        final_logit_softcapping=SOFTCAP,
-        sliding_window=model.window,
         context_length=model.context,
-        layers=tuple(
-            LayerConfig(i, not full, h.dim, h.queries, h.kv, model.ffn, THETA_FULL if full else THETA_SLIDING, has_v=not full)
-            for i, (full, h) in enumerate(heads)
-        ),
-        tied_head=True,
-        has_layer_scale=True,
+        tied_head=model.tied,
         suppress_tokens=model.suppress_tokens,
+        **family(model.family).synthetic(model, count),
     )
 
 
@@ -176,43 +168,37 @@ def _copied_tokenizer(path: str | Path, vocab: int) -> list[KeyValue]:
     return [(key, *source.metadata.raw(key)) for key in keys]
 
 
-def metadata(config: ModelConfig, head_dims: tuple[int, int], mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
-    """Of a file of `mix`; head_dims: of sliding and full layers, which a model cut short may lack."""
-    u32, i32, f32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32
-    text, boolean = GGUFValueType.STRING, GGUFValueType.BOOL
-    sliding_dim, full_dim = head_dims
-    first = config.layers[0]
-    entries: list[tuple[str, GGUFValueType, Any]] = [
-        ("general.architecture", text, "gemma4"),
-        ("general.type", text, "model"),
-        ("general.name", text, config.name),
-        ("general.file_type", u32, int(LlamaFileType[MIXES[mix].file_type])),
-        ("general.quantization_version", u32, 2),
-        ("gemma4.block_count", u32, len(config.layers)),
-        ("gemma4.context_length", u32, config.context_length),
-        ("gemma4.embedding_length", u32, config.hidden_size),
-        ("gemma4.feed_forward_length", u32, first.intermediate_size),
-        ("gemma4.attention.head_count", u32, first.num_heads),
-        ("gemma4.attention.head_count_kv", i32, [layer.num_kv_heads for layer in config.layers]),
-        ("gemma4.attention.layer_norm_rms_epsilon", f32, EPS),
-        ("gemma4.attention.key_length", u32, full_dim),
-        ("gemma4.attention.value_length", u32, full_dim),
-        ("gemma4.attention.key_length_swa", u32, sliding_dim),
-        ("gemma4.attention.value_length_swa", u32, sliding_dim),
-        ("gemma4.attention.sliding_window", u32, config.sliding_window),
-        ("gemma4.attention.sliding_window_pattern", boolean, [layer.sliding for layer in config.layers]),
-        ("gemma4.attention.shared_kv_layers", u32, 0),
-        ("gemma4.embedding_length_per_layer_input", u32, 0),
-        ("gemma4.final_logit_softcapping", f32, SOFTCAP),
-        ("gemma4.rope.freq_base", f32, THETA_FULL),
-        ("gemma4.rope.freq_base_swa", f32, THETA_SLIDING),
-        ("gemma4.rope.dimension_count", u32, full_dim),
-        ("gemma4.rope.dimension_count_swa", u32, sliding_dim),
-    ]
+def _value_type(value: Any) -> GGUFValueType:
+    """As llama.cpp's converter writes it: bools, floats, and integers that are signed in arrays."""
+    item = value[0] if isinstance(value, list) else value
+    if isinstance(item, bool | float | str):
+        return GGUFValueType[{bool: "BOOL", float: "FLOAT32", str: "STRING"}[type(item)]]
+    return GGUFValueType.INT32 if isinstance(value, list) else GGUFValueType.UINT32
+
+
+def metadata(config: ModelConfig, mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
+    """Of a file of `mix`: what all families have, what the family's own file says, and a tokenizer."""
+    table = families()[config.architecture]
+    fields: dict[str, Any] = {
+        "num_layers": len(config.layers),
+        "context_length": config.context_length,
+        "hidden_size": config.hidden_size,
+        "rms_norm_eps": float(config.rms_norm_eps),
+        **family(config.architecture).write(config),
+    }
+    fields |= {key: fields[name] for key, name in table["same"].items() if name in fields}
+    entries: dict[str, Any] = {
+        "general.architecture": config.architecture,
+        "general.type": "model",
+        "general.name": config.name,
+        "general.file_type": int(LlamaFileType[MIXES[mix].file_type]),
+        "general.quantization_version": 2,
+        **{table["keys"][name]["key"] if name in table["keys"] else name: value for name, value in fields.items()},
+    }
     if config.suppress_tokens:
-        entries.append(("tokenizer.ggml.suppress_tokens", i32, list(config.suppress_tokens)))
+        entries["tokenizer.ggml.suppress_tokens"] = list(config.suppress_tokens)
     tokenizer = _copied_tokenizer(vocab_from, config.vocab_size) if vocab_from is not None else _tokenizer(config.vocab_size)
-    return [key_value(*entry) for entry in entries] + tokenizer
+    return [key_value(key, _value_type(value), value) for key, value in entries.items()] + tokenizer
 
 
 # ---- tensor data ----
@@ -309,7 +295,7 @@ def write_synthetic(
     """
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
-    header, offsets, size = gguf_header(metadata(_config(preset, layers), _geometry(preset).head_dims, mix, vocab_from), tensors)
+    header, offsets, size = gguf_header(metadata(_config(preset, layers), mix, vocab_from), tensors)
     total, done, lock = sum(tensor_bytes(shape, block_type) for _, shape, block_type in tensors), 0, threading.Lock()
     with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
         f.write(header)

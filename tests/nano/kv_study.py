@@ -25,7 +25,7 @@ from torch import Tensor
 from custom_ops.tq4 import codec
 from exporter.measure import evaluate as ev
 from exporter.measure import players as pl
-from exporter.source.config import LayerConfig
+from exporter.model.records import Layer as LayerConfig
 from exporter.source.plan import read_plan
 from exporter.tools.quantize import write_quantized
 from passes.records import PassOptions
@@ -156,7 +156,7 @@ class Setting:
     exact_window: int = 0
 
     def write_unrounded(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (k, v) if layer.sliding else (self.k.apply(k), self.v.apply(v))
+        return (k, v) if layer.mixer.window else (self.k.apply(k), self.v.apply(v))
 
     def write(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.write_unrounded(layer, *self.newest(layer, k, v))
