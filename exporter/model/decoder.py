@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
 from custom_ops.dtypes import FLOATS
+from custom_ops.markers import GATED
 from custom_ops.weights.layouts import LAYOUTS
 from exporter.errors import KilnError
 from exporter.model.caches import exact_buffers
@@ -131,11 +132,16 @@ class AttentionMixer:
         weight = getattr(self.at, name).weight if kind == "weighted" else None
         return torch.ops.kiln.rms_norm(x, weight, self.eps, self.dtype) if kind else x if x.dtype == self.dtype else x.to(self.dtype)
 
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        """A score is the product of a query and a key, so its scale is the query's."""
+        form = (scale, self.mixer.rope.neighbours)
+        return torch.ops.kiln.rope(x, cos, sin, *(() if form == (1.0, False) else form))
+
     def __call__(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         c = self.mixer
         q, k, v = self.qkv(h)
-        q = torch.ops.kiln.rope(self._normed(q, c.q_norm, "attn_q_norm"), cos, sin)
-        k = torch.ops.kiln.rope(self._normed(k, c.k_norm, "attn_k_norm"), cos, sin)
+        q = self._rotated(self._normed(q, c.q_norm, "attn_q_norm"), cos, sin, c.scale)
+        k = self._rotated(self._normed(k, c.k_norm, "attn_k_norm"), cos, sin, 1.0)
         v = self._normed(v, c.v_norm, "attn_v_norm")
         out = self.at.cache.attend(q, k, v, pos, c.window).flatten(1)
         return self.at.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
@@ -154,9 +160,6 @@ class DenseFfn:
         else:
             gate, up = at.ffn_gate.linear(h), at.ffn_up.linear(h)
         return at.ffn_down.linear(self.gated(gate, up))
-
-
-GATED = {"gelu_tanh": torch.ops.kiln.gelu_mul}
 
 
 class Block(nn.Module):
