@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from kiln.custom_ops.weights.mixes import EMBEDDING, MIXES, block_types
+from kiln.custom_ops.weights.mixes import EMBEDDING, MIXES, OUTPUT, block_types
 
 EPS = 1e-6  # inside the roots of all norms
 CONTEXT, EXACT_WINDOW = 131072, 256  # slots of the caches, and of the TQ4 exact window, that kernels are compiled and timed for
 
 # How the matmul with a matrix ends in a fused decode step: in parts that attention adds up, gated, with the sums of squares that a norm
 # needs, or as it is. Those that leave squares are the ones without a norm before them.
-_ENDS = {"attn_output": "squares", "ffn_down": "squares", "ffn_gate_up": "glu", "token_embd": "sum"}
+_ENDS = {"attn_output": "squares", "ffn_down": "squares", "ffn_gate_up": "glu", "token_embd": "sum", "output": "sum"}
 
 
 @dataclass(frozen=True)
@@ -58,40 +58,48 @@ class Geometry:
     """A dense model of sliding and full attention layers."""
 
     name: str
+    family: str
     hidden: int
     ffn: int
     layers: int
     full_every: int  # layers, of which the last is a full one
-    sliding: Heads
+    sliding: Heads | None  # None: all layers are full ones
     full: Heads
     window: int
     context: int  # tokens that the model was trained for
     vocab: int
     suppress_tokens: tuple[int, ...] = ()
+    tied: bool = True  # the head is the embedding
+    full_v: bool = False  # a full layer has a V of its own
+    activation: str = "gelu_tanh"
+    v_norm: bool = True
+    scaled_scores: bool = False  # by 1 / sqrt(head size); otherwise they are as they are
+    post_norms: bool = True
 
     @property
-    def head_dims(self) -> tuple[int, int]:
-        """Of sliding and of full layers."""
-        return self.sliding.dim, self.full.dim
+    def form(self) -> dict[str, Any]:
+        """Of attention's preparation, as its kernel's constants."""
+        return {"QK_NORM": True, "V_NORM": self.v_norm, "SCALE": self.full.dim**-0.5 if self.scaled_scores else 1.0, "NEIGHBOURS": False}
 
     def is_full(self, layer: int) -> bool:
         return layer % self.full_every == self.full_every - 1
 
     def layer(self, i: int) -> dict[str, tuple[int, int]]:
         """Matrices of a layer, [n, k] by name; gate and up are always of one type, a full layer has no V of its own."""
-        heads = self.full if self.is_full(i) else self.sliding
+        heads = self.full if self.is_full(i) or self.sliding is None else self.sliding
         q, kv = heads.queries * heads.dim, heads.kv * heads.dim
-        own_v = {} if self.is_full(i) else {"attn_v": (kv, self.hidden)}
+        own_v = {} if self.is_full(i) and not self.full_v else {"attn_v": (kv, self.hidden)}
         attention = {"attn_q": (q, self.hidden), "attn_k": (kv, self.hidden), **own_v, "attn_output": (self.hidden, q)}
         return attention | {"ffn_gate_up": (2 * self.ffn, self.hidden), "ffn_down": (self.hidden, self.ffn)}
 
     def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
-        """Those of the layers, fused where their types agree as the packer does, then the embedding, which is the head too.
+        """Those of the layers, fused where their types agree as the packer does, then the head, which may be the embedding.
 
         mix: a key of MIXES; with the default all types are the same, so that all that may be fused is.
         """
         layers = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in self.layer(i).items()}
-        types = block_types(MIXES[mix], layers | {EMBEDDING: (self.vocab, self.hidden)})
+        head = EMBEDDING if self.tied else OUTPUT
+        types = block_types(MIXES[mix], layers | dict.fromkeys((EMBEDDING, head), (self.vocab, self.hidden)))
         counts: Counter[tuple[str, str, int, int]] = Counter()
         for i in range(self.layers):
             left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
@@ -99,7 +107,8 @@ class Geometry:
             fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == block_type]
             counts["attn_qkv" if len(fused) == 3 else "attn_qk", block_type, sum(n for _, n, _ in fused), self.hidden] += 1
             counts.update((name, *rest) for name, rest in left.items())
-        return (*(Matrix(*key, count) for key, count in counts.items()), Matrix("token_embd", types[EMBEDDING], self.vocab, self.hidden, 1))
+        last = Matrix(head.removesuffix(".weight"), types[head], self.vocab, self.hidden, 1)
+        return (*(Matrix(*key, count) for key, count in counts.items()), last)
 
 
 def keys_attended(start: int, tokens: int, window: int | None = None) -> int:
@@ -114,7 +123,8 @@ def keys_attended(start: int, tokens: int, window: int | None = None) -> int:
 
 def _geometry(name: str, row: dict[str, Any]) -> Geometry:
     full = row["layers"] // row["full_every"]
-    heads = {"sliding": Heads(**row["sliding"], layers=row["layers"] - full), "full": Heads(**row["full"], layers=full)}
+    sliding = Heads(**row["sliding"], layers=row["layers"] - full) if "sliding" in row else None
+    heads = {"sliding": sliding, "full": Heads(**row["full"], layers=full), "window": row.get("window", 0)}
     return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ()))})
 
 
@@ -122,4 +132,5 @@ GEOMETRIES = {
     name: _geometry(name, row) for name, row in tomllib.loads(files("kiln.configs").joinpath("geometries.toml").read_text()).items()
 }
 GEMMA4_31B, GEMMA4_12B = GEOMETRIES["gemma4-31b"], GEOMETRIES["gemma4-12b"]
+QWEN3_8B = GEOMETRIES["qwen3-8b"]
 MEASURED = (GEMMA4_31B, GEMMA4_12B)  # the models that kernels are compiled for in the tests, attention at both shapes

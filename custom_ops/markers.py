@@ -25,15 +25,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, dtype: to
     return (y if weight is None else y * weight).to(dtype)
 
 
-@_composite("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of the last axis. x [T, heads, D]; cos, sin [T, D / 2] float32."""
-    a, b = x.float().chunk(2, dim=-1)
+@_composite("rope(Tensor x, Tensor cos, Tensor sin, float scale=1.0, bool neighbours=False) -> Tensor")
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
+    """Rotate the halves of the last axis, or with `neighbours` its even elements against the odd ones, and multiply by `scale`.
+
+    x [T, heads, D]; cos, sin [T, D / 2] float32. The result has the first of each pair before all of the second, whichever the pairs were:
+    queries and keys in the same order have the same products.
+    """
+    xf = x.float()
+    a, b = (xf[..., 0::2], xf[..., 1::2]) if neighbours else xf.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return (y if scale == 1 else y * scale).to(x.dtype)
 
 
 @_composite("gelu_mul(Tensor gate, Tensor value) -> Tensor")
 def gelu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * value in float32, GELU with tanh; the result in their dtype."""
     return (F.gelu(gate.float(), approximate="tanh") * value.float()).to(gate.dtype)
+
+
+@_composite("silu_mul(Tensor gate, Tensor value) -> Tensor")
+def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value in float32; the result in their dtype."""
+    return (F.silu(gate.float()) * value.float()).to(gate.dtype)
+
+
+GATED = {"gelu_tanh": torch.ops.kiln.gelu_mul, "silu": torch.ops.kiln.silu_mul}  # by the activation

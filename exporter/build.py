@@ -29,6 +29,7 @@ from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.places import needed_tables
+from kiln.exporter.model.records import cache_specs
 from kiln.exporter.progress import bar, say, size_text
 from kiln.exporter.source.plan import ModelPlan
 from kiln.exporter.source.weights import weight_bytes
@@ -95,7 +96,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
     if options.residual_length < 32 or options.residual_length % 32:
         raise KilnError(f"--residual-length {options.residual_length}: give a multiple of 32, at least 32")
-    global_layers = any(not layer.sliding for layer in config.layers)
+    global_layers = any(cache.kind == "global" for cache in cache_specs(config))
     if options.turboquant and not global_layers:
         raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     spec = GraphSpec(
@@ -126,9 +127,9 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
 def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
     """KilnError for head sizes and caches that the kernels do not take: compiling would find out after minutes."""
     try:
-        for layer in spec.config.layers:
-            if spec.options.turboquant and not layer.sliding:
-                check_dim(layer.head_dim)
+        for cache in cache_specs(spec.config):
+            if spec.options.turboquant and cache.kind == "global":
+                check_dim(cache.head_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
             if buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
@@ -222,8 +223,9 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
     print(f"weights     {size_text(memory.weights):>11}")
-    newest = f" and the newest {spec.options.residual_length} of the global layers" if spec.options.turboquant else ""
-    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers{newest}, {cache})")
+    kept = ["sliding layers"] if any(cache.kind == "ring" for cache in cache_specs(config)) else []
+    kept += [f"the newest {spec.options.residual_length} of the global layers"] if spec.options.turboquant else []
+    print(f"KV ring     {size_text(memory.kv_ring):>11}  ({' and '.join(kept) or 'none'}, {cache})")
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

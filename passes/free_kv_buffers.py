@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kiln.passes import edit
 from kiln.passes.edit import PassError
-from kiln.passes.records import KVBuffer, Lowered, PassOptions, PassReport
+from kiln.passes.records import Lowered, PassOptions, PassReport, buffer
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
@@ -17,9 +17,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         if not isinstance(value, FakeTensor):
             freed += value.untyped_storage().nbytes()
             ep.state_dict[fqn] = node.meta["val"]
-        layer = int(fqn.split(".")[1])
-        kind = "ring" if fqn.endswith(("_ring", "_exact")) else "global"
-        lowered.kv.append(KVBuffer(fqn, layer, kind, value.dtype, tuple(value.shape)))
+        lowered.kv.append(buffer(fqn, value.dtype, tuple(value.shape)))
     if not lowered.kv:
         raise PassError("pass free_kv_buffers: the graph has no cache")
     return PassReport("free_kv_buffers", "applied", tuple(b.name for b in lowered.kv), f"{freed} bytes freed")

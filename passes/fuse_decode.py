@@ -12,6 +12,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
 from kiln.passes import edit
 from kiln.passes.edit import KILN
@@ -124,14 +125,16 @@ class _Fuser:
     def to_fixed(self, x: Node, before: Node) -> tuple[Node, ...]:
         """x in fixed point, and (squares, eps) where its matmuls are to be multiplied by their root."""
         if x not in self.fixed:
-            self.fixed[x] = self.norm(x, before) or (self.gated(x, before) or self.attention(x, before) or self.converted(x, before),)
+            self.fixed[x] = next(found for found in (rule(self, x, before) for rule in RULES) if found)
         return self.fixed[x]
 
-    def converted(self, x: Node, before: Node) -> Node:
+    def converted(self, x: Node, before: Node) -> tuple[Node]:
+        """What no other rule takes."""
         self.counts["conversions"] += 1
-        return self.emit(before, KILN.fixed_point.default, x, self.terms)
+        return (self.emit(before, KILN.fixed_point.default, x, self.terms),)
 
     def norm(self, x: Node, before: Node) -> tuple[Node, Node, float] | None:
+        """RMSNorm of the residual stream, with the branch that was added to it, its own norm and the stream's scale."""
         if not edit.is_call(x, KILN.rms_norm.default) or x.args[1] is None:
             return None
         y, weight, eps, _ = x.args
@@ -144,14 +147,20 @@ class _Fuser:
             both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
             return *(self.emit(before, operator.getitem, both, i) for i in range(2)), eps
         stream, branch, post_weight, scale = added
-        self.places.append(self.name(post_weight))
-        stream, (branch, squares) = self.exact(stream, before), self.with_squares(branch, before)
+        stream, squares = self.exact(stream, before), None
+        if post_weight is None:
+            branch = self.exact(branch, before)
+        else:
+            self.places.append(self.name(post_weight))
+            branch, squares = self.with_squares(branch, before)
         all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
         self.float32[y], *fixed = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
         return *fixed, eps
 
-    def gated(self, x: Node, before: Node) -> Node | None:
-        if not edit.is_call(x, KILN.gelu_mul.default):
+    def gated(self, x: Node, before: Node) -> tuple[Node] | None:
+        """activation(gate) * value of the halves of one matmul."""
+        activation = next((name for name, op in GATED.items() if edit.is_call(x, op.default)), None)
+        if activation is None:
             return None
         halves = [a.args if edit.is_call(a, operator.getitem) else (None, None) for a in x.args]
         (chunks, first), (other, second) = halves
@@ -162,9 +171,13 @@ class _Fuser:
             return None
         self.counts["gated"] += 1
         self.places.append(self.name(matmul.args[1]).rpartition(".")[0] + ".glu")
-        return self.emit(before, KILN.fixed_glu.default, *matmul.args)
+        if activation == "gelu_tanh":  # the op's default
+            return (self.emit(before, KILN.fixed_glu.default, *matmul.args),)
+        *given, squares, eps = (*matmul.args, *(None, 0.0)[len(matmul.args) - 5 :])
+        return (self.emit(before, KILN.fixed_glu.default, *given, squares, eps, activation),)
 
-    def attention(self, x: Node, before: Node) -> Node | None:
+    def attention(self, x: Node, before: Node) -> tuple[Node] | None:
+        """Attention of one token with the preparation of its queries, keys and values, and the cache's write."""
         call = _viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
@@ -175,29 +188,35 @@ class _Fuser:
         write = _write(call)
         if q is None or write is None:
             return None
-        k, v = _rotated(_viewed(write.k)), _viewed(write.v)
-        if k is None or k.cos is not q.cos or k.sin is not q.sin or not edit.is_call(v, KILN.rms_norm.default) or v.args[1] is not None:
+        k, v = _rotated(_viewed(write.k)), _normed_value(write.v)
+        if k is None or k.cos is not q.cos or k.sin is not q.sin or k.scale != 1 or k.neighbours != q.neighbours:
             return None
-        if not q.eps == k.eps == v.args[2]:
+        if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
             return None
+        sliding = edit.is_call(call, KILN.sliding_attention.default)
+        if sliding and (q.neighbours or q.weight is None):
+            return None  # a form that its kernel does not have
+        eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         first = write.nodes[0]
         together = _projection(q.x)[0] is _projection(k.x)[0]  # matmuls of their own are split differently
-        projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.args[0], True))]
+        projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.x, True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
+        form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
+        form = () if form == (1.0, True, False)[: len(form)] else form  # the ops' defaults
         if edit.is_call(call, KILN.sliding_attention.default):
             _, _, _, k_ring, v_ring, pos, window = call.args
             self.counts["sliding"] += 1
             for node in write.nodes:
                 self.ep.graph.erase_node(node)
-            return self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, q.eps, self.terms)
+            return (self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, eps, self.terms, *form),)
         self.counts["global"] += 1
         if edit.is_call(call, KILN.tq4_attention.default):
             for node in write.nodes:
                 self.ep.graph.erase_node(node)
-            return self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], q.eps, self.terms)
+            return (self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], eps, self.terms, *form),)
         call.args = (*call.args[:-1], None)  # one token's position bounds the cache too, and needs no kernel to compute
-        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, q.eps, call.meta["val"].dtype)
+        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
         return self.converted(x, before)
@@ -228,18 +247,44 @@ def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
     return inv_freq if position is pos and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None
 
 
+# In the order in which they are tried; each counts what it takes.
+RULES = (_Fuser.norm, _Fuser.gated, _Fuser.attention, _Fuser.converted)
+
+
 class _Rotated:
-    """rope(rms_norm(x, weight))."""
+    """rope(rms_norm(x, weight)), or rope(x) without weight and eps."""
 
     def __init__(self, node: Node):
-        norm, self.cos, self.sin = node.args
-        self.x, self.weight, self.eps, _ = norm.args
+        x, self.cos, self.sin, self.scale, self.neighbours = (*node.args, *(1.0, False)[len(node.args) - 3 :])  # defaults are left out
+        self.x, self.weight, self.eps = _behind_conversion(x), None, None
+        if edit.is_call(self.x, KILN.rms_norm.default):
+            self.x, self.weight, self.eps, _ = self.x.args
 
 
 def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default) or not edit.is_call(node.args[0], KILN.rms_norm.default) or node.args[0].args[1] is None:
+    if not edit.is_call(node, KILN.rope.default):
         return None
-    return _Rotated(node)
+    found = _Rotated(node)
+    return None if found.eps is not None and found.weight is None else found
+
+
+class _NormedValue:
+    """rms_norm(x), or x as it is, without eps."""
+
+    def __init__(self, x: Node, eps: float | None):
+        self.x, self.eps = x, eps
+
+
+def _normed_value(node: Node) -> _NormedValue:
+    node = _behind_conversion(_viewed(node))
+    if edit.is_call(node, KILN.rms_norm.default) and node.args[1] is None:
+        return _NormedValue(node.args[0], node.args[2])
+    return _NormedValue(node, None)
+
+
+def _behind_conversion(node: Node) -> Node:
+    """What a value was before it took the cache's dtype."""
+    return node.args[0] if edit.is_call(node, aten.to.dtype) else node
 
 
 class _Writes:
@@ -295,8 +340,8 @@ def _viewed(node: Node) -> Node:
     return node
 
 
-def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node, Node | None] | None:
-    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without the scale."""
+def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node | None, Node | None] | None:
+    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without the norm and the scale."""
     scale = None
     if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
         left, scale = y.args[0].args
@@ -305,7 +350,9 @@ def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node, Node | None] |
         y = left.args[0]
     if not edit.is_call(y, aten.add.Tensor) or len(y.args) != 2:
         return None
-    stream, norm = y.args
-    if not edit.is_call(norm, KILN.rms_norm.default) or norm.args[1] is None or norm.args[2] != eps:
+    stream, branch = y.args
+    if not edit.is_call(branch, KILN.rms_norm.default):
+        return stream, branch, None, scale
+    if branch.args[1] is None or branch.args[2] != eps:
         return None
-    return stream, norm.args[0], norm.args[1], scale
+    return stream, branch.args[0], branch.args[1], scale

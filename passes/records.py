@@ -30,13 +30,23 @@ class KVBuffer:
 
     name: str
     layer: int
-    kind: str  # "ring" | "global"
+    kind: str  # a value of KINDS
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+# The last word of a buffer's name -> its kind: "ring", a slot for each of the newest positions; "global", one for each position; "state",
+# which a step replaces and nothing brings back.
+KINDS = {"ring": "ring", "exact": "ring", "cache": "global", "codes": "global", "scales": "global", "state": "state"}
+
+
+def buffer(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> KVBuffer:
+    """The cache `blk.LAYER.cache.NAME`; its name says of which layer it is, and of what kind. KeyError for another."""
+    return KVBuffer(name, int(name.split(".")[1]), KINDS[name.rpartition("_")[2]], dtype, shape)
 
 
 # Of one graph: pass -> the places of the model that it rewrites -> what may keep it from one, as "its weight is F16", or "".

@@ -18,28 +18,37 @@ from kiln.custom_ops.weights.gemv_kernels import sum_splits
 PREPARE_WARPS = 8
 
 
-def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def head_dim(q_weight: torch.Tensor | None, cos: torch.Tensor) -> int:
+    """All of a head turns."""
+    return 2 * cos.shape[1] if q_weight is None else q_weight.shape[0]
+
+
+def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: torch.dtype, scale: float = 1.0, v_norm: bool = True,
+                      neighbours: bool = False) -> tuple[torch.Tensor, ...]:
     """The op in plain torch; arguments as `prepare_qkv`."""
-    dim = q_weight.shape[0]
-    q, k, v = (x.sum(0).view(1, -1, dim) for x in (q, k, v))
-    q = rope(rms_norm(q, q_weight, eps, torch.float32), cos, sin)
-    k = rope(rms_norm(k, k_weight, eps, torch.float32), cos, sin)
-    return q.to(dtype), k.to(dtype), rms_norm(v, None, eps, dtype)
+    q, k, v = (x.sum(0).view(1, -1, head_dim(q_weight, cos)) for x in (q, k, v))
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps, torch.float32), rms_norm(k, k_weight, eps, torch.float32)
+    q, k = rope(q, cos, sin, scale, neighbours), rope(k, cos, sin, 1.0, neighbours)
+    return q.to(dtype), k.to(dtype), rms_norm(v, None, eps, dtype) if v_norm else v.to(dtype)
 
 
 @triton.jit
 def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
-                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr,
+                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr):
     """Both halves, float32 [D / 2], of head `head` of queries, keys and values: RMSNorm and, but for values, weight and rotary embedding.
 
-    A projection is the sum of `splits` parts, `stride` elements apart (q and k alike).
+    A projection is the sum of `splits` parts, `stride` elements apart (q and k alike). Without QK_NORM queries and keys have no norm and no
+    weight, without V_NORM values have none. Queries are multiplied by SCALE. NEIGHBOURS: as `markers.rope`.
     """
     H: tl.constexpr = D // 2
     dim = tl.arange(0, H)
     rotated = head < HEADS + KV
-    weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr) + dim
-    weight0 = tl.load(weight, rotated, other=1.0)
-    weight1 = tl.load(weight + H, rotated, other=1.0)
+    if QK_NORM:
+        weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr) + (2 * dim if NEIGHBOURS else dim)
+        weight0 = tl.load(weight, rotated, other=1.0)
+        weight1 = tl.load(weight + (1 if NEIGHBOURS else H), rotated, other=1.0)
     wait_for_earlier_kernels(EARLY)
     parts = splits
     step = stride
@@ -51,24 +60,40 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         source = v_ptr + (head - HEADS - KV) * D
         parts = v_splits
         step = v_stride
-    whole = sum_splits(source + tl.arange(0, D), step, parts, None, D, TOGETHER=16)
+    element = tl.arange(0, D)
+    if NEIGHBOURS:
+        element = tl.where(rotated, element % H * 2 + element // H, element)
+    whole = sum_splits(source + element, step, parts, None, D, TOGETHER=16)
     a, b = tl.split(tl.permute(tl.reshape(whole, [2, H]), [1, 0]))
     cos = tl.load(cos_ptr + dim, rotated, other=1.0)
     sin = tl.load(sin_ptr + dim, rotated, other=0.0)
-    norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + EPS)
-    a = a * norm * weight0
-    b = b * norm * weight1
-    return a * cos - b * sin, b * cos + a * sin
+    if QK_NORM or V_NORM:
+        norm = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + EPS)
+        if not V_NORM:
+            norm = tl.where(rotated, norm, 1.0)
+        if QK_NORM:
+            a = a * norm * weight0
+            b = b * norm * weight1
+        else:
+            norm = tl.where(rotated, 1.0, norm)
+            a = a * norm
+            b = b * norm
+    if SCALE == 1:
+        return a * cos - b * sin, b * cos + a * sin
+    else:
+        scale = tl.where(head < HEADS, SCALE, 1.0)
+        return (a * cos - b * sin) * scale, (b * cos + a * sin) * scale
 
 
 @waits("q_weight_ptr", "k_weight_ptr")
 @triton.jit
 def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
-                   v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+                   v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+                   V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Grid (HEADS + 2 KV)."""
     head = tl.program_id(0)
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
-                         EPS, HEADS, KV, D, EARLY)
+                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY)
     if head < HEADS:
         target = q_out_ptr + head * D
     elif head < HEADS + KV:
@@ -80,8 +105,15 @@ def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_p
     tl.store(target + D // 2 + dim, b)
 
 
-def check_projections(op: str, q, k, v, q_weight, cos) -> None:
-    dim = q_weight.shape[0]
+def form_constants(q_weight: torch.Tensor | None, v_norm: bool, scale: float, neighbours: bool = False) -> dict:
+    """What `prepared_head` is told of a model's form."""
+    return {"QK_NORM": q_weight is not None, "V_NORM": v_norm, "SCALE": scale, "NEIGHBOURS": neighbours}
+
+
+def check_projections(op: str, q, k, v, q_weight, k_weight, cos) -> None:
+    dim = head_dim(q_weight, cos)
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(f"{op}: a norm's weight for q or k alone; expected both or none")
     sizes = [x.shape[1] for x in (q, k, v)]
     if any(x.dtype != torch.float32 or x.stride(1) != 1 for x in (q, k, v)) or any(s % dim for s in sizes) or sizes[1] != sizes[2]:
         raise ValueError(f"{op}: q, k, v have {sizes} elements; expected float32, whole heads of {dim}, as many keys as values")
@@ -117,22 +149,25 @@ def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @triton_op("kiln::prepare_qkv", mutates_args=())
-def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
-                sin: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+                cos: torch.Tensor, sin: torch.Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0, v_norm: bool = True,
+                neighbours: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token's projections, float32 [S, heads * D] to be summed over S, to what attention takes: [1, heads, D] in dtype each.
 
-    q and k: RMSNorm over D, times weight float32 [D], rotary embedding by cos, sin float32 [1, D / 2]; v: RMSNorm. ValueError when a shape
-    does not fit.
+    q and k: RMSNorm over D, times weight float32 [D], neither without weights; rotary embedding by cos, sin float32 [1, D / 2] (as
+    `markers.rope`), q then times scale. v: RMSNorm if `v_norm`. ValueError when a shape does not fit.
     """
-    check_projections("prepare_qkv", q, k, v, q_weight, cos)
+    check_projections("prepare_qkv", q, k, v, q_weight, k_weight, cos)
     if not use_triton(q):
-        return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype)
-    dim = q_weight.shape[0]
+        return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype, scale, v_norm, neighbours)
+    dim = head_dim(q_weight, cos)
     outs = [torch.empty((1, x.shape[1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
     heads, kv_heads = (x.shape[1] for x in outs[:2])
     parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
-    kernel(kiln_prepare)[(heads + 2 * kv_heads,)](q, k, v, q_weight, k_weight, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
-                                                    D=dim, EARLY=early(), num_warps=PREPARE_WARPS)
+    weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
+    kernel(kiln_prepare)[(heads + 2 * kv_heads,)](q, k, v, *weights, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads, D=dim,
+                                                    **form_constants(q_weight, v_norm, scale, neighbours), EARLY=early(),
+                                                    num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
 
 
@@ -142,5 +177,5 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     numbers = dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
     constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
-    return [KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants, {"num_warps": PREPARE_WARPS},
+    return [KernelCase(f"prepare {model.full.label}", kiln_prepare, signature, constants | model.form, {"num_warps": PREPARE_WARPS},
                        aligned=("stride", "v_stride"))]

@@ -51,19 +51,26 @@ def _parts(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.c
 
 
 @triton.jit
-def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
-    """Both halves, float32 [ROWS, D / 2], of RMSNorm of the sum of parts [PAD, ROWS * D]."""
+def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
+    """Both halves, float32 [ROWS, D / 2], of the sum of parts [PAD, ROWS * D], or its RMSNorm."""
     halves = tl.reshape(tl.sum(parts, 0), [ROWS, 2, D // 2])
-    norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + EPS)
-    return tl.split(tl.permute(_settled(halves * norm[:, None, None]), [0, 2, 1]))
+    if NORM:
+        norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + EPS)
+        halves = halves * norm[:, None, None]
+    return tl.split(tl.permute(_settled(halves), [0, 2, 1]))
 
 
 @triton.jit
-def _rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr):
-    """The rotary embedding of the weighted halves, each [ROWS, D / 2]."""
+def _rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr, SCALE: tl.constexpr):
+    """The rotary embedding of the weighted halves, each [ROWS, D / 2], times SCALE."""
     a = halves[0] * weight0[None, :]
     b = halves[1] * weight1[None, :]
-    return _settled(a * cos[None, :] - b * sin[None, :]).to(DTYPE), _settled(b * cos[None, :] + a * sin[None, :]).to(DTYPE)
+    if SCALE == 1:
+        return _settled(a * cos[None, :] - b * sin[None, :]).to(DTYPE), _settled(b * cos[None, :] + a * sin[None, :]).to(DTYPE)
+    else:
+        first = (a * cos[None, :] - b * sin[None, :]) * SCALE
+        second = (b * cos[None, :] + a * sin[None, :]) * SCALE
+        return _settled(first).to(DTYPE), _settled(second).to(DTYPE)
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
                           stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
                           V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                           ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                          AHEAD: tl.constexpr, EARLY: tl.constexpr):
+                          AHEAD: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr, EARLY: tl.constexpr):
     """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
 
     q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
@@ -138,9 +145,9 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
-    q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D), q_weight0, q_weight1, cos, sin, DTYPE)
-    own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D), k_weight0, k_weight1, cos, sin, DTYPE)
-    v0, v1 = _normed(v_parts, EPS, 1, D)
+    q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
+    own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
+    v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
     own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
     dim = tl.arange(0, D)
     slot = ((end - 1) % RING) * (KV * D) + head * D
@@ -174,31 +181,32 @@ def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 
 def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
-               terms: int) -> tuple[dict, dict]:
+               terms: int, v_norm: bool = True, scale: float = 1.0) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
     del split["HAS_LEN"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
     ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
-    return split | pads | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts, "ROWS": triton.next_power_of_2(heads // kv_heads)}, merge
+    form = {"V_NORM": v_norm, "SCALE": scale, "ROWS": triton.next_power_of_2(heads // kv_heads)}
+    return split | pads | form | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
 
 
 @triton_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
 def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                    sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
-                   terms: int) -> torch.Tensor:
-    """`prepare_qkv`, then sliding-window attention, the token's key and value written to the rings.
+                   terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
+    """`prepare_qkv` with norms of q and k, then sliding-window attention, the token's key and value written to the rings.
 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R = min(window, max_seq_len); pos [1] int64.
     Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
     """
-    check_projections("sliding_decode", q, k, v, q_weight, cos)
+    check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
     dim, slots = q_weight.shape[0], k_ring.shape[0]
     heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
     if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
         raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
     if not use_triton(q):
-        prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype)
+        prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype, scale, v_norm)
         out = sliding_attention.reference(*prepared, k_ring, v_ring, pos, window)
         slot = pos % slots
         k_ring.index_copy_(0, slot, prepared[1])
@@ -207,7 +215,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     check_kernel_shapes("sliding_decode", dim, k_ring)
     target = current_target()
     tile = _tile(k_ring.dtype, target, dim)
-    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms)
+    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale)
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
@@ -223,6 +231,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr"), "*fp32")
     signature |= {"pos_ptr": "*i64", "stride": "i32", "v_stride": "i32"}
     h, cases = model.sliding, []
+    if h is None:
+        return []
     for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
         tile = _tile(dtype, target, h.dim)

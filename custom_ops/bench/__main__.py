@@ -15,12 +15,14 @@ from kiln.custom_ops.bench.tune import families, tune
 from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu.target import current_target
 
+MODELS = sorted(name for name, model in GEOMETRIES.items() if model.sliding)  # the cases are of sliding and full layers
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kiln.custom_ops.bench", description="Time every op on this machine's GPU.")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose op and shape contain TEXT")
     parser.add_argument("--out", type=Path, metavar="F.json", help="write the record here")
-    parser.add_argument("--model", choices=sorted(GEOMETRIES), default="gemma4-31b", help="whose shapes, of the Q4_K_M mix (gemma4-31b)")
+    parser.add_argument("--model", choices=MODELS, default="gemma4-31b", help="whose shapes, of the Q4_K_M mix (gemma4-31b)")
     parser.add_argument("--tune", action="store_true", help="time a grid of kernel configurations instead, print the best")
     parser.add_argument("--budget", type=float, default=180, metavar="S", help="with --tune: start no candidate after S seconds (180)")
     options = parser.parse_args(arguments)

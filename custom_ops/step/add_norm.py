@@ -29,10 +29,10 @@ def root(squares: torch.Tensor, k: int, eps: float) -> torch.Tensor:
     return torch.rsqrt(squares.sum() / k + eps)
 
 
-def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None,
-              weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
+              scale: torch.Tensor | None, weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `add_norm`."""
-    x = x + branch * root(branch_squares, x.shape[1], eps) * post_weight
+    x = x + (branch if branch_squares is None else branch * root(branch_squares, x.shape[1], eps) * post_weight)
     if scale is not None:
         x = x * scale
     return x, *norm_reference(x, weight, terms)
@@ -56,21 +56,24 @@ def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, 
                     BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr,
                     PIECE: tl.constexpr, EARLY: tl.constexpr):
     """PIECE elements of one token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
-    squares of x_out. Grid (D / PIECE). COUNT, PAD: of `branch_squares`, see `load_root`.
+    squares of x_out. Grid (D / PIECE). COUNT, PAD: of `branch_squares`, see `load_root`; COUNT 0: the branch is added as it is.
     """
     i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     keep = i < D
     w = tl.load(weight + i, keep, other=0.0)
     post = w
     factor = 1.0
-    if BRANCH:
+    if BRANCH and COUNT > 0:
         post = tl.load(post_weight + i, keep, other=0.0)
     if SCALE:
         factor = tl.load(scale)
     wait_for_earlier_kernels(EARLY)
     value = tl.load(x + i, keep, other=0.0)
     if BRANCH:
-        value += tl.load(branch + i, keep, other=0.0) * load_root(branch_squares, D, EPS, COUNT, PAD) * post
+        if COUNT > 0:
+            value += tl.load(branch + i, keep, other=0.0) * load_root(branch_squares, D, EPS, COUNT, PAD) * post
+        else:
+            value += tl.load(branch + i, keep, other=0.0)
         if SCALE:
             value *= factor
         tl.store(x_out + i, value, keep)
@@ -84,8 +87,9 @@ def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
     return {"COUNT": count, "PAD": triton.next_power_of_2(max(count, 1))}
 
 
-def _constants(d: int, branch_squares: torch.Tensor | None, scale: bool, terms: int, target: GpuTarget | None = None) -> dict:
-    return {"D": d, "BRANCH": branch_squares is not None, **root_constants(branch_squares), "SCALE": scale, "TERMS": terms, "PIECE": PIECE,
+def _constants(d: int, branch: bool, branch_squares: torch.Tensor | None, scale: bool, terms: int,
+               target: GpuTarget | None = None) -> dict:
+    return {"D": d, "BRANCH": branch, **root_constants(branch_squares), "SCALE": scale, "TERMS": terms, "PIECE": PIECE,
             "EARLY": early(target)}  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
     x_out = torch.empty_like(x) if branch is not None else x
     out = torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
     squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
-    constants = _constants(d, branch_squares, scale is not None, terms)
+    constants = _constants(d, branch is not None, branch_squares, scale is not None, terms)
     given = [weight if t is None else t for t in (branch, branch_squares, post_weight, scale)]
     kernel(kiln_add_norm)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
     return x_out, out, squares
@@ -109,20 +113,27 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 @triton_op("kiln::add_norm", mutates_args=())
-def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None,
-             weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
+             scale: torch.Tensor | None, weight: torch.Tensor, eps: float,
+             terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x' = (x + RMSNorm(branch) * post_weight) * scale, x' * weight in fixed point of `terms` bytes, and sums that add up to x' . x'.
 
-    A matmul with the second times `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32;
-    branch_squares float32 [P], which add up to branch . branch; weights float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
+    Without branch_squares and post_weight the branch is added as it is. A matmul with the second times `root` of the third is one with
+    RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32; branch_squares float32 [P], which add up to branch . branch; weights
+    float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
     int32 [1, D / 32, 8 terms + 4] and float32 [P'], P' the kernel's choice. Raises ValueError when a shape or dtype does not fit.
     """
     _check("add_norm", x, weight)
-    fits = branch.shape == x.shape and branch_squares.dim() == 1 and branch_squares.numel() and post_weight.shape == weight.shape
+    plain = branch_squares is None and post_weight is None
+    fits = branch.shape == x.shape and (
+        plain or (branch_squares is not None and branch_squares.dim() == 1 and branch_squares.numel()
+                  and post_weight is not None and post_weight.shape == weight.shape)
+    )  # fmt: skip
     if not fits or (scale is not None and scale.shape != (1,)):
         shapes = ["none" if t is None else tuple(t.shape) for t in (branch, branch_squares, post_weight, scale)]
         given = "branch {}, squares {}, post_weight {}, scale {}".format(*shapes)
-        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, (P,), {tuple(weight.shape)}, (1,) or none")
+        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, (P,), {tuple(weight.shape)}, (1,) or none; "
+                         "squares and post_weight both or none")
     if not use_triton(x):
         return reference(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
     return _launch(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
@@ -142,7 +153,9 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
     squares = torch.empty(84)  # of the matmul before, by blocks of rows
-    for name, given, scale in (("add_norm scaled", squares, True), ("add_norm", squares, False), ("norm_fixed", None, False)):
-        constants = {"EPS": EPS} | _constants(model.hidden, given, scale, 2, target)
+    forms = (("add_norm scaled", True, squares, True), ("add_norm", True, squares, False), ("add_norm plain", True, None, False),
+             ("norm_fixed", False, None, False))  # fmt: skip
+    for name, branch, given, scale in forms:
+        constants = {"EPS": EPS} | _constants(model.hidden, branch, given, scale, 2, target)
         cases.append(KernelCase(f"{name} {model.hidden}", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

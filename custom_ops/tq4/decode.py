@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes
-from kiln.custom_ops.attention.prepare import PREPARE_WARPS, check_projections, prepare_reference, prepared_head
+from kiln.custom_ops.attention.prepare import PREPARE_WARPS, check_projections, form_constants, head_dim, prepare_reference, prepared_head
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, waits
@@ -25,14 +25,15 @@ from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 @triton.jit
 def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
-                       EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+                       EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr,
                        EXACT_WINDOW: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % EXACT_WINDOW of a ring
     [EXACT_WINDOW, KV, D], and encoded to slot pos. Grid (HEADS + 2 KV).
     """
     head = tl.program_id(0)
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
-                         EPS, HEADS, KV, D, EARLY)
+                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY)
     pos = tl.load(pos_ptr).to(tl.int32)
     row = pos % EXACT_WINDOW * KV
     if head < HEADS:
@@ -57,17 +58,18 @@ def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, s
 
 
 @triton_op("kiln::tq4_decode", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact"))
-def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
-               sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
-               k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int) -> torch.Tensor:
+def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+               cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
+               v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int,
+               scale: float = 1.0, v_norm: bool = True, neighbours: bool = False) -> torch.Tensor:
     """`prepare_qkv`, the token's key and value into the codes as `tq4_write` and into the exact window, then `tq4_attention`.
 
     Projections, weights, cos, sin as `prepare_qkv` takes them, caches and exact window as `tq4_attention`; pos [1] int64. Products with
     codes are in float16, in float32 where that is the exact window's dtype. Returns the output in fixed point of `terms` bytes, int32
     [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
     """
-    check_projections("tq4_decode", q, k, v, q_weight, cos)
-    dim, (kv_heads, slots, _) = q_weight.shape[0], k_codes.shape
+    check_projections("tq4_decode", q, k, v, q_weight, k_weight, cos)
+    dim, (kv_heads, slots, _) = head_dim(q_weight, cos), k_codes.shape
     codec.check_dim(dim)
     heads = q.shape[1] // dim
     if k.shape[1] != kv_heads * dim or 4 * k_codes.shape[2] != dim:
@@ -75,7 +77,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     attention.check_exact_window("tq4_decode", k_exact, v_exact, kv_heads, dim)
     caches, rings, dtype, exact_window = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
     if not use_triton(q):
-        query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32)
+        query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32, scale, v_norm, neighbours)
         codec.reference_write(*caches, *own, pos)
         own = [x.to(dtype) for x in own]
         out = attention.reference(query, *own, *caches, *rings, pos, None)
@@ -85,13 +87,14 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
-    scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
+    q_scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
+    weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
-        q, k, v, q_weight, k_weight, cos, sin, pos, plain, rotated, scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0],
-        v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, SLOTS=slots, EXACT_WINDOW=exact_window, EARLY=early(),
-        num_warps=PREPARE_WARPS)  # fmt: skip
+        q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0], v.stride(0),
+        EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours), SLOTS=slots,
+        EXACT_WINDOW=exact_window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    attention.decode(plain, rotated, scale, caches, rings, pos, out, terms)
+    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms)
     return out
 
 
@@ -106,6 +109,6 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for exact_window in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if exact_window == "*fp32" else "*fp16"}
         signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), exact_window)
-        cases.append(KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}", kiln_tq4_prepare, signature, constants,
+        cases.append(KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}", kiln_tq4_prepare, signature, constants | model.form,
                                 {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
     return cases

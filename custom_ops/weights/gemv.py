@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.library import triton_op
@@ -17,6 +16,7 @@ from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.tables import nearest
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
@@ -54,12 +54,16 @@ GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
-GLU_ROWS = 256  # the largest number of rows of a program
+GLU_ROWS = 64  # gates of a program, at least; values never share one with them
+GLU_ENDS = {"gelu_tanh": "glu", "silu": "silu"}  # how the kernel ends, by the activation
 
 
-def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None) -> tuple[dict, int, int]:
+def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, config: GemvConfig | None = None,
+           gated: bool = False) -> tuple[dict, int, int]:
     """(constants of `kiln_gemv` beside the format's, number of splits of K, warps)."""
     config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
+    if gated and n // 2 % config.rows:
+        config = replace(config, rows=GLU_ROWS)
     groups = math.gcd(config.groups or LAYOUTS[block_type].gemv_groups, k // GROUP)
     steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
     best = None
@@ -110,12 +114,13 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
              leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares."""
     tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
-    constants, splits, warps = launch(block_type, tokens, n, k, current_target())
+    gated = end in GLU_ENDS.values()
+    constants, splits, warps = launch(block_type, tokens, n, k, current_target(), gated=gated)
     alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
     if alone:
         end = "split"  # there is nothing to add up
     partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
-    if end == "glu":
+    if gated:
         out = torch.empty((tokens, n // 64, group_words(terms)), dtype=torch.int32, device=x.device)
     elif end == "sum":
         out = torch.empty((tokens, n), dtype=dtype, device=x.device)
@@ -190,18 +195,20 @@ def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, b
 
 @triton_op("kiln::fixed_glu", mutates_args=("counters",))
 def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
-              squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    """gelu(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
+              squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
+    """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
 
-    GELU is the one with tanh. N / 2 is a multiple of the rows of a program. Raises ValueError when a shape does not fit.
+    activation: "gelu_tanh" or "silu". N / 2 is a multiple of 64. Raises ValueError when a shape or the activation does not fit.
     """
     _check("fixed_glu", x, words, halves, block_type, squares)
+    if activation not in GLU_ENDS:
+        raise ValueError(f"fixed_glu: activation {activation!r}; expected {' or '.join(GLU_ENDS)}")
     if not glu_fits(words.shape[2]):
         raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
     if not use_triton(x):
         gate, value = reference(x, words, halves, block_type, squares, eps).chunk(2, dim=-1)
-        return fixed_point.quantize(F.gelu(gate, approximate="tanh") * value, terms_of(x))
-    return multiply(x, words, halves, block_type, counters, torch.float32, "glu", squares, eps)[0]
+        return fixed_point.quantize(GATED[activation](gate, value), terms_of(x))
+    return multiply(x, words, halves, block_type, counters, torch.float32, GLU_ENDS[activation], squares, eps)[0]
 
 
 def glu_fits(n: int) -> bool:
@@ -219,15 +226,16 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for block_type in LAYOUTS:
         usual = block_type in USUAL_TYPES
         for m in model.matrices():
-            n, k, normed, end = m.n, m.k, m.normed, "sum" if m.end == "squares" else m.end
-            launched, _, warps = launch(block_type, 1, n, k, target)
+            n, k, normed, gated = m.n, m.k, m.normed, m.end == "glu"
+            end = GLU_ENDS[model.activation] if gated else "sum" if m.end == "squares" else m.end
+            launched, _, warps = launch(block_type, 1, n, k, target, gated=gated)
             for terms in (2, 1) if usual else (2,):
                 constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
                                                                   "SQUARES": m.end == "squares",
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
-                out = {"out": "*i32" if end == "glu" else "*fp32"}
+                out = {"out": "*i32" if gated else "*fp32"}
                 case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
                                   usual_targets(block_type), tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)

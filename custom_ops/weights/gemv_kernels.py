@@ -179,8 +179,8 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
     What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
     "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
-    gelu(gate) * value. counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one token: COUNT > 0 multiplies by
-    `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
+    gelu(gate) * value; "silu": the same with silu(gate). counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one
+    token: COUNT > 0 multiplies by `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -276,9 +276,10 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
 def _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr,
             ROWS: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr):
     """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
+    GATED: tl.constexpr = END == "glu" or END == "silu"
     blocks = tl.num_programs(0)
-    own = block % (blocks // 2) if END == "glu" else block
-    share = 2 * splits if END == "glu" else splits
+    own = block % (blocks // 2) if GATED else block
+    share = 2 * splits if GATED else splits
     counter = counters + token * blocks + own
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
@@ -288,12 +289,15 @@ def _finish(partials, counters, out, squares_out, n, splits, block, token, token
         mask = None if EVEN else rows < n
         source = partials + token * n + rows
         total = sum_splits(source, tokens * n, splits, mask, ROWS, TOGETHER)
-        if END == "glu":
+        if GATED:
             value = sum_splits(source + n // 2, tokens * n, splits, mask, ROWS, TOGETHER)
-            # tanh(u) = 1 - 2 / (exp(2 u) + 1)
-            u = 0.7978845608028654 * (total + 0.044715 * total * total * total)
-            gelu = total * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
-            store_fixed(gelu * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
+            if END == "silu":
+                gate = total / (1.0 + tl.exp(-total))
+            else:
+                # tanh(u) = 1 - 2 / (exp(2 u) + 1)
+                u = 0.7978845608028654 * (total + 0.044715 * total * total * total)
+                gate = total * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+            store_fixed(gate * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
         else:
             tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
             if SQUARES:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from kiln.custom_ops.weights.block_types import LAYOUTS
 
-EMBEDDING = "token_embd.weight"
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PROMOTED = ("attn_v", "ffn_down")  # some of these get more bits
 MORE_BITS = "Q6_K"
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Types of a file: of most matrices, of the embedding (and tied head), and whether some of PROMOTED get more bits."""
+    """Types of a file: of most matrices, of the head (which may be the embedding), and whether some of PROMOTED get more bits."""
 
     base: str
     file_type: str  # name in gguf.LlamaFileType
-    embedding: str
+    head: str
     promotes: bool = False
 
 
@@ -41,13 +41,13 @@ def more_bits(i: int, n: int) -> bool:
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The type of every tensor, by name; `tensors` are their shapes in PyTorch order. What is no matrix is F32."""
-    promoted = set()
+    promoted, head = set(), OUTPUT if OUTPUT in tensors else EMBEDDING
     for stem in PROMOTED if mix.promotes else ():
         like = [name for name in tensors if name.endswith(f".{stem}.weight")]
         promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.embedding if name == EMBEDDING else mix.base
+        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.head if name == head else mix.base
         layout = LAYOUTS.get(block_type)
         found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
     return found

@@ -29,9 +29,8 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     weights = weight_bytes(spec.config, spec.plan)
     widest = max(p.N for p in spec.plan if p.K)
     scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)
-    per_token = (
-        4 * spec.config.hidden_size + 3 * min(widest, 2 * max(layer.intermediate_size for layer in spec.config.layers))
-    ) * dtype.itemsize
+    inner = max(layer.ffn.width for layer in spec.config.layers)
+    per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
     return MemoryPlan(
         weights=weights,
         kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),

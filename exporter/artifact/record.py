@@ -12,6 +12,7 @@ import triton
 from kiln.custom_ops.dtypes import dtype_name
 from kiln.custom_ops.gpu.tables import borrowed
 from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
 from kiln.exporter.artifact.output import MANIFEST
 from kiln.exporter.compiler.compile import CompiledTarget
@@ -100,6 +101,7 @@ def write_manifest(
         "producer": {"kiln": kiln_version(), "torch": torch.__version__.split("+")[0], "triton": triton.__version__},
         "source": {"file": source.name, "architecture": spec.config.architecture, "name": spec.config.name},
         "config": spec.config.to_dict(),
+        "cost": cost(spec.config, spec.plan),
         "max_seq_len": spec.max_seq_len,
         "prefill_chunk": spec.prefill_chunk,
         "activation_dtype": spec.activation_dtype,

@@ -90,7 +90,7 @@ def _artifact_lines(record: dict) -> list[str]:
 def _gguf_lines(record: dict) -> list[str]:
     lines = []
     if config := record["config"]:
-        sliding = sum(layer["sliding"] for layer in config["layers"])
+        sliding = sum(layer["mixer"].get("window") is not None for layer in config["layers"])
         lines.append(
             f"{config['name']} ({config['architecture']}), {len(config['layers'])} layers ({sliding} sliding), "
             f"context {config['context_length']}, vocabulary {config['vocab_size']}"

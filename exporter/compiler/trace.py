@@ -16,7 +16,7 @@ from kiln.exporter.errors import KilnError
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder
 from kiln.exporter.model.places import expected_places
-from kiln.exporter.source.config import ModelConfig
+from kiln.exporter.model.records import ModelConfig
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.edit import PassError
 from kiln.passes.pipeline import run_pipeline

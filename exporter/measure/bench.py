@@ -27,37 +27,36 @@ def numbers(text: str) -> list[int]:
 
 
 def weight_bytes(manifest: dict) -> int:
-    """Bytes of weights that one decode step reads: every constant once, but of an embedding that is not also the head only one row."""
-    total = sum(c["bytes"] for c in manifest["constants"])
-    matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
-    if "output" in matrices:
-        table = sum(c["bytes"] for c in manifest["constants"] if c["name"].startswith("token_embd."))
-        total -= table - table // matrices["token_embd"][0]
-    return total
+    """Bytes of weights that one decode step reads."""
+    return _cost(manifest)["weight_bytes"]
 
 
 def kv_bytes(manifest: dict, position: int) -> int:
     """Bytes of the caches that a decode step at `position` reads: what is filled, a ring at most once, codes up to the exact window."""
-    total = 0
+    total, readers = 0, _cost(manifest)["readers"]
     for kv in manifest["kv"]:
+        times = readers.get(kv["name"].rpartition(".")[0], 1)
+        if kv["kind"] == "state":  # all of it, at every step
+            total += kv["bytes"] * times
+            continue
         ring = kv["kind"] == "ring"
         slots = kv["shape"][0] if ring else manifest["max_seq_len"]
         read = position if ring else max(position - (manifest.get("residual_length") or 0), 0)
-        total += kv["bytes"] * min(read, slots) // slots
+        total += kv["bytes"] * times * min(read, slots) // slots
     return total
 
 
 def prefill_flops(manifest: dict, start: int, tokens: int) -> int:
     """Floating-point operations of the matmuls and attention of one prefill call; the head runs for its last token only."""
-    matrices = {q["name"]: q["shape"] for q in manifest["quantization"]}
-    head = matrices.get("output", matrices["token_embd"])
-    flops = 2 * head[0] * head[1]
-    flops += sum(2 * n * k * tokens for name, (n, k) in matrices.items() if name not in ("token_embd", "output"))
-    window = manifest["config"]["sliding_window"]
-    for layer in manifest["config"]["layers"]:
-        keys = keys_attended(start, tokens, window if layer["sliding"] else None)
-        flops += 4 * layer["num_heads"] * layer["head_dim"] * keys
-    return flops
+    cost = _cost(manifest)
+    attention = sum(part["flops"] * keys_attended(start, tokens, part["window"]) for part in cost["attention"])
+    return cost["head_flops"] + cost["token_flops"] * tokens + attention
+
+
+def _cost(manifest: dict) -> dict:
+    if "cost" not in manifest:
+        raise KilnError("the artifact does not say what its work costs: it is older than that; export it again")
+    return manifest["cost"]
 
 
 # ---- the record ----

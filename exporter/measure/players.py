@@ -24,12 +24,12 @@ from kiln.exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure.runner import runtime
 from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from kiln.exporter.model.records import ModelConfig
 from kiln.exporter.progress import size_text
-from kiln.exporter.source.config import ModelConfig
 from kiln.exporter.source.finite import describe
 from kiln.exporter.source.plan import ModelPlan
 from kiln.exporter.source.weights import WeightPlan
-from kiln.passes.records import PassOptions
+from kiln.passes.records import KINDS, PassOptions
 
 KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
 PIECE_TOKENS = 2048  # fed at once
@@ -140,11 +140,11 @@ class AllPositionsSpec(GraphSpec):
 
 
 class GraphPlayer:
-    """A graph with the inputs of `prefill` whose output is [T, V]; `caches` are the tensors it writes."""
+    """A graph with the inputs of `prefill` whose output is [T, V]; `caches` are the tensors it writes, by the names of buffers."""
 
     def __init__(self, graph: torch.nn.Module, caches: dict[str, Tensor], config: ModelConfig, max_seq_len: int, device: str):
         self.graph, self.device, self.max_seq_len, self.vocab_size = graph, device, max_seq_len, config.vocab_size
-        self._rings = [tensor for name, tensor in caches.items() if name.endswith(("_ring", "_exact"))]
+        self._rings = [tensor for name, tensor in caches.items() if KINDS[name.rpartition("_")[2]] != "global"]
         self._sampling = [torch.zeros(1, dtype=dtype, device=device) for _, dtype in SAMPLING_INPUTS]
         self.position = 0
 

@@ -1,28 +1,39 @@
-"""The caches of the lowered graphs, from the hyper-parameters and the options alone."""
+"""The caches of the lowered graphs: what each declares, from the model's records and the options alone."""
 
 from __future__ import annotations
 
 import torch
 
-from kiln.exporter.source.config import ModelConfig
-from kiln.exporter.source.plan import cache_specs
-from kiln.passes.records import KVBuffer, PassOptions
+from kiln.exporter.model.records import CacheSpec, ModelConfig, cache_specs
+from kiln.passes.records import KVBuffer, PassOptions, buffer
+
+
+def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype) -> list[KVBuffer]:
+    """Of a cache that holds keys and values as they are, in `dtype`: slots first, as the decoder makes it."""
+    slots = max_seq_len if cache.window is None else min(cache.window, max_seq_len)
+    end = "cache" if cache.window is None else "ring"
+    return [buffer(f"blk.{cache.layer}.cache.{side}_{end}", dtype, (slots, cache.heads, cache.head_dim)) for side in "kv"]
+
+
+def tq4_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
+    """Of a global cache in TQ4: codes of every position with their scales, and the exact window."""
+    prefix, heads, size = f"blk.{cache.layer}.cache", cache.heads, cache.head_dim
+    found = []
+    for side in "kv":
+        found += [
+            buffer(f"{prefix}.{side}_exact", dtype, (options.residual_length, heads, size)),
+            buffer(f"{prefix}.{side}_codes", torch.int16, (heads, max_seq_len, size // 4)),
+            buffer(f"{prefix}.{side}_scales", torch.float16, (heads, max_seq_len)),
+        ]
+    return found
 
 
 def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
     """Names, shapes and kinds; `dtype` of what is not quantized."""
     plan = []
     for cache in cache_specs(config):
-        prefix, layer, heads, size = f"blk.{cache.layer}.cache", cache.layer, cache.heads, cache.head_dim
-        if cache.window is not None:
-            slots = min(cache.window, max_seq_len)
-            plan += [KVBuffer(f"{prefix}.{side}_ring", layer, "ring", dtype, (slots, heads, size)) for side in "kv"]
-        elif options.turboquant:
-            shape = (options.residual_length, heads, size)
-            for side in "kv":
-                plan.append(KVBuffer(f"{prefix}.{side}_exact", layer, "ring", dtype, shape))
-                plan.append(KVBuffer(f"{prefix}.{side}_codes", layer, "global", torch.int16, (heads, max_seq_len, size // 4)))
-                plan.append(KVBuffer(f"{prefix}.{side}_scales", layer, "global", torch.float16, (heads, max_seq_len)))
+        if cache.kind == "global" and options.turboquant:
+            plan += tq4_buffers(cache, max_seq_len, dtype, options)
         else:
-            plan += [KVBuffer(f"{prefix}.{side}_cache", layer, "global", dtype, (max_seq_len, heads, size)) for side in "kv"]
+            plan += exact_buffers(cache, max_seq_len, dtype)
     return plan

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
-from kiln.exporter.source.config import ModelConfig
+from kiln.exporter.model.caches import exact_buffers
+from kiln.exporter.model.records import ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
@@ -14,10 +17,10 @@ from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
-    full = [f"blk.{layer.index}.attention" for layer in config.layers if not layer.sliding]
-    rings = {f"blk.{layer.index}.cache.{side}_{'ring' if layer.sliding else 'cache'}" for layer in config.layers for side in "kv"}
+    full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
+    caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
     found: Expected = {
-        "index_copy": dict.fromkeys(sorted(rings), ""),
+        "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
         "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
@@ -30,7 +33,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
 
 def needed_tables(config: ModelConfig, options: PassOptions) -> dict[str, set[int]]:
     """Kernel tables that a model with 16-bit activations takes a configuration from -> its head dimensions there."""
-    sliding, full = ({layer.head_dim for layer in config.layers if layer.sliding == s} for s in (True, False))
+    sliding, full = ({m.head_dim for m in config.attentions.values() if (m.window is not None) == s} for s in (True, False))
     needed = {"attention.flash.DECODE_TILES": sliding | full, "attention.flash.PREFILL_TILES": sliding | full,
               "attention.sliding_decode.SLIDING_TILES": sliding}  # fmt: skip
     return needed | ({"tq4.attention.DECODE_TILES": full, "tq4.prefill.PIECE_TILES": full} if options.turboquant else {})
@@ -69,12 +72,12 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         found |= {
             f"{at}.attn_norm": floats(projections),
-            f"{at}.post_attention_norm": floats(gates),
             f"{at}.ffn_norm": floats(gates),
-            f"{at}.post_ffw_norm": "",
             f"{at}.attention": floats([f"{at}.attn_output"]),
             f"{at}.glu": _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
         }
+        if layer.post_norms:
+            found |= {f"{at}.post_attention_norm": floats(gates), f"{at}.post_ffw_norm": ""}
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from kiln.exporter.errors import KilnError, Problems, printable
+from kiln.exporter.model.records import ModelConfig
 from kiln.exporter.source.chat import Chat, read_chat, template_text
-from kiln.exporter.source.config import ModelConfig, read_config, tensor_problems
+from kiln.exporter.source.config import read_config, tensor_problems
 from kiln.exporter.source.finite import scan
 from kiln.exporter.source.gguf import GGUFFile, open_gguf
 from kiln.exporter.source.tokenizer import Tokenizer, read_tokenizer
@@ -27,20 +28,11 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class CacheSpec:
-    """Keys and values of one layer: a slot for each of the newest `window` positions, or for every position where it is None."""
-
-    layer: int
-    heads: int
-    head_dim: int
-    window: int | None
-
-
-@dataclass(frozen=True)
 class ModelPlan:
     """A model that can be exported. `gguf` serves the tensors' bytes; whatever else the file says is here.
 
-    derived: constants that are computed, by name. key_bound: an upper bound of |q| and |k| after their norms, and the norm it comes from.
+    derived: constants that are computed, by name. key_bound: an upper bound of |q| and |k| after their norms, and the norm it comes from;
+    0 where no norm bounds them.
     unused: tensors that are left out.
     """
 
@@ -48,7 +40,6 @@ class ModelPlan:
     config: ModelConfig
     weights: tuple[WeightPlan, ...]
     derived: Mapping[str, np.ndarray]
-    caches: tuple[CacheSpec, ...]
     key_bound: tuple[float, str]
     tokenizer: Tokenizer | None
     chat: Chat | None
@@ -80,20 +71,14 @@ class Survey:
     plan: ModelPlan | None  # where there is no problem
 
 
-def cache_specs(config: ModelConfig) -> tuple[CacheSpec, ...]:
-    return tuple(
-        CacheSpec(layer.index, layer.num_kv_heads, layer.head_dim, config.sliding_window if layer.sliding else None)
-        for layer in config.layers
-    )
-
-
 def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
-    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths."""
-    bounds = {
-        name: float(np.abs(vector(gguf, name)).max(initial=0)) * math.sqrt(layer.head_dim)
-        for layer in config.layers
-        for name in (f"blk.{layer.index}.attn_q_norm.weight", f"blk.{layer.index}.attn_k_norm.weight")
-    }
+    """What bounds queries and keys that are normalized is the head size and the norms' weights. Rotation keeps lengths."""
+    bounds = {"": 0.0}
+    for i, mixer in config.attentions.items():
+        names = [name for name, norm in (("attn_q_norm", mixer.q_norm), ("attn_k_norm", mixer.k_norm)) if norm == "weighted"]
+        for name in (f"blk.{i}.{stem}.weight" for stem in names):
+            scale = mixer.scale if "attn_q_norm" in name else 1.0
+            bounds[name] = float(np.abs(vector(gguf, name)).max(initial=0)) * math.sqrt(mixer.head_dim) * scale
     largest = max(bounds, key=lambda name: bounds[name])
     return bounds[largest], largest
 
@@ -127,7 +112,7 @@ def survey(path: str | Path, options: ReadOptions | None = None) -> Survey:
                 weights = plan_weights(config, gguf)
                 problems += scan(gguf, [source for p in weights for source in p.sources])
             if not problems:
-                plan = ModelPlan(gguf, config, tuple(plan_weights(config, gguf)), derived, cache_specs(config), _key_bound(config, gguf),
+                plan = ModelPlan(gguf, config, tuple(plan_weights(config, gguf)), derived, _key_bound(config, gguf),
                                  tokenizer, chat, tuple(unused))  # fmt: skip
         except KilnError as e:
             problems.append(_located(gguf, e))

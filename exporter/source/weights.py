@@ -11,7 +11,8 @@ import numpy as np
 from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import KilnError
-from kiln.exporter.source.config import ModelConfig, expected_tensors
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import expected_tensors
 from kiln.exporter.source.gguf import GGUFFile
 
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
@@ -22,7 +23,6 @@ _FUSIONS = (
     ("attn_qk", ("attn_q", "attn_k")),
     ("ffn_gate_up", ("ffn_gate", "ffn_up")),
 )
-_DERIVED_FROM = ("rope_freqs.weight",)  # not constants themselves
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class WeightPlan:
     """One weight of the model: a matrix [N, K], or a vector [N] when K is 0 (always F32).
 
     block_type: a packed block type, F32, F16 or BF16. sources: the GGUF tensors it is made of, rows one after another.
+    stack: of how many matrices [N / stack, K] the rows are, one after another, as of experts.
     """
 
     name: str
@@ -37,6 +38,7 @@ class WeightPlan:
     N: int
     K: int
     sources: tuple[str, ...]
+    stack: int = 1
 
     @property
     def bits_per_weight(self) -> float:
@@ -62,13 +64,12 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
     """The model's weights in file order, fused along N where types agree. The tensors must have passed `check_tensors`."""
     expected = expected_tensors(config, gguf.tensors)
     plan: list[WeightPlan] = []
-    done: set[str] = set(_DERIVED_FROM)
+    done = {rope.divisors for rope in config.ropes.values() if rope.divisors}  # not constants themselves
     for name, shape in expected.items():
         if name in done:
             continue
-        prefix, _, stem = name.removesuffix(".weight").rpartition(".")
-        prefix += "." if prefix else ""
-        target = stem
+        at = name.rfind(".", 0, name.rfind(".")) + 1 if name.startswith("blk.") else 0
+        prefix, target = name[:at], name[at:].removesuffix(".weight").replace(".", "_")  # "ffn_gate_inp.scale" is ffn_gate_inp_scale
         sources: tuple[str, ...] = (name,)
         for fused, parts in _FUSIONS:
             names = tuple(f"{prefix}{part}.weight" for part in parts)
@@ -76,11 +77,11 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
                 target, sources = fused, names
                 break
         done.update(sources)
-        rows = sum(expected[s][0] for s in sources)
         if len(shape) == 1:
-            plan.append(WeightPlan(prefix + target, "F32", rows, 0, sources))
+            plan.append(WeightPlan(prefix + target, "F32", shape[0], 0, sources))
         else:
-            plan.append(WeightPlan(prefix + target, gguf.tensors[name].type, rows, shape[1], sources))
+            rows, stack = sum(prod(expected[s][:-1]) for s in sources), prod(shape[:-2])
+            plan.append(WeightPlan(prefix + target, gguf.tensors[name].type, rows, shape[-1], sources, stack))
     return plan
 
 
@@ -96,16 +97,8 @@ def plan_constants(plan: WeightPlan) -> tuple[ConstantSpec, ...]:
     return (ConstantSpec(f"{plan.name}.weight", FLOATS[plan.block_type].name, shape),)
 
 
-def _rotary(config: ModelConfig) -> dict[str, tuple[int, float]]:
-    """Rotary constants: name -> (head size, theta)."""
-    found: dict[str, tuple[int, float]] = {}
-    for layer in config.layers:
-        found.setdefault("rope_inv_freq_sliding" if layer.sliding else "rope_inv_freq_full", (layer.head_dim, layer.rope_theta))
-    return found
-
-
 def derived_specs(config: ModelConfig) -> list[ConstantSpec]:
-    specs = [ConstantSpec(name, "float32", (head_dim // 2,)) for name, (head_dim, _) in _rotary(config).items()]
+    specs = [ConstantSpec(name, "float32", (rope.size // 2,)) for name, rope in config.ropes.items()]
     if config.suppress_tokens:
         specs.append(ConstantSpec("suppress_tokens", "int64", (len(config.suppress_tokens),)))
     return specs
@@ -130,17 +123,14 @@ def vector(gguf: GGUFFile, name: str) -> np.ndarray:
 
 
 def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarray]:
-    """`rope_inv_freq_*` float32 [head size / 2] and `suppress_tokens` int64, by name.
-
-    Full-attention layers divide theta^(-2d / head size) by `rope_freqs`; a pair whose divisor says "off" gets exactly 0.
-    """
+    """`rope_inv_freq*` float32 [size / 2] and `suppress_tokens` int64, by name. A pair whose divisor says "off" gets exactly 0."""
     derived: dict[str, np.ndarray] = {}
-    for name, (head_dim, theta) in _rotary(config).items():
-        inv_freq = float(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if name == "rope_inv_freq_full":
-            divisor = vector(gguf, "rope_freqs.weight").astype(np.float64)
+    for name, rope in config.ropes.items():
+        inv_freq = float(rope.base) ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size) / rope.factor
+        if rope.divisors:
+            divisor = vector(gguf, rope.divisors).astype(np.float64)
             if not (divisor > 0).all():  # also false for NaN
-                raise KilnError(f"{gguf.path}: tensor rope_freqs.weight has values that are not positive; convert the model again")
+                raise KilnError(f"{gguf.path}: tensor {rope.divisors} has values that are not positive; convert the model again")
             inv_freq = np.where(divisor >= ROPE_OFF, 0.0, inv_freq / divisor)
         derived[name] = inv_freq.astype(np.float32)
     if config.suppress_tokens:

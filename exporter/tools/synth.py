@@ -1,4 +1,4 @@
-"""Synthetic Gemma 4 files: real geometry and block types, random but well-scaled weights, written at disk speed.
+"""Synthetic files: real geometry and block types, random but well-scaled weights, written at disk speed.
 
 Matrices are random quantized blocks with mean 0 and standard deviation 1/sqrt(K), so that every layer keeps its input's scale. Norm
 weights are chosen so that attention scores have a standard deviation of about 2 and logits one of about 2.5, far from the soft-cap.
@@ -25,14 +25,13 @@ from kiln.custom_ops.weights.block_types import LAYOUTS, PackLayout
 from kiln.custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import replacing
-from kiln.exporter.source.config import LayerConfig, ModelConfig, expected_tensors
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import expected_tensors, families, family
 from kiln.exporter.source.gguf import open_gguf
 
 ALIGN = 32
 SLAB_BYTES = 1 << 20
 MAX_WORKERS = 8
-THETA_FULL, THETA_SLIDING = 1e6, 1e4
-SOFTCAP = 30.0
 
 Progress = Callable[[str, int, int], None]
 KeyValue = tuple[str, int, bytes]  # key, value type number, encoded value
@@ -53,23 +52,16 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
     count = model.layers if layers is None else layers
     if not 1 <= count <= model.layers:
         raise KilnError(f"preset {preset} has 1 to {model.layers} layers, {count} asked for")
-    heads = ((full, model.full if full else model.sliding) for full in map(model.is_full, range(count)))
     return ModelConfig(
-        architecture="gemma4",
+        architecture=model.family,
         name=f"synthetic-{preset}" + (f"-{count}-layers" if count != model.layers else ""),
         vocab_size=model.vocab,
         hidden_size=model.hidden,
         rms_norm_eps=EPS,
-        final_logit_softcapping=SOFTCAP,
-        sliding_window=model.window,
         context_length=model.context,
-        layers=tuple(
-            LayerConfig(i, not full, h.dim, h.queries, h.kv, model.ffn, THETA_FULL if full else THETA_SLIDING, has_v=not full)
-            for i, (full, h) in enumerate(heads)
-        ),
-        tied_head=True,
-        has_layer_scale=True,
+        tied_head=model.tied,
         suppress_tokens=model.suppress_tokens,
+        **family(model.family).synthetic(model, count),
     )
 
 
@@ -176,43 +168,37 @@ def _copied_tokenizer(path: str | Path, vocab: int) -> list[KeyValue]:
     return [(key, *source.metadata.raw(key)) for key in keys]
 
 
-def metadata(config: ModelConfig, head_dims: tuple[int, int], mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
-    """Of a file of `mix`; head_dims: of sliding and full layers, which a model cut short may lack."""
-    u32, i32, f32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32
-    text, boolean = GGUFValueType.STRING, GGUFValueType.BOOL
-    sliding_dim, full_dim = head_dims
-    first = config.layers[0]
-    entries: list[tuple[str, GGUFValueType, Any]] = [
-        ("general.architecture", text, "gemma4"),
-        ("general.type", text, "model"),
-        ("general.name", text, config.name),
-        ("general.file_type", u32, int(LlamaFileType[MIXES[mix].file_type])),
-        ("general.quantization_version", u32, 2),
-        ("gemma4.block_count", u32, len(config.layers)),
-        ("gemma4.context_length", u32, config.context_length),
-        ("gemma4.embedding_length", u32, config.hidden_size),
-        ("gemma4.feed_forward_length", u32, first.intermediate_size),
-        ("gemma4.attention.head_count", u32, first.num_heads),
-        ("gemma4.attention.head_count_kv", i32, [layer.num_kv_heads for layer in config.layers]),
-        ("gemma4.attention.layer_norm_rms_epsilon", f32, EPS),
-        ("gemma4.attention.key_length", u32, full_dim),
-        ("gemma4.attention.value_length", u32, full_dim),
-        ("gemma4.attention.key_length_swa", u32, sliding_dim),
-        ("gemma4.attention.value_length_swa", u32, sliding_dim),
-        ("gemma4.attention.sliding_window", u32, config.sliding_window),
-        ("gemma4.attention.sliding_window_pattern", boolean, [layer.sliding for layer in config.layers]),
-        ("gemma4.attention.shared_kv_layers", u32, 0),
-        ("gemma4.embedding_length_per_layer_input", u32, 0),
-        ("gemma4.final_logit_softcapping", f32, SOFTCAP),
-        ("gemma4.rope.freq_base", f32, THETA_FULL),
-        ("gemma4.rope.freq_base_swa", f32, THETA_SLIDING),
-        ("gemma4.rope.dimension_count", u32, full_dim),
-        ("gemma4.rope.dimension_count_swa", u32, sliding_dim),
-    ]
+def _value_type(value: Any) -> GGUFValueType:
+    """As llama.cpp's converter writes it: bools, floats, and integers that are signed in arrays."""
+    item = value[0] if isinstance(value, list) else value
+    if isinstance(item, bool | float | str):
+        return GGUFValueType[{bool: "BOOL", float: "FLOAT32", str: "STRING"}[type(item)]]
+    return GGUFValueType.INT32 if isinstance(value, list) else GGUFValueType.UINT32
+
+
+def metadata(config: ModelConfig, mix: str, vocab_from: str | Path | None) -> list[KeyValue]:
+    """Of a file of `mix`: what all families have, what the family's own file says, and a tokenizer."""
+    table = families()[config.architecture]
+    fields: dict[str, Any] = {
+        "num_layers": len(config.layers),
+        "context_length": config.context_length,
+        "hidden_size": config.hidden_size,
+        "rms_norm_eps": float(config.rms_norm_eps),
+        **family(config.architecture).write(config),
+    }
+    fields |= {key: fields[name] for key, name in table["same"].items() if name in fields}
+    entries: dict[str, Any] = {
+        "general.architecture": config.architecture,
+        "general.type": "model",
+        "general.name": config.name,
+        "general.file_type": int(LlamaFileType[MIXES[mix].file_type]),
+        "general.quantization_version": 2,
+        **{table["keys"][name]["key"] if name in table["keys"] else name: value for name, value in fields.items()},
+    }
     if config.suppress_tokens:
-        entries.append(("tokenizer.ggml.suppress_tokens", i32, list(config.suppress_tokens)))
+        entries["tokenizer.ggml.suppress_tokens"] = list(config.suppress_tokens)
     tokenizer = _copied_tokenizer(vocab_from, config.vocab_size) if vocab_from is not None else _tokenizer(config.vocab_size)
-    return [key_value(*entry) for entry in entries] + tokenizer
+    return [key_value(key, _value_type(value), value) for key, value in entries.items()] + tokenizer
 
 
 # ---- tensor data ----
@@ -249,23 +235,23 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
 
 
-def _vector_mean(name: str, size: int) -> tuple[float, float]:
-    """(mean, relative spread) of a norm weight or layer scale."""
+def _vector_mean(name: str, size: int, scale: float) -> tuple[float, float]:
+    """(mean, relative spread) of a norm weight or layer scale; scale: of the scores."""
     stem = name.split(".")[-2]
     if stem == "layer_output_scale":
         return 0.95, 0.05
     means = {
         "output_norm": 2.5,  # the logits' standard deviation
-        "attn_q_norm": sqrt(2 / sqrt(size)),  # scores q . k of standard deviation 2
-        "attn_k_norm": sqrt(2 / sqrt(size)),
+        "attn_q_norm": sqrt(2 / sqrt(size) / scale),  # scores q . k of standard deviation 2
+        "attn_k_norm": sqrt(2 / sqrt(size) / scale),
         "post_attention_norm": 16.0,  # layers outweigh the embedding: else the tied head just repeats the input token
         "post_ffw_norm": 16.0,
     }
     return means.get(stem, 1.0), 0.1
 
 
-def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int) -> Iterator[np.ndarray]:
-    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes."""
+def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int, scale: float = 1.0) -> Iterator[np.ndarray]:
+    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes. scale: of the scores."""
     if name == "rope_freqs.weight":
         size = shape[0]
         yield np.where(np.arange(size) < size // 4, 1.0, 1e30).astype("<f4").view(np.uint8)
@@ -282,7 +268,7 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
             continue
         uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
         if len(shape) == 1:
-            mean, spread = _vector_mean(name, shape[0])
+            mean, spread = _vector_mean(name, shape[0], scale)
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
         else:
             uniform *= np.float32(sqrt(3 / shape[1]))
@@ -309,7 +295,9 @@ def write_synthetic(
     """
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
-    header, offsets, size = gguf_header(metadata(_config(preset, layers), _geometry(preset).head_dims, mix, vocab_from), tensors)
+    config = _config(preset, layers)
+    scale = next(iter(config.attentions.values())).scale
+    header, offsets, size = gguf_header(metadata(config, mix, vocab_from), tensors)
     total, done, lock = sum(tensor_bytes(shape, block_type) for _, shape, block_type in tensors), 0, threading.Lock()
     with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
         f.write(header)
@@ -318,7 +306,7 @@ def write_synthetic(
 
         def write(tensor: Tensor, offset: int) -> None:
             nonlocal done
-            for piece in _pieces(*tensor, seed, slab_bytes):
+            for piece in _pieces(*tensor, seed, slab_bytes, scale):
                 view = memoryview(piece)  # type: ignore[arg-type]  # an array is a buffer
                 while view:
                     written = os.pwrite(f.fileno(), view, offset)

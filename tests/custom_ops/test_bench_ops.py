@@ -148,10 +148,10 @@ def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
             counts[key] = counts.get(key, 0) + 1
     assert counts == {(m.name, m.block_type, m.n, m.k): m.count for m in (*work.matrices, work.head)}
     for heads, sliding in ((work.sliding, True), (work.full, False)):
-        layers = [layer for layer in config.layers if layer.sliding == sliding]
-        assert len(layers) == heads.layers
-        assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {(heads.queries, heads.kv, heads.dim)}
-    assert config.sliding_window == work.window
+        mixers = [layer.mixer for layer in config.layers if (layer.mixer.window is not None) == sliding]
+        assert len(mixers) == heads.layers
+        assert {(m.heads, m.kv_heads, m.head_dim) for m in mixers} == {(heads.queries, heads.kv, heads.dim)}
+        assert {m.window for m in mixers} == {work.window if sliding else None}
     for cases in (gemv_cases(work), fixed_cases(work)):
         assert sum(case.bytes * case.count for case in cases) == pytest.approx(step, rel=2e-3)
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.record import kv_record
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure import bench, kernel_times
 from kiln.exporter.measure.runner import runner
 from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.records import Experts
 from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
-from kiln.exporter.source.weights import constants, plan_weights
+from kiln.exporter.source.weights import WeightPlan, plan_constants, plan_weights
 from kiln.exporter.tools.synth import write_synthetic
 from kiln.passes.records import PassOptions
 from tests.conftest import kiln
@@ -128,14 +132,12 @@ def big(tmp_path_factory) -> dict:
     config = from_gguf(gguf)
     plan, options = plan_weights(config, gguf), PassOptions(turboquant=True)
     path.unlink()
-    sizes = {c.name: torch.Size(c.shape).numel() * getattr(torch, c.dtype).itemsize for c in constants(config, plan)}
     return {
-        "constants": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "quantization": [{"name": p.name, "type": p.block_type, "shape": [p.N, p.K]} for p in plan if p.K],
-        "config": config.to_dict(),
+        "cost": cost(config, plan),
+        "plan": (config, plan),
         "max_seq_len": SLOTS,
         "residual_length": 256,
-        "kv": [{"kind": b.kind, "shape": list(b.shape), "bytes": b.nbytes} for b in kv_plan(config, SLOTS, torch.bfloat16, options)],
+        "kv": [kv_record(b) for b in kv_plan(config, SLOTS, torch.bfloat16, options)],
     }
 
 
@@ -154,13 +156,32 @@ def test_costs_of_the_31b(big):
 
 
 def test_an_embedding_beside_the_head_is_not_read(big):
-    words = big["quantization"][0]
-    assert words["name"] == "token_embd"
-    head = [{"name": c["name"].replace("token_embd", "output"), "bytes": c["bytes"]} for c in big["constants"] if "token_embd" in c["name"]]
-    untied = {**big, "constants": big["constants"] + head, "quantization": [*big["quantization"], {**words, "name": "output"}]}
-    row = sum(c["bytes"] for c in head) // 262144
+    config, plan = big["plan"]
+    (words,) = (p for p in plan if p.name == "token_embd")
+    untied = {**big, "cost": cost(replace(config, tied_head=False), [*plan, replace(words, name="output")])}
+    row = sum(spec.nbytes for spec in plan_constants(words)) // 262144
     assert bench.weight_bytes(untied) == bench.weight_bytes(big) + row
     assert bench.prefill_flops(untied, 7, 9) == bench.prefill_flops(big, 7, 9)
+
+
+def test_of_experts_those_that_a_token_uses_and_of_a_shared_cache_every_reader(big):
+    """8 of 128 experts of inner size 704 in each of 60 layers; one layer reads the keys and values of another."""
+    config, plan = big["plan"]
+    experts = Experts(128, 8, 704, "gelu_tanh")
+    layers = [replace(layer, ffn=experts) for layer in config.layers]
+    layers[3] = replace(layers[3], mixer=replace(layers[3].mixer, kv_from=2))
+    stacks = [WeightPlan(f"blk.{i}.ffn_down_exps", "BF16", 128 * 5376, 704, (), 128) for i in range(60)]
+    found = cost(replace(config, layers=tuple(layers)), [*plan, *stacks])
+    assert found["weight_bytes"] - big["cost"]["weight_bytes"] == 60 * 8 * 5376 * 704 * 2
+    assert found["token_flops"] - big["cost"]["token_flops"] == 60 * 8 * 2 * 5376 * 704
+    assert found["readers"] == {"blk.2.cache": 2}
+    own, shared = ({**big, "cost": c, "kv": big["kv"][:1]} for c in (big["cost"], {**found, "readers": {"blk.0.cache": 3}}))
+    assert bench.kv_bytes(shared, 700) == 3 * bench.kv_bytes(own, 700) > 0
+
+
+def test_an_artifact_without_costs_is_refused(big):
+    with pytest.raises(KilnError, match="export it again"):
+        bench.weight_bytes({key: value for key, value in big.items() if key != "cost"})
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16])

@@ -138,7 +138,8 @@ def test_shapes_that_no_kernel_takes_are_refused_before_anything_is_compiled(tmp
     plan = read_plan(FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf")
 
     def spec(target, head_dim=None, layers=None, **options):
-        kept = tuple(dataclasses.replace(x, head_dim=head_dim or x.head_dim) for x in plan.config.layers[:layers])
+        mixers = (x.mixer if head_dim is None else dataclasses.replace(x.mixer, head_dim=head_dim) for x in plan.config.layers[:layers])
+        kept = tuple(dataclasses.replace(x, mixer=m) for x, m in zip(plan.config.layers, mixers, strict=False))
         changed = dataclasses.replace(plan, config=dataclasses.replace(plan.config, layers=kept))
         return build.graph_spec(build.ExportOptions(TINY, tmp_path, **options), changed, (target,))
 
@@ -186,7 +187,7 @@ def test_the_plan_counts_the_exact_window():
         options = build.ExportOptions(TINY, Path(), turboquant=turboquant, residual_length=64)
         spec = build.graph_spec(options, read_plan(TINY), ("cpu",))
         plans[turboquant] = memory_plan(spec)
-    elements = sum(layer.num_kv_heads * layer.head_dim for layer in spec.config.layers if not layer.sliding)
+    elements = sum(mixer.kv_dim for mixer in spec.config.attentions.values() if mixer.window is None)
     assert elements and plans[True].kv_ring == plans[False].kv_ring + 2 * 64 * elements * 4
 
 

@@ -13,6 +13,7 @@ import pytest
 from gguf import GGUFValueType
 
 from kiln.exporter.errors import KilnError
+from kiln.exporter.model.records import Dense
 from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
@@ -170,15 +171,15 @@ def test_not_a_file(tmp_path: Path) -> None:
 def test_config_of_the_fixture() -> None:
     config = from_gguf(open_gguf(WIDE))
     assert (config.architecture, config.name, config.vocab_size, config.hidden_size) == ("gemma4", "gemma4-tiny-dense-wide", 512, 256)
-    assert (config.sliding_window, config.context_length, config.final_logit_softcapping) == (16, 4096, 30.0)
-    assert config.tied_head and config.has_layer_scale and config.suppress_tokens == ()
+    assert (config.embedding_scale, config.context_length, config.final_logit_softcapping) == (16, 4096, 30.0)
+    assert config.tied_head and all(layer.scaled and layer.post_norms for layer in config.layers) and config.suppress_tokens == ()
     assert config.rms_norm_eps == pytest.approx(1e-6)
-    assert [layer.sliding for layer in config.layers] == [True, True, False, True, True, False]
-    full, sliding = config.layers[2], config.layers[0]
-    assert (full.head_dim, full.num_heads, full.num_kv_heads, full.rope_theta, full.has_v) == (128, 4, 1, 1e6, False)
-    assert (sliding.head_dim, sliding.num_heads, sliding.num_kv_heads, sliding.rope_theta, sliding.has_v) == (64, 4, 2, 1e4, True)
-    assert {layer.intermediate_size for layer in config.layers} == {512}
-    assert config.to_dict()["layers"][2]["head_dim"] == 128
+    assert [layer.mixer.window for layer in config.layers] == [16, 16, None, 16, 16, None]
+    full, sliding = config.layers[2].mixer, config.layers[0].mixer
+    assert (full.head_dim, full.heads, full.kv_heads, full.rope.base, full.value) == (128, 4, 1, 1e6, "key")
+    assert (sliding.head_dim, sliding.heads, sliding.kv_heads, sliding.rope.base, sliding.value) == (64, 4, 2, 1e4, "own")
+    assert {layer.ffn for layer in config.layers} == {Dense(512, "gelu_tanh")}
+    assert config.to_dict()["layers"][2]["mixer"]["head_dim"] == 128
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
@@ -195,7 +196,7 @@ U32, I32, BOOL, F32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.B
 @pytest.mark.parametrize(
     ("drop", "keys", "message"),
     [
-        ([], {"general.architecture": (GGUFValueType.STRING, "llama")}, "architecture 'llama' is not supported; supported: gemma4"),
+        ([], {"general.architecture": (GGUFValueType.STRING, "mamba")}, "mamba.* supported: gemma3, gemma4, llama, qwen3"),
         (["gemma4.attention.sliding_window_pattern"], {}, "sliding_window_pattern is missing"),
         (["gemma4.rope.freq_base"], {}, "gemma4.rope.freq_base is missing"),
         ([], {"gemma4.attention.sliding_window_pattern": (BOOL, [True] * 5)}, "must be 6 booleans"),
@@ -220,7 +221,7 @@ def test_scalars_and_arrays_are_interchangeable(tmp_path: Path) -> None:
     path = rewrite(tmp_path / "m.gguf", set_keys=keys)
     assert from_gguf(open_gguf(path)) == from_gguf(open_gguf(WIDE))
     path = rewrite(tmp_path / "n.gguf", set_keys={"gemma4.attention.head_count_kv": (U32, 2)})
-    assert {layer.num_kv_heads for layer in from_gguf(open_gguf(path)).layers} == {2}
+    assert {layer.mixer.kv_heads for layer in from_gguf(open_gguf(path)).layers} == {2}
 
 
 def zeros(*shape: int) -> tuple[tuple[int, ...], str, np.ndarray]:
@@ -273,5 +274,5 @@ def test_variants(tmp_path: Path) -> None:
     file = open_gguf(rewrite(tmp_path / "m.gguf", drop=scales, set_tensors=added))
     config = from_gguf(file)
     assert check_tensors(config, file) == []
-    assert not config.tied_head and not config.has_layer_scale
-    assert config.layers[2].has_v and not config.layers[5].has_v
+    assert not config.tied_head and not any(layer.scaled for layer in config.layers)
+    assert (config.layers[2].mixer.value, config.layers[5].mixer.value) == ("own", "key")

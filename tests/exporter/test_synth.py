@@ -75,7 +75,7 @@ def test_file_reads_back_with_well_scaled_weights(tmp_path: Path, mix: str) -> N
     total = sum(tensor_bytes(shape, kind) for _, shape, kind in plan)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen) and seen[-1][1:] == (total, total)
     assert file.metadata["general.file_type"] == gguf.LlamaFileType[MIXES[mix].file_type]
-    assert [layer.sliding for layer in config.layers] == [True] * 5 + [False]
+    assert [layer.mixer.window is not None for layer in config.layers] == [True] * 5 + [False]
     for name, shape, _ in plan:
         values = dequantized(file, name).astype(np.float64)
         if len(shape) == 2:
@@ -99,20 +99,21 @@ def test_same_arguments_same_bytes(tmp_path: Path) -> None:
     assert made("a", seed=3) != made("b", seed=4)
     made("three", seed=3, layers=3)
     whole, part = open_gguf(tmp_path / "a"), open_gguf(tmp_path / "three")
-    assert [layer.sliding for layer in from_gguf(part).layers] == [True] * 3
+    assert [layer.mixer.window is not None for layer in from_gguf(part).layers] == [True] * 3
     for name in ("token_embd.weight", "blk.2.attn_q.weight", "blk.1.attn_norm.weight"):
         assert whole.data(name).tobytes() == part.data(name).tobytes()
 
 
 def test_tiny_cuda_has_the_real_head_geometry() -> None:
     config = synth._config("tiny-cuda", None)
-    assert [(x.sliding, x.head_dim, x.num_heads, x.num_kv_heads) for x in config.layers[4:]] == [(True, 256, 32, 16), (False, 512, 32, 4)]
-    assert (config.hidden_size, config.sliding_window, config.layers[0].intermediate_size) == (1024, 1024, 2048)
+    mixers = [layer.mixer for layer in config.layers[4:]]
+    assert [(x.window, x.head_dim, x.heads, x.kv_heads) for x in mixers] == [(1024, 256, 32, 16), (None, 512, 32, 4)]
+    assert (config.hidden_size, config.layers[0].ffn.size) == (1024, 2048)
 
 
 def header_only(path: Path, preset: str, vocab_from: Path | None) -> GGUFFile:
     """A file with the preset's metadata and no tensors: the big vocabularies without their embedding."""
-    metadata = synth.metadata(synth._config(preset, 1), GEOMETRIES[preset].head_dims, "q4_0", vocab_from)
+    metadata = synth.metadata(synth._config(preset, 1), "q4_0", vocab_from)
     path.write_bytes(synth.gguf_header(metadata, [])[0])
     return open_gguf(path)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from kiln.custom_ops.tq4 import codec
 from kiln.exporter.measure import evaluate as ev
 from kiln.exporter.measure import players as pl
-from kiln.exporter.source.config import LayerConfig
+from kiln.exporter.model.records import Layer as LayerConfig
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools.quantize import write_quantized
 from kiln.passes.records import PassOptions
@@ -156,7 +156,7 @@ class Setting:
     exact_window: int = 0
 
     def write_unrounded(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (k, v) if layer.sliding else (self.k.apply(k), self.v.apply(v))
+        return (k, v) if layer.mixer.window else (self.k.apply(k), self.v.apply(v))
 
     def write(self, layer: LayerConfig, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.write_unrounded(layer, *self.newest(layer, k, v))

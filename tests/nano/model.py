@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from gguf import GGUFValueType
 from torch import Tensor, nn
 
-from kiln.custom_ops.geometry import EPS, GEMMA4_31B
-from kiln.exporter.source.config import LayerConfig, ModelConfig, check_tensors, expected_tensors, from_gguf
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Heads
+from kiln.exporter.model.families import gemma4
+from kiln.exporter.model.records import Layer as LayerConfig
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.weights import derived_constants
 from kiln.exporter.tools import synth
@@ -31,22 +35,16 @@ FAR = 1 << 30  # the position of a key that is not there: after every query
 
 def nano_config(vocab: int, hidden: int = 512, ffn: int = 512, layers: int = 12, heads: int = 2, window: int = 128) -> ModelConfig:
     """Five sliding layers (head size 256), then a full one (512, V is K): one key/value head, tied head, soft-cap 30."""
+    geometry = replace(GEMMA4_31B, hidden=hidden, ffn=ffn, window=window, sliding=Heads(heads, 1, 256, 0), full=Heads(heads, 1, 512, 0))
     return ModelConfig(
         architecture="gemma4",
         name=NAME,
         vocab_size=vocab,
         hidden_size=hidden,
         rms_norm_eps=EPS,
-        final_logit_softcapping=synth.SOFTCAP,
-        sliding_window=window,
         context_length=131072,
-        layers=tuple(
-            LayerConfig(i, not full, 512 if full else 256, heads, 1, ffn, synth.THETA_FULL if full else synth.THETA_SLIDING, has_v=not full)
-            for i, full in enumerate(map(GEMMA4_31B.is_full, range(layers)))
-        ),
         tied_head=True,
-        has_layer_scale=True,
-        suppress_tokens=(),
+        **gemma4.synthetic(geometry, layers),
     )
 
 
@@ -95,9 +93,9 @@ class Cache:
         self.v: list[Tensor] = []
         self.tails: dict[int, list[Tensor]] = {}  # full layer -> the newest keys and values, exact_window - 1 at most
         for layer in config.layers:
-            kept = 0 if layer.sliding else slots
+            kept = 0 if layer.mixer.window else slots
             for store in (self.k, self.v):
-                store.append(torch.zeros(1, layer.num_kv_heads, kept, layer.head_dim, dtype=dtype, device=device))
+                store.append(torch.zeros(1, layer.mixer.kv_heads, kept, layer.mixer.head_dim, dtype=dtype, device=device))
 
     def update(self, layer: LayerConfig, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Stores k and v [1, KV, T, hd] of positions start .. start + T - 1 and returns what the chunk attends to, with its positions.
@@ -108,8 +106,8 @@ class Cache:
         if self.write:
             k, v = self.write(layer, k, v)
         i, end = layer.index, start + k.shape[2]
-        if layer.sliding:
-            keep = self.config.sliding_window - 1
+        if layer.mixer.window:
+            keep = layer.mixer.window - 1
             held = min(start, self.k[i].shape[2])
             k = torch.cat((self.k[i][:, :, self.k[i].shape[2] - held :].to(k.dtype), k), 2)
             v = torch.cat((self.v[i][:, :, self.v[i].shape[2] - held :].to(v.dtype), v), 2)
@@ -142,15 +140,15 @@ class Weight(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
-        self.layer, self.eps, self.window = layer, config.rms_norm_eps, config.sliding_window
-        d, hd, ffn = config.hidden_size, layer.head_dim, layer.intermediate_size
-        q_dim, kv_dim = layer.num_heads * hd, layer.num_kv_heads * hd
+        c = layer.mixer
+        self.layer, self.eps, self.window = layer, config.rms_norm_eps, c.window
+        d, hd, ffn, q_dim, kv_dim = config.hidden_size, c.head_dim, layer.ffn.size, c.q_dim, c.kv_dim
         self.attn_norm, self.ffn_norm = Weight(d, fill=1.0), Weight(d, fill=1.0)
         branch = (2 * len(config.layers)) ** -0.5  # of the residual stream at first
         self.post_attention_norm, self.post_ffw_norm = Weight(d, fill=branch), Weight(d, fill=branch)
         self.attn_q_norm, self.attn_k_norm = Weight(hd, fill=hd**-0.25), Weight(hd, fill=hd**-0.25)  # scores of standard deviation 1
         self.attn_q, self.attn_k = Weight(q_dim, d, std=d**-0.5), Weight(kv_dim, d, std=d**-0.5)
-        if layer.has_v:
+        if c.value == "own":
             self.attn_v = Weight(kv_dim, d, std=d**-0.5)
         self.attn_output = Weight(d, q_dim, std=q_dim**-0.5)
         self.ffn_gate, self.ffn_up = Weight(ffn, d, std=d**-0.5), Weight(ffn, d, std=d**-0.5)
@@ -159,28 +157,28 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
         """x [B, T, D] float32, pos [B, T], cos and sin [B, 1, T, hd / 2]. With a cache: one sequence, at positions start, start + 1, ..."""
-        c = self.layer
+        c = self.layer.mixer
         h = norm(x, self.attn_norm.weight, self.eps)
         q = F.linear(h, self.attn_q.weight).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
         k = F.linear(h, self.attn_k.weight).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-        v = F.linear(h, self.attn_v.weight).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) if c.has_v else k
+        v = F.linear(h, self.attn_v.weight).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) if c.value == "own" else k
         dtype = q.dtype
         q = rotate(norm(q, self.attn_q_norm.weight, self.eps), cos, sin).to(dtype)
         k = rotate(norm(k, self.attn_k_norm.weight, self.eps), cos, sin).to(dtype)
         v = norm(v, None, self.eps).to(dtype)
         key_pos = pos
         if cache is not None:
-            k, v, key_pos = cache.update(c, k, v, start)
+            k, v, key_pos = cache.update(self.layer, k, v, start)
             key_pos = key_pos[None]
-        if c.sliding and cache is None and q.shape[2] % self.window == 0:
+        if self.window and cache is None and q.shape[2] % self.window == 0:
             out = attend_banded(q, k, v, pos, self.window)
-        elif not c.sliding and cache is None:  # positions rise: the mask is causal
+        elif not self.window and cache is None:  # positions rise: the mask is causal
             seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
             out = attend(q, k, v, seen)
         else:
             distance = pos[:, None, :, None] - key_pos[:, None, None, :]
-            seen = (distance >= 0) & (distance < self.window) if c.sliding else distance >= 0
-            if cache is not None and cache.exact_window and not c.sliding:
+            seen = (distance >= 0) & (distance < self.window) if self.window else distance >= 0
+            if cache is not None and cache.exact_window and not self.window:
                 stored = torch.arange(k.shape[2], device=k.device) < start + q.shape[2]
                 seen &= stored == (distance >= cache.exact_window)
             out = attend(q, k, v, seen)
@@ -199,28 +197,24 @@ class Nano(nn.Module):
         self.token_embd = Weight(config.vocab_size, config.hidden_size, std=config.hidden_size**-0.5)
         self.output_norm = Weight(config.hidden_size, fill=1.0)
         self.blk = nn.ModuleList(Layer(config, layer) for layer in config.layers)
-        for layer in config.layers:
-            inv_freq = layer.rope_theta ** (-np.arange(0, layer.head_dim, 2, dtype=np.float64) / layer.head_dim)
-            if not layer.sliding:
-                inv_freq[layer.head_dim // 8 :] = 0  # the first quarter of the pairs rotates
-            self.register_buffer(self._rope_name(layer.sliding), torch.from_numpy(inv_freq).float(), persistent=False)
-
-    @staticmethod
-    def _rope_name(sliding: bool) -> str:
-        return "inv_freq_sliding" if sliding else "inv_freq_full"
+        for name, rope in config.ropes.items():
+            inv_freq = rope.base ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size)
+            if rope.divisors:
+                inv_freq[rope.size // 8 :] = 0  # the first quarter of the pairs rotates
+            self.register_buffer(name, torch.from_numpy(inv_freq).float(), persistent=False)
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens, pos [B, T] int64 -> the normed state [B, T, D]. With a cache, positions go on from `cache.length`."""
         x = F.embedding(tokens, self.token_embd.weight).float() * math.sqrt(self.config.hidden_size)
         tables = {}
-        for sliding in {layer.sliding for layer in self.config.layers}:
-            angle = pos.float()[:, None, :, None] * getattr(self, self._rope_name(sliding))
-            tables[sliding] = angle.cos(), angle.sin()
+        for name in self.config.ropes:
+            angle = pos.float()[:, None, :, None] * getattr(self, name)
+            tables[name] = angle.cos(), angle.sin()
         for layer in self.blk:
             if cache is None:
-                x = layer(x, pos, *tables[layer.layer.sliding])
+                x = layer(x, pos, *tables[layer.layer.mixer.rope.constant])
             else:
-                x = layer(x, pos, *tables[layer.layer.sliding], cache, cache.length)
+                x = layer(x, pos, *tables[layer.layer.mixer.rope.constant], cache, cache.length)
         if cache is not None:
             cache.length += tokens.shape[1]
         return norm(x, self.output_norm.weight, self.config.rms_norm_eps)
@@ -252,13 +246,12 @@ _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueT
 def save_gguf(model: Nano, tokenizer: dict[str, Any], path: str | Path, kind: str = "F32") -> None:
     """Writes the model: matrices as `kind` (F32 or BF16), vectors as F32. tokenizer: the metadata of `vocabulary.train`."""
     config, state = model.config, model.state_dict()
-    head_dims = config.layers[0].head_dim, config.layers[-1].head_dim
-    metadata = [e for e in synth.metadata(config, head_dims, "f32", None) if not e[0].startswith("tokenizer.")]
+    metadata = [e for e in synth.metadata(config, "f32", None) if not e[0].startswith("tokenizer.")]
     for key, value in tokenizer.items():
         item = value[0] if isinstance(value, list) else value
         array = isinstance(value, list) and isinstance(item, int)
         metadata.append(synth.key_value(key, GGUFValueType.INT32 if array else _TYPES[type(item)], value))
-    half = config.layers[-1].head_dim // 2
+    half = config.layers[-1].mixer.head_dim // 2
     state["rope_freqs.weight"] = torch.where(torch.arange(half) < half // 4, 1.0, 1e30)
     plan = [(name, shape, kind if len(shape) == 2 else "F32") for name, shape in expected_tensors(config).items()]
     header, offsets, size = synth.gguf_header(metadata, plan)
@@ -283,5 +276,5 @@ def load_gguf(path: str | Path, device: str = "cpu") -> Nano:
     names = [name for name in expected_tensors(config) if name != "rope_freqs.weight"]
     model.load_state_dict({name: torch.from_numpy(to_float(file, name).copy()) for name in names}, assign=True)
     for name, values in derived_constants(config, file).items():
-        setattr(model, name.removeprefix("rope_"), torch.from_numpy(values.copy()))
+        setattr(model, name, torch.from_numpy(values.copy()))
     return model.to(device).eval().requires_grad_(False)

@@ -75,7 +75,7 @@ def test_same_exact_window_as_the_product(model: Nano, file: Path, ids: torch.Te
     rows = feed(runnable(lowered.program, state), None, ids, len(ids) // 3)
 
     def write(layer, k, v):
-        return (k, v) if layer.sliding else tuple(codec.decode(*codec.encode(x)) for x in (k, v))
+        return (k, v) if layer.mixer.window else tuple(codec.decode(*codec.encode(x)) for x in (k, v))
 
     errors = {}
     for exact_window, chunk in ((32, 1000), (32, 40), (32, 1), (31, 1000), (0, 1000)):

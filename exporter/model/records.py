@@ -1,0 +1,183 @@
+"""What a model is made of. Everything below a family's own file dispatches on these records, and on no family's name. No torch.
+
+A layer is a mixer, in which a token reads others, and an ffn, in which it is alone. Both are branches that add to the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+HeadNorm = Literal["weighted", "plain"]  # RMSNorm over each head: with a weight of the head's size, or with none
+Activation = Literal["gelu_tanh", "silu"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: pair d of a head turns by position * base^(-2d / size) / factor, over the tensor `divisors` where one is named.
+
+    name: of the table of frequencies, which layers share. size: the dimensions that turn, the first of a head.
+    neighbours: the pairs are (2d, 2d + 1), as the rows of Q and K of a llama file; otherwise (d, d + size / 2).
+    """
+
+    name: str
+    base: float
+    size: int
+    factor: float = 1.0
+    divisors: str | None = None
+    neighbours: bool = False
+
+    @property
+    def constant(self) -> str:
+        return f"rope_inv_freq_{self.name}" if self.name else "rope_inv_freq"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention. window: keys that a query sees, its own among them; None: all before it. scale: of the scores.
+
+    value: "key" where V is the raw K. kv_from: the earlier layer whose keys and values it reads in place of its own.
+    gated: the output is multiplied by the sigmoid of a gate that comes with the query.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    window: int | None = None
+    scale: float = 1.0
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+    v_norm: HeadNorm | None = None
+    value: Literal["own", "key"] = "own"
+    kv_from: int | None = None
+    gated: bool = False
+
+    @property
+    def q_dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta rule: a state [value_heads, key_dim, value_dim] and the last `taps` - 1 inputs, which cannot be stepped back."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True)
+class Dense:
+    """down(activation(gate) * up)."""
+
+    size: int
+    activation: Activation
+
+    @property
+    def width(self) -> int:
+        """Inner sizes that one token meets."""
+        return self.size
+
+
+@dataclass(frozen=True)
+class Experts:
+    """`used` of `count` networks of inner size `size`, chosen for each token by a router; their weights sum to 1 where `renormalized`.
+
+    shared: a network that every token takes beside them; shared_gated: by the sigmoid of a gate. branch_norms: both have their own norms.
+    """
+
+    count: int
+    used: int
+    size: int
+    activation: Activation
+    shared: Dense | None = None
+    shared_gated: bool = False
+    branch_norms: bool = False
+    renormalized: bool = True
+
+    @property
+    def width(self) -> int:
+        return self.used * self.size + (self.shared.size if self.shared else 0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """post_norms: a branch is normed before it is added. scaled: the residual stream is multiplied by a scalar at the layer's end."""
+
+    index: int
+    mixer: Attention | DeltaNet
+    ffn: Dense | Experts
+    post_norms: bool = False
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class PerLayerEmbedding:
+    """A second embedding of each token, `size` values for each layer, that a third branch of the layer adds."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model. tied_head: the output matrix is the embedding. final_logit_softcapping: 0 where logits are as they are."""
+
+    architecture: str
+    name: str
+    vocab_size: int
+    hidden_size: int
+    rms_norm_eps: float
+    context_length: int
+    layers: tuple[Layer, ...]
+    tied_head: bool
+    embedding_scale: float = 1.0
+    final_logit_softcapping: float = 0.0
+    per_layer_embedding: PerLayerEmbedding | None = None
+    suppress_tokens: tuple[int, ...] = ()
+
+    @property
+    def attentions(self) -> dict[int, Attention]:
+        """By layer."""
+        return {layer.index: layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)}
+
+    @property
+    def ropes(self) -> dict[str, Rope]:
+        """By the name of the constant, the tables of frequencies."""
+        return {mixer.rope.constant: mixer.rope for mixer in self.attentions.values()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a layer keeps of earlier tokens. readers: the layers that read it, its own first.
+
+    kind: "ring", a slot for each of the newest `window` positions; "global", one for every position; "state", which each token replaces
+    and nothing steps back.
+    """
+
+    layer: int
+    kind: Literal["ring", "global", "state"]
+    heads: int
+    head_dim: int
+    window: int | None
+    readers: tuple[int, ...] = field(default=())
+
+
+def cache_specs(config: ModelConfig) -> tuple[CacheSpec, ...]:
+    attentions = config.attentions
+    return tuple(
+        CacheSpec(i, "ring" if mixer.window else "global", mixer.kv_heads, mixer.head_dim, mixer.window,
+                  (i, *(j for j, other in attentions.items() if other.kv_from == i)))
+        for i, mixer in attentions.items()
+        if mixer.kv_from is None
+    )  # fmt: skip
