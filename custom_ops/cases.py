@@ -12,6 +12,7 @@ from custom_ops.gpu.target import GpuTarget
 MODULES = (
     "weights.gemv",
     "step.add_norm",
+    "step.gate",
     "attention.prepare",
     "weights.linear",
     "weights.matmul",
