@@ -12,6 +12,7 @@ from kiln.custom_ops.gpu.target import GpuTarget
 MODULES = (
     "weights.gemv",
     "step.add_norm",
+    "step.gate",
     "attention.prepare",
     "weights.linear",
     "weights.matmul",

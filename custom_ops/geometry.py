@@ -75,6 +75,9 @@ class Geometry:
     v_norm: bool = True
     scaled_scores: bool = False  # by 1 / sqrt(head size); otherwise they are as they are
     post_norms: bool = True
+    per_layer: int = 0  # values for each layer of a per-layer embedding
+    shared_kv: int = 0  # layers, the last ones, that read the keys and values of earlier ones
+    shared_ffn: int = 0  # inner size of those layers; 0: that of the others
 
     @property
     def form(self) -> dict[str, Any]:
@@ -84,13 +87,21 @@ class Geometry:
     def is_full(self, layer: int) -> bool:
         return layer % self.full_every == self.full_every - 1
 
+    def shares(self, layer: int) -> bool:
+        return layer >= self.layers - self.shared_kv
+
+    def ffn_of(self, layer: int) -> int:
+        return self.shared_ffn if self.shared_ffn and self.shares(layer) else self.ffn
+
     def layer(self, i: int) -> dict[str, tuple[int, int]]:
         """Matrices of a layer, [n, k] by name; gate and up are always of one type, a full layer has no V of its own."""
         heads = self.full if self.is_full(i) or self.sliding is None else self.sliding
         q, kv = heads.queries * heads.dim, heads.kv * heads.dim
         own_v = {} if self.is_full(i) and not self.full_v else {"attn_v": (kv, self.hidden)}
-        attention = {"attn_q": (q, self.hidden), "attn_k": (kv, self.hidden), **own_v, "attn_output": (self.hidden, q)}
-        return attention | {"ffn_gate_up": (2 * self.ffn, self.hidden), "ffn_down": (self.hidden, self.ffn)}
+        own = {} if self.shares(i) else {"attn_k": (kv, self.hidden), **own_v}
+        attention = {"attn_q": (q, self.hidden), **own, "attn_output": (self.hidden, q)}
+        third = {"inp_gate": (self.per_layer, self.hidden), "proj": (self.hidden, self.per_layer)} if self.per_layer else {}
+        return attention | {"ffn_gate_up": (2 * self.ffn_of(i), self.hidden), "ffn_down": (self.hidden, self.ffn_of(i))} | third
 
     def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
         """Those of the layers, fused where their types agree as the packer does, then the head, which may be the embedding.
@@ -105,7 +116,8 @@ class Geometry:
             left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
             block_type = left["attn_q"][0]
             fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == block_type]
-            counts["attn_qkv" if len(fused) == 3 else "attn_qk", block_type, sum(n for _, n, _ in fused), self.hidden] += 1
+            counts["attn_qkv" if len(fused) == 3 else "attn_qk" if len(fused) == 2 else "attn_q", block_type,
+                   sum(n for _, n, _ in fused), self.hidden] += 1  # fmt: skip
             counts.update((name, *rest) for name, rest in left.items())
         last = Matrix(head.removesuffix(".weight"), types[head], self.vocab, self.hidden, 1)
         return (*(Matrix(*key, count) for key, count in counts.items()), last)

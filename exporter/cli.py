@@ -113,14 +113,23 @@ def main() -> None:
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
 )
+@click.option(
+    "--ple",
+    type=click.Choice(["device", "host"]),
+    default="device",
+    show_default=True,
+    help="Where a per-layer embedding lies (Gemma 4 E2B, E4B). host: not supported yet.",
+)
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an artifact at --out.")
-def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, **options: Any) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, ple: str, **options: Any) -> None:
     """Compile a GGUF file into an artifact."""
+    if ple == "host":
+        raise click.UsageError("--ple host: a per-layer embedding in host memory is not supported yet; give --ple device")
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")

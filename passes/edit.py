@@ -59,9 +59,18 @@ def bounds(size: torch.SymInt) -> tuple[int, int]:
 
 
 def layer_part(ep: ExportedProgram, args: Iterable[Any], part: str) -> str:
-    """`blk.3.PART`, 3 the layer that the first cache among `args` belongs to."""
-    named = buffers(ep)
-    cache = next((named[a] for a in map(resolve, args) if a in named), part)
+    """`blk.3.PART`, 3 the layer whose weights made the first of `args`; without such weights that of the first cache among them."""
+    args = list(args)
+    named = {n: name for n, name in states(ep, InputKind.PARAMETER).items() if name.startswith("blk.")}
+    seen: set[Node] = set()
+    level = [a for a in args[:1] if isinstance(a, Node)]
+    while level:  # the nearest: what lies further back is of earlier layers
+        if found := [named[n] for n in level if n in named]:
+            return ".".join((*found[0].split(".")[:2], part))
+        seen.update(level)
+        level = list(dict.fromkeys(n for node in level for n in node.all_input_nodes if n not in seen))
+    caches = buffers(ep)
+    cache = next((caches[a] for a in map(resolve, args) if a in caches), part)
     return ".".join((*cache.split(".")[:2], part)) if cache.startswith("blk.") else part
 
 

@@ -51,6 +51,7 @@ class _Fuser:
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
         self.partials: dict[Node, Node] = {}  # a matmul -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
+        self.sources: dict[Node, tuple[Node, Node]] = {}  # a cache of keys that a fused op writes -> the token's key and value
         self.made: list[Node] = []
         first = next(n for n in ep.graph.nodes if n.op != "placeholder")
         device = edit.user_input(ep, "tokens").meta["val"].device
@@ -142,11 +143,23 @@ class _Fuser:
             y = y.args[0]
         self.counts["norms"] += 1
         self.places.append(self.name(weight))
+        return *(self.added(y, weight, eps, before) or self.unadded(y, weight, before)), eps
+
+    def unadded(self, y: Node, weight: Node, before: Node) -> tuple[Node, Node]:
+        both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
+        return tuple(self.emit(before, operator.getitem, both, i) for i in range(2))
+
+    def stream(self, x: Node, before: Node) -> tuple[Node] | None:
+        """The residual stream as it is, with the branch that was added to it."""
+        found = self.added(x, None, None, before)
+        return found and found[:1]
+
+    def added(self, y: Node, weight: Node | None, eps: float | None, before: Node) -> tuple[Node, Node] | None:
+        """y * weight in fixed point and sums of squares of y, a sum that is not known yet. eps: of the branch's norm; None: any."""
         added = None if y in self.float32 else _branch_added(y, eps)
         if added is None:
-            both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
-            return *(self.emit(before, operator.getitem, both, i) for i in range(2)), eps
-        stream, branch, post_weight, scale = added
+            return None
+        stream, branch, post_weight, scale, eps = added
         stream, squares = self.exact(stream, before), None
         if post_weight is None:
             branch = self.exact(branch, before)
@@ -155,7 +168,7 @@ class _Fuser:
             branch, squares = self.with_squares(branch, before)
         all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
         self.float32[y], *fixed = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
-        return *fixed, eps
+        return tuple(fixed)
 
     def gated(self, x: Node, before: Node) -> tuple[Node] | None:
         """activation(gate) * value of the halves of one matmul."""
@@ -176,6 +189,20 @@ class _Fuser:
         *given, squares, eps = (*matmul.args, *(None, 0.0)[len(matmul.args) - 5 :])
         return (self.emit(before, KILN.fixed_glu.default, *given, squares, eps, activation),)
 
+    def per_layer(self, x: Node, before: Node) -> tuple[Node] | None:
+        """gelu(gate) * value, the value a layer's own of a per-layer embedding."""
+        if not edit.is_call(x, KILN.gelu_mul.default):
+            return None
+        gate, value = x.args
+        matmul = self.float32.get(gate)
+        if not edit.is_call(value, aten.select.int) or not edit.is_call(matmul, KILN.fixed_linear.default):
+            return None
+        self.counts["per-layer"] = self.counts.get("per-layer", 0) + 1
+        self.places.append(self.name(matmul.args[1]).rpartition(".")[0] + ".per_layer")
+        source, *index = value.args
+        exact = self.emit(before, aten.select.int, self.exact(source, before), *index)
+        return (self.emit(before, KILN.gate_fixed.default, self.parts(gate, before), exact, self.terms),)
+
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
         """Attention of one token with the preparation of its queries, keys and values, and the cache's write."""
         call = _viewed(x)
@@ -185,6 +212,8 @@ class _Fuser:
         if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
             return None
         q = _rotated(call.args[0])
+        if q is not None and edit.resolve(_key_cache(call)) in self.sources:
+            return self.reader(x, call, q, before)
         write = _write(call)
         if q is None or write is None:
             return None
@@ -197,8 +226,11 @@ class _Fuser:
         if sliding and (q.neighbours or q.weight is None):
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
+        first = min(write.nodes[0], before)  # a ring is written after the last of the layers that read it
+        if not _projection(q.x)[0] < first:
+            return None  # a layer that reads the cache of one that was left as it is
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
-        first = write.nodes[0]
+        self.sources[edit.resolve(_key_cache(call))] = write.k, write.v
         together = _projection(q.x)[0] is _projection(k.x)[0]  # matmuls of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.x, True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
@@ -219,6 +251,32 @@ class _Fuser:
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
+        return self.converted(x, before)
+
+    def reader(self, x: Node, call: Node, q: _Rotated, before: Node) -> tuple[Node] | None:
+        """Attention of one token over a cache that another layer's fused op has written its key and value to."""
+        sliding = edit.is_call(call, KILN.sliding_attention.default)
+        tq4 = edit.is_call(call, KILN.tq4_attention.default)
+        if sliding or tq4:
+            own = tuple(_viewed(a) for a in call.args[1:3])
+            if own != tuple(_viewed(a) for a in self.sources[edit.resolve(_key_cache(call))]):
+                return None
+        if sliding and (q.neighbours or q.weight is None):
+            return None  # a form that its kernel does not have
+        self.places.append(edit.layer_part(self.ep, call.args, "attention"))
+        self.counts["shared"] = self.counts.get("shared", 0) + 1
+        at = before if sliding or tq4 else call
+        shared = (self.raw(q.x, at, True), q.weight, *self.table(q.cos, q.sin))
+        form = (q.scale,) if sliding else (q.scale, q.neighbours)
+        form = () if form == (1.0, False)[: len(form)] else form  # the ops' defaults
+        eps = q.eps or 0.0
+        if sliding:
+            return (self.emit(before, KILN.sliding_read.default, *shared, *call.args[3:7], eps, self.terms, *form),)
+        if tq4:
+            return (self.emit(before, KILN.tq4_read.default, *shared, *call.args[3:10], eps, self.terms, *form),)
+        call.args = (*call.args[:-1], None)
+        query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)
+        call.args[0].replace_all_uses_with(query)
         return self.converted(x, before)
 
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
@@ -248,7 +306,7 @@ def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
 
 
 # In the order in which they are tried; each counts what it takes.
-RULES = (_Fuser.norm, _Fuser.gated, _Fuser.attention, _Fuser.converted)
+RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.attention, _Fuser.stream, _Fuser.converted)
 
 
 class _Rotated:
@@ -292,6 +350,11 @@ class _Writes:
 
     def __init__(self, nodes: list[Node], k: Node, v: Node):
         self.nodes, self.k, self.v = nodes, k, v
+
+
+def _key_cache(call: Node) -> Node:
+    """What an attention reads earlier keys from: a ring, a global cache or codes."""
+    return call.args[1 if edit.is_call(call, KILN.global_attention.default) else 3]
 
 
 def _write(call: Node) -> _Writes | None:
@@ -340,8 +403,11 @@ def _viewed(node: Node) -> Node:
     return node
 
 
-def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node | None, Node | None] | None:
-    """(stream, branch, weight, scale) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without the norm and the scale."""
+def _branch_added(y: Node, eps: float | None) -> tuple[Node, Node, Node | None, Node | None, float] | None:
+    """(stream, branch, weight, scale, eps) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without norm and scale.
+
+    eps: the only one that may be; None: any.
+    """
     scale = None
     if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
         left, scale = y.args[0].args
@@ -352,7 +418,7 @@ def _branch_added(y: Node, eps: float) -> tuple[Node, Node, Node | None, Node | 
         return None
     stream, branch = y.args
     if not edit.is_call(branch, KILN.rms_norm.default):
-        return stream, branch, None, scale
-    if branch.args[1] is None or branch.args[2] != eps:
+        return stream, branch, None, scale, eps or 0.0
+    if branch.args[1] is None or branch.args[2] != (branch.args[2] if eps is None else eps):
         return None
-    return stream, branch.args[0], branch.args[1], scale
+    return stream, branch.args[0], branch.args[1], scale, branch.args[2]

@@ -1,7 +1,7 @@
 """Global layers: the K and V caches become TQ4 caches with an exact window, their writes and their attention the TQ4 ops.
 
 Codes are written before the attention, which reads the older part of a long chunk there; the exact window, a ring, is written after it, as
-that of a sliding layer is. Sliding layers stay as they are.
+that of a sliding layer is: after the last attention where several layers read one cache. Sliding layers stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if options.residual_length < 1:
         raise PassError(f"pass turboquant: residual length {options.residual_length}; expected at least 1")
     swap = _Swap(lowered.program, options.residual_length)
-    calls = [n for n in lowered.program.graph.nodes if edit.is_call(n, KILN.global_attention.default)]
-    places = tuple(place for place in map(swap, calls) if place)
+    readers: dict[Node, list[Node]] = {}  # a cache's, in graph order
+    for node in lowered.program.graph.nodes:
+        if edit.is_call(node, KILN.global_attention.default):
+            readers.setdefault(edit.resolve(node.args[1]), []).append(node)
+    places = tuple(place for calls in readers.values() for place in swap(calls))
     if not places:
         raise PassError("pass turboquant: no global attention over a cache found")
     return PassReport("turboquant", "applied", places, f"residual length {options.residual_length}")
@@ -38,19 +41,21 @@ class _Swap:
     def emit(self, before: Node, target, *args) -> Node:
         return edit.emit(self.ep, before, target, *args)
 
-    def __call__(self, attention: Node) -> str | None:
-        """The place that was rewritten."""
-        ep = self.ep
-        q, k_cache, v_cache, pos, kv_len = (edit.resolve(a) for a in attention.args)
+    def __call__(self, readers: list[Node]) -> list[str]:
+        """The places that were rewritten: attentions over one cache."""
+        ep, attention = self.ep, readers[0]
+        _, k_cache, v_cache, pos, _ = (edit.resolve(a) for a in attention.args)
         buffers = edit.buffers(ep)
-        writes = [_only_write(c, attention) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
+        writes = [_only_write(c, readers) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
         if None in writes or not writes[0].args[2] is writes[1].args[2] is pos:
-            return None
+            return []
+        if any([edit.resolve(a) for a in reader.args[1:4]] != [k_cache, v_cache, pos] for reader in readers):
+            return []
         slots, kv_heads, head_dim = k_cache.meta["val"].shape
         if head_dim & (head_dim - 1) or not 64 <= head_dim <= 512:
             raise PassError(f"pass turboquant: {buffers[k_cache]} has head size {head_dim}; TQ4 needs a power of two from 64 to 512")
         dtype, device = k_cache.meta["val"].dtype, k_cache.meta["val"].device
-        prefix, place = buffers[k_cache].rsplit(".", 1)[0], edit.layer_part(ep, attention.args, "attention")
+        prefix, places = buffers[k_cache].rsplit(".", 1)[0], [edit.layer_part(ep, reader.args, "attention") for reader in readers]
         caches, rings = [], []
         for side in ("k", "v"):
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (kv_heads, slots, head_dim // 4), torch.int16, device))
@@ -59,16 +64,18 @@ class _Swap:
         own = [write.args[3] for write in writes]
         slot, last = self.place(pos, attention)
         self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
-        new = self.emit(attention, KILN.tq4_attention.default, q, *own, *caches, *rings, pos, kv_len)
-        for ring, x in zip(rings, own, strict=True):
-            kept = x if last is None else self.emit(attention, aten.index.Tensor, x, [last])
-            self.emit(attention, aten.index_copy_.default, ring, 0, slot, kept)
-        edit.replace(ep, attention, new)
+        for reader in readers:
+            q, *_, kv_len = reader.args
+            new = self.emit(reader, KILN.tq4_attention.default, q, *own, *caches, *rings, pos, kv_len)
+            for ring, x in zip(rings, own, strict=True) if reader is readers[-1] else ():
+                kept = x if last is None else self.emit(reader, aten.index.Tensor, x, [last])
+                self.emit(reader, aten.index_copy_.default, ring, 0, slot, kept)
+            edit.replace(ep, reader, new)
         for write in writes:
             ep.graph.erase_node(write)
         edit.remove_buffer(ep, k_cache)
         edit.remove_buffer(ep, v_cache)
-        return place
+        return places
 
     def place(self, pos: Node, before: Node) -> tuple[Node, Node | None]:
         """Each token's slot, and the index of the token whose row it writes: of those that share a slot the last; None for one token."""
@@ -83,10 +90,10 @@ class _Swap:
         return self.places[pos]
 
 
-def _only_write(cache: Node, attention: Node) -> Node | None:
-    """The one index_copy_ along dimension 0 that fills `cache`, when nothing but it and `attention` touches the cache."""
+def _only_write(cache: Node, readers: list[Node]) -> Node | None:
+    """The one index_copy_ along dimension 0 that fills `cache`, when nothing but it and, after it, the readers touch the cache."""
     writes = [u for u in cache.users if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]
     if len(writes) != 1:
         return None
-    readers = (set(cache.users) | set(writes[0].users)) - {writes[0], attention}
-    return None if readers else writes[0]
+    others = (set(cache.users) | set(writes[0].users)) - {writes[0], *readers}
+    return None if others or not writes[0] < readers[0] else writes[0]

@@ -33,6 +33,14 @@ def prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps: float, dtype: 
     return q.to(dtype), k.to(dtype), rms_norm(v, None, eps, dtype) if v_norm else v.to(dtype)
 
 
+def query_reference(q, q_weight, cos, sin, eps: float, dtype: torch.dtype, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
+    """The op in plain torch; arguments as `prepare_q`."""
+    q = q.sum(0).view(1, -1, head_dim(q_weight, cos))
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps, torch.float32)
+    return rope(q, cos, sin, scale, neighbours).to(dtype)
+
+
 @triton.jit
 def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
                   EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr,
@@ -169,6 +177,23 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
                                                     **form_constants(q_weight, v_norm, scale, neighbours), EARLY=early(),
                                                     num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
+
+
+@triton_op("kiln::prepare_q", mutates_args=())
+def prepare_q(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float, dtype: torch.dtype,
+              scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
+    """The queries of `prepare_qkv` alone, of a layer that reads another's keys and values."""
+    check_projections("prepare_q", q, q, q, q_weight, q_weight, cos)
+    if not use_triton(q):
+        return query_reference(q, q_weight, cos, sin, eps, dtype, scale, neighbours)
+    dim = head_dim(q_weight, cos)
+    heads = q.shape[1] // dim
+    out, *unused = (torch.empty(shape, dtype=dtype, device=q.device) for shape in ((1, heads, dim), 1, 1))
+    weight = cos if q_weight is None else q_weight
+    parts = (q.shape[0], q.stride(0), q.shape[0], q.stride(0))
+    kernel(kiln_prepare)[(heads,)](q, q, q, weight, weight, cos, sin, out, *unused, *parts, EPS=eps, HEADS=heads, KV=1, D=dim,
+                                     **form_constants(q_weight, True, scale, neighbours), EARLY=early(), num_warps=PREPARE_WARPS)
+    return out
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:

@@ -24,7 +24,7 @@ from kiln.custom_ops.attention.flash import (
     softmax_step,
     split_size,
 )
-from kiln.custom_ops.attention.prepare import check_projections, prepare_reference
+from kiln.custom_ops.attention.prepare import check_projections, prepare_reference, query_reference
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
@@ -113,11 +113,12 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
                           stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
                           V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                           ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                          AHEAD: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr, EARLY: tl.constexpr):
+                          AHEAD: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr):
     """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
 
     q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
     tensor-core tile takes; matmuls are transposed as in `kiln_flash_decode`. The split of the last key writes it to the rings.
+    SHARED: the layer has no keys and values of its own; another's kernel of this step has written the token's to the rings.
     """
     H: tl.constexpr = D // 2
     head = tl.program_id(0)
@@ -141,19 +142,26 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     owner = low + size >= end
     DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
     q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
-    k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
-    v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
+    if not SHARED:
+        k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
+        v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
     q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
-    own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
-    v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
-    own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
+    if not SHARED:
+        own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
+        v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
+        own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
     dim = tl.arange(0, D)
     slot = ((end - 1) % RING) * (KV * D) + head * D
-    tl.store(k_ring_ptr + slot + half[None, :], own_k0, owner)
-    tl.store(k_ring_ptr + slot + H + half[None, :], own_k1, owner)
-    tl.store(v_ring_ptr + slot + dim, own_v, owner)
+    if SHARED:
+        own_k0 = tl.load(k_ring_ptr + slot + half[None, :], owner, other=0.0)
+        own_k1 = tl.load(k_ring_ptr + slot + H + half[None, :], owner, other=0.0)
+        own_v = tl.load(v_ring_ptr + slot + dim, owner, other=0.0)
+    else:
+        tl.store(k_ring_ptr + slot + half[None, :], own_k0, owner)
+        tl.store(k_ring_ptr + slot + H + half[None, :], own_k1, owner)
+        tl.store(v_ring_ptr + slot + dim, own_v, owner)
 
     # the softmax begins with the token's own key
     score = tl.sum(q0.to(tl.float32) * own_k0.to(tl.float32) + q1.to(tl.float32) * own_k1.to(tl.float32), 1) * LOG2E
@@ -181,13 +189,13 @@ def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 
 def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
-               terms: int, v_norm: bool = True, scale: float = 1.0) -> tuple[dict, dict]:
+               terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
     del split["HAS_LEN"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
     ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
-    form = {"V_NORM": v_norm, "SCALE": scale, "ROWS": triton.next_power_of_2(heads // kv_heads)}
+    form = {"V_NORM": v_norm, "SCALE": scale, "SHARED": shared, "ROWS": triton.next_power_of_2(heads // kv_heads)}
     return split | pads | form | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
 
 
@@ -202,7 +210,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
     dim, slots = q_weight.shape[0], k_ring.shape[0]
-    heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
+    kv_heads = k.shape[1] // dim
     if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
         raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
     if not use_triton(q):
@@ -212,10 +220,35 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
         k_ring.index_copy_(0, slot, prepared[1])
         v_ring.index_copy_(0, slot, prepared[2])
         return fixed_point.quantize(out.flatten(1), terms)
+    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm)
+
+
+@triton_op("kiln::sliding_read", mutates_args=())
+def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
+                 v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0) -> torch.Tensor:
+    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already."""
+    check_projections("sliding_read", q, q, q, q_weight, q_weight, cos)
+    dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
+    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim) or q.shape[1] % (kv_heads * dim):
+        given = f"rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}, q of {q.shape[1]} elements"
+        raise ValueError(f"sliding_read: {given}; expected [R, KV, {dim}], a multiple of KV heads")
+    if not use_triton(q):
+        query = query_reference(q, q_weight, cos, sin, eps, k_ring.dtype, scale)
+        slot = pos % slots  # as a ring's, it stands for a position out of the window
+        out = sliding_attention.reference(query, k_ring[slot], v_ring[slot], k_ring, v_ring, pos, window)
+        return fixed_point.quantize(out.flatten(1), terms)
+    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, shared=True)
+
+
+def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window: int, eps: float, terms: int, scale: float, v_norm: bool,
+            shared: bool = False) -> torch.Tensor:
+    """Both kernels; arguments as `sliding_decode`, SHARED as its kernel's."""
+    dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
+    heads = q.shape[1] // dim
     check_kernel_shapes("sliding_decode", dim, k_ring)
     target = current_target()
     tile = _tile(k_ring.dtype, target, dim)
-    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale)
+    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale, shared)
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
@@ -236,9 +269,10 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
         tile = _tile(dtype, target, h.dim)
-        for parts, v_parts in ((3, 3), (4, 14)):
-            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2)
-            cases.append(KernelCase(f"sliding_decode {element} {parts} {v_parts} {h.label}", kiln_sliding_decode, signature | rings,
+        for parts, v_parts, shared in ((3, 3, False), (4, 14, False), (4, 4, True)):
+            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2, shared=shared)
+            name = f"{'sliding_read' if shared else 'sliding_decode'} {element} {parts} {v_parts} {h.label}"
+            cases.append(KernelCase(name, kiln_sliding_decode, signature | rings,
                                     {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},
                                     aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}

@@ -30,7 +30,8 @@ def root(squares: torch.Tensor, k: int, eps: float) -> torch.Tensor:
 
 
 def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
-              scale: torch.Tensor | None, weight: torch.Tensor, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              scale: torch.Tensor | None, weight: torch.Tensor | None, eps: float,
+              terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `add_norm`."""
     x = x + (branch if branch_squares is None else branch * root(branch_squares, x.shape[1], eps) * post_weight)
     if scale is not None:
@@ -38,9 +39,9 @@ def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tenso
     return x, *norm_reference(x, weight, terms)
 
 
-def norm_reference(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_reference(x: torch.Tensor, weight: torch.Tensor | None, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `norm_fixed`."""
-    return fixed_point.quantize(x * weight, terms), (x * x).sum(1)
+    return fixed_point.quantize(x if weight is None else x * weight, terms), (x * x).sum(1)
 
 
 @triton.jit
@@ -53,15 +54,18 @@ def load_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.conste
 @waits("weight", "post_weight", "scale")
 @triton.jit
 def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
-                    BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr,
-                    PIECE: tl.constexpr, EARLY: tl.constexpr):
+                    BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
+                    TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
     """PIECE elements of one token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
     squares of x_out. Grid (D / PIECE). COUNT, PAD: of `branch_squares`, see `load_root`; COUNT 0: the branch is added as it is.
+    Without WEIGHT out is x_out.
     """
     i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     keep = i < D
-    w = tl.load(weight + i, keep, other=0.0)
-    post = w
+    w = 1.0
+    if WEIGHT:
+        w = tl.load(weight + i, keep, other=0.0)
+    post = 1.0
     factor = 1.0
     if BRANCH and COUNT > 0:
         post = tl.load(post_weight + i, keep, other=0.0)
@@ -78,7 +82,9 @@ def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, 
             value *= factor
         tl.store(x_out + i, value, keep)
     tl.store(squares + tl.program_id(0), tl.sum(value * value, 0))
-    store_fixed(value * w, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
+    if WEIGHT:
+        value *= w
+    store_fixed(value, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
 
 
 def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
@@ -88,8 +94,8 @@ def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
 
 
 def _constants(d: int, branch: bool, branch_squares: torch.Tensor | None, scale: bool, terms: int,
-               target: GpuTarget | None = None) -> dict:
-    return {"D": d, "BRANCH": branch, **root_constants(branch_squares), "SCALE": scale, "TERMS": terms, "PIECE": PIECE,
+               target: GpuTarget | None = None, weight: bool = True) -> dict:
+    return {"D": d, "BRANCH": branch, **root_constants(branch_squares), "SCALE": scale, "WEIGHT": weight, "TERMS": terms, "PIECE": PIECE,
             "EARLY": early(target)}  # fmt: skip
 
 
@@ -100,39 +106,40 @@ def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
     x_out = torch.empty_like(x) if branch is not None else x
     out = torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
     squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
-    constants = _constants(d, branch is not None, branch_squares, scale is not None, terms)
-    given = [weight if t is None else t for t in (branch, branch_squares, post_weight, scale)]
-    kernel(kiln_add_norm)[(pieces,)](x, *given, weight, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
+    constants = _constants(d, branch is not None, branch_squares, scale is not None, terms, weight=weight is not None)
+    given = [(x if weight is None else weight) if t is None else t for t in (branch, branch_squares, post_weight, scale, weight)]
+    kernel(kiln_add_norm)[(pieces,)](x, *given, x_out, out, squares, EPS=eps, **constants, num_warps=WARPS)
     return x_out, out, squares
 
 
-def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dim() != 2 or x.shape[0] != 1 or x.shape[1] % GROUP or x.dtype != torch.float32 or weight.shape != x.shape[1:]:
-        shapes = f"x is {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    wrong = weight is not None and weight.shape != x.shape[1:]
+    if x.dim() != 2 or x.shape[0] != 1 or x.shape[1] % GROUP or x.dtype != torch.float32 or wrong:
+        shapes = f"x is {x.dtype} {tuple(x.shape)}, weight {'none' if weight is None else tuple(weight.shape)}"
         raise ValueError(f"{op}: {shapes}; expected float32 [1, D] and [D], D a multiple of 32")
 
 
 @triton_op("kiln::add_norm", mutates_args=())
 def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
-             scale: torch.Tensor | None, weight: torch.Tensor, eps: float,
+             scale: torch.Tensor | None, weight: torch.Tensor | None, eps: float,
              terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x' = (x + RMSNorm(branch) * post_weight) * scale, x' * weight in fixed point of `terms` bytes, and sums that add up to x' . x'.
 
-    Without branch_squares and post_weight the branch is added as it is. A matmul with the second times `root` of the third is one with
-    RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32; branch_squares float32 [P], which add up to branch . branch; weights
-    float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
+    Without branch_squares and post_weight the branch is added as it is; without weight the second is x'. A matmul with the second times
+    `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [1, D], D a multiple of 32; branch_squares float32 [P], which
+    add up to branch . branch; weights float32 [D]; scale float32 [1] or None. Returns float32 [1, D],
     int32 [1, D / 32, 8 terms + 4] and float32 [P'], P' the kernel's choice. Raises ValueError when a shape or dtype does not fit.
     """
     _check("add_norm", x, weight)
     plain = branch_squares is None and post_weight is None
     fits = branch.shape == x.shape and (
         plain or (branch_squares is not None and branch_squares.dim() == 1 and branch_squares.numel()
-                  and post_weight is not None and post_weight.shape == weight.shape)
+                  and post_weight is not None and post_weight.shape == x.shape[1:])
     )  # fmt: skip
     if not fits or (scale is not None and scale.shape != (1,)):
         shapes = ["none" if t is None else tuple(t.shape) for t in (branch, branch_squares, post_weight, scale)]
         given = "branch {}, squares {}, post_weight {}, scale {}".format(*shapes)
-        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, (P,), {tuple(weight.shape)}, (1,) or none; "
+        raise ValueError(f"add_norm: {given}; expected {tuple(x.shape)}, (P,), {tuple(x.shape[1:])}, (1,) or none; "
                          "squares and post_weight both or none")
     if not use_triton(x):
         return reference(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
@@ -153,9 +160,10 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     floats = dict.fromkeys(("x", "branch", "branch_squares", "post_weight", "scale", "weight", "x_out", "squares"), "*fp32")
     cases = []
     squares = torch.empty(84)  # of the matmul before, by blocks of rows
-    forms = (("add_norm scaled", True, squares, True), ("add_norm", True, squares, False), ("add_norm plain", True, None, False),
-             ("norm_fixed", False, None, False))  # fmt: skip
-    for name, branch, given, scale in forms:
-        constants = {"EPS": EPS} | _constants(model.hidden, branch, given, scale, 2, target)
+    forms = (("add_norm scaled", True, squares, True, True), ("add_norm", True, squares, False, True),
+             ("add_norm plain", True, None, False, True), ("add_norm unweighted", True, squares, False, False),
+             ("norm_fixed", False, None, False, True))  # fmt: skip
+    for name, branch, given, scale, weighted in forms:
+        constants = {"EPS": EPS} | _constants(model.hidden, branch, given, scale, 2, target, weighted)
         cases.append(KernelCase(f"{name} {model.hidden}", kiln_add_norm, floats | {"out": "*i32"}, constants, {"num_warps": WARPS}))
     return cases

@@ -8,7 +8,15 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes
-from kiln.custom_ops.attention.prepare import PREPARE_WARPS, check_projections, form_constants, head_dim, prepare_reference, prepared_head
+from kiln.custom_ops.attention.prepare import (
+    PREPARE_WARPS,
+    check_projections,
+    form_constants,
+    head_dim,
+    prepare_reference,
+    prepared_head,
+    query_reference,
+)
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, waits
@@ -92,6 +100,40 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0], v.stride(0),
         EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours), SLOTS=slots,
+        EXACT_WINDOW=exact_window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms)
+    return out
+
+
+@triton_op("kiln::tq4_read", mutates_args=())
+def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor,
+             k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
+             pos: torch.Tensor, eps: float, terms: int, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
+    """`tq4_decode` of a layer that reads another's keys and values: the caches hold those of the token already."""
+    check_projections("tq4_read", q, q, q, q_weight, q_weight, cos)
+    dim, (kv_heads, slots, _) = head_dim(q_weight, cos), k_codes.shape
+    codec.check_dim(dim)
+    heads = q.shape[1] // dim
+    if heads % kv_heads or 4 * k_codes.shape[2] != dim:
+        given = f"q has {q.shape[1]} elements, k_codes is {tuple(k_codes.shape)}"
+        raise ValueError(f"tq4_read: {given}; expected [KV, S, D/4], D {dim}, a multiple of KV heads")
+    attention.check_exact_window("tq4_read", k_exact, v_exact, kv_heads, dim)
+    caches, rings, dtype, exact_window = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
+    if not use_triton(q):
+        query, slot = query_reference(q, q_weight, cos, sin, eps, torch.float32, scale, neighbours), pos % exact_window
+        out = attention.reference(query, k_exact[slot], v_exact[slot], *caches, *rings, pos, None)
+        return fixed_point.quantize(out.flatten(1), terms)
+    check_kernel_shapes("tq4_read", dim, k_codes)
+    plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
+    rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
+    q_scale = torch.empty((1, heads), dtype=torch.float32, device=q.device)
+    weight = cos if q_weight is None else q_weight
+    # what the programs of keys and values would write, none of which runs: not the caches, which this op leaves alone
+    unused = [torch.empty(1, dtype=t.dtype, device=q.device) for t in (*caches, *rings)]
+    kernel(kiln_tq4_prepare)[(heads,)](
+        q, q, q, weight, weight, cos, sin, pos, plain, rotated, q_scale, *unused, q.shape[0], q.stride(0), q.shape[0], q.stride(0),
+        EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, True, scale, neighbours), SLOTS=slots,
         EXACT_WINDOW=exact_window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
     attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms)

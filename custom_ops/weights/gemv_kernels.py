@@ -165,6 +165,13 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
     return total
 
 
+@triton.jit
+def gelu_tanh(x):
+    # tanh(u) = 1 - 2 / (exp(2 u) + 1)
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+
+
 @waits("words", "halves")
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
@@ -294,9 +301,7 @@ def _finish(partials, counters, out, squares_out, n, splits, block, token, token
             if END == "silu":
                 gate = total / (1.0 + tl.exp(-total))
             else:
-                # tanh(u) = 1 - 2 / (exp(2 u) + 1)
-                u = 0.7978845608028654 * (total + 0.044715 * total * total * total)
-                gate = total * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+                gate = gelu_tanh(total)
             store_fixed(gate * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
         else:
             tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)

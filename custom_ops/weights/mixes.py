@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+PER_LAYER_EMBEDDING, PER_LAYER_PROJECTION = "per_layer_token_embd.weight", "per_layer_model_proj.weight"  # the one is never quantized
 PROMOTED = ("attn_v", "ffn_down")  # some of these get more bits
 MORE_BITS = "Q6_K"
 
@@ -41,13 +42,15 @@ def more_bits(i: int, n: int) -> bool:
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The type of every tensor, by name; `tensors` are their shapes in PyTorch order. What is no matrix is F32."""
-    promoted, head = set(), OUTPUT if OUTPUT in tensors else EMBEDDING
+    promoted, head = set(), (OUTPUT if OUTPUT in tensors else EMBEDDING, PER_LAYER_EMBEDDING)
     for stem in PROMOTED if mix.promotes else ():
         like = [name for name in tensors if name.endswith(f".{stem}.weight")]
         promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.head if name == head else mix.base
+        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.head if name in head else mix.base
+        if name == PER_LAYER_PROJECTION and mix.base in LAYOUTS:
+            block_type = "BF16"  # as the file had it before
         layout = LAYOUTS.get(block_type)
         found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
     return found

@@ -13,7 +13,7 @@ from kiln.exporter.source.weights import WeightPlan, constants, plan_constants
 
 
 def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
-    """weight_bytes: constants that a decode step reads; one row of an embedding that is not also the head, of experts those that are used.
+    """weight_bytes: constants that a decode step reads; one row of an embedding that is no head, of experts those that are used.
 
     token_flops: operations of the matmuls of one token, the head's apart, which are head_flops. attention: operations of a query for each
     key that it sees, by the window that bounds them. readers: of a cache, how many layers read it, where it is not one.
@@ -26,7 +26,7 @@ def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
         if p.stack > 1:
             share = used[name[: name.rindex(".") + 1]]
             skipped += size - size * share[0] // share[1]
-        if name == "token_embd" and not config.tied_head:
+        if name == "per_layer_token_embd" or (name == "token_embd" and not config.tied_head):
             skipped += size - size // p.N
         elif name == ("token_embd" if config.tied_head else "output"):
             head_flops = 2 * p.N * p.K

@@ -27,10 +27,13 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     weights = weight_bytes(spec.config, spec.plan)
-    widest = max(p.N for p in spec.plan if p.K)
-    scratch = min(max(p.N * p.K for p in spec.plan if p.K) * dtype.itemsize, spec.options.materialized_head_budget)
+    multiplied = [p for p in spec.plan if p.K and p.name != "per_layer_token_embd"]  # of which rows are read
+    widest = max(p.N for p in multiplied)
+    scratch = min(max(p.N * p.K for p in multiplied) * dtype.itemsize, spec.options.materialized_head_budget)
     inner = max(layer.ffn.width for layer in spec.config.layers)
     per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
+    if ple := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept
+        per_token += len(spec.config.layers) * ple.size * (4 + 4 + 2 * dtype.itemsize)
     return MemoryPlan(
         weights=weights,
         kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),

@@ -76,10 +76,12 @@ class Cache(nn.Module):
 
 
 class SlidingCache(Cache):
-    """A ring of R slots; slot = position mod R. Attend first, then write."""
+    """A ring of R slots; slot = position mod R. Attend first, then write: after the last of its readers."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int, first: bool, last: bool) -> Tensor:
         out = torch.ops.kiln.sliding_attention(q, k, v, self.k_ring, self.v_ring, pos, window)
+        if not last:
+            return out
         slots = self.k_ring.shape[0]
         if q.shape[0] > 1:
             # of the tokens that share a slot only the last survives: all of them write its value, so the order does not matter
@@ -92,11 +94,12 @@ class SlidingCache(Cache):
 
 
 class GlobalCache(Cache):
-    """One slot per position. Write first, then attend."""
+    """One slot per position. Write first, before the first of its readers, then attend."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: None) -> Tensor:
-        self.k_cache[pos] = k
-        self.v_cache[pos] = v
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: None, first: bool, last: bool) -> Tensor:
+        if first:
+            self.k_cache[pos] = k
+            self.v_cache[pos] = v
         return torch.ops.kiln.global_attention(q, self.k_cache, self.v_cache, pos, None)
 
 
@@ -104,15 +107,18 @@ CACHES: dict[str, type[Cache]] = {"ring": SlidingCache, "global": GlobalCache}
 
 
 class AttentionMixer:
-    """Softmax attention over the layer's own cache."""
+    """Softmax attention over a cache: the layer's own, which it makes, or that of the earlier layer `source`."""
 
-    def __init__(self, at: nn.Module, mixer: Attention, eps: float, cache: CacheSpec, max_seq_len: int, dtype: torch.dtype):
-        self.at, self.mixer, self.eps, self.dtype = at, mixer, eps, dtype
+    def __init__(self, at: nn.Module, index: int, mixer: Attention, eps: float, cache: CacheSpec, max_seq_len: int, dtype: torch.dtype,
+                 source: AttentionMixer | None):  # fmt: skip
+        self.at, self.index, self.mixer, self.eps, self.dtype = at, index, mixer, eps, dtype
+        self.source, self.last = source, index == cache.readers[-1]
         if mixer.q_norm == "weighted":
             at.attn_q_norm = Norm(mixer.head_dim, eps)
-        if mixer.k_norm == "weighted":
+        if source is None and mixer.k_norm == "weighted":
             at.attn_k_norm = Norm(mixer.head_dim, eps)
-        at.cache = CACHES[cache.kind](cache, max_seq_len, dtype)
+        if source is None:
+            at.cache = CACHES[cache.kind](cache, max_seq_len, dtype)
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> q [T, H, hd], raw k and v [T, KV, hd]; V is the raw K where the model has no V of its own."""
@@ -137,14 +143,23 @@ class AttentionMixer:
         form = (scale, self.mixer.rope.neighbours)
         return torch.ops.kiln.rope(x, cos, sin, *(() if form == (1.0, False) else form))
 
-    def __call__(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        c = self.mixer
-        q, k, v = self.qkv(h)
+    def __call__(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, kv: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """kv: the chunk's keys and values as attention takes them, by the layer that made them."""
+        c, at = self.mixer, self.at
+        if c.kv_from is None:
+            q, k, v = self.qkv(h)
+        else:
+            q = at.attn_q.linear(h).unflatten(-1, (-1, c.head_dim))
         q = self._rotated(self._normed(q, c.q_norm, "attn_q_norm"), cos, sin, c.scale)
-        k = self._rotated(self._normed(k, c.k_norm, "attn_k_norm"), cos, sin, 1.0)
-        v = self._normed(v, c.v_norm, "attn_v_norm")
-        out = self.at.cache.attend(q, k, v, pos, c.window).flatten(1)
-        return self.at.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
+        if c.kv_from is None:
+            k = self._rotated(self._normed(k, c.k_norm, "attn_k_norm"), cos, sin, 1.0)
+            v = self._normed(v, c.v_norm, "attn_v_norm")
+            kv[self.index] = k, v
+        else:
+            k, v = kv[c.kv_from]
+        cache = (self.source or self).at.cache
+        out = cache.attend(q, k, v, pos, c.window, c.kv_from is None, self.last).flatten(1)
+        return at.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
 
 
 class DenseFfn:
@@ -163,10 +178,10 @@ class DenseFfn:
 
 
 class Block(nn.Module):
-    """A layer: its mixer, then its ffn, each a branch of the residual stream."""
+    """A layer: its mixer, then its ffn, each a branch of the residual stream; the third is that of per-layer embeddings."""
 
     def __init__(self, config: ModelConfig, layer: Layer, weights: dict[str, WeightPlan], cache: CacheSpec, max_seq_len: int,
-                 cache_dtype: torch.dtype):  # fmt: skip
+                 cache_dtype: torch.dtype, source: AttentionMixer | None):  # fmt: skip
         super().__init__()
         self.layer = layer
         for name, plan in weights.items():
@@ -176,17 +191,23 @@ class Block(nn.Module):
         for before, after in (("attn_norm", "post_attention_norm"), ("ffn_norm", "post_ffw_norm")):
             for name in (before, after) if layer.post_norms else (before,):
                 setattr(self, name, Norm(d, eps))
-        self.mix = AttentionMixer(self, layer.mixer, eps, cache, max_seq_len, cache_dtype)
+        self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, max_seq_len, cache_dtype, source)
         self.ffn = DenseFfn(self, layer.ffn)
+        if config.per_layer_embedding:
+            self.gated, self.post_norm = GATED[config.per_layer_embedding.activation], Norm(d, eps)
         if layer.scaled:
             self.layer_output_scale = nn.Module()
             self.layer_output_scale.weight = _constant(1, dtype=torch.float32)
 
-    def forward(self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # [T, D] -> [T, D]
-        branch = self.mix(self.attn_norm(x), pos, *tables[self.layer.mixer.rope.constant])
+    def forward(
+        self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]], kv: dict[int, tuple[Tensor, Tensor]], own: Tensor | None
+    ) -> Tensor:  # [T, D] -> [T, D]; own [T, P]: the layer's values of a per-layer embedding
+        branch = self.mix(self.attn_norm(x), pos, *tables[self.layer.mixer.rope.constant], kv)
         x = x + (self.post_attention_norm(branch) if self.layer.post_norms else branch)
         branch = self.ffn(self.ffn_norm(x))
         x = x + (self.post_ffw_norm(branch) if self.layer.post_norms else branch)
+        if own is not None:
+            x = x + self.post_norm(self.proj.linear(self.gated(self.inp_gate.linear(x), own)))
         if self.layer.scaled:
             x = (x.float() * self.layer_output_scale.weight).to(x.dtype)  # scales the whole residual stream
         return x
@@ -198,8 +219,8 @@ def check_supported(config: ModelConfig) -> None:
         mixer, ffn, missing = layer.mixer, layer.ffn, ""
         if not isinstance(mixer, Attention):
             missing = f"a {type(mixer).__name__} mixer"
-        elif mixer.kv_from is not None:
-            missing = "attention over another layer's keys and values"
+        elif mixer.kv_from is not None and not _same_cache(config, layer.index, mixer.kv_from):
+            missing = f"attention over the keys and values of layer {mixer.kv_from}, whose heads or window are others"
         elif mixer.gated:
             missing = "gated attention"
         elif mixer.rope.size != mixer.head_dim:
@@ -210,10 +231,18 @@ def check_supported(config: ModelConfig) -> None:
             missing = f"activation {ffn.activation}"
         if missing:
             raise KilnError(f"{config.name}: layer {layer.index} has {missing}, which the decoder does not compute")
-    if config.per_layer_embedding:
-        raise KilnError(f"{config.name} has per-layer embeddings, which the decoder does not compute")
+    if config.per_layer_embedding and config.per_layer_embedding.activation not in GATED:
+        raise KilnError(f"{config.name} has per-layer embeddings with activation {config.per_layer_embedding.activation}, "
+                        "which the decoder does not compute")  # fmt: skip
     if not config.layers:
         raise KilnError("the model has no layers")
+
+
+def _same_cache(config: ModelConfig, reader: int, source: int) -> bool:
+    """The layer `source` comes before, has keys and values of its own, and they are those that `reader` takes."""
+    own, other = config.attentions[reader], config.attentions.get(source)
+    fields = ("kv_heads", "head_dim", "window", "rope")
+    return other is not None and source < reader and other.kv_from is None and all(getattr(own, f) == getattr(other, f) for f in fields)
 
 
 def _below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]:
@@ -236,11 +265,16 @@ class Decoder(nn.Module):
         self.token_embd = Matrix(weights["token_embd"])
         self.output = None if config.tied_head else Matrix(weights["output"])
         self.output_norm = Norm(config.hidden_size, config.rms_norm_eps)
-        caches = {cache.layer: cache for cache in cache_specs(config)}
-        self.blk = nn.ModuleList(
-            Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], max_seq_len, cache_dtype or dtype)
-            for layer in config.layers
-        )
+        caches = {reader: cache for cache in cache_specs(config) for reader in cache.readers}
+        self.blk = nn.ModuleList()
+        for layer in config.layers:
+            source = None if layer.mixer.kv_from is None else self.blk[layer.mixer.kv_from].mix
+            self.blk.append(Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], max_seq_len,
+                                  cache_dtype or dtype, source))  # fmt: skip
+        if config.per_layer_embedding:
+            self.per_layer_token_embd = Matrix(weights["per_layer_token_embd"])
+            self.per_layer_model_proj = Matrix(weights["per_layer_model_proj"])
+            self.per_layer_proj_norm = Norm(config.per_layer_embedding.size, config.rms_norm_eps)
         for name, rope in config.ropes.items():
             self.register_parameter(name, _constant(rope.size // 2, dtype=torch.float32))
         if config.suppress_tokens:
@@ -261,9 +295,19 @@ class Decoder(nn.Module):
             x = x * self.config.embedding_scale
         x = x.to(self.dtype)
         tables = self.rope_tables(pos)
-        for layer in self.blk:
-            x = layer(x, pos, tables)
+        own, kv = self.per_layer(tokens, x), {}
+        for i, layer in enumerate(self.blk):
+            x = layer(x, pos, tables, kv, None if own is None else own.select(1, i))
         return x
+
+    def per_layer(self, tokens: Tensor, x: Tensor) -> Tensor | None:
+        """x [T, D], the first layer's -> [T, layers, P], a layer's values of the per-layer embedding; the rows of T tokens are read."""
+        ple = self.config.per_layer_embedding
+        if ple is None:
+            return None
+        rows = self.per_layer_token_embd.rows(tokens).unflatten(-1, (-1, ple.size)) * ple.scale
+        projected = self.per_layer_model_proj.linear(x).unflatten(-1, (-1, ple.size)).float() * ple.projection_scale
+        return ((rows + self.per_layer_proj_norm(projected)) * ple.sum_scale).to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """[T, D] -> soft-capped float32 [T, V]."""

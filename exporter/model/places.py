@@ -14,6 +14,8 @@ from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
+PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
+
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
@@ -48,7 +50,7 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
 
 def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
     head = "token_embd" if config.tied_head else "output"
-    return {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
+    return {p.name: p for p in plan if p.K and (p.name in (head, PER_LAYER) or p.name.startswith("blk."))}
 
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
@@ -61,6 +63,8 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     if not any(p.block_type in LAYOUTS for p in matmuls.values()):
         return {}
     found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()}
+    if found.get(PER_LAYER):
+        del found[PER_LAYER]  # a file's packer leaves it as it is; once a token, it is a small part of a step
 
     def floats(names: Sequence[str]) -> str:
         """Those of the matmuls beside a place whose weights take no fixed point."""
@@ -78,6 +82,9 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         }
         if layer.post_norms:
             found |= {f"{at}.post_attention_norm": floats(gates), f"{at}.post_ffw_norm": ""}
+        if config.per_layer_embedding:
+            gate, projection = f"{at}.inp_gate", f"{at}.proj"
+            found |= {f"{at}.post_ffw_norm": floats([gate]), f"{at}.post_norm": "", f"{at}.per_layer": floats([gate, projection])}
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
 
 

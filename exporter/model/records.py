@@ -120,9 +120,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class PerLayerEmbedding:
-    """A second embedding of each token, `size` values for each layer, that a third branch of the layer adds."""
+    """A second embedding of each token: `size` values for each layer, which a third branch of the layer multiplies with its gate.
+
+    They are (scale * row of a table + RMSNorm(projection_scale * P x)) * sum_scale, x the first embedding as the first layer gets it. The
+    branch is W2(activation(W1 x) * values), normed, x the residual stream after the ffn.
+    """
 
     size: int
+    activation: Activation
+    scale: float
+    projection_scale: float
+    sum_scale: float
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def expected_tensors(config: ModelConfig, present: Container[str] = ()) -> dict[
             if "when" not in spec or conditions[spec["when"]]
         }
         for fused, parts in table["fused"].items() if layer else ():
-            if prefix + fused in present:
+            if prefix + fused in present and all(prefix + part in found for part in parts):
                 shapes = [found.pop(prefix + part) for part in parts]
                 found[prefix + fused] = (sum(s[0] for s in shapes), *shapes[0][1:])
         expected |= found

@@ -36,9 +36,12 @@ class Fields:
     def fail(self, key: str, what: str, hint: str = "convert the model again") -> None:
         self.problems.append(f"{self.gguf.path}: metadata key {key} {what}; {hint}")
 
+    def key(self, field: str) -> str:
+        return self.keys[field]["key"]
+
     def raw(self, field: str) -> tuple[str, Any]:
         """Key and value, None where it is missing; an array of one item, or of equal ones, is that item."""
-        key, metadata = self.keys[field]["key"], self.gguf.metadata
+        key, metadata = self.key(field), self.gguf.metadata
         if key not in metadata:
             if "default" not in self.keys[field]:
                 self.fail(key, "is missing", "it cannot be guessed, convert the model again with a current converter")

@@ -257,12 +257,13 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
         yield np.where(np.arange(size) < size // 4, 1.0, 1e30).astype("<f4").view(np.uint8)
         return
     bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
-    rows, row_bytes = (shape[0], tensor_bytes(shape[1:], block_type)) if len(shape) == 2 else (1, 4 * shape[0])
+    drawn = "F32" if block_type == "BF16" else block_type  # and then cut short
+    rows, row_bytes = (shape[0], tensor_bytes(shape[1:], drawn)) if len(shape) == 2 else (1, 4 * shape[0])
     step = max(8, slab_bytes // row_bytes // 8 * 8)  # a multiple of 8 rows is a whole number of the generator's 8-byte words
     for row in range(0, rows, step):
         nbytes = min(step, rows - row) * row_bytes
         raw = bits.random_raw(-(-nbytes // 8)).view(np.uint8)[:nbytes]
-        if block_type != "F32":
+        if drawn != "F32":
             _fill_blocks(block_type, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[block_type]][1]), 1 / sqrt(shape[1]))
             yield raw
             continue
@@ -272,7 +273,7 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
         else:
             uniform *= np.float32(sqrt(3 / shape[1]))
-        yield uniform.view(np.uint8)
+        yield uniform.view("<u2")[1::2].copy().view(np.uint8) if block_type == "BF16" else uniform.view(np.uint8)
 
 
 def write_synthetic(

@@ -289,7 +289,7 @@ PATTERN = [True, True, False] * 2
         ("gemma4.attention.sliding_window_pattern", [(U8, list(map(int, PATTERN))), (I32, list(map(int, PATTERN))), (U32, 3), (F32, 3.0)]),
         ("gemma4.rope.freq_base", [(F64, 1e6), (U32, 1000000), (F32, [1e6])]),
         ("gemma4.final_logit_softcapping", [(U32, 30), (F64, 30.0)]),
-        ("gemma4.attention.shared_kv_layers", [(BOOL, False), (F32, 0.0), (U32, [0] * 6)]),
+        ("gemma4.attention.shared_kv_layers", [(F32, 0.0), (U32, [0] * 6)]),
         ("general.alignment", [(U64, 32), (U8, 32)]),
     ],
 )

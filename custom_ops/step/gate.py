@@ -1,0 +1,61 @@
+"""The gate of a per-layer embedding between two matmuls of one token: the parts of the first added up, GELU, the value, fixed point."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.markers import gelu_mul
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.gemv_kernels import gelu_tanh, sum_splits
+
+BLOCK, WARPS = 256, 4
+TOGETHER = 16  # parts in flight
+
+
+@waits()
+@triton.jit
+def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK elements of gelu(sum of `splits` rows of gate, `stride` apart) * value [n], in fixed point. Grid (n / BLOCK)."""
+    wait_for_earlier_kernels(EARLY)
+    first = tl.program_id(0) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    keep = i < n
+    total = sum_splits(gate + i, stride, splits, keep, BLOCK, TOGETHER)
+    store_fixed(gelu_tanh(total) * tl.load(value + i, keep, other=0.0), out, first // 32, n // 32, TERMS, BLOCK)
+
+
+@triton_op("kiln::gate_fixed", mutates_args=())
+def gate_fixed(gate: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Tensor:
+    """gelu(gate) * value in fixed point of `terms` bytes, int32 [1, P / 32, 8 terms + 4]; GELU is the one with tanh.
+
+    gate float32 [S, P], to be summed over S; value float32 [1, P], P a multiple of 32. ValueError when a shape or dtype does not fit.
+    """
+    p = value.shape[-1]
+    fits = gate.dim() == 2 and gate.shape[1] == p and gate.stride(1) == 1 and value.shape == (1, p) and not p % GROUP
+    if not fits or gate.dtype != torch.float32 or value.dtype != torch.float32:
+        given = f"gate is {gate.dtype} {tuple(gate.shape)}, value {value.dtype} {tuple(value.shape)}"
+        raise ValueError(f"gate_fixed: {given}; expected float32 [S, P] and [1, P], P a multiple of {GROUP}")
+    if not use_triton(gate):
+        return fixed_point.quantize(gelu_mul(gate.sum(0, keepdim=True), value), terms)
+    out = torch.empty((1, p // GROUP, group_words(terms)), dtype=torch.int32, device=gate.device)
+    kernel(kiln_gate)[(triton.cdiv(p, BLOCK),)](gate, value, out, p, gate.shape[0], gate.stride(0), **_constants(terms), num_warps=WARPS)
+    return out
+
+
+def _constants(terms: int, target: GpuTarget | None = None) -> dict[str, int | bool]:
+    return {"TERMS": terms, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "EARLY": early(target)}
+
+
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """The kernel, which no shape of a model changes."""
+    types = {"gate": "*fp32", "value": "*fp32", "out": "*i32", "n": "i32", "splits": "i32", "stride": "i32"}
+    return [KernelCase("gate", kiln_gate, types, _constants(2, target), {"num_warps": WARPS}, aligned=("n", "stride"))]
