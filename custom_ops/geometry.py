@@ -75,6 +75,7 @@ class Geometry:
     v_norm: bool = True
     scaled_scores: bool = False  # by 1 / sqrt(head size); otherwise they are as they are
     post_norms: bool = True
+    experts: tuple[int, int, int] | None = None  # in every layer: how many, how many a token takes, their inner size; ffn is beside them
 
     @property
     def form(self) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def _geometry(name: str, row: dict[str, Any]) -> Geometry:
     full = row["layers"] // row["full_every"]
     sliding = Heads(**row["sliding"], layers=row["layers"] - full) if "sliding" in row else None
     heads = {"sliding": sliding, "full": Heads(**row["full"], layers=full), "window": row.get("window", 0)}
-    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ()))})
+    experts = tuple(row["experts"]) if "experts" in row else None
+    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ())), "experts": experts})
 
 
 GEOMETRIES = {

@@ -48,7 +48,7 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
 
 def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
     head = "token_embd" if config.tied_head else "output"
-    return {p.name: p for p in plan if p.K and (p.name == head or p.name.startswith("blk."))}
+    return {p.name: p for p in plan if p.K and p.stack == 1 and (p.name == head or p.name.startswith("blk."))}
 
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gemma 4, dense: sliding and full layers with head sizes of their own, every head normed, V of a full layer its raw K, GELU."""
+"""Gemma 4, dense or with experts: sliding and full layers with head sizes of their own, every head normed, V of a full layer its raw K, GELU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from custom_ops.geometry import Geometry
 from exporter.model.families import Family
-from exporter.model.records import Attention, Dense, Layer, ModelConfig, Rope
+from exporter.model.records import Attention, Dense, Experts, Layer, ModelConfig, Rope
 from exporter.source.fields import Fields
 
 THETA_FULL, THETA_SLIDING = 1e6, 1e4
@@ -19,17 +19,27 @@ def _ropes(full_theta: float, full_dim: int, sliding_theta: float, sliding_dim: 
     return {True: Rope("sliding", sliding_theta, sliding_dim), False: Rope("full", full_theta, full_dim, divisors="rope_freqs.weight")}
 
 
-def _layer(i: int, rope: Rope, window: int | None, heads: int, kv_heads: int, ffn: int, own_v: bool, scaled: bool) -> Layer:
+def _layer(i: int, rope: Rope, window: int | None, heads: int, kv_heads: int, ffn: Dense | Experts, own_v: bool, scaled: bool) -> Layer:
     """Queries and keys are normed, so scores are not scaled. The head of a layer has the rope's size: all of it is in the table."""
     mixer = Attention(heads, kv_heads, rope.size, rope, window, q_norm="weighted", k_norm="weighted", v_norm="plain",
                       value="own" if own_v else "key")  # fmt: skip
-    return Layer(i, mixer, Dense(ffn, "gelu_tanh"), post_norms=True, scaled=scaled)
+    return Layer(i, mixer, ffn, post_norms=True, scaled=scaled)
+
+
+def _ffn(size: int, experts: tuple[int, int, int] | None, scaled: bool = True) -> Dense | Experts:
+    """experts: how many, how many are used, and their inner size."""
+    dense = Dense(size, "gelu_tanh")
+    if experts is None:
+        return dense
+    return Experts(*experts, "gelu_tanh", shared=dense, branch_norms=True, own_input=True, scaled=scaled)
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:
     sliding = fields.pattern("sliding_pattern", count)
     heads, kv_heads = fields.per_layer("num_heads", count), fields.per_layer("num_kv_heads", count)
     ffn, window = fields.per_layer("intermediate_size", count), fields.integer("sliding_window")
+    experts = fields.experts("num_experts", "experts_used", "expert_ffn")
+    scales = any(fields.has(f"blk.{i}.ffn_down_exps.scale") for i in range(count))
     ropes = _ropes(fields.number("rope_theta_full"), fields.integer("head_dim_full"),
                    fields.number("rope_theta_sliding"), fields.integer("head_dim_sliding"))  # fmt: skip
     scaled = any(fields.has(f"blk.{i}.layer_output_scale.weight") for i in range(count))
@@ -37,7 +47,8 @@ def read(fields: Fields, count: int) -> dict[str, Any]:
     own_v = [sliding[i] or fields.has(f"blk.{i}.attn_v.weight", f"blk.{i}.attn_qkv.weight") for i in range(count)]
     return {
         "layers": tuple(
-            _layer(i, ropes[sliding[i]], window if sliding[i] else None, heads[i], kv_heads[i], ffn[i], own_v[i], scaled)
+            _layer(i, ropes[sliding[i]], window if sliding[i] else None, heads[i], kv_heads[i], _ffn(ffn[i], experts, scales),
+                   own_v[i], scaled)
             for i in range(count)
         ),
         "embedding_scale": sqrt(fields.integer("hidden_size")),
@@ -52,7 +63,7 @@ def synthetic(model: Geometry, count: int) -> dict[str, Any]:
         full = model.is_full(i)
         heads = model.full if full else model.sliding
         window = None if full else model.window
-        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, model.ffn, own_v=not full, scaled=True))
+        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, _ffn(model.ffn, model.experts), own_v=not full, scaled=True))
     return {"layers": tuple(layers), "embedding_scale": sqrt(model.hidden), "final_logit_softcapping": SOFTCAP}
 
 
@@ -61,8 +72,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
     # a model cut short may have layers of one kind only: the other's fields are in no layer, and may say anything
     sliding = next((m for m in mixers if m.window is not None), mixers[0])
     full = next((m for m in mixers if m.window is None), mixers[0])
-    return {
-        "intermediate_size": config.layers[0].ffn.width,
+    ffn = config.layers[0].ffn
+    experts = {"num_experts": ffn.count, "experts_used": ffn.used, "expert_ffn": ffn.size} if isinstance(ffn, Experts) else {}
+    return experts | {
+        "intermediate_size": ffn.shared.size if isinstance(ffn, Experts) else ffn.size,
         "num_heads": mixers[0].heads,
         "num_kv_heads": [m.kv_heads for m in mixers],
         "head_dim_full": full.head_dim,
