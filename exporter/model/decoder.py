@@ -198,6 +198,9 @@ class ExpertsFfn:
 
     def __call__(self, h: Tensor, x: Tensor) -> Tensor:
         at, count = self.at, self.ffn.count
+        beside = self.shared(h, x) if self.shared else None
+        if beside is not None and self.ffn.branch_norms:
+            beside = at.post_ffw_norm_1(beside)
         chosen, weights = self.route(h, x)
         given = (at.pre_ffw_norm_2(x) if self.ffn.own_input else h).unsqueeze(1)
         if hasattr(at, "ffn_gate_up_exps"):
@@ -208,10 +211,7 @@ class ExpertsFfn:
         y = (y.float() * weights.unsqueeze(-1)).sum(1).to(h.dtype)
         if self.ffn.branch_norms:
             y = at.post_ffw_norm_2(y)
-        if self.shared is None:
-            return y
-        other = self.shared(h, x)
-        return (at.post_ffw_norm_1(other) if self.ffn.branch_norms else other) + y
+        return y if beside is None else beside + y
 
 
 def ffn_of(at: nn.Module, ffn: Dense | Experts, hidden: int, eps: float) -> DenseFfn | ExpertsFfn:

@@ -9,10 +9,12 @@ import torch
 from custom_ops.weights.block_types import LAYOUTS
 from custom_ops.weights.gemv import GLU_ROWS, glu_fits
 from exporter.model.caches import exact_buffers
-from exporter.model.records import ModelConfig, cache_specs
+from exporter.model.records import Experts, ModelConfig, cache_specs
 from exporter.source.weights import WeightPlan
 from passes.chunked_lm_head import chunk_rows
 from passes.records import Expected, KVBuffer, PassOptions
+
+EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gates
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
@@ -60,7 +62,10 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     matmuls = _matmuls(config, plan)
     if not any(p.block_type in LAYOUTS for p in matmuls.values()):
         return {}
-    found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()}
+    experts = {layer.index: layer.ffn for layer in config.layers if isinstance(layer.ffn, Experts)}
+    routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and no part of what is fused
+    found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()
+             if name not in routers or p.block_type in LAYOUTS}
 
     def floats(names: Sequence[str]) -> str:
         """Those of the matmuls beside a place whose weights take no fixed point."""
@@ -70,12 +75,16 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         at = f"blk.{layer.index}"
         projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
+        alone = layer.index in experts and experts[layer.index].shared is None  # no network that takes every token
         found |= {
             f"{at}.attn_norm": floats(projections),
-            f"{at}.ffn_norm": floats(gates),
+            f"{at}.ffn_norm": EXPERTS if alone else floats(gates),
             f"{at}.attention": floats([f"{at}.attn_output"]),
-            f"{at}.glu": _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
         }
+        if layer.index in experts:
+            found[f"{at}.experts"] = EXPERTS
+        if not alone:
+            found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:
             found |= {f"{at}.post_attention_norm": floats(gates), f"{at}.post_ffw_norm": ""}
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
