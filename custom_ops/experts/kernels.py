@@ -65,8 +65,8 @@ def kiln_grouped_matmul(x, w, order, starts, out, first, N: tl.constexpr, K: tl.
     tile = tl.program_id(0)
     own = tl.sum(((tl.cumsum(tiles, 0) <= tile) & (expert < EXPERTS)).to(tl.int32), 0)
     if own < EXPERTS:
-        tile -= tl.sum(tl.where(expert < own, tiles, 0), 0)
-        start = tl.sum(tl.where(expert == own, begin, 0), 0) + tile * BLOCK_M
+        before = tl.sum(tl.where(expert < own, tiles, 0), 0)
+        start = tl.sum(tl.where(expert == own, begin, 0), 0) + (tile - before) * BLOCK_M
         stop = tl.sum(tl.where(expert == own, end, 0), 0)
         row = start + tl.arange(0, BLOCK_M)
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -76,5 +76,5 @@ def kiln_grouped_matmul(x, w, order, starts, out, first, N: tl.constexpr, K: tl.
         left = x + (pair // SHARED)[:, None] * K + inner[None, :]
         right = w + inner[:, None] * STEP + source[None, :] * (K if TRANSPOSED else 1)
         acc = add_products(left, right, 0, K, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, STEP, BLOCK_K)
-        out += pair[:, None] * N + column[None, :]
-        tl.store(out, acc.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (column < N)[None, :])
+        target = out + pair[:, None] * N + column[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (column < N)[None, :])
