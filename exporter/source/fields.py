@@ -66,17 +66,29 @@ class Fields:
         key, value = self.raw(field)
         return 1.0 if value is None else self.positive(key, value, float, zero)
 
-    def per_layer(self, field: str, count: int) -> list[int]:
+    def rope_factor(self) -> float:
+        """What linear scaling divides positions by; 1 where the file asks for none. Another kind of scaling is refused by name."""
+        key, kind = self.raw("rope_type")
+        key_factor, factor = self.raw("rope_factor")
+        if kind in ("none", ""):
+            return 1.0
+        if kind != "linear":
+            self.fail(key, f"is {shown(kind)}: of the ways to scale rotary embedding only 'linear' is applied",
+                      "use the file for the model's own context, without a longer one by scaling")  # fmt: skip
+            return 1.0
+        return self.positive(key_factor, factor, float) if factor else 1.0
+
+    def per_layer(self, field: str, count: int, zero: bool = False) -> list[int]:
         key, value = self.raw(field)
         if value is None:
             return [1] * count
         if not isinstance(value, list) or len(value) == 1:
-            return [self.positive(key, value, int)] * count
+            return [self.positive(key, value, int, zero)] * count
         if len(value) != count:
             self.fail(key, f"has {len(value)} entries for {count} layers")
             return [1] * count
         before = len(self.problems)
-        numbers = [self.positive(key, v, int) for v in value]
+        numbers = [self.positive(key, v, int, zero) for v in value]
         del self.problems[before + 1 :]  # one line a key is enough
         return numbers
 

@@ -196,7 +196,7 @@ U32, I32, BOOL, F32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.B
 @pytest.mark.parametrize(
     ("drop", "keys", "message"),
     [
-        ([], {"general.architecture": (GGUFValueType.STRING, "mamba")}, "architecture 'mamba' is not supported; supported: gemma4"),
+        ([], {"general.architecture": (GGUFValueType.STRING, "mamba")}, "mamba.* supported: gemma3, gemma4, llama, qwen3"),
         (["gemma4.attention.sliding_window_pattern"], {}, "sliding_window_pattern is missing"),
         (["gemma4.rope.freq_base"], {}, "gemma4.rope.freq_base is missing"),
         ([], {"gemma4.attention.sliding_window_pattern": (BOOL, [True] * 5)}, "must be 6 booleans"),

@@ -21,7 +21,7 @@ def _layer(i: int, rope: Rope, heads: int, kv_heads: int, ffn: int) -> Layer:
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:
-    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"))
+    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"), fields.rope_factor())
     sizes = zip(*(fields.per_layer(name, count) for name in ("num_heads", "num_kv_heads", "intermediate_size")), strict=True)
     return {"layers": tuple(_layer(i, rope, *of_layer) for i, of_layer in enumerate(sizes))}
 
