@@ -17,6 +17,8 @@ MODULES = (
     "weights.linear",
     "weights.matmul",
     "weights.embedding",
+    "experts.route",
+    "experts.linear",
     "step.sample",
     "attention.sliding_attention",
     "attention.sliding_decode",

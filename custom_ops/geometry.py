@@ -78,6 +78,7 @@ class Geometry:
     per_layer: int = 0  # values for each layer of a per-layer embedding
     shared_kv: int = 0  # layers, the last ones, that read the keys and values of earlier ones
     shared_ffn: int = 0  # inner size of those layers; 0: that of the others
+    experts: tuple[int, int, int] | None = None  # in every layer: how many, how many a token takes, their inner size; ffn is beside them
 
     @property
     def form(self) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def _geometry(name: str, row: dict[str, Any]) -> Geometry:
     full = row["layers"] // row["full_every"]
     sliding = Heads(**row["sliding"], layers=row["layers"] - full) if "sliding" in row else None
     heads = {"sliding": sliding, "full": Heads(**row["full"], layers=full), "window": row.get("window", 0)}
-    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ()))})
+    experts = tuple(row["experts"]) if "experts" in row else None
+    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ())), "experts": experts})
 
 
 GEOMETRIES = {

@@ -35,6 +35,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     for matmul in matmuls:
         fuser.rewrite(matmul)
     fuser.drop_dead_matmuls()
+    fuser.round_late()
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
     note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
@@ -84,6 +85,17 @@ class _Fuser:
             if not node.users:
                 self.ep.graph.erase_node(node)
 
+    def round_late(self) -> None:
+        """What still reads a value of which float32 is known reads that one, rounded: else the value would be computed twice."""
+        at = {node: i for i, node in enumerate(self.ep.graph.nodes)}
+        for node, exact in self.float32.items():
+            if node not in at or exact not in at or node is exact or exact in node.args[:1] or node in exact.args[:1]:
+                continue
+            if later := [user for user in node.users if at[user] > at[exact]]:
+                rounded = self.emit(exact.next, aten.to.dtype, exact, node.meta["val"].dtype)
+                for user in later:
+                    user.replace_input_with(node, rounded)
+
     # ---- values before rounding ----
 
     def exact(self, node: Node, before: Node) -> Node:
@@ -92,6 +104,9 @@ class _Fuser:
             source = node
             if edit.is_call(node, aten.to.dtype) and isinstance(node.args[0], Node) and node.args[0].meta["val"].dtype == torch.float32:
                 source = node.args[0]
+            elif node.meta["val"].dtype != torch.float32 and edit.is_call(node, aten.add.Tensor) and len(node.all_input_nodes) == 2:
+                here = node.next  # readers between there and `before` take it, too
+                source = self.emit(here, aten.add.Tensor, *(self.exact(part, here) for part in node.args))
             elif node.meta["val"].dtype != torch.float32:
                 source = self.emit(before, aten.to.dtype, node, torch.float32)
             self.float32[node] = source

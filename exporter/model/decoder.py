@@ -18,7 +18,7 @@ from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import Attention, CacheSpec, Dense, Layer, ModelConfig, cache_specs
+from kiln.exporter.model.records import Attention, CacheSpec, Dense, Experts, Layer, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
@@ -47,6 +47,11 @@ class Matrix(nn.Module):
             return torch.ops.kiln.quantized_linear(x, self.words, self.halves, self.block_type)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)  # a float weight is never rounded
         return F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)
+
+    def chosen(self, x: Tensor, experts: Tensor, count: int) -> Tensor:  # [T, U or 1, K], numbers [T, U] -> [T, U, N / count]
+        if self.block_type in LAYOUTS:
+            return torch.ops.kiln.expert_linear(x, self.words, self.halves, self.block_type, experts, count)
+        return torch.ops.kiln.expert_matmul(x, self.weight, experts, count)
 
     def rows(self, ids: Tensor) -> Tensor:  # [T] -> [T, K] float32
         if self.block_type in LAYOUTS:
@@ -168,13 +173,64 @@ class DenseFfn:
     def __init__(self, at: nn.Module, ffn: Dense):
         self.at, self.gated = at, GATED[ffn.activation]
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Tensor) -> Tensor:  # normed and plain residual stream [T, D] -> [T, D]
         at = self.at
         if hasattr(at, "ffn_gate_up"):
             gate, up = at.ffn_gate_up.linear(h).chunk(2, dim=-1)
         else:
             gate, up = at.ffn_gate.linear(h), at.ffn_up.linear(h)
         return at.ffn_down.linear(self.gated(gate, up))
+
+
+def _vector(size: int) -> nn.Module:
+    module = nn.Module()
+    module.weight = _constant(size, dtype=torch.float32)
+    return module
+
+
+class ExpertsFfn:
+    """Some of many gated networks, chosen for each token in float32, and where the model has one, a network beside them."""
+
+    def __init__(self, at: nn.Module, ffn: Experts, hidden: int, eps: float):
+        self.at, self.ffn, self.eps, self.gated = at, ffn, eps, GATED[ffn.activation]
+        self.shared = DenseFfn(at, ffn.shared) if ffn.shared else None
+        if ffn.own_input:
+            at.ffn_gate_inp_scale = _vector(hidden)
+        if ffn.scaled:
+            at.ffn_down_exps_scale = _vector(ffn.count)
+        names = (*(("pre_ffw_norm_2",) if ffn.own_input else ()), *(("post_ffw_norm_1", "post_ffw_norm_2") if ffn.branch_norms else ()))
+        for name in names:
+            setattr(at, name, Norm(hidden, eps))
+
+    def route(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers [T, U] int64 and weights [T, U] float32 of each token's experts."""
+        at, ffn = self.at, self.ffn
+        z = h.float()
+        if ffn.own_input:
+            z = torch.ops.kiln.rms_norm(x, at.ffn_gate_inp_scale.weight, self.eps, torch.float32) * x.shape[-1] ** -0.5
+        chosen, weights = torch.ops.kiln.route(at.ffn_gate_inp.linear(z), ffn.used, ffn.renormalized)
+        return chosen, weights * at.ffn_down_exps_scale.weight[chosen] if ffn.scaled else weights
+
+    def __call__(self, h: Tensor, x: Tensor) -> Tensor:
+        at, count = self.at, self.ffn.count
+        beside = self.shared(h, x) if self.shared else None
+        if beside is not None and self.ffn.branch_norms:
+            beside = at.post_ffw_norm_1(beside)
+        chosen, weights = self.route(h, x)
+        given = (at.pre_ffw_norm_2(x) if self.ffn.own_input else h).unsqueeze(1)
+        if hasattr(at, "ffn_gate_up_exps"):
+            gate, up = at.ffn_gate_up_exps.chosen(given, chosen, count).chunk(2, dim=-1)
+        else:
+            gate, up = at.ffn_gate_exps.chosen(given, chosen, count), at.ffn_up_exps.chosen(given, chosen, count)
+        y = at.ffn_down_exps.chosen(self.gated(gate, up), chosen, count)  # [T, U, D]
+        y = (y.float() * weights.unsqueeze(-1)).sum(1).to(h.dtype)
+        if self.ffn.branch_norms:
+            y = at.post_ffw_norm_2(y)
+        return y if beside is None else beside + y
+
+
+def ffn_of(at: nn.Module, ffn: Dense | Experts, hidden: int, eps: float) -> DenseFfn | ExpertsFfn:
+    return ExpertsFfn(at, ffn, hidden, eps) if isinstance(ffn, Experts) else DenseFfn(at, ffn)
 
 
 class Block(nn.Module):
@@ -192,7 +248,7 @@ class Block(nn.Module):
             for name in (before, after) if layer.post_norms else (before,):
                 setattr(self, name, Norm(d, eps))
         self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, max_seq_len, cache_dtype, source)
-        self.ffn = DenseFfn(self, layer.ffn)
+        self.ffn = ffn_of(self, layer.ffn, d, eps)
         if config.per_layer_embedding:
             self.gated, self.post_norm = GATED[config.per_layer_embedding.activation], Norm(d, eps)
         if layer.scaled:
@@ -204,7 +260,7 @@ class Block(nn.Module):
     ) -> Tensor:  # [T, D] -> [T, D]; own [T, P]: the layer's values of a per-layer embedding
         branch = self.mix(self.attn_norm(x), pos, *tables[self.layer.mixer.rope.constant], kv)
         x = x + (self.post_attention_norm(branch) if self.layer.post_norms else branch)
-        branch = self.ffn(self.ffn_norm(x))
+        branch = self.ffn(self.ffn_norm(x), x)
         x = x + (self.post_ffw_norm(branch) if self.layer.post_norms else branch)
         if own is not None:
             x = x + self.post_norm(self.proj.linear(self.gated(self.inp_gate.linear(x), own)))
@@ -225,8 +281,8 @@ def check_supported(config: ModelConfig) -> None:
             missing = "gated attention"
         elif mixer.rope.size != mixer.head_dim:
             missing = f"rotary embedding of {mixer.rope.size} of {mixer.head_dim} dimensions"
-        elif not isinstance(ffn, Dense):
-            missing = "experts"
+        elif isinstance(ffn, Experts) and ffn.shared_gated:
+            missing = "a gated expert that every token takes"
         elif ffn.activation not in GATED:
             missing = f"activation {ffn.activation}"
         if missing:

@@ -9,12 +9,13 @@ import torch
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import ModelConfig, cache_specs
+from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
+EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gates
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
@@ -50,7 +51,7 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
 
 def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
     head = "token_embd" if config.tied_head else "output"
-    return {p.name: p for p in plan if p.K and (p.name in (head, PER_LAYER) or p.name.startswith("blk."))}
+    return {p.name: p for p in plan if p.K and p.stack == 1 and (p.name in (head, PER_LAYER) or p.name.startswith("blk."))}
 
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
@@ -62,7 +63,10 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     matmuls = _matmuls(config, plan)
     if not any(p.block_type in LAYOUTS for p in matmuls.values()):
         return {}
-    found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()}
+    experts = {layer.index: layer.ffn for layer in config.layers if isinstance(layer.ffn, Experts)}
+    routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and no part of what is fused
+    found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()
+             if name not in routers or p.block_type in LAYOUTS}
     if found.get(PER_LAYER):
         del found[PER_LAYER]  # a file's packer leaves it as it is; once a token, it is a small part of a step
 
@@ -74,12 +78,16 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         at = f"blk.{layer.index}"
         projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
+        alone = layer.index in experts and experts[layer.index].shared is None  # no network that takes every token
         found |= {
             f"{at}.attn_norm": floats(projections),
-            f"{at}.ffn_norm": floats(gates),
+            f"{at}.ffn_norm": EXPERTS if alone else floats(gates),
             f"{at}.attention": floats([f"{at}.attn_output"]),
-            f"{at}.glu": _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"]),
         }
+        if layer.index in experts:
+            found[f"{at}.experts"] = EXPERTS
+        if not alone:
+            found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:
             found |= {f"{at}.post_attention_norm": floats(gates), f"{at}.post_ffw_norm": ""}
         if config.per_layer_embedding:

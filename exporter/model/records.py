@@ -91,6 +91,8 @@ class Experts:
     """`used` of `count` networks of inner size `size`, chosen for each token by a router; their weights sum to 1 where `renormalized`.
 
     shared: a network that every token takes beside them; shared_gated: by the sigmoid of a gate. branch_norms: both have their own norms.
+    own_input: experts and router read the residual stream, each normed for itself, the router's without a weight, times a vector and
+    1 / sqrt(hidden size); otherwise both read what the layer's norm gives. scaled: an expert's output is multiplied by a scalar of its own.
     """
 
     count: int
@@ -101,6 +103,8 @@ class Experts:
     shared_gated: bool = False
     branch_norms: bool = False
     renormalized: bool = True
+    own_input: bool = False
+    scaled: bool = False
 
     @property
     def width(self) -> int:

@@ -165,6 +165,8 @@ def _conditions(config: ModelConfig, layer: Layer | None) -> dict[str, bool]:
             "experts": isinstance(ffn, Experts),
             "shared_gate": isinstance(ffn, Experts) and ffn.shared_gated,
             "branch_norms": isinstance(ffn, Experts) and ffn.branch_norms,
+            "expert_input": isinstance(ffn, Experts) and ffn.own_input,
+            "expert_scales": isinstance(ffn, Experts) and ffn.scaled,
         }
     return found
 
@@ -184,7 +186,7 @@ def expected_tensors(config: ModelConfig, present: Container[str] = ()) -> dict[
         for fused, parts in table["fused"].items() if layer else ():
             if prefix + fused in present and all(prefix + part in found for part in parts):
                 shapes = [found.pop(prefix + part) for part in parts]
-                found[prefix + fused] = (sum(s[0] for s in shapes), *shapes[0][1:])
+                found[prefix + fused] = (*shapes[0][:-2], sum(s[-2] for s in shapes), shapes[0][-1])
         expected |= found
     return expected
 

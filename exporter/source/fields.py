@@ -95,6 +95,16 @@ class Fields:
         del self.problems[before + 1 :]  # one line a key is enough
         return numbers
 
+    def experts(self, count: str, used: str, size: str) -> tuple[int, int, int] | None:
+        """How many experts there are, how many a token takes, and their inner size; None where there are none."""
+        number = self.integer(count, zero=True)
+        if not number:
+            return None
+        taken = self.integer(used)
+        if taken > number:
+            self.fail(self.keys[used]["key"], f"is {taken}, but there are {number} experts")
+        return number, taken, self.integer(size)
+
     def pattern(self, field: str, count: int) -> list[bool]:
         """One truth value a layer, as bools or as 0 and 1; or one bool for all; or a period of n layers, the last of them False."""
         key, value = self.raw(field)

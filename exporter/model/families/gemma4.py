@@ -1,4 +1,4 @@
-"""Gemma 4: sliding and full layers with head sizes of their own, every head normed, GELU.
+"""Gemma 4, dense or with experts: sliding and full layers with head sizes of their own, every head normed, GELU.
 
 The large ones have full layers whose V is the raw K. The small ones (E2B, E4B) have per-layer embeddings, and their later layers read the
 keys and values of the last layer of their kind that has any of its own.
@@ -11,7 +11,7 @@ from typing import Any
 
 from kiln.custom_ops.geometry import Geometry
 from kiln.exporter.model.families import Family
-from kiln.exporter.model.records import Attention, Dense, Layer, ModelConfig, PerLayerEmbedding, Rope
+from kiln.exporter.model.records import Attention, Dense, Experts, Layer, ModelConfig, PerLayerEmbedding, Rope
 from kiln.exporter.source.fields import Fields
 
 THETA_FULL, THETA_SLIDING = 1e6, 1e4
@@ -23,12 +23,20 @@ def _ropes(full_theta: float, full_dim: int, sliding_theta: float, sliding_dim: 
     return {True: Rope("sliding", sliding_theta, sliding_dim), False: Rope("full", full_theta, full_dim, divisors="rope_freqs.weight")}
 
 
-def _layer(i: int, rope: Rope, window: int | None, heads: int, kv_heads: int, ffn: int, own_v: bool, scaled: bool,
+def _layer(i: int, rope: Rope, window: int | None, heads: int, kv_heads: int, ffn: Dense | Experts, own_v: bool, scaled: bool,
            kv_from: int | None) -> Layer:  # fmt: skip
     """Queries and keys are normed, so scores are not scaled. The head of a layer has the rope's size: all of it is in the table."""
     own = {"k_norm": "weighted", "v_norm": "plain", "value": "own" if own_v else "key"} if kv_from is None else {"kv_from": kv_from}
     mixer = Attention(heads, kv_heads, rope.size, rope, window, q_norm="weighted", **own)
-    return Layer(i, mixer, Dense(ffn, "gelu_tanh"), post_norms=True, scaled=scaled)
+    return Layer(i, mixer, ffn, post_norms=True, scaled=scaled)
+
+
+def _ffn(size: int, experts: tuple[int, int, int] | None, scaled: bool = True) -> Dense | Experts:
+    """experts: how many, how many are used, and their inner size."""
+    dense = Dense(size, "gelu_tanh")
+    if experts is None:
+        return dense
+    return Experts(*experts, "gelu_tanh", shared=dense, branch_norms=True, own_input=True, scaled=scaled)
 
 
 def _sources(sliding: list[bool], shared: int) -> list[int | None]:
@@ -46,6 +54,8 @@ def read(fields: Fields, count: int) -> dict[str, Any]:
     sliding = fields.pattern("sliding_pattern", count)
     heads, kv_heads = fields.per_layer("num_heads", count), fields.per_layer("num_kv_heads", count)
     ffn, window = fields.per_layer("intermediate_size", count), fields.integer("sliding_window")
+    experts = fields.experts("num_experts", "experts_used", "expert_ffn")
+    scales = any(fields.has(f"blk.{i}.ffn_down_exps.scale") for i in range(count))
     ropes = _ropes(fields.number("rope_theta_full"), fields.integer("head_dim_full"),
                    fields.number("rope_theta_sliding"), fields.integer("head_dim_sliding"))  # fmt: skip
     scaled = any(fields.has(f"blk.{i}.layer_output_scale.weight") for i in range(count))
@@ -63,7 +73,8 @@ def read(fields: Fields, count: int) -> dict[str, Any]:
         fields.fail(fields.key("num_kv_heads"), f"is {others}")
     return {
         "layers": tuple(
-            _layer(i, ropes[sliding[i]], window if sliding[i] else None, heads[i], kv_heads[i], ffn[i], own_v[i], scaled, sources[i])
+            _layer(i, ropes[sliding[i]], window if sliding[i] else None, heads[i], kv_heads[i], _ffn(ffn[i], experts, scales),
+                   own_v[i], scaled, sources[i])
             for i in range(count)
         ),
         "embedding_scale": sqrt(fields.integer("hidden_size")),
@@ -80,8 +91,8 @@ def synthetic(model: Geometry, count: int) -> dict[str, Any]:
         full = model.is_full(i)
         heads = model.full if full else model.sliding
         window = None if full else model.window
-        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, model.ffn_of(i), own_v=not full or model.full_v,
-                             scaled=True, kv_from=sources[i]))  # fmt: skip
+        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, _ffn(model.ffn_of(i), model.experts),
+                             own_v=not full or model.full_v, scaled=True, kv_from=sources[i]))  # fmt: skip
     return {"layers": tuple(layers), "embedding_scale": sqrt(model.hidden), "final_logit_softcapping": SOFTCAP,
             "per_layer_embedding": _per_layer(model.per_layer, model.hidden)}  # fmt: skip
 
@@ -91,8 +102,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
     # a model cut short may have layers of one kind only: the other's fields are in no layer, and may say anything
     sliding = next((m for m in mixers if m.window is not None), mixers[0])
     full = next((m for m in mixers if m.window is None), mixers[0])
-    widths = [layer.ffn.width for layer in config.layers]
-    return {
+    first = config.layers[0].ffn
+    experts = {"num_experts": first.count, "experts_used": first.used, "expert_ffn": first.size} if isinstance(first, Experts) else {}
+    ffns = (layer.ffn.shared if isinstance(layer.ffn, Experts) else layer.ffn for layer in config.layers)
+    widths = [ffn.size for ffn in ffns]
+    return experts | {
         "intermediate_size": widths if len(set(widths)) > 1 else widths[0],
         "num_heads": mixers[0].heads,
         "num_kv_heads": [m.kv_heads for m in mixers],

@@ -12,9 +12,12 @@ from kiln.exporter.source.fields import Fields
 THETA = 1e6
 
 
+def attention(rope: Rope, heads: int, kv_heads: int) -> Attention:
+    return Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5, q_norm="weighted", k_norm="weighted")
+
+
 def _layer(i: int, rope: Rope, heads: int, kv_heads: int, ffn: int) -> Layer:
-    mixer = Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5, q_norm="weighted", k_norm="weighted")
-    return Layer(i, mixer, Dense(ffn, "silu"))
+    return Layer(i, attention(rope, heads, kv_heads), Dense(ffn, "silu"))
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:

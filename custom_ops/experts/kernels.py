@@ -1,0 +1,80 @@
+"""Triton kernels of matmuls with the chosen experts alone; the experts are the rows of one matrix [E * N, K], one after another.
+
+A few tokens: the GEMV, whose rows begin where the chosen expert's do. Many: (token, expert) pairs in the order of their experts, and tiles
+of rows that are one expert's. Which experts were chosen is read on the device, never on the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
+from kiln.custom_ops.weights.matmul_kernels import add_products
+
+
+@triton.jit
+def kiln_chosen_gemv(x, words, halves, chosen, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
+                     BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
+                     TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
+                     EVEN: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr):
+    """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. x has a row for SHARED pairs. Grid (row blocks, splits, P).
+
+    The rows are known only after the kernel that chose them, so nothing is read ahead of it.
+    """
+    pair = tl.program_id(2).to(tl.int64)
+    expert = tl.load(chosen + pair)
+    X: tl.constexpr = 8 * TERMS + 4
+    x += (pair // SHARED - pair) * (k // 32) * X
+    kiln_gemv(x, words + expert * n, halves + expert * n, partials, counters, out, partials, partials, n, k, splits, stride=stride,
+              halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, TERMS=TERMS, END=END,
+              GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False, REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=0, PAD=1,
+              EPS=0.0, SQUARES=False)
+
+
+@triton.jit
+def kiln_pair_order(chosen, order, starts, pairs, BLOCK: tl.constexpr):
+    """order [P]: the pairs of expert 0, then those of expert 1, each in turn; starts [E + 1]: where an expert's begin. Grid (E + 1)."""
+    expert = tl.program_id(0)
+    start = 0
+    for first in tl.range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        ids = tl.load(chosen + pair, pair < pairs, other=1 << 30)
+        start += tl.sum((ids < expert).to(tl.int32), 0)
+    tl.store(starts + expert, start)
+    for first in tl.range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        own = (tl.load(chosen + pair, pair < pairs, other=-1) == expert).to(tl.int32)
+        tl.store(order + start + tl.cumsum(own, 0) - 1, pair, own == 1)
+        start += tl.sum(own, 0)
+
+
+@triton.jit
+def kiln_grouped_matmul(x, w, order, starts, out, first, N: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
+                        SHARED: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr):
+    """out[p] = x[p / SHARED] @ the matrix of p's expert, for the pairs of the EXPERTS experts from `first` on.
+
+    w: those experts' alone, [K, EXPERTS * N] with STEP elements between rows, or [EXPERTS * N, K] if TRANSPOSED. Grid (tiles of pairs, tiles
+    of N): at least the tiles that there can be; those beyond the last end at once. A row of out does not depend on how many others there are.
+    """
+    expert = tl.arange(0, PADDED)
+    begin = tl.load(starts + first + expert, expert < EXPERTS, other=0)
+    end = tl.load(starts + first + expert + 1, expert < EXPERTS, other=0)
+    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
+    tile = tl.program_id(0)
+    own = tl.sum(((tl.cumsum(tiles, 0) <= tile) & (expert < EXPERTS)).to(tl.int32), 0)
+    if own < EXPERTS:
+        before = tl.sum(tl.where(expert < own, tiles, 0), 0)
+        start = tl.sum(tl.where(expert == own, begin, 0), 0) + (tile - before) * BLOCK_M
+        stop = tl.sum(tl.where(expert == own, end, 0), 0)
+        row = start + tl.arange(0, BLOCK_M)
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+        pair = tl.load(order + tl.minimum(row, stop - 1)).to(tl.int64)  # rows beyond the end are read from the last one, and not written
+        source = (own * N + (column if N % BLOCK_N == 0 else tl.minimum(column, N - 1))).to(tl.int64)
+        left = x + (pair // SHARED)[:, None] * K + inner[None, :]
+        right = w + inner[:, None] * STEP + source[None, :] * (K if TRANSPOSED else 1)
+        acc = add_products(left, right, 0, K, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, STEP, BLOCK_K)
+        target = out + pair[:, None] * N + column[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (column < N)[None, :])
