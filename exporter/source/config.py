@@ -371,5 +371,3 @@ def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:
     if problems:
         raise Problems(problems, "kiln inspect")
     return unused
-
-

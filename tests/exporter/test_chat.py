@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import KilnError
-from exporter.source import chat as module
+from exporter.source import renderer as module
 from exporter.source.chat import read_chat, render_chat, template_text
 from exporter.source.tokenizer import read_tokenizer
 from tests.exporter.test_tokenizer import small
