@@ -24,6 +24,7 @@ class Chat:
     """One user turn, thinking off, generation prompt included: `prefix` + text + `suffix`.
 
     trim: the template takes white space off the ends of the text. date: the day that the template wrote into them, None if it wrote none.
+    tokens: special tokens' texts by the names that templates use, such as bos_token.
     """
 
     template: str
@@ -31,10 +32,13 @@ class Chat:
     suffix: str
     trim: bool
     date: str | None
+    tokens: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        return {"prefix": self.prefix, "suffix": self.suffix, "trim": self.trim} | ({"date": self.date} if self.date else {})
+        return {"prefix": self.prefix, "suffix": self.suffix, "trim": self.trim, "tokens": dict(self.tokens)} | (
+            {"date": self.date} if self.date else {}
+        )
 
 
 def template_text(metadata: Mapping[str, Any], override: Path | None = None) -> str | None:
@@ -105,7 +109,7 @@ def _render(renderer: Renderer, tokens: Mapping[str, str], parts: bool) -> Chat:
     trim = spaced == plain
     if not trim and spaced != prefix + _AROUND + texts[0] + _AROUND + suffix:
         raise KilnError(f"the chat template takes only some of the white space off the user's text, which the runner cannot do; {_ELSE}")
-    return Chat(renderer.template, prefix, suffix, trim, datetime.date.today().isoformat() if dated else None)
+    return Chat(renderer.template, prefix, suffix, trim, datetime.date.today().isoformat() if dated else None, tokens)
 
 
 def _text(turn: str | TemplateError) -> str:
