@@ -18,7 +18,7 @@ from exporter.source.renderer import TemplateError
 class Prompt:
     """cuts: position -> why a later prompt may part from this one there, ascending; the end is one of them.
 
-    turn: a user's next message. call: a tool's result. edit: another text of the last user message. system: another first message. tool: one
+    turn: a user's next message. call: a tool's result. edit: another last user message. system: another first message. tool: one
     more tool. thinking: it is switched.
     """
 
