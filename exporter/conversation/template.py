@@ -120,13 +120,13 @@ class Template:
         marks = Marks(self.vocabulary.marked, [self.text, *self.tokens.values()])
         p, q = marks.probe, marks.other
 
-        def turn(content: Any, answer: str | None = None, generate: bool = True, **more: Any) -> dict[str, Any]:
+        def turn(content: Any, answer: Any = None, generate: bool = True, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
             messages = [{"role": "user", "content": content}] + ([{"role": "assistant", "content": answer}] if answer else [])
             return self.variables(messages, (), more, generate)
 
         parts = [{"type": "text", "text": p}]
         probes = [turn(p), turn(parts), turn(p, generate=False), turn(p, f" {q} ", generate=False)]
-        probes += [turn(p, **{name: on}) for name in SWITCHES for on in (True, False)]
+        probes += [turn(p, more={name: on}) for name in SWITCHES for on in (True, False)]
         in_text, in_parts, ended, answered, *switched = self.render(probes)
         takes_text = isinstance(in_text, str) and p in in_text
         takes_parts = isinstance(in_parts, str) and in_parts.count(p) == 1 and (in_parts == in_text or not takes_text)
