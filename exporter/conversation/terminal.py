@@ -212,7 +212,7 @@ def begin(chat: Chat, messages: Path | None, system: str | None, think: bool, as
     if messages is not None:
         chat.take(read_conversation(messages), str(messages))
         if asks and (not chat.messages or chat.messages[-1]["role"] == "assistant"):
-            raise KilnError(f"{messages}: its last message is the assistant's; end with a user's or a tool's, or give --prompt as well")
+            raise KilnError(f"{messages}: there is no user's or tool's message at its end to answer; add one, or give --prompt as well")
     if system is not None:
         chat.system = system or None
     if think:
