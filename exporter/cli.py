@@ -7,7 +7,9 @@ import errno
 import io
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +189,107 @@ def _is_artifact(path: Path) -> bool:
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
-    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
+    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run, and --system, --messages, --think, --stop)."""
     from kiln.exporter.measure.runner import runner
 
+    names = {name for parameter in converse.params for name in parameter.opts if parameter.name in CONVERSING}
+    if any(argument.partition("=")[0] in names for argument in arguments):
+        converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
+    if "--help" in arguments:
+        subprocess.run([binary, *arguments], check=True)
+        with click.Context(converse, info_name="kiln run") as ctx:
+            rows = [row for p in converse.get_params(ctx) if p.name in CONVERSING and (row := p.get_help_record(ctx))]
+        click.echo("\nwith Python (kiln run), and then of the options above only those of prompt, sampling, device and --json:")
+        for option, what in rows:
+            click.echo(f"  {option:<26}{what}")
+        return
     os.execv(binary, [binary, *arguments])
+
+
+CONVERSING = ("system", "messages", "think", "stop")  # options of `kiln run` that are played from Python
+
+
+def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, seed: str) -> Callable[[Any], Any]:
+    """The options of answers, with the defaults of one command."""
+
+    def add(command: Any) -> Any:
+        for option in (
+            click.option("--temperature", type=click.FloatRange(0), default=temperature, show_default=True, help="0 is greedy."),
+            click.option("--top-k", type=click.IntRange(0, (1 << 31) - 1), default=top_k, show_default=True, help="0 is off."),
+            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=top_p, show_default=True, help="1 is off."),
+            click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help=f"Of the sampling.  [default: {seed}]"),
+            click.option("--max-new-tokens", type=click.IntRange(1, (1 << 31) - 1), default=tokens, help="Longest answer, in tokens."),
+            click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N."),
+            click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+            click.option("--think", is_flag=True, help="Let the model think before it answers."),
+            click.option("--system", metavar="TEXT", help="The system prompt."),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command(name="run")
+@click.argument("artifact", type=PATH)
+@click.option("--prompt", metavar="TEXT", help="The user's turn.")
+@click.option("--prompt-file", type=PATH, help="The same, from a file; - is standard input.")
+@click.option(
+    "--messages", type=PATH, metavar="FILE.json", help="Answer this conversation: a JSON list of messages, or one that was saved."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@sampling(0.0, 0, 1.0, 128, "0")
+def converse(
+    artifact: Path, prompt: str | None, prompt_file: Path | None, messages: Path | None, as_json: bool, system: str | None, think: bool,
+    seed: int | None, device: str, threads: int | None, **options: Any,
+) -> None:  # fmt: skip
+    """Answer a conversation."""
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if prompt is None and prompt_file is None and messages is None:
+        raise click.UsageError("give one of --prompt, --prompt-file, --messages")
+    from kiln.exporter.conversation import terminal
+    from kiln.exporter.conversation.chat import Options
+
+    if prompt_file is not None:
+        prompt = terminal.prompt_text(prompt_file)
+    chat = terminal.open_chat(artifact, device, threads, Options(seed=seed or 0, **options))
+    try:
+        terminal.begin(chat, messages, system, think, asks=prompt is None)
+        terminal.run_once(chat, prompt, as_json)
+    finally:
+        chat.dialect.close()
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option(
+    "--messages", type=PATH, metavar="FILE.json", help="Go on with this conversation: saved by /save, or a JSON list of messages."
+)
+@sampling(1.0, 64, 0.95, None, "random")
+def chat(
+    artifact: Path,
+    messages: Path | None,
+    system: str | None,
+    think: bool,
+    seed: int | None,
+    device: str,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Talk to an artifact; /help lists what can be asked besides questions."""
+    from kiln.exporter.conversation import terminal
+    from kiln.exporter.conversation.chat import Options
+
+    options["seed"] = terminal.random_seed() if seed is None else seed
+    opened = terminal.open_chat(artifact, device, threads, Options(**options))
+    try:
+        terminal.begin(opened, messages, system, think, asks=False)
+        terminal.talk(opened)
+    finally:
+        opened.dialect.close()
 
 
 @main.command()

@@ -164,5 +164,3 @@ def _host() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
         return os.uname().nodename
-
-

@@ -33,9 +33,7 @@ Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 
-def _packed_slabs(
-    gguf: GGUFFile, plan: WeightPlan, halves: np.ndarray, pool: ThreadPoolExecutor, check: bool
-) -> Iterator[np.ndarray]:
+def _packed_slabs(gguf: GGUFFile, plan: WeightPlan, halves: np.ndarray, pool: ThreadPoolExecutor, check: bool) -> Iterator[np.ndarray]:
     """Words of the weight, int32 [g, W, N] for consecutive runs of g; fills `halves` [G, H, N] on the way.
 
     Slabs run along G, so that the file is written front to back although N is innermost.
@@ -53,8 +51,9 @@ def _packed_slabs(
         last = min(first + step, groups)
         words = np.empty((last - first, layout.words, plan.N), np.int32)
 
-        def rows(name: str, blocks: np.ndarray, row: int, start: int, first: int = first, last: int = last,
-                 words: np.ndarray = words) -> None:
+        def rows(
+            name: str, blocks: np.ndarray, row: int, start: int, first: int = first, last: int = last, words: np.ndarray = words
+        ) -> None:
             stop = min(start + CHUNK_ROWS, len(blocks))
             at = slice(row + start, row + stop)
             for g0 in range(first, last, inner):
@@ -66,11 +65,7 @@ def _packed_slabs(
             row_bytes = groups * layout.block_bytes
             gguf.release(name, start * row_bytes, stop * row_bytes)
 
-        jobs = [
-            pool.submit(rows, name, blocks, row, start)
-            for name, blocks, row in sources
-            for start in range(0, len(blocks), CHUNK_ROWS)
-        ]
+        jobs = [pool.submit(rows, name, blocks, row, start) for name, blocks, row in sources for start in range(0, len(blocks), CHUNK_ROWS)]
         for job in jobs:
             job.result()
         yield words

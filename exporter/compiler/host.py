@@ -13,7 +13,7 @@ from kiln.exporter.errors import KilnError
 from kiln.exporter.temporary import lasting
 
 CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
-TRIAL = "#include <omp.h>\n#include <cmath>\nextern \"C\" int trial() { return omp_get_max_threads(); }\n"
+TRIAL = '#include <omp.h>\n#include <cmath>\nextern "C" int trial() { return omp_get_max_threads(); }\n'
 MARCH = "x86-64-v3"  # the host code of every package
 FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-march={MARCH}")
 
@@ -82,4 +82,3 @@ def compile_failure(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="kiln-compiler-", suffix=".log", dir=lasting(), delete=False, errors="replace") as f:
         f.write(f"{words}\n\n{output}")
     return f"the C++ compiler failed: {reason(output)}; all it said is in {f.name}"
-

@@ -61,7 +61,7 @@ def _source(constants: list[Constant]) -> str:
     """C++ and assembly of what is different in every package: the table of the runner's functions, and the constants."""
     names = shim_names()
     jumps = "".join(
-        f".section .text.{name},\"ax\",@progbits\n.globl {name}\n.hidden {name}\n.type {name},@function\n{name}:\n"
+        f'.section .text.{name},"ax",@progbits\n.globl {name}\n.hidden {name}\n.type {name},@function\n{name}:\n'
         f"  endbr64\n  jmp *kiln_shim_slots+{8 * i}(%rip)\n.size {name},.-{name}\n"
         for i, name in enumerate(names)
     )

@@ -172,8 +172,14 @@ class GraphPlayer:
             ring.copy_(kept)
 
 
-def graph_player(plan: ModelPlan, kv_cache: str, max_seq_len: int, device: str, activation_dtype: str | None = None,
-                 residual_length: int = PassOptions.residual_length) -> GraphPlayer:
+def graph_player(
+    plan: ModelPlan,
+    kv_cache: str,
+    max_seq_len: int,
+    device: str,
+    activation_dtype: str | None = None,
+    residual_length: int = PassOptions.residual_length,
+) -> GraphPlayer:
     """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
 
     Without `activation_dtype` a cache that is not quantized names the activations, float32 or bfloat16; with TQ4 they are float32 on a CPU

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import subprocess
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kiln.exporter.errors import KilnError, one_line
+from kiln.exporter.source.renderer import Renderer, TemplateError
 from kiln.exporter.source.tokenizer import Tokenizer
 
-RENDERER = Path(__file__).with_name("render.py")
-WALL_SECONDS = 60
 MAX_TEMPLATE = 4 << 20  # bytes
 _ELSE = "give another with --chat-template"
 _AROUND = " \t\n\u00a0\u3000"  # white space of which a template may take some off
@@ -28,6 +24,7 @@ class Chat:
     """One user turn, thinking off, generation prompt included: `prefix` + text + `suffix`.
 
     trim: the template takes white space off the ends of the text. date: the day that the template wrote into them, None if it wrote none.
+    tokens: special tokens' texts by the names that templates use, such as bos_token.
     """
 
     template: str
@@ -35,10 +32,13 @@ class Chat:
     suffix: str
     trim: bool
     date: str | None
+    tokens: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        return {"prefix": self.prefix, "suffix": self.suffix, "trim": self.trim} | ({"date": self.date} if self.date else {})
+        return {"prefix": self.prefix, "suffix": self.suffix, "trim": self.trim, "tokens": dict(self.tokens)} | (
+            {"date": self.date} if self.date else {}
+        )
 
 
 def template_text(metadata: Mapping[str, Any], override: Path | None = None) -> str | None:
@@ -60,12 +60,17 @@ def template_text(metadata: Mapping[str, Any], override: Path | None = None) -> 
     return template or None
 
 
+def special_texts(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The special tokens' texts by the names that templates use."""
+    if tokenizer is None:
+        return {"bos_token": ""}
+    eos = next((i for i in tokenizer.ends if i in tokenizer.declared), None)
+    return {f"{name}_token": tokenizer.text(i) for name, i in (("bos", tokenizer.bos), ("unk", tokenizer.unknown), ("eos", eos))}
+
+
 def read_chat(template: str, tokenizer: Tokenizer | None) -> Chat:
     """Raises KilnError when the template fails, or does not write the user's text as it is and exactly once."""
-    ids = {"bos": tokenizer.bos, "unk": tokenizer.unknown} if tokenizer else {}
-    if tokenizer:
-        ids["eos"] = next((i for i in tokenizer.ends if i in tokenizer.declared), None)
-    return render_chat(template, {f"{name}_token": tokenizer.text(i) for name, i in ids.items()} if tokenizer else {"bos_token": ""})
+    return render_chat(template, special_texts(tokenizer))
 
 
 def render_chat(template: str, tokens: Mapping[str, str]) -> Chat:
@@ -73,23 +78,29 @@ def render_chat(template: str, tokens: Mapping[str, str]) -> Chat:
 
     Some templates of models that see pictures take a message as a list of parts only.
     """
-    try:
-        return _render(template, tokens, parts=False)
-    except KilnError:
-        with contextlib.suppress(KilnError):
-            return _render(template, tokens, parts=True)
-        raise
+    with Renderer(template) as renderer:
+        try:
+            return _render(renderer, tokens, parts=False)
+        except KilnError:
+            with contextlib.suppress(KilnError):
+                return _render(renderer, tokens, parts=True)
+            raise
 
 
-def _render(template: str, tokens: Mapping[str, str], parts: bool) -> Chat:
+def _render(renderer: Renderer, tokens: Mapping[str, str], parts: bool) -> Chat:
     unique = uuid.uuid4().hex
     # Two texts of unlike length and content, the second with all that a template might escape: what is around them must be the same.
     texts = [f"A{unique}Z", f"Ä{unique}.<&>\"'\\ {{{{x}}}} \n\n/{unique}é"]
-    job = {"template": template, "texts": [*texts, _AROUND + texts[0] + _AROUND], "tokens": dict(tokens), "parts": parts}
-    answer = _run(job)
-    if "error" in answer:
-        raise KilnError(f"the chat template cannot render a single user turn: {one_line(answer['error'])}; {_ELSE}")
-    plain, odd, spaced = answer["rendered"]
+    around = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None, **tokens}
+    turns = [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": text}] if parts else text}], **around}
+        for text in (*texts, _AROUND + texts[0] + _AROUND)
+    ]
+    try:
+        rendered, dated = renderer.render(turns)
+        plain, odd, spaced = (_text(turn) for turn in rendered)
+    except TemplateError as e:
+        raise KilnError(f"the chat template cannot render a single user turn: {one_line(e)}; {_ELSE}") from None
     if plain.count(texts[0]) != 1:
         raise KilnError(f"the chat template writes the user's text {plain.count(texts[0])} times, not once; {_ELSE}")
     prefix, suffix = plain.split(texts[0])
@@ -98,18 +109,10 @@ def _render(template: str, tokens: Mapping[str, str], parts: bool) -> Chat:
     trim = spaced == plain
     if not trim and spaced != prefix + _AROUND + texts[0] + _AROUND + suffix:
         raise KilnError(f"the chat template takes only some of the white space off the user's text, which the runner cannot do; {_ELSE}")
-    return Chat(template, prefix, suffix, trim, datetime.date.today().isoformat() if answer["dated"] else None)
+    return Chat(renderer.template, prefix, suffix, trim, datetime.date.today().isoformat() if dated else None, tokens)
 
 
-def _run(job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-X", "utf8", str(RENDERER)]
-    try:
-        done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"it takes more than {WALL_SECONDS} s"}
-    if done.returncode < 0:
-        return {"error": "it takes too much time or memory"}
-    try:
-        return json.loads(done.stdout)
-    except ValueError:
-        return {"error": done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or "it ended without a word"}
+def _text(turn: str | TemplateError) -> str:
+    if isinstance(turn, TemplateError):
+        raise turn
+    return turn

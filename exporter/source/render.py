@@ -1,21 +1,22 @@
-"""Renders a chat template in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
+"""Renders chat templates in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
 
-Run as a file (`python render.py`), so that nothing of this package is imported.
-stdin: JSON {template, texts, tokens, parts: a message's content is a list of parts, not a text}.
-stdout: JSON {rendered: [text, ...], dated: the template asked for the date} or {error: one line}.
+Run as a file (`python render.py`), so that nothing of this package is imported. A job is a line of JSON on stdin, its answer one on stdout:
+{template, turns: [the variables of one rendering, ...], longest: characters of one rendering at most}
+-> {turns: [{text} or {error: one line}, ...], dated: the template asked for the date} or {error: one line}.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
+import time
 from datetime import datetime
 from typing import Any
 
-CPU_SECONDS = 4  # a large template takes a hundredth of one
+CPU_SECONDS = 4  # of one job; a large template takes a hundredth of one for a turn
 MEMORY = 2 << 30  # of address space, Python's own included
-LONGEST = 1 << 20  # characters of one rendered turn
 
 
 def environment(asked: list[str]) -> Any:
@@ -51,34 +52,57 @@ def environment(asked: list[str]) -> Any:
     return env
 
 
-def render(job: dict[str, Any]) -> dict[str, Any]:
-    asked: list[str] = []
+def _attempt(action: Any) -> dict[str, Any]:
+    """{text: what `action` returns} or {error: why it did not}."""
     try:
-        template = environment(asked).from_string(job["template"])
-        rendered = []
-        for text in job["texts"]:
-            content = [{"type": "text", "text": text}] if job["parts"] else text
-            parts, length = [], 0
-            for part in template.generate(
-                messages=[{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False, tools=None,
-                documents=None, **job["tokens"],
-            ):  # fmt: skip
-                parts.append(part)
-                length += len(part)
-                if length > LONGEST:
-                    return {"error": f"it writes more than {LONGEST} characters for one turn"}
-            rendered.append("".join(parts))
+        return {"text": action()}
     except MemoryError:
         return {"error": "it needs too much memory"}
     except RecursionError:
         return {"error": "it calls itself without end"}
     except Exception as e:  # whatever a stranger's program does
         return {"error": " ".join(str(e).split())[:300] or type(e).__name__}
-    return {"rendered": rendered, "dated": bool(asked)}
+
+
+class TooLong(Exception):
+    """A rendering without end."""
+
+
+def _rendering(template: Any, variables: dict[str, Any], longest: int) -> str:
+    parts, length = [], 0
+    for part in template.generate(**variables):
+        parts.append(part)
+        length += len(part)
+        if length > longest:
+            raise TooLong(f"it writes more than {longest} characters for one turn")
+    return "".join(parts)
+
+
+def render(job: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one job. `compiled` keeps the template of the last one: text -> (template, dates it asked for)."""
+    text = job["template"]
+    if text not in compiled:
+        asked: list[str] = []
+        made = _attempt(lambda: environment(asked).from_string(text))
+        if "error" in made:
+            return made
+        compiled.clear()
+        compiled[text] = (made["text"], asked)
+    template, asked = compiled[text]
+    asked.clear()
+    turns = []
+    for variables in job["turns"]:
+        turns.append(_attempt(lambda v=variables: _rendering(template, v, job["longest"])))
+    return {"turns": turns, "dated": bool(asked)}
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this process, who ends it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    sys.stdout.buffer.write(json.dumps(render(json.loads(sys.stdin.buffer.read()))).encode())
+    kept: dict[str, Any] = {}
+    for line in sys.stdin.buffer:
+        until = int(time.process_time()) + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        sys.stdout.buffer.write(json.dumps(render(json.loads(line), kept)).encode() + b"\n")
+        sys.stdout.buffer.flush()

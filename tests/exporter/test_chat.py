@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kiln.exporter.errors import KilnError
-from kiln.exporter.source import chat as module
+from kiln.exporter.source import renderer as module
 from kiln.exporter.source.chat import read_chat, render_chat, template_text
 from kiln.exporter.source.tokenizer import read_tokenizer
 from tests.exporter.test_tokenizer import small
@@ -33,7 +33,7 @@ CONTENT = "messages[0].content"
 def test_what_is_written_around_the_text(template: str, prefix: str, suffix: str, trim: bool) -> None:
     chat = render_chat(template, TOKENS)
     assert (chat.prefix, chat.suffix, chat.trim, chat.date) == (prefix, suffix, trim, None)
-    assert chat.record() == {"prefix": prefix, "suffix": suffix, "trim": trim}
+    assert chat.record() == {"prefix": prefix, "suffix": suffix, "trim": trim, "tokens": TOKENS}
 
 
 @pytest.mark.parametrize(
