@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,23 @@ def template_text(metadata: Mapping[str, Any], override: Path | None = None) -> 
 
 def read_chat(template: str, tokenizer: Tokenizer | None) -> Chat:
     """Raises KilnError when the template fails, or does not write the user's text as it is and exactly once."""
-    ids = {"bos": tokenizer.bos, "unk": tokenizer.unknown} if tokenizer else {}
-    if tokenizer:
-        ids["eos"] = next((i for i in tokenizer.ends if i in tokenizer.declared), None)
-    return render_chat(template, {f"{name}_token": tokenizer.text(i) for name, i in ids.items()} if tokenizer else {"bos_token": ""})
+    return render_chat(template, special_texts(tokenizer))
+
+
+def special_texts(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The special tokens' texts by the names that templates use."""
+    if tokenizer is None:
+        return {"bos_token": ""}
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.unknown}
+    return {f"{name}_token": tokenizer.text(i) for name, i in ids.items()}
+
+
+def render_messages(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
+    """What the template writes of messages {role, content}; `answer`: and where the answer begins. Raises KilnError when it fails."""
+    rendered = _run({"template": template, "conversations": [list(map(dict, messages))], "tokens": dict(tokens), "parts": False, "open": answer})
+    if "error" in rendered:
+        raise KilnError(f"the chat template cannot render this conversation: {one_line(rendered['error'])}; {_ELSE}")
+    return rendered["rendered"][0]
 
 
 def render_chat(template: str, tokens: Mapping[str, str]) -> Chat:
@@ -85,8 +98,8 @@ def _render(template: str, tokens: Mapping[str, str], parts: bool) -> Chat:
     unique = uuid.uuid4().hex
     # Two texts of unlike length and content, the second with all that a template might escape: what is around them must be the same.
     texts = [f"A{unique}Z", f"Ä{unique}.<&>\"'\\ {{{{x}}}} \n\n/{unique}é"]
-    job = {"template": template, "texts": [*texts, _AROUND + texts[0] + _AROUND], "tokens": dict(tokens), "parts": parts}
-    answer = _run(job)
+    turns = [[{"role": "user", "content": text}] for text in (*texts, _AROUND + texts[0] + _AROUND)]
+    answer = _run({"template": template, "conversations": turns, "tokens": dict(tokens), "parts": parts, "open": True})
     if "error" in answer:
         raise KilnError(f"the chat template cannot render a single user turn: {one_line(answer['error'])}; {_ELSE}")
     plain, odd, spaced = answer["rendered"]

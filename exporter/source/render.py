@@ -1,7 +1,8 @@
 """Renders a chat template in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
 
 Run as a file (`python render.py`), so that nothing of this package is imported.
-stdin: JSON {template, texts, tokens, parts: a message's content is a list of parts, not a text}.
+stdin: JSON {template, conversations: [[{role, content}, ...], ...], tokens, parts: a message's content is a list of parts, not a text,
+open: the answer's beginning is written, too}.
 stdout: JSON {rendered: [text, ...], dated: the template asked for the date} or {error: one line}.
 """
 
@@ -56,17 +57,17 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
     try:
         template = environment(asked).from_string(job["template"])
         rendered = []
-        for text in job["texts"]:
-            content = [{"type": "text", "text": text}] if job["parts"] else text
+        for messages in job["conversations"]:
+            if job["parts"]:
+                messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
             parts, length = [], 0
             for part in template.generate(
-                messages=[{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False, tools=None,
-                documents=None, **job["tokens"],
+                messages=messages, add_generation_prompt=job["open"], enable_thinking=False, tools=None, documents=None, **job["tokens"],
             ):  # fmt: skip
                 parts.append(part)
                 length += len(part)
                 if length > LONGEST:
-                    return {"error": f"it writes more than {LONGEST} characters for one turn"}
+                    return {"error": f"it writes more than {LONGEST} characters"}
             rendered.append("".join(parts))
     except MemoryError:
         return {"error": "it needs too much memory"}
