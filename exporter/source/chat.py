@@ -75,7 +75,9 @@ def special_texts(tokenizer: Tokenizer | None) -> dict[str, str]:
 
 def render_messages(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
     """What the template writes of messages {role, content}; `answer`: and where the answer begins. Raises KilnError when it fails."""
-    rendered = _run({"template": template, "conversations": [list(map(dict, messages))], "tokens": dict(tokens), "parts": False, "open": answer})
+    rendered = _run(
+        {"template": template, "conversations": [list(map(dict, messages))], "tokens": dict(tokens), "parts": False, "open": answer}
+    )
     if "error" in rendered:
         raise KilnError(f"the chat template cannot render this conversation: {one_line(rendered['error'])}; {_ELSE}")
     return rendered["rendered"][0]

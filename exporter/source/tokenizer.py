@@ -45,7 +45,11 @@ class Kind(Enum):
 _APPLIED = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "unknown_token_id", "suppress_tokens", *_ENDS)
 _HARMLESS = ("scores", "token_type_count", "add_bos_token")
 # Keys that one kind applies. Without it BOS is written whatever add_bos_token says: those models were trained so.
-_KINDS_OWN: dict[Kind, tuple[str, ...]] = {Kind.SPELLED: (), Kind.BYTES: ("add_eos_token",), Kind.SCORED: ("add_eos_token", "add_space_prefix")}
+_KINDS_OWN: dict[Kind, tuple[str, ...]] = {
+    Kind.SPELLED: (),
+    Kind.BYTES: ("add_eos_token",),
+    Kind.SCORED: ("add_eos_token", "add_space_prefix"),
+}
 # Keys that change the ids, and the value with which they change nothing.
 _NEUTRAL = {"add_space_prefix": False, "add_eos_token": False, "add_sep_token": False, "remove_extra_whitespaces": False,
             "escape_whitespaces": True, "treat_whitespace_as_suffix": False, "normalizer.lowercase": False,
@@ -192,7 +196,7 @@ def read_tokenizer(metadata: Mapping[str, Any], vocab_size: int | None = None) -
     ends += [i for i, text in enumerate(tokens) if text in END_TEXTS and types[i] in (CONTROL, USER_DEFINED)] + named
     # Files from April 2026 type <eos> as an ordinary token; what names the stream's ends is a control token all the same.
     declared = frozenset(i for i in (bos, unknown, *named) if i is not None and not (kind is not Kind.BYTES and _is_byte(tokens[i])))
-    table = pre_tokenizers()[pre] if kind is Kind.BYTES else {}
+    table = pre_tokenizers()[str(pre)] if kind is Kind.BYTES else {}
     with_bos = kind is Kind.SPELLED or _flag(metadata, "add_bos_token", table.get("add_bos", kind is Kind.SCORED))
     with_eos = kind is not Kind.SPELLED and _flag(metadata, "add_eos_token", False)
     for key, token in (("bos", bos), ("eos", eos)):
@@ -214,8 +218,9 @@ def _kind(model: Any, pre: Any) -> Kind:
     if model == "gpt2" and isinstance(pre, str) and pre in pre_tokenizers():
         return Kind.BYTES
     other = f" with {PREFIX}pre {pre!r}" if pre is not None else ""
-    raise KilnError(f"{PREFIX}model is {str(model)[:80]!r}{other}; supported: 'gemma4', 'llama' (pre 'default' or 'gemma4'), and 'gpt2' with pre "
-                    f"{', '.join(map(repr, pre_tokenizers()))}; use a file with one of these, or convert the model with a current converter")  # fmt: skip
+    known = ", ".join(map(repr, pre_tokenizers()))
+    raise KilnError(f"{PREFIX}model is {str(model)[:80]!r}{other}; supported: 'gemma4', 'llama' (pre 'default' or 'gemma4'), and 'gpt2' "
+                    f"with pre {known}; use a file with one of these, or convert the model again")  # fmt: skip
 
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -114,7 +114,7 @@ class Encoder:
         return self._encoded([(prefix, True), (text.strip() if trimmed else text, False), (suffix, True)], True)
 
     def encode_segments(self, segments: Iterable[tuple[str | bytes, bool]], add_bos: bool = True) -> list[int]:
-        """Ids of texts one after the other, each with whether special tokens are parsed in it. Ordinary text may run on from one to the next."""
+        """Ids of texts one after the other, each with whether special tokens are parsed in it. Ordinary text may run on across them."""
         return self._encoded([(self._decoded(text), parse) for text, parse in segments], add_bos)
 
     def _encoded(self, parts: Sequence[tuple[str, bool]], add_bos: bool) -> list[int]:
@@ -135,7 +135,7 @@ class Encoder:
         return raw.decode("utf-8", "kiln.replaced" if self.bytewise else "surrogateescape")
 
     def _cuts(self, text: str, parts: Sequence[tuple[str, bool]]) -> Iterable[tuple[int, int, int]]:
-        """(start, end, id) of special tokens, leftmost and longest first. One that is not cut out of any text lies within one parsed part."""
+        """(start, end, id) of special tokens, leftmost and longest first. Those not cut out of any text lie within one parsed part."""
         if not self._anywhere and not any(parse for _, parse in parts):
             return
         at = begin = 0

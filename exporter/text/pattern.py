@@ -1,8 +1,8 @@
 """The regular expressions of pre-tokenizers, as `re` patterns over the table of unicode.py.
 
-What one may hold, here and in the runner: alternatives `|`; characters; `\\p{L}`, `\\p{N}`, `\\p{M}`, `\\s`, `\\S`, `\\r`, `\\n`, `\\t`, and a backslash
-before punctuation; classes `[...]` and `[^...]` of those and of ranges; `?`, `*`, `+`, `{m}`, `{m,n}`, all greedy; `(?!X)` for one such X; and an
-alternative that is `(?:...)` or, without regard to case, `(?i:...)` as a whole.
+What one may hold, here and in the runner: alternatives `|`, none of which may match nothing; characters; `\\p{L}`, `\\p{N}`, `\\p{M}`,
+`\\s`, `\\S`, `\\r`, `\\n`, `\\t`, and a backslash before punctuation; classes `[...]` and `[^...]` of those and of ranges; `?`, `*`, `+`,
+`{m}`, `{m,n}`, all greedy; `(?!X)` for one such X; and an alternative that is `(?:...)` or, without regard to case, `(?i:...)` as a whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
             continue
         inside = text.startswith("[") or (inside and text != "]")
         out.append(text)
-    return re.compile("".join(out))
+    found = re.compile("".join(out))
+    if found.match(""):
+        raise ValueError(f"{pattern!r} may match nothing")
+    return found
 
 
 def isolated(patterns: list[re.Pattern[str]], text: str) -> list[str]:
@@ -45,8 +48,6 @@ def isolated(patterns: list[re.Pattern[str]], text: str) -> list[str]:
             at = 0
             for found in pattern.finditer(piece):
                 start, end = found.span()
-                if start == end:
-                    continue
                 if at < start:
                     cut.append(piece[at:start])
                 cut.append(piece[start:end])

@@ -1,6 +1,6 @@
-"""Classes of code points, of the one table that the runner has too: letters, numbers and marks by general category, white space by property.
+"""Classes of code points: letters, numbers and marks by general category, white space by property. The runner has the same table.
 
-The table is that of Unicode 16, which the `tokenizers` library has. `python -m exporter.text.unicode` writes it anew, with the package
+It is that of Unicode 16, which the `tokenizers` library has. `python -m exporter.text.unicode` writes it anew, with the package
 unicodedata2 of that version; what is white space has not changed since Unicode 6.3.
 """
 
@@ -34,7 +34,10 @@ def generate(database: ModuleType) -> str:
     for c in range(0x110000):
         if name := CLASSES.get(database.category(chr(c))[0]):
             found[name].append(c)
-    lines = [f"// Unicode {database.unidata_version}: RANGE(class, first, last). Written by exporter/text/unicode.py, read by it and by runtime_cpp/src/text."]
+    lines = [
+        f"// Unicode {database.unidata_version}: RANGE(class, first, last).",
+        "// Written by exporter/text/unicode.py, read by it and by runtime_cpp/src/text.",
+    ]
     for name, points in (found | {"SPACE": list(SPACE)}).items():
         cells = [f"RANGE({name}, 0x{first:X}, 0x{last:X})" for first, last in ranges(points)]
         lines += [" ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
@@ -51,7 +54,7 @@ def table() -> dict[str, list[tuple[int, int]]]:
 
 
 if __name__ == "__main__":
-    import unicodedata2  # type: ignore[import-not-found]
+    import unicodedata2
 
     assert unicodedata2.unidata_version == VERSION
     TABLE.write_text(generate(unicodedata2))

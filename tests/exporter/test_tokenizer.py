@@ -208,7 +208,8 @@ def test_eos_typed_as_an_ordinary_token_is_control_all_the_same(tmp_path):
 
 def test_writer_errors(tmp_path):
     assert read_tokenizer({}) is None and read_tokenizer({"tokenizer.ggml.model": "none"}) is None
-    for change, message in (({"tokenizer.ggml.model": "t5"}, "'t5'"), ({"tokenizer.ggml.model": "llama"}, "no tokenizer.ggml.scores"), ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
+    for change, message in (({"tokenizer.ggml.model": "t5"}, "'t5'"), ({"tokenizer.ggml.model": "llama"}, "no tokenizer.ggml.scores"),
+                            ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
                             ({"tokenizer.ggml.token_type": [1]}, "1 entries"), ({"tokenizer.ggml.bos_token_id": 999}, "999"),
                             ({"tokenizer.ggml.tokens": ["a"] * 263}, "'a' \\+ 'b'")):
         with pytest.raises(KilnError, match=message):

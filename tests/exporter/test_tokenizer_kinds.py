@@ -18,8 +18,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from exporter.errors import KilnError
 from exporter.source.chat import read_chat, render_messages, special_texts
-from exporter.source.tokenizer import read_tokenizer
 from exporter.source.tokenizer import pre_tokenizers as known
+from exporter.source.tokenizer import read_tokenizer
 from exporter.text import unicode
 from exporter.text.encoder import Encoder, Stream, byte_alphabet
 from exporter.text.pattern import compiled, isolated
@@ -61,7 +61,9 @@ def oracle(metadata) -> HFTokenizer:
         merges = [(text[:at], text[at:]) for _, text in ordinary for at in range(1, len(text)) if text[:at] in texts and text[at:] in texts]
         made = HFTokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         made.normalizer = normalizers.Replace(" ", "\u2581")
-        made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+        made.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
     added = [tokenizers.AddedToken(text, special=types[i] == 3, normalized=False) for text, i in vocab.items() if types[i] in (3, 4)]
     made.add_special_tokens([token for token in added if token.special])
     made.add_tokens([token for token in added if not token.special])
@@ -118,7 +120,9 @@ def test_every_case(both):
     for parse in (False, True):  # through kiln-run
         asked = [c for c in cases if c.parse == parse and not isinstance(c.text, bytes) and "\0" not in c.text]
         got = tokenize(both.path, [c.text for c in asked], *["--parse-special"] * parse) if asked else []
-        assert [([first] if c.special and first is not None else []) + ids for c, ids in zip(asked, got, strict=True)] == [c.ids for c in asked]
+        assert [([first] if c.special and first is not None else []) + ids for c, ids in zip(asked, got, strict=True)] == [
+            c.ids for c in asked
+        ]
 
 
 def test_equals_tokenizers_on_random_strings(both):
@@ -204,7 +208,18 @@ def test_what_the_files_say(folder):
 
 def scored(**keys) -> Vocabulary:
     """A small vocabulary by score: ids 3 to 258 are bytes, then the texts below, of which "n\u00e9" has a part that is no token."""
-    scores = {"\u2581": -9.0, "a": -9.0, "b": -9.0, "n": -9.0, "ab": -1.0, "ba": -1.0, "\u2581a": -2.0, "aba": -3.0, "n\u00e9": -4.0, "\n": 0.0}
+    scores = {
+        "\u2581": -9.0,
+        "a": -9.0,
+        "b": -9.0,
+        "n": -9.0,
+        "ab": -1.0,
+        "ba": -1.0,
+        "\u2581a": -2.0,
+        "aba": -3.0,
+        "n\u00e9": -4.0,
+        "\n": 0.0,
+    }
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *scores]
     types = [2, 3, 3, *[6] * 256, *[1] * (len(scores) - 1), 4]
     metadata = {"model": "llama", "tokens": tokens, "token_type": types, "scores": [0.0] * 259 + list(scores.values()), "bos_token_id": 1,
@@ -311,11 +326,21 @@ def test_patterns_in_the_runner(folder):
     """Each form that a pattern may have, in the runner and here, over a vocabulary in which pieces can be told."""
     rng = random.Random(8)
     texts = ["".join(rng.choices("aAbskSK\u017f\u212a19 \t\n\r-]^.'\u0301\u00e9\u00bd\u2003", k=rng.randrange(1, 40))) for _ in range(120)]
-    forms = ["[^\\s]+", r"a{2}|b{1,3}|\d" .replace(r"|\d", ""), r"(?i:ks|as)|(?:b|\.)|\s\S", r"[a-b\]\-^]+(?!\s)", r"\p{M}+|[\p{L}\p{N}]{2,3}", r"a?b*A+", r"\t|[\r\n]+|'"]
+    forms = [
+        "[^\\s]+",
+        r"a{2}|b{1,3}",
+        r"(?i:ks|as)|(?:b|\.)|\s\S",
+        r"[a-b\]\-^]+(?!\s)",
+        r"\p{M}+|[\p{L}\p{N}]{2,3}",
+        r"a?b*A+",
+        r"\t|[\r\n]+|'",
+    ]
     base = read_tokenizer(small("qwen2").metadata).document()
     for form in forms:
         document = json.loads(json.dumps(base))
-        document["pre_tokenizer"]["pretokenizers"][:-1] = [{"type": "Split", "pattern": {"Regex": form}, "behavior": "Isolated", "invert": False}]
+        document["pre_tokenizer"]["pretokenizers"][:-1] = [
+            {"type": "Split", "pattern": {"Regex": form}, "behavior": "Isolated", "invert": False}
+        ]
         # Each pair of bytes that occurs merges, so that a cut between them shows.
         alphabet = byte_alphabet()
         document["model"] |= {"vocab": {}, "merges": [], "ignore_merges": False}
@@ -343,9 +368,9 @@ def test_patterns_in_the_runner(folder):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("(?:a", "'.' is missing"), ("a)", "cannot stand here"), ("(a)", "has a meaning"), ("\\p{Lu}", "property"), ("\\d", "escape"), ("[a", "too early"),
-     ("a*", "match nothing"), ("|a", "match nothing"), ("[b-a]", "range"), ("a{3,2}", "repeat"), ("a{}", "number"), ("a?b?c?d?e?f", "too many repeats"),
-     ("(?!ab)c", "one character"), ("\\", "too early"), ("^a", "has a meaning"), ("[\\S]", "escape")],
+    [("(?:a", "'.' is missing"), ("a)", "cannot stand here"), ("(a)", "has a meaning"), ("\\p{Lu}", "property"), ("\\d", "escape"),
+     ("[a", "too early"), ("a*", "match nothing"), ("|a", "match nothing"), ("[b-a]", "range"), ("a{3,2}", "repeat"), ("a{}", "number"),
+     ("a?b?c?d?e?f", "too many repeats"), ("(?!ab)c", "one character"), ("\\", "too early"), ("^a", "has a meaning"), ("[\\S]", "escape")],
 )  # fmt: skip
 def test_patterns_that_are_refused(pattern, message, tmp_path):
     document = read_tokenizer(small("qwen2").metadata).document()

@@ -21,17 +21,21 @@ from exporter.text.encoder import ALPHABET, Encoder
 SEED, STRINGS = 15, 300
 KEPT = ("model", "pre", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "add_bos_token", "add_space_prefix")
 
-ALPHABETS = ["abcdefghij ", " \n\t\r\u2581\u00a0\u2003\x1c\x85", "0123456789.,-+\u00bd\u2167\u0663", "\u00e4\u00f6\u00fc\u00df\u00e9\u00f1\u017f\u212a'",
+ALPHABETS = ["abcdefghij ", " \n\t\r\u2581\u00a0\u2003\x1c\x85", "0123456789.,-+\u00bd\u2167\u0663",
+             "\u00e4\u00f6\u00fc\u00df\u00e9\u00f1\u017f\u212a'",
              "\u6211\u60f3\u5728\u5de5\u4f5c ", "\u1780\u17b6\u1793\u17cb\u178f\u17c2", "\U0001f680\U0001f636\u200d\U0001f32b\ufe0f\u2705",
              "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 e\u0301", "'\"`!?=<|>_", "'sS'tT'reRE'veVE'llLL'mM'dD ",
              "\u0001\u0002\u007f\ue000\ufffd"]  # fmt: skip
-WORDS = ["the ", "Hello", " world", "  ", "\n\n\n", "def f(x):\n    return x\n", "I've", "DON'T", "</s>", "<b>", "\t\t", "     ", "\r\n", " 123"]
+WORDS = ["the ", "Hello", " world", "  ", "\n\n\n", "def f(x):\n    return x\n", "I've", "DON'T", "</s>", "<b>", "\t\t", "     ", "\r\n",
+         " 123"]  # fmt: skip
 
 
 def random_text(rng: random.Random, specials: list[str]) -> str:
     parts = []
     for _ in range(rng.randrange(1, 30)):
-        parts.append(rng.choice(WORDS + specials) if rng.random() < 0.5 else "".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 9))))
+        parts.append(
+            rng.choice(WORDS + specials) if rng.random() < 0.5 else "".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 9)))
+        )
     return "".join(parts)
 
 

@@ -13,15 +13,21 @@ constexpr uint32_t kCodePoints = 0x110000, kEndless = UINT32_MAX;
 constexpr size_t kMostRepeats = 4;  // in one alternative: matching takes as many nested loops
 enum Property : uint8_t { LETTER = 1, NUMBER = 2, MARK = 4, SPACE = 8 };
 
+struct Range {
+  Property property;
+  uint32_t first, last;
+};
+constexpr Range kRanges[] = {
+#define RANGE(property, first, last) {property, first, last},
+#include "unicode.def"
+#undef RANGE
+};
+
 const std::vector<uint8_t>& properties() {
   static const std::vector<uint8_t> table = [] {
     std::vector<uint8_t> made(kCodePoints);
-    auto mark = [&](Property property, uint32_t first, uint32_t last) {
-      for (uint32_t c = first; c <= last; ++c) made[c] |= property;
-    };
-#define RANGE(property, first, last) mark(property, first, last);
-#include "unicode.def"
-#undef RANGE
+    for (const Range& range : kRanges)
+      for (uint32_t c = range.first; c <= range.last; ++c) made[c] |= range.property;
     return made;
   }();
   return table;
