@@ -140,14 +140,26 @@ def test_equals_tokenizers_on_random_strings(both):
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35"])
 def test_every_pre_tokenizer(pre, folder):
-    """Over one vocabulary, which has what their cuts need for these texts."""
+    """Over one vocabulary, which has what their cuts need for these texts, and runs of digits, which Qwen's own has not."""
     metadata = small("qwen2").metadata | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
+    for left, right in (("1", "2"), ("3", "4"), ("12", "3"), ("12", "34"), ("\u0120", "12")):
+        for key, value in (("tokens", left + right), ("token_type", 1), ("merges", f"{left} {right}")):
+            metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], value]
     both = Both(f"pre-{pre}", Vocabulary(metadata, None, {}), folder)
     theirs = oracle(metadata)
-    for text in random_texts(SPECIALS["qwen2"]):
+    for text in [*random_texts(SPECIALS["qwen2"]), "12345 12 1234x123"]:
         ids = both.encode(text, parse_special=True)
         assert ids == theirs.encode(text, add_special_tokens=False).ids, text
     assert HFTokenizer.from_file(str(both.path)).encode(text, add_special_tokens=False).ids == ids  # the file is the library's, too
+
+
+@pytest.mark.parametrize(("name", "pre"), [("qwen35", "qwen2"), ("qwen2", "qwen35"), ("smollm", "gpt-2"), ("smollm", "qwen2")])
+def test_pre_tokenizers_are_told_apart(name, pre, folder):
+    """By the cases or by random strings: what the tests above demand of one, another does not do."""
+    right, texts = made(name, folder), random_texts(SPECIALS[name])
+    wrong = Both(f"{name}-as-{pre}", Vocabulary(right.vocabulary.metadata | {"tokenizer.ggml.pre": pre}, None, {}), folder)
+    cases = [c for c in right.vocabulary.cases if wrong.encode(c.text, parse_special=c.parse, add_bos=False) != c.ids]
+    assert cases or sum(wrong.encode(text) != right.encode(text) for text in texts) > 20
 
 
 def test_broken_utf8(both):
@@ -323,47 +335,37 @@ def test_the_table_is_generated():
 
 
 def test_patterns_in_the_runner(folder):
-    """Each form that a pattern may have, in the runner and here, over a vocabulary in which pieces can be told."""
+    """Each form that a pattern may have, and all that are named, in the runner and here, over a vocabulary in which pieces can be told."""
     rng = random.Random(8)
     texts = ["".join(rng.choices("aAbskSK\u017f\u212a19 \t\n\r-]^.'\u0301\u00e9\u00bd\u2003", k=rng.randrange(1, 40))) for _ in range(120)]
-    forms = [
-        "[^\\s]+",
-        r"a{2}|b{1,3}",
-        r"(?i:ks|as)|(?:b|\.)|\s\S",
-        r"[a-b\]\-^]+(?!\s)",
-        r"\p{M}+|[\p{L}\p{N}]{2,3}",
-        r"a?b*A+",
-        r"\t|[\r\n]+|'",
-    ]
-    base = read_tokenizer(small("qwen2").metadata).document()
+    texts += random_texts([])[:120]
+    forms = [[r"[^\s]+"], [r"a{2}|b{1,3}"], [r"(?i:ks|as)|(?:b|\.)|\s\S"], [r"[a-b\]\-^]+(?!\s)"], [r"\p{M}+|[\p{L}\p{N}]{2,3}"],
+             [r"a?b*A+"], [r"\t|[\r\n]+|'"], *(table["split"] for table in known().values())]  # fmt: skip
+    document = read_tokenizer(small("qwen2").metadata).document()
+    document["added_tokens"] = []
+    alphabet = byte_alphabet()
+    vocab, merges = {c: i for i, c in enumerate(alphabet)}, []  # each pair of bytes that occurs merges, so that a cut between them shows
+    for text in texts:
+        spelled = [alphabet[b] for b in text.encode()]
+        for left, right in zip(spelled, spelled[1:], strict=False):
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append([left, right])
+    document["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": False}
+    path = folder / "pattern.json"
     for form in forms:
-        document = json.loads(json.dumps(base))
-        document["pre_tokenizer"]["pretokenizers"][:-1] = [
-            {"type": "Split", "pattern": {"Regex": form}, "behavior": "Isolated", "invert": False}
-        ]
-        # Each pair of bytes that occurs merges, so that a cut between them shows.
-        alphabet = byte_alphabet()
-        document["model"] |= {"vocab": {}, "merges": [], "ignore_merges": False}
-        document["added_tokens"] = []
-        vocab, merges = document["model"]["vocab"], document["model"]["merges"]
-        for c in alphabet:
-            vocab[c] = len(vocab)
-        for text in texts:
-            spelled = [alphabet[b] for b in text.encode()]
-            for left, right in zip(spelled, spelled[1:], strict=False):
-                if left + right not in vocab:
-                    vocab[left + right] = len(vocab)
-                    merges.append([left, right])
-        path = folder / "pattern.json"
+        steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in form]
+        document["pre_tokenizer"]["pretokenizers"][:-1] = steps
         path.write_text(json.dumps(document))
-        cpp, python, theirs = kiln.Tokenizer(str(path)), Encoder(document), pre_tokenizers.Split(tokenizers.Regex(form), "isolated")
+        cpp, python = kiln.Tokenizer(str(path)), Encoder(document)
+        theirs = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in form])
         cut = 0
         for text in texts:
             assert cpp.encode(text) == python.encode(text), (form, text)
-            pieces = isolated([compiled(form)], text)
+            pieces = isolated([compiled(pattern) for pattern in form], text)
             assert pieces == [piece for piece, _ in theirs.pre_tokenize_str(text)], (form, text)
             cut += len(pieces) > 1
-        assert cut > 20, form
+        assert cut > 40, form
 
 
 @pytest.mark.parametrize(

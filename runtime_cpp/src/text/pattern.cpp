@@ -193,7 +193,7 @@ class PatternParser {
 Pattern::Pattern(std::string_view text) { PatternParser(text, alternatives_).parse(); }
 
 bool Pattern::Class::has(uint32_t c) const {
-  bool found = c < kCodePoints && (properties & kiln::properties()[c]);
+  bool found = properties && c < kCodePoints && (properties & kiln::properties()[c]);
   for (const auto& [first, last] : ranges) found = found || (c >= first && c <= last);
   return found != negated;
 }
