@@ -59,7 +59,7 @@ _NEUTRAL = {"add_space_prefix": False, "add_eos_token": False, "add_sep_token": 
 @cache
 def pre_tokenizers() -> dict[str, dict[str, Any]]:
     """`tokenizer.ggml.pre` -> the table of configs/pre_tokenizers.toml that it names."""
-    tables = tomllib.loads((files("configs") / "pre_tokenizers.toml").read_text())
+    tables = tomllib.loads(files("configs").joinpath("pre_tokenizers.toml").read_text())
     return {name: table for table in tables.values() for name in table["names"]}
 
 

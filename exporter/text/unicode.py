@@ -48,7 +48,7 @@ def generate(database: ModuleType) -> str:
 def table() -> dict[str, list[tuple[int, int]]]:
     """Class -> ranges of code points, first and last."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for name, first, last in re.findall(r"RANGE\((\w+), 0x(\w+), 0x(\w+)\)", TABLE.read_text()):
+    for name, first, last in re.findall(r"RANGE\((\w+), 0x(\w+), 0x(\w+)\)", TABLE.read_text(encoding="utf-8")):
         found.setdefault(name, []).append((int(first, 16), int(last, 16)))
     return found
 
