@@ -24,7 +24,7 @@ from exporter.text import unicode
 from exporter.text.encoder import Encoder, Stream, byte_alphabet
 from exporter.text.pattern import compiled, isolated
 from tests.exporter.test_tokenizer import FIXTURES, tokenize
-from tests.exporter.vocabularies import Vocabulary, small, whole
+from tests.exporter.vocabularies import Vocabulary, qwen, small, whole
 from tests.tools.cut_vocabulary import random_texts
 
 NAMES = ["gemma3", "smollm", "qwen2", "qwen35"]
@@ -136,6 +136,24 @@ def test_equals_tokenizers_on_random_strings(both):
         assert both.decode(ids, False) == theirs.decode(ids, skip_special_tokens=False), text
         seen.update(ids)
     assert len(seen) > 300
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["qwen2", "qwen35"])
+def test_whole_vocabularies_of_qwen(name, folder):
+    vocabulary, tiktoken = qwen(name)
+    both, theirs = Both(f"{name}-whole", vocabulary, folder), oracle(vocabulary.metadata)
+    for text in random_texts(SPECIALS[name]):
+        ids = both.encode(text, parse_special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids == tiktoken.encode(text, allowed_special="all"), text
+    if name == "qwen2":  # the ids of llama.cpp's cases for 3.5 are those of this vocabulary, too
+        assert all(both.encode(case.text) == case.ids for case in vocabulary.cases)
+    for line in ("a" * 100_000, "the quick brown fox " * 5_000, "\u0e44\u0e21\u0e48" * 33_000):
+        start = time.process_time()
+        ids = both.cpp.encode(line)
+        between = time.process_time()
+        assert both.python.encode(line) == ids
+        assert between - start < 1.0 and time.process_time() - between < 1.0
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35"])

