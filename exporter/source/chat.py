@@ -64,8 +64,8 @@ def special_texts(tokenizer: Tokenizer | None) -> dict[str, str]:
     """The special tokens' texts by the names that templates use."""
     if tokenizer is None:
         return {"bos_token": ""}
-    eos = next((i for i in tokenizer.ends if i in tokenizer.declared), None)
-    return {f"{name}_token": tokenizer.text(i) for name, i in (("bos", tokenizer.bos), ("unk", tokenizer.unknown), ("eos", eos))}
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.unknown}
+    return {f"{name}_token": tokenizer.text(i) for name, i in ids.items()}
 
 
 def read_chat(template: str, tokenizer: Tokenizer | None) -> Chat:

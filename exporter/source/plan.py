@@ -55,6 +55,10 @@ class ModelPlan:
         if self.chat and self.chat.date:
             found.append(f"warning: the chat template writes today's date ({self.chat.date}) into every prompt: the artifact keeps it; "
                          "export again for another, or give a template without a date with --chat-template")  # fmt: skip
+        if self.tokenizer and (lacking := self.tokenizer.lacking):
+            found.append(
+                f"warning: the vocabulary has no token for {len(lacking)} bytes ({', '.join(f'{b:02x}' for b in lacking)}): text loses them"
+            )
         return found
 
 

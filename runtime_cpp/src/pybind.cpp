@@ -107,8 +107,18 @@ PYBIND11_MODULE(_runtime, m) {
       .def(py::init(&Tokenizer::load), py::arg("path"), ReleaseGil(), "Reads a tokenizer.json.")
       .def(
           "encode",
-          [](const Tokenizer& t, const std::string& text, bool parse_special, bool add_bos) { return t.encode(text, parse_mode(parse_special), add_bos); },
-          py::arg("text"), py::arg("parse_special") = false, py::arg("add_bos") = true, ReleaseGil(), "Token ids of a str or of bytes.")
+          [](const Tokenizer& t, const std::string& text, bool parse_special, bool add_bos, bool add_eos) {
+            return t.encode(text, parse_mode(parse_special), add_bos, add_eos);
+          },
+          py::arg("text"), py::arg("parse_special") = false, py::arg("add_bos") = true, py::arg("add_eos") = false, ReleaseGil(), "Token ids of a str or of bytes.")
+      .def(
+          "encode_segments",
+          [](const Tokenizer& t, const std::vector<std::pair<std::string, bool>>& segments, bool add_bos) {
+            std::vector<Tokenizer::Segment> parts;
+            for (const auto& [text, parse_special] : segments) parts.emplace_back(text, parse_mode(parse_special));
+            return t.encode_segments(parts, add_bos);
+          },
+          py::arg("segments"), py::arg("add_bos") = true, ReleaseGil(), "Token ids of texts one after the other, each with whether special tokens are parsed in it.")
       .def("encode_chat", [](const Tokenizer& t, const std::string& prefix, const std::string& user, const std::string& suffix, bool trimmed) {
             return t.encode_chat(prefix, user, suffix, trimmed);
           }, py::arg("prefix"), py::arg("user"), py::arg("suffix"), py::arg("trimmed") = true, ReleaseGil(), "One user turn: only prefix and suffix are parsed for special tokens.")

@@ -124,9 +124,9 @@ def test_haystack(text: pl.Text, stack: ev.Haystack) -> None:
     assert DEPTH - 110 < len(stack.context) + longest <= DEPTH  # a line has up to a hundred tokens
     at = []
     for lead, value in stack.questions:
-        answer = text._tokenizer.decode(lead).rpartition("The passkey")
-        line = "".join(answer[1:]) + text._tokenizer.decode(value) + "."
-        at.append(text._tokenizer.decode(stack.context).index(line))
+        answer = text._encoder.decode(lead).rpartition("The passkey")
+        line = "".join(answer[1:]) + text._encoder.decode(value) + "."
+        at.append(text._encoder.decode(stack.context).index(line))
     assert at == sorted(at) and len(set(at)) == NEEDLES
     with pytest.raises(KilnError, match="6 keys do not fit into 60 tokens"):
         ev.haystack(text, ["A line."], 60, NEEDLES, Random(1))

@@ -208,7 +208,8 @@ def test_eos_typed_as_an_ordinary_token_is_control_all_the_same(tmp_path):
 
 def test_writer_errors(tmp_path):
     assert read_tokenizer({}) is None and read_tokenizer({"tokenizer.ggml.model": "none"}) is None
-    for change, message in (({"tokenizer.ggml.model": "llama"}, "'llama'"), ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
+    for change, message in (({"tokenizer.ggml.model": "t5"}, "'t5'"), ({"tokenizer.ggml.model": "llama"}, "no tokenizer.ggml.scores"),
+                            ({"tokenizer.ggml.merges": ["a z"]}, "'a' \\+ 'z'"),
                             ({"tokenizer.ggml.token_type": [1]}, "1 entries"), ({"tokenizer.ggml.bos_token_id": 999}, "999"),
                             ({"tokenizer.ggml.tokens": ["a"] * 263}, "'a' \\+ 'b'")):
         with pytest.raises(KilnError, match=message):
@@ -227,7 +228,7 @@ def test_reader_errors(tmp_path):
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
         return str(error.value)
 
-    assert "reads BPE" in broken(model=document["model"] | {"type": "Unigram"})
+    assert "reads BPE and ScoredBPE" in broken(model=document["model"] | {"type": "Unigram"})
     assert "normalizer" in broken(normalizer=None)
     assert "missing key 'vocab'" in broken(model={k: v for k, v in document["model"].items() if k != "vocab"})
     assert "merge 1" in broken(model=document["model"] | {"merges": [["a", "b"], ["b", "z"]]})
@@ -330,7 +331,7 @@ def test_tokenizers_by_other_names():
     expected = read_tokenizer(small())
     for model, pre in (("llama", "gemma4"), ("gemma4", "gemma4"), ("gemma4", "default"), ("gemma4", "")):
         assert read_tokenizer(small() | {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre}) == expected
-    for model, pre in (("llama", "default"), ("llama", "llama-bpe"), ("gpt2", "gemma4"), ("gemma4", "qwen2"), (7, "gemma4")):
+    for model, pre in (("llama", "tekken"), ("llama", "llama-bpe"), ("gpt2", "gemma4"), ("gemma4", "qwen2"), (7, "gemma4")):
         with pytest.raises(KilnError, match="tokenizer.ggml.model is .* with tokenizer.ggml.pre"):
             read_tokenizer(small() | {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre})
 

@@ -30,6 +30,7 @@ from kiln.exporter.source.chat import render_chat
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import ReadOptions, read_plan, survey
 from kiln.exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.text.encoder import ALPHABET, Encoder
 from kiln.exporter.tools.synth import write_synthetic
 
 CPU_SECONDS = 10.0  # of one input; the largest legal one takes a twentieth
@@ -196,7 +197,13 @@ def tokenizers(draw: Any) -> dict[str, Any]:
     p = "tokenizer.ggml."
     types = draw(st.lists(st.integers(1, 6), min_size=len(tokens), max_size=len(tokens)))
     merges = draw(st.lists(st.builds("{} {}".format, _TEXTS, _TEXTS), max_size=4))
-    metadata: dict[str, Any] = {f"{p}model": "gemma4", f"{p}tokens": tokens, f"{p}token_type": types, f"{p}merges": merges}
+    model, pre = draw(st.sampled_from([("gemma4", "gemma4"), ("gpt2", "qwen2"), ("gpt2", "llama-bpe"), ("llama", "default")]))
+    scores = draw(st.lists(st.integers(-3, 0), min_size=len(tokens), max_size=len(tokens)))
+    metadata: dict[str, Any] = {f"{p}model": model, f"{p}pre": pre, f"{p}tokens": tokens, f"{p}token_type": types, f"{p}merges": merges,
+                                f"{p}scores": scores}  # fmt: skip
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        if draw(st.integers(0, 3)) == 0:
+            metadata[p + name] = draw(st.booleans() | _NUMBERS)
     for name in ("bos", "eos", "eot", "unknown"):
         if draw(st.booleans()):
             metadata[f"{p}{name}_token_id"] = draw(st.integers(0, len(tokens) + 255) | _NUMBERS | st.lists(_NUMBERS, max_size=3))
@@ -207,8 +214,10 @@ def tokenizers(draw: Any) -> dict[str, Any]:
 
 
 def check_tokenizer(metadata: dict[str, Any]) -> None:
-    """A tokenizer.json that the runner loads and that keeps every text, or one line. The runner is asked where it is built."""
-    for name, added in (("tokens", [f"<0x{b:02X}>" for b in range(256)]), ("token_type", [6] * 256)):
+    """A tokenizer.json that the runner loads, that keeps every text and that the reference reads likewise, or one line."""
+    bytewise = metadata["tokenizer.ggml.model"] == "gpt2"
+    spelled = [c if bytewise else f"<0x{b:02X}>" for b, c in enumerate(ALPHABET)]
+    for name, added in (("tokens", spelled), ("token_type", [1 if bytewise else 6] * 256), ("scores", [0.0] * 256)):
         value = metadata[f"tokenizer.ggml.{name}"]
         metadata = metadata | {f"tokenizer.ggml.{name}": value + added if isinstance(value, list) else value}
     try:
@@ -223,7 +232,14 @@ def check_tokenizer(metadata: dict[str, Any]) -> None:
         tokenizer.write(path)
         import kiln
 
-        loaded = kiln.Tokenizer(str(path))
+        loaded, reference = kiln.Tokenizer(str(path)), Encoder.load(path)
+        for text in [*tokenizer.tokens[:12], "it's a b\n\n ab 12 \u2581<|im_end|>"]:
+            for parse in (False, True):
+                encoded = loaded.encode(text, parse_special=parse, add_eos=True)
+                assert encoded == reference.encode(text, parse_special=parse, add_eos=True), (text, parse)
+                assert loaded.decode(encoded, skip_special=False) == reference.decode(encoded, skip_special=False), (text, parse)
+        if bytewise or tokenizer.space_prefix:
+            return
         for i, text in enumerate(tokenizer.tokens):
             if tokenizer.types[i] != 6 and not text.startswith("<0x"):
                 spaced = text.replace("\u2581", " ")

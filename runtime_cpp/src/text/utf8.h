@@ -33,6 +33,12 @@ inline Utf8Step utf8_step(std::string_view text) {
   return {code, need, true, false};
 }
 
+// The three bytes of a surrogate, which UTF-8 forbids.
+inline bool is_surrogate(std::string_view text) {
+  auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
+  return text.size() >= 3 && byte(0) == 0xED && byte(1) >= 0xA0 && byte(1) <= 0xBF && byte(2) >= 0x80 && byte(2) <= 0xBF;
+}
+
 // Moves complete text from the front of `bytes`; bad bytes become U+FFFD. Unless `final`, an unfinished character stays.
 inline std::string utf8_take(std::string& bytes, bool final) {
   std::string out;
