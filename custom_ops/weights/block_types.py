@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 @dataclass(frozen=True)
 class PackLayout:
@@ -17,6 +19,7 @@ class PackLayout:
     word_fields: tuple[tuple[int, int], ...]  # (byte offset, bytes) of each other field, in the order of the packed words
     gemv_groups: int  # of 32 elements that a lane of the GEMV takes at a time: loads in flight against registers
     fallback: str | None = None  # the type of a matrix whose rows are no multiple of `block`, in llama-quantize's mixes
+    levels: tuple[int, ...] = ()  # what the 16 quants stand for, where that is not q - half of the range; each fits a signed byte
 
     @property
     def words(self) -> int:
@@ -30,7 +33,7 @@ class PackLayout:
 
     @property
     def minimum(self) -> bool:
-        """A weight is scale * q + offset with a stored minimum, not scale * (q - half of the range)."""
+        """A weight is scale * q + offset with a stored minimum, not scale * (q - half of the range) or scale * levels[q]."""
         return self.halves == 2
 
     @property
@@ -51,6 +54,7 @@ LAYOUTS: dict[str, PackLayout] = {
         PackLayout("Q5_0", 6, 32, 5, (0,), ((6, 16), (2, 4)), 1),
         PackLayout("Q5_1", 7, 32, 5, (0, 2), ((8, 16), (4, 4)), 2),
         PackLayout("Q8_0", 8, 32, 8, (0,), ((2, 32),), 2),
+        PackLayout("IQ4_NL", 20, 32, 4, (0,), ((2, 16),), 2, levels=IQ4_LEVELS),
         PackLayout("Q4_K", 12, 256, 4, (0, 2), ((16, 128), (4, 12)), 2, fallback="Q5_0"),
         PackLayout("Q5_K", 13, 256, 5, (0, 2), ((48, 128), (16, 32), (4, 12)), 2, fallback="Q5_1"),
         PackLayout("Q6_K", 14, 256, 6, (208,), ((0, 128), (128, 64), (192, 16)), 1, fallback="Q8_0"),

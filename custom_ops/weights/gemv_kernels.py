@@ -12,7 +12,7 @@ import triton.language as tl
 
 from custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from custom_ops.step.add_norm import load_root
-from custom_ops.weights.dequantize import unpack8
+from custom_ops.weights.dequantize import unpack8, zero_of
 from custom_ops.weights.fixed_point import store_fixed
 
 
@@ -96,12 +96,12 @@ def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.cons
 
 
 @triton.jit
-def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr):
+def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
     if BITS == 8:
-        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS)
+        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS, LEVELS)
     EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else 0)
-    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS)
+    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS, LEVELS)
 
 
 @triton.jit
@@ -169,9 +169,9 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
-              HALVES: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
-              EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr,
-              PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
+              HALVES: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+              SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr,
+              COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -229,7 +229,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 c1 = tl.zeros((LANES,), tl.int32)
                 c2 = tl.zeros((LANES,), tl.int32)
                 for o in tl.static_range(4 // PARTS):
-                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS)
+                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS, LEVELS)
                     c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
                     if TERMS > 1:
                         c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
@@ -244,7 +244,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 dot *= values[8 * TERMS]
                 total = values[8 * TERMS + (3 if PARTS == 1 else 1 + part)]
                 if not MINIMUM:  # a quant stands for itself less half its range
-                    dot -= total * (1 << (BITS - 1))
+                    dot -= total * zero_of(BITS, LEVELS)
                 if BLOCK == 256:
                     scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, MINIMUM, GROUPS)
                     scaled += scale * dot

@@ -20,6 +20,7 @@ Words of a block, in order, and halves of a block:
 | Q5_0 | 4 nibble, 1 fifth-bit | d |
 | Q5_1 | 4 nibble, 1 fifth-bit | d, m |
 | Q8_0 | 8 byte | d |
+| IQ4_NL | 4 nibble, each the number of one of 16 levels (`PackLayout.levels`) | d |
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
 | Q5_K | 32 nibble, 8 fifth-bit (one per group), 3 scale | d, dmin |
 | Q6_K | 32 nibble, 16 two-bit (group g: 2g, 2g + 1), 4 scale (16 int8 as they are) | d |
@@ -204,6 +205,14 @@ def _signed(byte: torch.Tensor) -> torch.Tensor:
     return (byte ^ 128) - 128
 
 
+def _level(q: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """levels[q], int32. A chain of selections, for a table would become a constant of an exported program."""
+    found = torch.full_like(q, levels[0])
+    for i, level in enumerate(levels[1:], 1):
+        found = torch.where(q == i, level, found)
+    return found
+
+
 def _k_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q4_K / Q5_K scale words [G, 3, N] -> 6-bit scales and minima, each int32 [G, 8, N]."""
     s, m, high = scale.unbind(1)
@@ -229,6 +238,8 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
             q = q | (_items(words[:, 4:], 1) << 4)
         if layout.minimum:
             return (q * d.unsqueeze(1) + halves[:, 1:].float()).view(k, n)
+        if layout.levels:
+            return (_level(q, layout.levels) * d.unsqueeze(1)).view(k, n)
         return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
     q = _items(words[:, :32], 4)  # [G, 256, N]

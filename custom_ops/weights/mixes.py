@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING = "token_embd.weight"
-PROMOTED = ("attn_v", "ffn_down")  # some of these get more bits
-MORE_BITS = "Q6_K"
+HEAD = "Q6_K"  # of the embedding, which is the head too, in a mix of fewer bits
+
+
+def more_bits(i: int, n: int) -> bool:
+    """The first and last eighth of n, and every third between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def first_eighth(i: int, n: int) -> bool:
+    return i < n // 8
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Types of a file: of most matrices, of the embedding (and tied head), and whether some of PROMOTED get more bits."""
+    """Types of a file: of most matrices, of the embedding (and tied head), and of those that get more bits."""
 
     base: str
     file_type: str  # name in gguf.LlamaFileType
     embedding: str
-    promotes: bool = False
+    promoted: tuple[tuple[str, Callable[[int, int], bool], str], ...] = ()  # (matrix, whether the i-th of n such, type)
 
 
+_K_M = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
 MIXES = {
-    "q4_k_m": Mix("Q4_K", "MOSTLY_Q4_K_M", MORE_BITS, promotes=True),
-    "q5_k_m": Mix("Q5_K", "MOSTLY_Q5_K_M", MORE_BITS, promotes=True),
+    "q4_k_m": Mix("Q4_K", "MOSTLY_Q4_K_M", HEAD, _K_M),
+    "q5_k_m": Mix("Q5_K", "MOSTLY_Q5_K_M", HEAD, _K_M),
     "q6_k": Mix("Q6_K", "MOSTLY_Q6_K", "Q6_K"),
-    "q4_0": Mix("Q4_0", "MOSTLY_Q4_0", MORE_BITS),
+    "q4_0": Mix("Q4_0", "MOSTLY_Q4_0", HEAD),
+    "iq4_nl": Mix("IQ4_NL", "MOSTLY_IQ4_NL", HEAD, (("ffn_down", first_eighth, "Q5_K"),)),
     "q8_0": Mix("Q8_0", "MOSTLY_Q8_0", "Q8_0"),
     "bf16": Mix("BF16", "MOSTLY_BF16", "BF16"),
     "f32": Mix("F32", "ALL_F32", "F32"),
 }
-SYNTHETIC = ("q4_k_m", "q6_k", "q4_0", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
-
-
-def more_bits(i: int, n: int) -> bool:
-    """Whether the i-th of n like tensors gets more bits: the first and last eighth do, and every third between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+SYNTHETIC = ("q4_k_m", "q6_k", "q4_0", "iq4_nl", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
 
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The type of every tensor, by name; `tensors` are their shapes in PyTorch order. What is no matrix is F32."""
-    promoted = set()
-    for stem in PROMOTED if mix.promotes else ():
+    promoted: dict[str, str] = {}
+    for stem, chosen, more in mix.promoted:
         like = [name for name in tensors if name.endswith(f".{stem}.weight")]
-        promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
+        promoted |= {name: more for i, name in enumerate(like) if chosen(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.embedding if name == EMBEDDING else mix.base
+        matrix = mix.embedding if name == EMBEDDING else promoted.get(name, mix.base)
+        block_type = matrix if len(shape) == 2 else "F32"
         layout = LAYOUTS.get(block_type)
         found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
     return found

@@ -8,9 +8,13 @@ from custom_ops.weights.block_types import LAYOUTS
 
 
 def format_constants(block_type: str) -> dict[str, int | bool]:
-    """The constants of a block format that every kernel over packed weights takes."""
+    """The constants of a block format that every kernel over packed weights takes.
+
+    LEVELS: the levels of the 16 quants, + 128, a byte each from the lowest on, as one number; 0 without.
+    """
     layout = LAYOUTS[block_type]
-    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves}
+    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves,
+            "LEVELS": sum((level + 128) << (8 * i) for i, level in enumerate(layout.levels))}
 
 
 def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> None:

@@ -168,8 +168,34 @@ def _q6_k(x: np.ndarray) -> np.ndarray:
     return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), s.view(np.uint8), d], axis=1)
 
 
+def _nearest_level(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Index of the level nearest to each x; halfway between two it is the lower one."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, x, side="left").astype(np.uint8)
+
+
+def _level_scale(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """[n, 32] -> the scale [n, 1] of least squared error weighted by x^2, by llama-quantize's search: the extreme value near either end."""
+    weight, extreme = np.square(x), _extreme(x)
+    extreme = np.where(np.abs(extreme) < _TINY, 0, extreme)
+    best, best_scale = np.full_like(extreme, -1), np.zeros_like(extreme)
+    for end in (-levels[0], *(levels[0] + np.arange(-7, 8, dtype=np.float32))):
+        value = levels[_nearest_level(x * (end * _inverse(extreme)), levels)]
+        sum_qx, sum_qq = (weight * value * x).sum(1, keepdims=True), (weight * np.square(value)).sum(1, keepdims=True)
+        scale = sum_qx * _inverse(sum_qq)
+        better = scale * sum_qx > best
+        best, best_scale = np.where(better, scale * sum_qx, best), np.where(better, scale, best_scale)
+    return np.where(extreme != 0, best_scale, 0)
+
+
+def _iq4_nl(x: np.ndarray) -> np.ndarray:
+    levels = np.array(LAYOUTS["IQ4_NL"].levels, np.float32)
+    d = _level_scale(x, levels)
+    return np.concatenate([_halves(d), _nibbles(_nearest_level(x * _inverse(d), levels))], axis=1)
+
+
 _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
 }  # fmt: skip
 
 

@@ -226,6 +226,8 @@ def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
 def _rms(layout: PackLayout) -> float:
     """Root mean square of a random block's weights at scale 1, as `_fill_blocks` makes them."""
     half = 1 << layout.bits - 1
+    if layout.levels:
+        return sqrt(sum(level**2 for level in layout.levels) / len(layout.levels))
     quants = _mean_square(0, 2 * half - 1, half - 0.5) if layout.minimum else _mean_square(-half, half - 1)
     if layout.block == 32:
         return sqrt(quants)
@@ -240,11 +242,12 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
     jitter = 1 - _JITTER + field * np.float32(2 * _JITTER / 65536)
     d = jitter * np.float32(std / (_rms(layout) * sqrt(1 + _JITTER**2 / 3)))
     if layout.block == 32:
-        d[field & 1 == 1] *= -1  # the integers have mean -1/2
+        d[field & 1 == 1] *= -1  # the integers have mean -1/2, levels another
     field[:] = d.astype(np.float16).view("<u2")
-    if block_type == "Q4_K":
-        blocks[:, 2:4].view("<u2")[:, 0] = (d * np.float32(7.5)).astype(np.float16).view("<u2")
-        blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - 7.5)
+    if layout.block == 256 and layout.minimum:
+        middle = np.float32((1 << layout.bits - 1) - 0.5)
+        blocks[:, 2:4].view("<u2")[:, 0] = (d * middle).astype(np.float16).view("<u2")
+        blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - middle)
         blocks[:, 8:12] = blocks[:, 4:8]
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
 

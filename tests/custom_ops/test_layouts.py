@@ -67,7 +67,7 @@ def test_row_chunks_and_strided_input(block_type: str) -> None:
     np.testing.assert_array_equal(unpack(block_type, words, halves), blocks[:, 2:5])
 
 
-@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL"])
 def test_word_order(block_type: str) -> None:
     """The documented place of every element, read back one by one in plain Python."""
     layout = LAYOUTS[block_type]
@@ -93,6 +93,9 @@ def test_word_order(block_type: str) -> None:
                 index = e // 16
                 scale = np.uint8(byte(48 + index // 4, index % 4)).view(np.int8)
                 value = halves[0] * np.float32(scale) * np.float32(q - 32)
+            elif block_type == "IQ4_NL":
+                levels = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+                value = halves[0] * np.float32(levels[q])
             elif block_type == "Q4_0":
                 value = halves[0] * np.float32(q - 8)
             elif block_type == "Q5_1":

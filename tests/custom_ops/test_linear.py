@@ -112,7 +112,7 @@ def test_bytes_and_operations() -> None:
 # ---- under the interpreter ----
 
 
-@pytest.mark.parametrize("block_type,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2)])
+@pytest.mark.parametrize("block_type,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2), ("IQ4_NL", 96, 1)])
 def interpreted_few_tokens(block_type: str, k: int, tokens: int) -> None:
     """In fixed point: also K that the usual number of groups at a time does not divide, and rows that no program's rows divide."""
     words, halves, matrix = random_weight(block_type, 70, k)
