@@ -1,7 +1,8 @@
 """The Triton kernel that dequantizes packed weights (see `layouts`), all rows or some, and what it shares with the GEMV.
 
 A program works on ROWS neighbouring rows of the matrix [N, K], a lane on whole rows: loads are coalesced and no lane needs another's data.
-A block format is four constants: BITS of a quant, BLOCK elements (32 or 256), MINIMUM, whether it stores minima, and LEVELS, a table.
+A block format is five constants: BITS of a quant, BLOCK elements (32 or 256), MINIMUM, whether it stores minima, SCALES, what a group is
+scaled by (see `block_types.SCALES`), and LEVELS, a table.
 A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - 2^(BITS - 1)) if there are no minima. With LEVELS
 (see `format_constants`) the quant is a number of the table, and q is what stands there, a byte: the weight is scale * (q - 128).
 """
@@ -109,10 +110,18 @@ def octet(words, stride, rows, mask, g, j: tl.constexpr, BITS: tl.constexpr, BLO
 
 
 @triton.jit
+def float_half(half, SCALES: tl.constexpr):
+    """A half that is a float16 value, float32: of halves that are not all such it comes as an integer."""
+    if SCALES == "split":
+        half = half.to(tl.float16, bitcast=True)
+    return half.to(tl.float32)
+
+
+@triton.jit
 def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-           MINIMUM: tl.constexpr):
-    """(scale, offset) of group g, float32 [ROWS]; BITS = 6: of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
-    scale = tl.load(halves + rows, mask).to(tl.float32)
+                     MINIMUM: tl.constexpr, SCALES: tl.constexpr):
+    """(scale, offset) of group g, float32 [ROWS], or of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
+    scale = float_half(tl.load(halves + rows, mask), SCALES)
     offset = scale
     if MINIMUM:
         offset = tl.load(halves + halves_stride + rows, mask).to(tl.float32)
@@ -127,6 +136,10 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
             m = tl.where(g < 4, (m >> shift) & 63, ((upper >> 4) & 15) | (((m >> shift) >> 2) & 48))
             scale *= s.to(tl.float32)
             offset *= -m.to(tl.float32)
+        elif SCALES == "split":
+            s = tl.load(words + 8 * BITS * stride + rows, mask) >> (4 * g)
+            upper = tl.load(halves + halves_stride + rows, mask).to(tl.int32) >> (2 * g)
+            scale *= (((s & 15) | ((upper & 3) << 4)) - 32).to(tl.float32)
         else:  # 16 signed bytes
             s = tl.load(words + (48 + g // 2) * stride + rows, mask)
             scale *= ((s << (24 - 16 * (g % 2) - 8 * half)) >> 24).to(tl.float32)
@@ -135,8 +148,8 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
 
 @triton.jit
 def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
-                    WORDS: tl.constexpr, HALVES: tl.constexpr, LEVELS: tl.constexpr, GATHER: tl.constexpr, GROUPS: tl.constexpr,
-                    ROWS: tl.constexpr, EVEN: tl.constexpr):
+                    WORDS: tl.constexpr, HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, GATHER: tl.constexpr,
+                    GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """The matrix transposed, out [k, n]; with GATHER its rows ids[0 .. n], out [n, k]. Grid (row blocks, groups of K / GROUPS)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = None if EVEN else rows < n
@@ -158,10 +171,10 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
         low1, high1 = octet(words, stride, source, mask, g, 1, BITS, BLOCK, LEVELS)
         low2, high2 = octet(words, stride, source, mask, g, 2, BITS, BLOCK, LEVELS)
         low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK, LEVELS)
-        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM)
+        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM, SCALES)
         scale1 = scale0
-        if BITS == 6:
-            scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM)
+        if SCALES == "int8":
+            scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM, SCALES)
         for e in tl.static_range(32):
             low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))
             high = high0 if e < 8 else (high1 if e < 16 else (high2 if e < 24 else high3))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from custom_ops.step.add_norm import load_root
-from custom_ops.weights.dequantize import unpack8, zero_of
+from custom_ops.weights.dequantize import float_half, unpack8, zero_of
 from custom_ops.weights.fixed_point import store_fixed
 
 
@@ -51,7 +51,7 @@ def _group(x, TERMS: tl.constexpr):
 
 @triton.jit
 def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
-            MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+            SCALES: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
     """Everything of a row that step `step` needs: per group its quants, then the words of scales and the halves."""
     found = ()
     if BLOCK == 32:
@@ -77,9 +77,11 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
                 found = found + (tl.load(quants + (i * 4 + j) * stride, mask),)
             for j in tl.static_range(EXTRA):
                 found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
-        if MINIMUM:
+        if SCALES == "k":
             for j in tl.static_range(3):
                 found = found + (tl.load(words + (32 + 8 * EXTRA + j) * stride, mask),)
+        elif SCALES == "split":
+            found = found + (tl.load(words + 32 * stride, mask),)
         else:  # 16 signed bytes, two a group
             scales = words + (48 + first // 2) * stride
             for j in tl.static_range((GROUPS + 1) // 2):
@@ -105,9 +107,12 @@ def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVE
 
 
 @triton.jit
-def _scale_words(found, first, AT: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
-    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, with MINIMUM, of minima."""
-    if not MINIMUM:
+def _scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, where there are such, of minima."""
+    if SCALES == "split":
+        scale = found[AT]
+        minimum = found[AT + 2].to(tl.int32)  # the second half
+    elif SCALES == "int8":
         scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
         minimum = scale
         if GROUPS > 2:
@@ -132,9 +137,12 @@ def _byte(word, b):
 
 
 @triton.jit
-def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
-    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where there are no minima."""
-    if MINIMUM:
+def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where a scale is of 16 elements."""
+    if SCALES == "split":
+        signed = (((scale >> (4 * g)) & 15 | ((minimum >> (2 * g)) & 3) << 4) - 32).to(tl.float32)
+        return signed, signed
+    elif SCALES == "k":
         b = i if GROUPS == 4 else g % 4
         return _byte(scale, b), _byte(minimum, b)
     else:
@@ -169,9 +177,10 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
-              HALVES: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-              SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr,
-              COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
+              HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
+              GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+              REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
+              SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -193,7 +202,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     X: tl.constexpr = 8 * TERMS + 4
     x += token * (k // 32) * X
     acc = tl.zeros((LANES,), tl.float32)
-    PARTS: tl.constexpr = 2 if BITS == 6 else 1
+    PARTS: tl.constexpr = 2 if SCALES == "int8" else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     words += rows
@@ -203,22 +212,22 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     if SHARES > 1:
         begin += _warp(lanes, ROWS) * each
     end = tl.minimum(begin + each, steps)
-    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
     if COUNT > 0:
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
-    SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
-    HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
+    SCALE_WORDS: tl.constexpr = (GROUPS + 1) // 2 if SCALES == "int8" else (3 if SCALES == "k" else (1 if SCALES == "split" else 0))
+    HALF: tl.constexpr = GROUPS * EACH + SCALE_WORDS  # where the halves begin
     for i in tl.range(0, each):
         step = tl.minimum(begin + i, end - 1)
         following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
-        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
         before = acc
         if BLOCK == 256:
             first = step % STEPS * GROUPS if STEPS > 1 else 0
-            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, MINIMUM, GROUPS)
+            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, SCALES, GROUPS)
             scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
             minima = tl.zeros((LANES,), tl.float32)
         for g in tl.static_range(GROUPS):
@@ -246,7 +255,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 if not MINIMUM:  # a quant stands for itself less half its range
                     dot -= total * zero_of(BITS, LEVELS)
                 if BLOCK == 256:
-                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, MINIMUM, GROUPS)
+                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, SCALES, GROUPS)
                     scaled += scale * dot
                     if MINIMUM:
                         minima += minimum * total
@@ -255,7 +264,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                     if MINIMUM:
                         acc += now[HALF + g * HALVES + 1].to(tl.float32) * total
         if BLOCK == 256:
-            acc += now[HALF].to(tl.float32) * scaled
+            acc += float_half(now[HALF], SCALES) * scaled
             if MINIMUM:
                 acc -= now[HALF + 1].to(tl.float32) * minima
         acc = tl.where(begin + i < end, acc, before)  # the last shares may have less to do

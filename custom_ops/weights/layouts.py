@@ -1,4 +1,4 @@
-"""Packed weight layouts: how the blocks of a GGUF matrix [N, K] become int32 words [G, W, N] and float16 halves [G, H, N].
+"""Packed weight layouts: how the blocks of a GGUF matrix [N, K] become int32 words [G, W, N] and 16-bit halves [G, H, N].
 
 G = K / block elements. A block keeps its bytes, 4 * W + 2 * H of them; only their order changes. N is innermost.
 
@@ -10,6 +10,8 @@ A group is 32 consecutive elements y[32g] .. y[32g + 31] of a block, in dequanti
 - two-bit words, 2 per group: word h covers elements 16h .. 16h + 15; byte b, bits 2t .. 2t + 1 (t = 0 .. 3) are the upper two bits of
   element 16h + 4t + b.
 - byte words (Q8_0), 8 per group: word i holds elements 4i .. 4i + 3, signed bytes.
+
+Halves are float16, or int16 of the same bits where not all of them are float16 values (`PackLayout.byte_fields`).
 
 Words of a block, in order, and halves of a block:
 
@@ -24,6 +26,7 @@ Words of a block, in order, and halves of a block:
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
 | Q5_K | 32 nibble, 8 fifth-bit (one per group), 3 scale | d, dmin |
 | Q6_K | 32 nibble, 16 two-bit (group g: 2g, 2g + 1), 4 scale (16 int8 as they are) | d |
+| IQ4_XS | 32 nibble, each the number of one of 16 levels, 1 scale (the 4 bytes scales_l as they are) | d, scales_h |
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ def _nibble_runs(block_type: str, words: np.ndarray) -> np.ndarray:
         return words.reshape(g, 4, 2, 4, n)
     if block_type == "Q6_K":  # 2 halves of 2 runs: run r has group r low, group r + 2 high
         return words.reshape(g, 2, 2, 2, 4, n).swapaxes(2, 3)
-    return words.reshape(g, 1, 2, 2, n)  # 16 bytes: first half of the group low, second half high
+    return words.reshape(g, -1, 2, 2, n)  # runs of 16 bytes, one a group: first half of the group low, second half high
 
 
 def _transpose_bits(x: np.ndarray, width: int) -> None:
@@ -113,7 +116,7 @@ def _check(block_type: str) -> PackLayout:
 
 
 def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [N, G, block bytes] -> (words int32 [G, W, N], halves float16 [G, H, N]).
+    """GGUF blocks uint8 [N, G, block bytes] -> (words int32 [G, W, N], halves [G, H, N]).
 
     The last axis of `blocks` must be contiguous. `out` takes the results instead of new arrays; packing rows n0:n1 into
     `(words[:, :, n0:n1], halves[:, :, n0:n1])` chunk by chunk gives the whole, whatever the chunks. Chunks of a few hundred rows and about
@@ -124,10 +127,13 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
     if size != layout.block_bytes:
         raise ValueError(f"{block_type} blocks have {layout.block_bytes} bytes, got {size}")
     if out is None:
-        out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), np.float16)
+        out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), layout.halves_dtype)
     words, halves = out
+    bits = halves.view(np.uint16)
     for h, offset in enumerate(layout.half_fields):
-        halves.view(np.uint16)[:, h] = blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0].T
+        bits[:, h] = blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0].T
+    for h, (first, second) in enumerate(layout.byte_fields, len(layout.half_fields)):
+        bits[:, h] = blocks[:, :, first].T | blocks[:, :, second].T.astype(np.uint16) << 8
 
     dst = words.view(np.uint32)
     fields = [  # [G, words, N]; always a copy, because fields are transformed in place
@@ -149,18 +155,21 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
         _transpose_bits(two, 2)
         dst[:, 32:48].reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
     if layout.block == 256:
-        dst[:, nibbles + (0 if block_type == "Q4_K" else fields[1].shape[1]) :] = fields[-1]
+        dst[:, layout.words - fields[-1].shape[1] :] = fields[-1]
     return out
 
 
 def unpack(block_type: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """(words int32 [G, W, N], halves float16 [G, H, N]) -> the GGUF blocks, uint8 [N, G, block bytes]: the inverse of `pack`."""
+    """(words int32 [G, W, N], halves [G, H, N]) -> the GGUF blocks, uint8 [N, G, block bytes]: the inverse of `pack`."""
     layout = _check(block_type)
     g, _, n = words.shape
     src = np.ascontiguousarray(words).view(np.uint32)
     blocks = np.empty((n, g, layout.block_bytes), np.uint8)
     for h, offset in enumerate(layout.half_fields):
         blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0] = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
+    for h, (first, second) in enumerate(layout.byte_fields, len(layout.half_fields)):
+        pair = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
+        blocks[:, :, first], blocks[:, :, second] = pair & 255, pair >> 8
 
     if block_type == "Q8_0":
         fields = [src]
@@ -221,15 +230,26 @@ def _k_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _items(s, 8), _items(m, 8)
 
 
+def _float16(half: torch.Tensor) -> torch.Tensor:
+    return half if half.dtype == torch.float16 else half.view(torch.float16)
+
+
+def _split_scales(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """IQ4_XS: low bits, word [G, N], and high bits, int16 [G, N] -> 6-bit scales int32 [G, 8, N]."""
+    g = torch.arange(8, dtype=torch.int32, device=low.device).view(1, 8, 1)
+    low = torch.bitwise_right_shift(low.unsqueeze(1), 4 * g) & 15
+    return low | (torch.bitwise_right_shift(high.unsqueeze(1).int(), 2 * g) & 3) << 4
+
+
 def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
-    """words int32 [G, W, N], halves float16 [G, H, N] -> the matrix transposed, float32 [K, N].
+    """words int32 [G, W, N], halves [G, H, N] -> the matrix transposed, float32 [K, N].
 
     Bit-equal to GGML's dequantization. N may be any subset of rows, taken along the last axis of both.
     """
     layout = _check(block_type)
     g, _, n = words.shape
     k = g * layout.block
-    d = halves[:, 0].float()  # [G, N]
+    d = _float16(halves[:, 0]).float()  # [G, N]
     if block_type == "Q8_0":
         return (_signed(_items(words, 8)) * d.unsqueeze(1)).view(k, n)
     if layout.block == 32:
@@ -247,6 +267,9 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
         q = (q | (_items(words[:, 32:48], 2) << 4)) - 32
         scale = _signed(_items(words[:, 48:], 8)) * d.unsqueeze(1)  # [G, 16, N]
         return (q.view(g, 16, 16, n) * scale.unsqueeze(2)).view(k, n)
+    if block_type == "IQ4_XS":
+        scale = (_split_scales(words[:, 32], halves[:, 1]) - 32) * d.unsqueeze(1)  # [G, 8, N]
+        return (_level(q, layout.levels).view(g, 8, 32, n) * scale.unsqueeze(2)).view(k, n)
     if block_type == "Q5_K":
         q = q | (_items(words[:, 32:40], 1) << 4)
     s, m = _k_scales(words[:, layout.words - 3 :])

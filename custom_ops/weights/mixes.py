@@ -37,11 +37,12 @@ MIXES = {
     "q6_k": Mix("Q6_K", "MOSTLY_Q6_K", "Q6_K"),
     "q4_0": Mix("Q4_0", "MOSTLY_Q4_0", HEAD),
     "iq4_nl": Mix("IQ4_NL", "MOSTLY_IQ4_NL", HEAD, (("ffn_down", first_eighth, "Q5_K"),)),
+    "iq4_xs": Mix("IQ4_XS", "MOSTLY_IQ4_XS", HEAD, (("ffn_down", first_eighth, "Q5_K"),)),
     "q8_0": Mix("Q8_0", "MOSTLY_Q8_0", "Q8_0"),
     "bf16": Mix("BF16", "MOSTLY_BF16", "BF16"),
     "f32": Mix("F32", "ALL_F32", "F32"),
 }
-SYNTHETIC = ("q4_k_m", "q6_k", "q4_0", "iq4_nl", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
+SYNTHETIC = ("q4_k_m", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
 
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

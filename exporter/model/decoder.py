@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
-from custom_ops.dtypes import FLOATS
+from custom_ops.dtypes import DTYPES, FLOATS
 from custom_ops.weights.layouts import LAYOUTS
 from exporter.errors import KilnError
 from exporter.source.config import LayerConfig, ModelConfig
@@ -37,7 +37,7 @@ class Matrix(nn.Module):
             layout = LAYOUTS[plan.block_type]
             groups = plan.K // layout.block
             self.words = _constant(groups, layout.words, plan.N, dtype=torch.int32)
-            self.halves = _constant(groups, layout.halves, plan.N, dtype=torch.float16)
+            self.halves = _constant(groups, layout.halves, plan.N, dtype=DTYPES[layout.halves_dtype].torch)
         else:
             self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.block_type].torch)
 

@@ -193,9 +193,23 @@ def _iq4_nl(x: np.ndarray) -> np.ndarray:
     return np.concatenate([_halves(d), _nibbles(_nearest_level(x * _inverse(d), levels))], axis=1)
 
 
+def _iq4_xs(x: np.ndarray) -> np.ndarray:
+    levels = np.array(LAYOUTS["IQ4_XS"].levels, np.float32)
+    groups = x.reshape(-1, 32)
+    scale = _level_scale(groups, levels).reshape(-1, 8)
+    d = _halves(_extreme(scale) / -32)
+    step = d.view("<f2").astype(np.float32)
+    s = np.rint(scale * _inverse(step)).clip(-32, 31)
+    q = _nibbles(_nearest_level(groups * _inverse((step * s).reshape(-1, 1)), levels)).reshape(-1, 128)
+    s = (s + 32).astype(np.uint16)
+    high = ((s >> 4) << np.arange(0, 16, 2, dtype=np.uint16)).sum(1, dtype=np.uint16, keepdims=True)
+    low = ((s[:, 0::2] & 15) | (s[:, 1::2] & 15) << 4).astype(np.uint8)
+    return np.concatenate([d, high.astype("<u2").view(np.uint8), low, q], axis=1)
+
+
 _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 
 

@@ -223,15 +223,16 @@ def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
     return sum((i - centre) ** 2 for i in range(low, high + 1)) / (high + 1 - low)
 
 
+_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "split": (-32, 31)}  # lowest and highest in random blocks
+
+
 def _rms(layout: PackLayout) -> float:
     """Root mean square of a random block's weights at scale 1, as `_fill_blocks` makes them."""
     half = 1 << layout.bits - 1
-    if layout.levels:
-        return sqrt(sum(level**2 for level in layout.levels) / len(layout.levels))
     quants = _mean_square(0, 2 * half - 1, half - 0.5) if layout.minimum else _mean_square(-half, half - 1)
-    if layout.block == 32:
-        return sqrt(quants)
-    return sqrt(quants * (_mean_square(32, 63) if layout.minimum else _mean_square(-128, 127)))  # times the scales of the groups
+    if layout.levels:
+        quants = sum(level**2 for level in layout.levels) / len(layout.levels)
+    return sqrt(quants * _mean_square(*_GROUP_SCALES[layout.scales]))
 
 
 def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:

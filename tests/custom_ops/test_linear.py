@@ -24,8 +24,8 @@ def random_weight(block_type: str, n: int, k: int, seed: int = 0) -> tuple[torch
     random = np.random.default_rng(seed)
     layout = LAYOUTS[block_type]
     blocks = random.integers(0, 256, (n, k // layout.block, layout.block_bytes), dtype=np.uint8)
-    scales = slice(208, 210) if block_type == "Q6_K" else slice(0, 2 * layout.halves)
-    blocks[:, :, scales] = random.normal(0, 0.02, (n, k // layout.block, layout.halves)).astype(np.float16).view(np.uint8)
+    for at in layout.half_fields:
+        blocks[:, :, at : at + 2] = random.normal(0, 0.02, (n, k // layout.block, 1)).astype(np.float16).view(np.uint8)
     matrix = gguf.quants.dequantize(blocks.reshape(n, -1), gguf.GGMLQuantizationType[block_type])
     words, halves = pack(block_type, blocks)
     return torch.from_numpy(words), torch.from_numpy(halves), matrix

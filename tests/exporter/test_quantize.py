@@ -16,9 +16,9 @@ from exporter.tools.quantize import quantize, quantized_plan, to_float, write_qu
 from exporter.tools.synth import synth_plan, write_synthetic
 from tests.gguf_files import rewrite
 
-TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 # Largest relative error (root mean square) on normal values: a uniform quantizer of that many levels, and a little slack.
-BOUND = {"Q4_0": 0.090, "Q5_0": 0.045, "Q8_0": 0.006, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.020, "IQ4_NL": 0.080}
+BOUND = {"Q4_0": 0.090, "Q5_0": 0.045, "Q8_0": 0.006, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.020, "IQ4_NL": 0.080, "IQ4_XS": 0.080}
 
 
 def values(rows: int = 24, columns: int = 1024, seed: int = 0) -> np.ndarray:
@@ -107,7 +107,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mix", ["q4_k_m", "q6_k", "q4_0", "q8_0", "iq4_nl"])
+@pytest.mark.parametrize("mix", ["q4_k_m", "q6_k", "q4_0", "q8_0", "iq4_nl", "iq4_xs"])
 def test_write_quantized(source: Path, tmp_path: Path, mix: str) -> None:
     """The types of the synthetic files (which equal llama-quantize's), the metadata kept, every value near its original."""
     out = tmp_path / "out.gguf"
