@@ -76,12 +76,21 @@ def levels8(word, LEVELS: tl.constexpr):
 def unpack8(first, second, extra, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of a group as two words of four quants, one per byte.
 
-    first, second: byte words 2j, 2j + 1 (BITS = 8), else nibble word j twice; extra: the fifth-bit word, or two-bit word j / 2.
+    first, second: byte words 2j, 2j + 1 (BITS = 8), else nibble word j twice, or two-bit word j / 2 (BITS < 4); extra: the one-bit word, or
+    two-bit word j / 2 above nibbles.
     """
     if BITS == 8:  # signed bytes + 128
         return first ^ -0x7F7F7F80, second ^ -0x7F7F7F80
     if LEVELS:
         return levels8(first, LEVELS)
+    if BITS < 4:
+        two = first >> (4 * (j % 2))
+        low = two & 0x03030303
+        high = (two >> 2) & 0x03030303
+        if BITS == 3:
+            low |= ((extra >> (2 * j)) & 0x01010101) << 2
+            high |= ((extra >> (2 * j + 1)) & 0x01010101) << 2
+        return low, high
     low = first & 0x0F0F0F0F
     high = (second >> 4) & 0x0F0F0F0F
     if BITS == 5:
@@ -100,8 +109,13 @@ def octet(words, stride, rows, mask, g, j: tl.constexpr, BITS: tl.constexpr, BLO
     if BITS == 8:
         first = tl.load(words + (8 * g + 2 * j) * stride + rows, mask)
         return unpack8(first, tl.load(words + (8 * g + 2 * j + 1) * stride + rows, mask), first, j, BITS, LEVELS)
-    word = tl.load(words + (4 * g + j) * stride + rows, mask)
+    if BITS < 4:
+        word = tl.load(words + (2 * g + j // 2) * stride + rows, mask)
+    else:
+        word = tl.load(words + (4 * g + j) * stride + rows, mask)
     extra = word
+    if BITS == 3:
+        extra = tl.load(words + (BLOCK // 16 + g) * stride + rows, mask)
     if BITS == 5:
         extra = tl.load(words + (BLOCK // 8 + g) * stride + rows, mask)
     if BITS == 6:
@@ -140,6 +154,11 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
             s = tl.load(words + 8 * BITS * stride + rows, mask) >> (4 * g)
             upper = tl.load(halves + halves_stride + rows, mask).to(tl.int32) >> (2 * g)
             scale *= (((s & 15) | ((upper & 3) << 4)) - 32).to(tl.float32)
+        elif SCALES == "six":
+            b = 2 * (g % 2) + half
+            s = tl.load(words + (24 + g // 2 % 2) * stride + rows, mask) >> (4 * (g // 4) + 8 * b)
+            upper = tl.load(words + 26 * stride + rows, mask) >> (2 * (g // 2) + 8 * b)
+            scale *= (((s & 15) | ((upper & 3) << 4)) - 32).to(tl.float32)
         else:  # 16 signed bytes
             s = tl.load(words + (48 + g // 2) * stride + rows, mask)
             scale *= ((s << (24 - 16 * (g % 2) - 8 * half)) >> 24).to(tl.float32)
@@ -173,7 +192,7 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
         low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK, LEVELS)
         scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM, SCALES)
         scale1 = scale0
-        if SCALES == "int8":
+        if SCALES == "int8" or SCALES == "six":
             scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM, SCALES)
         for e in tl.static_range(32):
             low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))

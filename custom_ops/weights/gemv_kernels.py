@@ -69,21 +69,26 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
         first = step % STEPS * GROUPS
         words += block * WORDS * stride
         halves += block * HALVES * halves_stride
-        EXTRA: tl.constexpr = BITS - 4  # further words of a group
-        quants = words + first * (4 * stride)
-        extras = words + (32 + first * EXTRA) * stride
+        MAIN: tl.constexpr = 4 if BITS >= 4 else 2  # words of a group's nibbles, or of its two-bit quants
+        EXTRA: tl.constexpr = BITS - MAIN  # further words of a group
+        quants = words + first * (MAIN * stride)
+        extras = words + (8 * MAIN + first * EXTRA) * stride
         for i in tl.static_range(GROUPS):
-            for j in tl.static_range(4):
-                found = found + (tl.load(quants + (i * 4 + j) * stride, mask),)
+            for j in tl.static_range(MAIN):
+                found = found + (tl.load(quants + (i * MAIN + j) * stride, mask),)
             for j in tl.static_range(EXTRA):
                 found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
         if SCALES == "k":
             for j in tl.static_range(3):
-                found = found + (tl.load(words + (32 + 8 * EXTRA + j) * stride, mask),)
+                found = found + (tl.load(words + (8 * BITS + j) * stride, mask),)
         elif SCALES == "split":
             found = found + (tl.load(words + 32 * stride, mask),)
-        else:  # 16 signed bytes, two a group
-            scales = words + (48 + first // 2) * stride
+        elif SCALES == "six":
+            for j in tl.static_range((GROUPS + 1) // 2):
+                found = found + (tl.load(words + (24 + first // 2 % 2 + j) * stride, mask),)
+            found = found + (tl.load(words + 26 * stride, mask),)
+        else:  # 16 bytes, two a group
+            scales = words + (8 * BITS + first // 2) * stride
             for j in tl.static_range((GROUPS + 1) // 2):
                 found = found + (tl.load(scales + j * stride, mask),)
         for h in tl.static_range(HALVES):
@@ -102,8 +107,9 @@ def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVE
     """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
     if BITS == 8:
         return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS, LEVELS)
-    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else 0)
-    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS, LEVELS)
+    MAIN: tl.constexpr = j if BITS >= 4 else j // 2
+    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else (2 if BITS == 3 else 0))
+    return unpack8(found[at + MAIN], found[at + MAIN], found[at + EXTRA], j, BITS, LEVELS)
 
 
 @triton.jit
@@ -112,6 +118,13 @@ def _scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: t
     if SCALES == "split":
         scale = found[AT]
         minimum = found[AT + 2].to(tl.int32)  # the second half
+    elif SCALES == "six":
+        upper = found[AT + (GROUPS + 1) // 2] >> (2 * (first // 2))
+        low = 4 * (first // 4)
+        scale = ((found[AT] >> low) & 0x0F0F0F0F) | ((upper & 0x03030303) << 4)
+        minimum = scale
+        if GROUPS > 2:
+            minimum = ((found[AT + 1] >> low) & 0x0F0F0F0F) | (((upper >> 2) & 0x03030303) << 4)
     elif SCALES == "int8":
         scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
         minimum = scale
@@ -147,7 +160,7 @@ def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.c
         return _byte(scale, b), _byte(minimum, b)
     else:
         b = 2 * (i % 2) + part if GROUPS > 1 else 2 * (g % 2) + part
-        signed = _byte(minimum if i >= 2 else scale, b) - 128.0
+        signed = _byte(minimum if i >= 2 else scale, b) - (32.0 if SCALES == "six" else 128.0)
         return signed, signed
 
 
@@ -202,7 +215,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     X: tl.constexpr = 8 * TERMS + 4
     x += token * (k // 32) * X
     acc = tl.zeros((LANES,), tl.float32)
-    PARTS: tl.constexpr = 2 if SCALES == "int8" else 1
+    PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     words += rows
@@ -218,7 +231,9 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     if COUNT > 0:
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
-    SCALE_WORDS: tl.constexpr = (GROUPS + 1) // 2 if SCALES == "int8" else (3 if SCALES == "k" else (1 if SCALES == "split" else 0))
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2  # a word has the scales of two groups, 16 elements each
+    SCALE_WORDS: tl.constexpr = (PAIRS if SCALES == "int8" else (PAIRS + 1 if SCALES == "six" else (3 if SCALES == "k" else
+                                 (1 if SCALES == "split" else 0))))
     HALF: tl.constexpr = GROUPS * EACH + SCALE_WORDS  # where the halves begin
     for i in tl.range(0, each):
         step = tl.minimum(begin + i, end - 1)

@@ -6,9 +6,9 @@ A group is 32 consecutive elements y[32g] .. y[32g + 31] of a block, in dequanti
 
 - nibble words, 4 per group: word j holds elements 8j .. 8j + 7; element 8j + b (b < 4) in the low nibble of byte b, element 8j + 4 + b
   in its high nibble. `word & 0x0F0F0F0F` and `(word >> 4) & 0x0F0F0F0F` are each four neighbouring elements, one per byte.
-- fifth-bit word, 1 per group: byte b, bit t (t = 0 .. 7) is the fifth bit of element 4t + b.
-- two-bit words, 2 per group: word h covers elements 16h .. 16h + 15; byte b, bits 2t .. 2t + 1 (t = 0 .. 3) are the upper two bits of
-  element 16h + 4t + b.
+- one-bit word, 1 per group: byte b, bit t (t = 0 .. 7) is the highest bit of element 4t + b.
+- two-bit words, 2 per group: word h covers elements 16h .. 16h + 15; byte b, bits 2t .. 2t + 1 (t = 0 .. 3) are two bits of element
+  16h + 4t + b: above its nibble, else its lowest.
 - byte words (Q8_0), 8 per group: word i holds elements 4i .. 4i + 3, signed bytes.
 
 Halves are float16, or int16 of the same bits where not all of them are float16 values (`PackLayout.byte_fields`).
@@ -19,13 +19,14 @@ Words of a block, in order, and halves of a block:
 |---|---|---|
 | Q4_0 | 4 nibble | d |
 | Q4_1 | 4 nibble | d, m |
-| Q5_0 | 4 nibble, 1 fifth-bit | d |
-| Q5_1 | 4 nibble, 1 fifth-bit | d, m |
+| Q5_0 | 4 nibble, 1 one-bit | d |
+| Q5_1 | 4 nibble, 1 one-bit | d, m |
 | Q8_0 | 8 byte | d |
 | IQ4_NL | 4 nibble, each the number of one of 16 levels (`PackLayout.levels`) | d |
+| Q3_K | 16 two-bit (group g: 2g, 2g + 1), 8 one-bit (one per group), 3 scale (the 12 scale bytes as they are) | d |
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
-| Q5_K | 32 nibble, 8 fifth-bit (one per group), 3 scale | d, dmin |
-| Q6_K | 32 nibble, 16 two-bit (group g: 2g, 2g + 1), 4 scale (16 int8 as they are) | d |
+| Q5_K | 32 nibble, 8 one-bit, 3 scale | d, dmin |
+| Q6_K | 32 nibble, 16 two-bit, 4 scale (16 int8 as they are) | d |
 | IQ4_XS | 32 nibble, each the number of one of 16 levels, 1 scale (the 4 bytes scales_l as they are) | d, scales_h |
 """
 
@@ -93,7 +94,7 @@ def _transpose_bits(x: np.ndarray, width: int) -> None:
 
 
 def _spread_bits(x: np.ndarray) -> np.ndarray:
-    """Bit 4t + b -> bit 8b + t of every word (a 32-bit field of fifth bits -> the fifth-bit word)."""
+    """Bit 4t + b -> bit 8b + t of every word (a 32-bit field of fifth bits -> the one-bit word)."""
     out = np.zeros_like(x)
     for t in range(8):
         out |= ((((x >> (4 * t)) & 15) * np.uint32(0x00204081)) & np.uint32(0x01010101)) << t
@@ -142,20 +143,26 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
     if block_type == "Q8_0":
         dst[:] = fields[0]
         return out
-    nibbles = 32 if layout.block == 256 else 4
-    runs = _nibble_runs(block_type, dst[:, :nibbles])
-    _to_nibbles(fields[0].reshape(*runs.shape[:-3], -1, n), runs)
-    if block_type in ("Q5_0", "Q5_1"):
-        dst[:, 4] = _spread_bits(fields[1][:, 0])
-    elif block_type == "Q5_K":
-        _transpose_bits(fields[1], 1)
-        dst[:, 32:40] = fields[1]
-    elif block_type == "Q6_K":
-        two = fields[1].reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
+    left = dst
+    if layout.bits >= 4:
+        nibbles, left = np.split(left, [layout.block // 8], 1)
+        runs = _nibble_runs(block_type, nibbles)
+        _to_nibbles(fields.pop(0).reshape(*runs.shape[:-3], -1, n), runs)
+    if layout.bits in (2, 3, 6):
+        two_bits, left = np.split(left, [16], 1)
+        two = fields.pop(0).reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
         _transpose_bits(two, 2)
-        dst[:, 32:48].reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
-    if layout.block == 256:
-        dst[:, layout.words - fields[-1].shape[1] :] = fields[-1]
+        two_bits.reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
+    if layout.bits in (3, 5):
+        one_bits, left = np.split(left, [layout.block // 32], 1)
+        one = fields.pop(0)
+        if layout.block == 32:
+            one = _spread_bits(one)
+        else:
+            _transpose_bits(one, 1)
+        one_bits[:] = one
+    if fields:
+        left[:] = fields[0]
     return out
 
 
@@ -174,23 +181,28 @@ def unpack(block_type: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray
     if block_type == "Q8_0":
         fields = [src]
     else:
-        nibbles = 32 if layout.block == 256 else 4
-        runs = _nibble_runs(block_type, src[:, :nibbles])
-        low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
-        _from_nibbles(runs, low)
-        fields = [low.reshape(g, nibbles, n)]
-        if block_type in ("Q5_0", "Q5_1"):
-            fields.append(_gather_bits(src[:, 4:5]))
-        elif block_type == "Q5_K":
-            fifth = src[:, 32:40].copy()
-            _transpose_bits(fifth, 1)
-            fields.append(fifth)
-        elif block_type == "Q6_K":
-            two = src[:, 32:48].reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
+        fields, left = [], src
+        if layout.bits >= 4:
+            nibbles, left = np.split(left, [layout.block // 8], 1)
+            runs = _nibble_runs(block_type, nibbles)
+            low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
+            _from_nibbles(runs, low)
+            fields.append(low.reshape(g, -1, n))
+        if layout.bits in (2, 3, 6):
+            two_bits, left = np.split(left, [16], 1)
+            two = two_bits.reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
             _transpose_bits(two, 2)
             fields.append(two.reshape(g, 16, n))
-        if layout.block == 256:
-            fields.append(src[:, sum(f.shape[1] for f in fields) :])
+        if layout.bits in (3, 5):
+            one_bits, left = np.split(left, [layout.block // 32], 1)
+            if layout.block == 32:
+                one = _gather_bits(one_bits)
+            else:
+                one = one_bits.copy()
+                _transpose_bits(one, 1)
+            fields.append(one)
+        if left.shape[1]:
+            fields.append(left)
     for (offset, length), field in zip(layout.word_fields, fields, strict=True):
         blocks[:, :, offset : offset + length].view("<u4")[:] = field.transpose(2, 0, 1)
     return blocks
@@ -234,6 +246,13 @@ def _float16(half: torch.Tensor) -> torch.Tensor:
     return half if half.dtype == torch.float16 else half.view(torch.float16)
 
 
+def _six_scales(scale: torch.Tensor) -> torch.Tensor:
+    """Q3_K scale words [G, 3, N] -> 6-bit scales int32 [G, 16, N]."""
+    first, second, high = scale.unbind(1)
+    low = (first, second, first >> 4, second >> 4)
+    return _items(torch.stack([(w & 0x0F0F0F0F) | ((high >> 2 * i) & 0x03030303) << 4 for i, w in enumerate(low)], 1), 8)
+
+
 def _split_scales(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """IQ4_XS: low bits, word [G, N], and high bits, int16 [G, N] -> 6-bit scales int32 [G, 8, N]."""
     g = torch.arange(8, dtype=torch.int32, device=low.device).view(1, 8, 1)
@@ -262,6 +281,10 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
             return (_level(q, layout.levels) * d.unsqueeze(1)).view(k, n)
         return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
+    if block_type == "Q3_K":
+        q = (_items(words[:, :16], 2) | (_items(words[:, 16:24], 1) << 2)) - 4  # [G, 256, N]
+        scale = (_six_scales(words[:, 24:]) - 32) * d.unsqueeze(1)  # [G, 16, N]
+        return (q.view(g, 16, 16, n) * scale.unsqueeze(2)).view(k, n)
     q = _items(words[:, :32], 4)  # [G, 256, N]
     if block_type == "Q6_K":
         q = (q | (_items(words[:, 32:48], 2) << 4)) - 32

@@ -20,6 +20,18 @@ def first_eighth(i: int, n: int) -> bool:
     return i < n // 8
 
 
+def first_sixteenth(i: int, n: int) -> bool:
+    return i < n // 16
+
+
+def first_two(i: int, n: int) -> bool:
+    return i < 2
+
+
+def each(i: int, n: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Mix:
     """Types of a file: of most matrices, of the embedding (and tied head), and of those that get more bits."""
@@ -27,11 +39,14 @@ class Mix:
     base: str
     file_type: str  # name in gguf.LlamaFileType
     embedding: str
-    promoted: tuple[tuple[str, Callable[[int, int], bool], str], ...] = ()  # (matrix, whether the i-th of n such, type)
+    promoted: tuple[tuple[str, Callable[[int, int], bool], str], ...] = ()  # (matrix, if the i-th of n such, type): the first that fits
 
 
 _K_M = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
+_Q3_K_M = (("attn_output", each, "Q4_K"), ("attn_v", first_two, "Q5_K"), ("attn_v", each, "Q4_K"), ("ffn_down", first_sixteenth, "Q5_K"),
+           ("ffn_down", each, "Q4_K"))  # fmt: skip
 MIXES = {
+    "q3_k_m": Mix("Q3_K", "MOSTLY_Q3_K_M", HEAD, _Q3_K_M),
     "q4_k_m": Mix("Q4_K", "MOSTLY_Q4_K_M", HEAD, _K_M),
     "q5_k_m": Mix("Q5_K", "MOSTLY_Q5_K_M", HEAD, _K_M),
     "q6_k": Mix("Q6_K", "MOSTLY_Q6_K", "Q6_K"),
@@ -42,7 +57,7 @@ MIXES = {
     "bf16": Mix("BF16", "MOSTLY_BF16", "BF16"),
     "f32": Mix("F32", "ALL_F32", "F32"),
 }
-SYNTHETIC = ("q4_k_m", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
+SYNTHETIC = ("q3_k_m", "q4_k_m", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
 
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -50,7 +65,7 @@ def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, s
     promoted: dict[str, str] = {}
     for stem, chosen, more in mix.promoted:
         like = [name for name in tensors if name.endswith(f".{stem}.weight")]
-        promoted |= {name: more for i, name in enumerate(like) if chosen(i, len(like))}
+        promoted = {name: more for i, name in enumerate(like) if chosen(i, len(like))} | promoted
     found = {}
     for name, shape in tensors.items():
         matrix = mix.embedding if name == EMBEDDING else promoted.get(name, mix.base)

@@ -223,7 +223,8 @@ def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
     return sum((i - centre) ** 2 for i in range(low, high + 1)) / (high + 1 - low)
 
 
-_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "split": (-32, 31)}  # lowest and highest in random blocks
+# Lowest and highest scale of a group in random blocks.
+_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "six": (-32, 31), "split": (-32, 31)}
 
 
 def _rms(layout: PackLayout) -> float:

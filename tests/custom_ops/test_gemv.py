@@ -93,7 +93,7 @@ def test_wrong_arguments_are_named() -> None:
             ((x[:, :, :19], words, halves, "Q4_K"), rf"{op}: x is torch.int32 \(1, 8, 19\)"),
             ((x, words.long(), halves, "Q4_K"), f"{op}: words is torch.int64"),
             ((x, words, halves[:, :1], "Q4_K"), rf"{op}: .* halves \(1, 1, 512\)"),
-            ((x, words, halves, "Q3_K"), f"{op}: no packed layout for block type Q3_K"),
+            ((x, words, halves, "IQ3_S"), f"{op}: no packed layout for block type IQ3_S"),
         ):
             with pytest.raises(ValueError, match=message):
                 getattr(kiln, op)(*arguments, *extra)

@@ -63,7 +63,7 @@ def test_wrong_arguments_are_named() -> None:
         ((x, words, halves.float(), "Q4_K"), "halves torch.float32"),
         ((x, words, halves, "Q5_K"), r"Q5_K words \(1, 35, 16\) .* expected \[G, 43, N\]"),
         ((x, words, halves[:, :1], "Q4_K"), r"halves \(1, 1, 16\)"),
-        ((x, words, halves, "Q3_K"), "no packed layout for block type Q3_K"),
+        ((x, words, halves, "IQ3_S"), "no packed layout for block type IQ3_S"),
         ((x, words.transpose(1, 2).contiguous().transpose(1, 2), halves, "Q4_K"), "words has strides"),
     ):
         with pytest.raises(ValueError, match=message):
