@@ -59,6 +59,7 @@ SCALES = {
     "k": "12 bytes: 6-bit scales and 6-bit minima of 8 groups",
     "int8": "16 signed bytes, one for 16 elements",
     "six": "12 bytes: scale + 32 of 6 bits, one for 16 elements",
+    "four": "16 bytes: 4-bit scale low, 4-bit minimum high, one for 16 elements",
     "split": "scale + 32 of 8 groups: 4 low bits in a word, nibble g, and 2 high bits in a half, bits 2g and 2g + 1",
 }
 LAYOUTS: dict[str, PackLayout] = {
@@ -70,6 +71,7 @@ LAYOUTS: dict[str, PackLayout] = {
         PackLayout("Q5_1", 7, 32, 5, (0, 2), ((8, 16), (4, 4)), 2),
         PackLayout("Q8_0", 8, 32, 8, (0,), ((2, 32),), 2),
         PackLayout("IQ4_NL", 20, 32, 4, (0,), ((2, 16),), 2, levels=IQ4_LEVELS),
+        PackLayout("Q2_K", 10, 256, 2, (80, 82), ((16, 64), (0, 16)), 2, "four", "Q4_0"),
         PackLayout("Q3_K", 11, 256, 3, (108,), ((32, 64), (0, 32), (96, 12)), 2, "six", "Q4_0"),
         PackLayout("Q4_K", 12, 256, 4, (0, 2), ((16, 128), (4, 12)), 2, "k", fallback="Q5_0"),
         PackLayout("Q5_K", 13, 256, 5, (0, 2), ((48, 128), (16, 32), (4, 12)), 2, "k", fallback="Q5_1"),

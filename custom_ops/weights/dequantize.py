@@ -141,7 +141,11 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
         offset = tl.load(halves + halves_stride + rows, mask).to(tl.float32)
     if BLOCK == 256:
         shift = 8 * (g % 4)
-        if MINIMUM:
+        if SCALES == "four":
+            s = tl.load(words + (8 * BITS + g // 2) * stride + rows, mask) >> (16 * (g % 2) + 8 * half)
+            scale *= (s & 15).to(tl.float32)
+            offset *= -((s >> 4) & 15).to(tl.float32)
+        elif MINIMUM:
             first = BLOCK // 8 + (8 if BITS == 5 else 0)
             s = tl.load(words + first * stride + rows, mask)
             m = tl.load(words + (first + 1) * stride + rows, mask)
@@ -192,8 +196,9 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
         low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK, LEVELS)
         scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM, SCALES)
         scale1 = scale0
-        if SCALES == "int8" or SCALES == "six":
-            scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM, SCALES)
+        offset1 = offset0
+        if SCALES == "int8" or SCALES == "six" or SCALES == "four":
+            scale1, offset1 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM, SCALES)
         for e in tl.static_range(32):
             low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))
             high = high0 if e < 8 else (high1 if e < 16 else (high2 if e < 24 else high3))
@@ -202,7 +207,7 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
             else:
                 q = (high >> (8 * (e % 4))) & MASK
             if MINIMUM:
-                value = q.to(tl.float32) * scale0 + offset0
+                value = q.to(tl.float32) * (scale0 if e < 16 else scale1) + (offset0 if e < 16 else offset1)
             else:  # rounded once, as the reference does
                 value = (q - zero_of(BITS, LEVELS)).to(tl.float32) * (scale0 if e < 16 else scale1)
             tl.store(out + (32 * i + e) * step, value.to(out.dtype.element_ty), mask)

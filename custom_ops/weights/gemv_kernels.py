@@ -125,6 +125,9 @@ def _scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: t
         minimum = scale
         if GROUPS > 2:
             minimum = ((found[AT + 1] >> low) & 0x0F0F0F0F) | (((upper >> 2) & 0x03030303) << 4)
+    elif SCALES == "four":
+        scale = found[AT]
+        minimum = found[AT + 1] if GROUPS > 2 else scale
     elif SCALES == "int8":
         scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
         minimum = scale
@@ -160,6 +163,9 @@ def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.c
         return _byte(scale, b), _byte(minimum, b)
     else:
         b = 2 * (i % 2) + part if GROUPS > 1 else 2 * (g % 2) + part
+        if SCALES == "four":
+            both = minimum if i >= 2 else scale
+            return _byte(both & 0x0F0F0F0F, b), _byte((both >> 4) & 0x0F0F0F0F, b)
         signed = _byte(minimum if i >= 2 else scale, b) - (32.0 if SCALES == "six" else 128.0)
         return signed, signed
 
@@ -215,7 +221,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     X: tl.constexpr = 8 * TERMS + 4
     x += token * (k // 32) * X
     acc = tl.zeros((LANES,), tl.float32)
-    PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" else 1
+    PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" or SCALES == "four" else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     words += rows
@@ -232,8 +238,8 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
     PAIRS: tl.constexpr = (GROUPS + 1) // 2  # a word has the scales of two groups, 16 elements each
-    SCALE_WORDS: tl.constexpr = (PAIRS if SCALES == "int8" else (PAIRS + 1 if SCALES == "six" else (3 if SCALES == "k" else
-                                 (1 if SCALES == "split" else 0))))
+    SCALE_WORDS: tl.constexpr = (PAIRS if SCALES == "int8" or SCALES == "four" else (PAIRS + 1 if SCALES == "six" else (3 if SCALES == "k"
+                                 else (1 if SCALES == "split" else 0))))
     HALF: tl.constexpr = GROUPS * EACH + SCALE_WORDS  # where the halves begin
     for i in tl.range(0, each):
         step = tl.minimum(begin + i, end - 1)

@@ -23,6 +23,7 @@ Words of a block, in order, and halves of a block:
 | Q5_1 | 4 nibble, 1 one-bit | d, m |
 | Q8_0 | 8 byte | d |
 | IQ4_NL | 4 nibble, each the number of one of 16 levels (`PackLayout.levels`) | d |
+| Q2_K | 16 two-bit, 4 scale (the 16 scale bytes as they are) | d, dmin |
 | Q3_K | 16 two-bit (group g: 2g, 2g + 1), 8 one-bit (one per group), 3 scale (the 12 scale bytes as they are) | d |
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
 | Q5_K | 32 nibble, 8 one-bit, 3 scale | d, dmin |
@@ -281,6 +282,10 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
             return (_level(q, layout.levels) * d.unsqueeze(1)).view(k, n)
         return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
+    if block_type == "Q2_K":
+        s, m = (_items(w & 0x0F0F0F0F, 8) for w in (words[:, 16:], words[:, 16:] >> 4))
+        scale, minimum = s * d.unsqueeze(1), m * halves[:, 1:].float()  # [G, 16, N]
+        return (_items(words[:, :16], 2).view(g, 16, 16, n) * scale.unsqueeze(2) - minimum.unsqueeze(2)).view(k, n)
     if block_type == "Q3_K":
         q = (_items(words[:, :16], 2) | (_items(words[:, 16:24], 1) << 2)) - 4  # [G, 256, N]
         scale = (_six_scales(words[:, 24:]) - 32) * d.unsqueeze(1)  # [G, 16, N]

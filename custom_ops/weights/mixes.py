@@ -45,7 +45,10 @@ class Mix:
 _K_M = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
 _Q3_K_M = (("attn_output", each, "Q4_K"), ("attn_v", first_two, "Q5_K"), ("attn_v", each, "Q4_K"), ("ffn_down", first_sixteenth, "Q5_K"),
            ("ffn_down", each, "Q4_K"))  # fmt: skip
+# attn_v of a model with 4 or more query heads for each KV head is Q4_K.
+_Q2_K = tuple((name, each, "Q3_K") for name in ("attn_v", "attn_output", "ffn_down"))
 MIXES = {
+    "q2_k": Mix("Q2_K", "MOSTLY_Q2_K", HEAD, _Q2_K),
     "q3_k_m": Mix("Q3_K", "MOSTLY_Q3_K_M", HEAD, _Q3_K_M),
     "q4_k_m": Mix("Q4_K", "MOSTLY_Q4_K_M", HEAD, _K_M),
     "q5_k_m": Mix("Q5_K", "MOSTLY_Q5_K_M", HEAD, _K_M),
@@ -57,7 +60,8 @@ MIXES = {
     "bf16": Mix("BF16", "MOSTLY_BF16", "BF16"),
     "f32": Mix("F32", "ALL_F32", "F32"),
 }
-SYNTHETIC = ("q3_k_m", "q4_k_m", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "q8_0", "f32")  # those of whose types `kiln synth` makes random blocks
+# `kiln synth` makes random blocks of their types.
+SYNTHETIC = ("q2_k", "q3_k_m", "q4_k_m", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "q8_0", "f32")
 
 
 def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

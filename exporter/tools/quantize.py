@@ -126,6 +126,20 @@ def _k_with_min(x: np.ndarray, top: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [d, dmin, *packed], q
 
 
+def _q2_k(x: np.ndarray) -> np.ndarray:
+    groups = x.reshape(-1, 16)
+    steps = (np.arange(16) * 0.1 - 0.5).astype(np.float32)
+    scale, minimum = (v.reshape(-1, 16) for v in _scale_and_min(groups, np.abs(groups), 3, steps))
+    largest, deepest = scale.max(1, keepdims=True), minimum.max(1, keepdims=True)
+    s = np.rint(scale * (15 * _inverse(largest))).clip(0, 15).astype(np.uint8)
+    m = np.rint(minimum * (15 * _inverse(deepest))).clip(0, 15).astype(np.uint8)
+    d, dmin = _halves(largest / 15), _halves(deepest / 15)
+    step = (d.view("<f2").astype(np.float32) * s)[..., None]
+    offset = (dmin.view("<f2").astype(np.float32) * m)[..., None]
+    q = np.rint((x.reshape(-1, 16, 16) + offset) * _inverse(step)).clip(0, 3).astype(np.uint8)
+    return np.concatenate([s | m << 4, _two_bits(q.reshape(-1, 2, 4, 32)), d, dmin], axis=1)
+
+
 def _runs(q: np.ndarray) -> np.ndarray:
     """[n, 8, 32] -> [n, 128]: group 2c low, group 2c + 1 high."""
     return ((q[:, 0::2] & 15) | (q[:, 1::2] << 4)).reshape(len(q), 128)
@@ -234,7 +248,7 @@ def _iq4_xs(x: np.ndarray) -> np.ndarray:
 
 
 _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 

@@ -224,7 +224,7 @@ def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
 
 
 # Lowest and highest scale of a group in random blocks.
-_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "six": (-32, 31), "split": (-32, 31)}
+_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "four": (8, 15), "six": (-32, 31), "split": (-32, 31)}
 
 
 def _rms(layout: PackLayout) -> float:
@@ -246,9 +246,13 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
     if layout.block == 32:
         d[field & 1 == 1] *= -1  # the integers have mean -1/2, levels another
     field[:] = d.astype(np.float16).view("<u2")
-    if layout.block == 256 and layout.minimum:
+    if layout.minimum and layout.block == 256:
         middle = np.float32((1 << layout.bits - 1) - 0.5)
-        blocks[:, 2:4].view("<u2")[:, 0] = (d * middle).astype(np.float16).view("<u2")
+        at = layout.half_fields[1]
+        blocks[:, at : at + 2].view("<u2")[:, 0] = (d * middle).astype(np.float16).view("<u2")
+    if layout.scales == "four":
+        blocks[:, :16] = (blocks[:, :16] & 15 | 8) * 17  # scales in 8 .. 15, the minima the same
+    if layout.scales == "k":
         blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - middle)
         blocks[:, 8:12] = blocks[:, 4:8]
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17

@@ -68,7 +68,7 @@ def test_row_chunks_and_strided_input(block_type: str) -> None:
     np.testing.assert_array_equal(unpack(block_type, words, halves), blocks[:, 2:5])
 
 
-@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K"])
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"])
 def test_word_order(block_type: str) -> None:
     """The documented place of every element, read back one by one in plain Python."""
     layout = LAYOUTS[block_type]
@@ -86,6 +86,9 @@ def test_word_order(block_type: str) -> None:
         group, i = divmod(e, 32)
         if block_type == "Q8_0":
             value = np.float32(np.uint8(byte(i // 4, i % 4)).view(np.int8)) * halves[0]
+        elif block_type == "Q2_K":
+            q, both = byte(2 * group + i // 16, i % 4) >> (2 * (i % 16 // 4)) & 3, byte(16 + e // 64, e // 16 % 4)
+            value = halves[0] * np.float32(both & 15) * np.float32(q) - halves[1] * np.float32(both >> 4)
         elif block_type == "Q3_K":
             q = byte(2 * group + i // 16, i % 4) >> (2 * (i % 16 // 4)) & 3 | (byte(16 + group, i % 4) >> (i // 4) & 1) << 2
             s = e // 16

@@ -147,7 +147,7 @@ def test_generated_tokenizer(tmp_path: Path, preset: str) -> None:
     ("arguments", "message"),
     [
         ({"preset": "gemma5"}, "unknown preset 'gemma5'; known: gemma4-31b"),
-        ({"mix": "q3_k"}, "unknown mix 'q3_k'; known: q3_k_m"),
+        ({"mix": "q3_k"}, "unknown mix 'q3_k'; known: q2_k, q3_k_m"),
         ({"layers": 7}, "preset tiny has 1 to 6 layers, 7 asked for"),
         ({"layers": 0}, "0 asked for"),
         ({"vocab_from": VOCAB}, "has a vocabulary of 262144 tokens, the preset needs 512"),
