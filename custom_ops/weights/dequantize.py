@@ -1,8 +1,10 @@
 """The Triton kernel that dequantizes packed weights (see `layouts`), all rows or some, and what it shares with the GEMV.
 
 A program works on ROWS neighbouring rows of the matrix [N, K], a lane on whole rows: loads are coalesced and no lane needs another's data.
-A block format is three constants: BITS of a quant, BLOCK elements (32 or 256), and MINIMUM, whether the format stores minima.
-A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - 2^(BITS - 1)) if there are no minima.
+A block format is five constants: BITS of a quant, BLOCK elements (32 or 256), MINIMUM, whether it stores minima, SCALES, what a group is
+scaled by (see `block_types.SCALES`), and LEVELS, a table.
+A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - 2^(BITS - 1)) if there are no minima. With LEVELS
+(see `format_constants`) the quant is a number of the table, and q is what stands there, a byte: the weight is scale * (q - 128).
 """
 
 from __future__ import annotations
@@ -10,15 +12,85 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kiln.custom_ops.gpu.early import INTERPRETED
+
 
 @triton.jit
-def unpack8(first, second, extra, j: tl.constexpr, BITS: tl.constexpr):
+def zero_of(BITS: tl.constexpr, LEVELS: tl.constexpr):
+    """The q of weight 0 in a format without minima."""
+    return 128 if LEVELS else 1 << (BITS - 1)
+
+
+@triton.jit
+def _four_levels(LEVELS: tl.constexpr, i: tl.constexpr):
+    """Word i of the table, int32."""
+    return tl.full([], (((LEVELS >> (32 * i)) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000, tl.int32)
+
+
+@triton.jit
+def _level(number, LEVELS: tl.constexpr):
+    """One byte of the table, by plain selections: for the interpreter."""
+    first = tl.where(number < 4, _four_levels(LEVELS, 0), _four_levels(LEVELS, 1))
+    last = tl.where(number < 12, _four_levels(LEVELS, 2), _four_levels(LEVELS, 3))
+    return (tl.where(number < 8, first, last) >> (8 * (number & 3))) & 255
+
+
+@triton.jit
+def levels8(word, LEVELS: tl.constexpr):
+    """The bytes of the table that the nibbles of a word are numbers of: those of the low nibbles, those of the high ones."""
+    if INTERPRETED:
+        low = word & 0
+        high = low
+        for b in tl.static_range(4):
+            low |= _level((word >> (8 * b)) & 15, LEVELS) << (8 * b)
+            high |= _level((word >> (8 * b + 4)) & 15, LEVELS) << (8 * b)
+        return low, high
+    # prmt takes 4 numbers below 8 at a time: once from each half of the table, then by bit 3, first for nibbles 0 .. 3, then for 4 .. 7.
+    # zero is 0, unknown to the assembler, which then keeps zero ^ constant in a register; a constant it would fetch again for every lookup.
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 number, half, a, b, c, zero, first, last;
+        mov.u32 zero, %lanemask_lt;
+        shr.u32 zero, zero, 31;
+        xor.b32 first, zero, $3;
+        xor.b32 last, zero, $5;
+        and.b32 number, $2, 0x77777777;
+        shr.b32 half, $2, 1;
+        and.b32 half, half, 0x44444444;
+        or.b32 half, half, 0x32103210;
+        prmt.b32 a, first, $4, number;
+        prmt.b32 b, last, $6, number;
+        prmt.b32 a, a, b, half;
+        shr.b32 number, number, 16;
+        shr.b32 half, half, 16;
+        prmt.b32 b, first, $4, number;
+        prmt.b32 c, last, $6, number;
+        prmt.b32 b, b, c, half;
+        prmt.b32 $0, a, b, 0x6420;
+        prmt.b32 $1, a, b, 0x7531; }""",
+        "=r,=r,r,r,r,r,r",
+        [word, _four_levels(LEVELS, 0), _four_levels(LEVELS, 1), _four_levels(LEVELS, 2), _four_levels(LEVELS, 3)],
+        dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def unpack8(first, second, extra, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of a group as two words of four quants, one per byte.
 
-    first, second: byte words 2j, 2j + 1 (BITS = 8), else nibble word j twice; extra: the fifth-bit word, or two-bit word j / 2.
+    first, second: byte words 2j, 2j + 1 (BITS = 8), else nibble word j twice, or two-bit word j / 2 (BITS < 4); extra: the one-bit word, or
+    two-bit word j / 2 above nibbles.
     """
     if BITS == 8:  # signed bytes + 128
         return first ^ -0x7F7F7F80, second ^ -0x7F7F7F80
+    if LEVELS:
+        return levels8(first, LEVELS)
+    if BITS < 4:
+        two = first >> (4 * (j % 2))
+        low = two & 0x03030303
+        high = (two >> 2) & 0x03030303
+        if BITS == 3:
+            low |= ((extra >> (2 * j)) & 0x01010101) << 2
+            high |= ((extra >> (2 * j + 1)) & 0x01010101) << 2
+        return low, high
     low = first & 0x0F0F0F0F
     high = (second >> 4) & 0x0F0F0F0F
     if BITS == 5:
@@ -32,31 +104,48 @@ def unpack8(first, second, extra, j: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def octet(words, stride, rows, mask, g, j: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def octet(words, stride, rows, mask, g, j: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
     """`unpack8` of group g of a block; `words` is the block's first word."""
     if BITS == 8:
         first = tl.load(words + (8 * g + 2 * j) * stride + rows, mask)
-        return unpack8(first, tl.load(words + (8 * g + 2 * j + 1) * stride + rows, mask), first, j, BITS)
-    word = tl.load(words + (4 * g + j) * stride + rows, mask)
+        return unpack8(first, tl.load(words + (8 * g + 2 * j + 1) * stride + rows, mask), first, j, BITS, LEVELS)
+    if BITS < 4:
+        word = tl.load(words + (2 * g + j // 2) * stride + rows, mask)
+    else:
+        word = tl.load(words + (4 * g + j) * stride + rows, mask)
     extra = word
+    if BITS == 3:
+        extra = tl.load(words + (BLOCK // 16 + g) * stride + rows, mask)
     if BITS == 5:
         extra = tl.load(words + (BLOCK // 8 + g) * stride + rows, mask)
     if BITS == 6:
         extra = tl.load(words + (BLOCK // 8 + 2 * g + j // 2) * stride + rows, mask)
-    return unpack8(word, word, extra, j, BITS)
+    return unpack8(word, word, extra, j, BITS, LEVELS)
+
+
+@triton.jit
+def float_half(half, SCALES: tl.constexpr):
+    """A half that is a float16 value, float32: of halves that are not all such it comes as an integer."""
+    if SCALES == "split":
+        half = half.to(tl.float16, bitcast=True)
+    return half.to(tl.float32)
 
 
 @triton.jit
 def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-           MINIMUM: tl.constexpr):
-    """(scale, offset) of group g, float32 [ROWS]; BITS = 6: of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
-    scale = tl.load(halves + rows, mask).to(tl.float32)
+                     MINIMUM: tl.constexpr, SCALES: tl.constexpr):
+    """(scale, offset) of group g, float32 [ROWS], or of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
+    scale = float_half(tl.load(halves + rows, mask), SCALES)
     offset = scale
     if MINIMUM:
         offset = tl.load(halves + halves_stride + rows, mask).to(tl.float32)
     if BLOCK == 256:
         shift = 8 * (g % 4)
-        if MINIMUM:
+        if SCALES == "four":
+            s = tl.load(words + (8 * BITS + g // 2) * stride + rows, mask) >> (16 * (g % 2) + 8 * half)
+            scale *= (s & 15).to(tl.float32)
+            offset *= -((s >> 4) & 15).to(tl.float32)
+        elif MINIMUM:
             first = BLOCK // 8 + (8 if BITS == 5 else 0)
             s = tl.load(words + first * stride + rows, mask)
             m = tl.load(words + (first + 1) * stride + rows, mask)
@@ -65,6 +154,15 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
             m = tl.where(g < 4, (m >> shift) & 63, ((upper >> 4) & 15) | (((m >> shift) >> 2) & 48))
             scale *= s.to(tl.float32)
             offset *= -m.to(tl.float32)
+        elif SCALES == "split":
+            s = tl.load(words + 8 * BITS * stride + rows, mask) >> (4 * g)
+            upper = tl.load(halves + halves_stride + rows, mask).to(tl.int32) >> (2 * g)
+            scale *= (((s & 15) | ((upper & 3) << 4)) - 32).to(tl.float32)
+        elif SCALES == "six":
+            b = 2 * (g % 2) + half
+            s = tl.load(words + (24 + g // 2 % 2) * stride + rows, mask) >> (4 * (g // 4) + 8 * b)
+            upper = tl.load(words + 26 * stride + rows, mask) >> (2 * (g // 2) + 8 * b)
+            scale *= (((s & 15) | ((upper & 3) << 4)) - 32).to(tl.float32)
         else:  # 16 signed bytes
             s = tl.load(words + (48 + g // 2) * stride + rows, mask)
             scale *= ((s << (24 - 16 * (g % 2) - 8 * half)) >> 24).to(tl.float32)
@@ -73,8 +171,8 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
 
 @triton.jit
 def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
-                    WORDS: tl.constexpr, HALVES: tl.constexpr, GATHER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-                    EVEN: tl.constexpr):
+                    WORDS: tl.constexpr, HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, GATHER: tl.constexpr,
+                    GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """The matrix transposed, out [k, n]; with GATHER its rows ids[0 .. n], out [n, k]. Grid (row blocks, groups of K / GROUPS)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = None if EVEN else rows < n
@@ -88,18 +186,19 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
     else:
         out += first.to(tl.int64) * 32 * n + rows
     step = 1 if GATHER else n
-    MASK: tl.constexpr = (1 << BITS) - 1
+    MASK: tl.constexpr = 255 if LEVELS else (1 << BITS) - 1
     for i in tl.static_range(GROUPS):
         g = first % (BLOCK // 32) + i
         # All loads before the first store: none can be moved over one.
-        low0, high0 = octet(words, stride, source, mask, g, 0, BITS, BLOCK)
-        low1, high1 = octet(words, stride, source, mask, g, 1, BITS, BLOCK)
-        low2, high2 = octet(words, stride, source, mask, g, 2, BITS, BLOCK)
-        low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK)
-        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM)
+        low0, high0 = octet(words, stride, source, mask, g, 0, BITS, BLOCK, LEVELS)
+        low1, high1 = octet(words, stride, source, mask, g, 1, BITS, BLOCK, LEVELS)
+        low2, high2 = octet(words, stride, source, mask, g, 2, BITS, BLOCK, LEVELS)
+        low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK, LEVELS)
+        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM, SCALES)
         scale1 = scale0
-        if BITS == 6:
-            scale1, _ = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM)
+        offset1 = offset0
+        if SCALES == "int8" or SCALES == "six" or SCALES == "four":
+            scale1, offset1 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 1, BITS, BLOCK, MINIMUM, SCALES)
         for e in tl.static_range(32):
             low = low0 if e < 8 else (low1 if e < 16 else (low2 if e < 24 else low3))
             high = high0 if e < 8 else (high1 if e < 16 else (high2 if e < 24 else high3))
@@ -108,7 +207,7 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
             else:
                 q = (high >> (8 * (e % 4))) & MASK
             if MINIMUM:
-                value = q.to(tl.float32) * scale0 + offset0
+                value = q.to(tl.float32) * (scale0 if e < 16 else scale1) + (offset0 if e < 16 else offset1)
             else:  # rounded once, as the reference does
-                value = (q - (1 << (BITS - 1))).to(tl.float32) * (scale0 if e < 16 else scale1)
+                value = (q - zero_of(BITS, LEVELS)).to(tl.float32) * (scale0 if e < 16 else scale1)
             tl.store(out + (32 * i + e) * step, value.to(out.dtype.element_ty), mask)

@@ -13,7 +13,7 @@ from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
 from kiln.custom_ops.weights.dequantize import kiln_dequantize
 from kiln.custom_ops.weights.layouts import dequantize
-from kiln.custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
 
 TOKENS = 32  # of a program of one warp; a lane takes one token and one group of 32 elements
 
@@ -55,11 +55,12 @@ def embedding_launch(tokens: int | torch.SymInt) -> dict[str, int | bool]:
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """One token and many, from a table of any block type."""
     integers = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
-    signature = {"words": "*i32", "halves": "*fp16", "ids": "*i64", "out": "*fp32", **integers}
+    signature = {"words": "*i32", "ids": "*i64", "out": "*fp32", **integers}
     cases = []
     for block_type in LAYOUTS:
+        types = signature | {"halves": halves_pointer(block_type)}
         for constants in (embedding_launch(1), embedding_launch(2)):
             name = f"kiln_dequantize {block_type} rows of {model.vocab}x{model.hidden}, {constants['ROWS']} at a time"
-            cases.append(KernelCase(name, kiln_dequantize, signature, format_constants(block_type) | constants, {"num_warps": 1},
+            cases.append(KernelCase(name, kiln_dequantize, types, format_constants(block_type) | constants, {"num_warps": 1},
                                     usual_targets(block_type), ("k", "stride", "halves_stride")))
     return cases

@@ -23,7 +23,7 @@ from kiln.custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targ
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.layouts import dequantize
-from kiln.custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
 
 MAX_SPLITS = 64
 MOST_SHARED_ROWS = 128  # 4 to a lane: of more, the compiler's layout would give a warp rows of another's share
@@ -221,7 +221,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
-    types = {"x": "*i32", "words": "*i32", "halves": "*fp16", "counters": "*i32", "splits": "i32", **integers}
+    types = {"x": "*i32", "words": "*i32", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for block_type in LAYOUTS:
         usual = block_type in USUAL_TYPES
@@ -235,7 +235,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
-                out = {"out": "*i32" if gated else "*fp32"}
+                out = {"halves": halves_pointer(block_type), "out": "*i32" if gated else "*fp32"}
                 case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
                                   usual_targets(block_type), tuple(integers))
                 cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)

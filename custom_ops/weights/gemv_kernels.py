@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.step.add_norm import load_root
-from kiln.custom_ops.weights.dequantize import unpack8
+from kiln.custom_ops.weights.dequantize import float_half, unpack8, zero_of
 from kiln.custom_ops.weights.fixed_point import store_fixed
 
 
@@ -51,7 +51,7 @@ def _group(x, TERMS: tl.constexpr):
 
 @triton.jit
 def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
-            MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+            SCALES: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
     """Everything of a row that step `step` needs: per group its quants, then the words of scales and the halves."""
     found = ()
     if BLOCK == 32:
@@ -69,19 +69,26 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
         first = step % STEPS * GROUPS
         words += block * WORDS * stride
         halves += block * HALVES * halves_stride
-        EXTRA: tl.constexpr = BITS - 4  # further words of a group
-        quants = words + first * (4 * stride)
-        extras = words + (32 + first * EXTRA) * stride
+        MAIN: tl.constexpr = 4 if BITS >= 4 else 2  # words of a group's nibbles, or of its two-bit quants
+        EXTRA: tl.constexpr = BITS - MAIN  # further words of a group
+        quants = words + first * (MAIN * stride)
+        extras = words + (8 * MAIN + first * EXTRA) * stride
         for i in tl.static_range(GROUPS):
-            for j in tl.static_range(4):
-                found = found + (tl.load(quants + (i * 4 + j) * stride, mask),)
+            for j in tl.static_range(MAIN):
+                found = found + (tl.load(quants + (i * MAIN + j) * stride, mask),)
             for j in tl.static_range(EXTRA):
                 found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
-        if MINIMUM:
+        if SCALES == "k":
             for j in tl.static_range(3):
-                found = found + (tl.load(words + (32 + 8 * EXTRA + j) * stride, mask),)
-        else:  # 16 signed bytes, two a group
-            scales = words + (48 + first // 2) * stride
+                found = found + (tl.load(words + (8 * BITS + j) * stride, mask),)
+        elif SCALES == "split":
+            found = found + (tl.load(words + 32 * stride, mask),)
+        elif SCALES == "six":
+            for j in tl.static_range((GROUPS + 1) // 2):
+                found = found + (tl.load(words + (24 + first // 2 % 2 + j) * stride, mask),)
+            found = found + (tl.load(words + 26 * stride, mask),)
+        else:  # 16 bytes, two a group
+            scales = words + (8 * BITS + first // 2) * stride
             for j in tl.static_range((GROUPS + 1) // 2):
                 found = found + (tl.load(scales + j * stride, mask),)
         for h in tl.static_range(HALVES):
@@ -96,18 +103,32 @@ def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.cons
 
 
 @triton.jit
-def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr):
+def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
     if BITS == 8:
-        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS)
-    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else 0)
-    return unpack8(found[at + j], found[at + j], found[at + EXTRA], j, BITS)
+        return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS, LEVELS)
+    MAIN: tl.constexpr = j if BITS >= 4 else j // 2
+    EXTRA: tl.constexpr = 4 if BITS == 5 else (4 + j // 2 if BITS == 6 else (2 if BITS == 3 else 0))
+    return unpack8(found[at + MAIN], found[at + MAIN], found[at + EXTRA], j, BITS, LEVELS)
 
 
 @triton.jit
-def _scale_words(found, first, AT: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
-    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, with MINIMUM, of minima."""
-    if not MINIMUM:
+def _scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, where there are such, of minima."""
+    if SCALES == "split":
+        scale = found[AT]
+        minimum = found[AT + 2].to(tl.int32)  # the second half
+    elif SCALES == "six":
+        upper = found[AT + (GROUPS + 1) // 2] >> (2 * (first // 2))
+        low = 4 * (first // 4)
+        scale = ((found[AT] >> low) & 0x0F0F0F0F) | ((upper & 0x03030303) << 4)
+        minimum = scale
+        if GROUPS > 2:
+            minimum = ((found[AT + 1] >> low) & 0x0F0F0F0F) | (((upper >> 2) & 0x03030303) << 4)
+    elif SCALES == "four":
+        scale = found[AT]
+        minimum = found[AT + 1] if GROUPS > 2 else scale
+    elif SCALES == "int8":
         scale = found[AT] ^ -0x7F7F7F80  # signed bytes + 128
         minimum = scale
         if GROUPS > 2:
@@ -132,14 +153,20 @@ def _byte(word, b):
 
 
 @triton.jit
-def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, MINIMUM: tl.constexpr, GROUPS: tl.constexpr):
-    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where there are no minima."""
-    if MINIMUM:
+def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+    """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where a scale is of 16 elements."""
+    if SCALES == "split":
+        signed = (((scale >> (4 * g)) & 15 | ((minimum >> (2 * g)) & 3) << 4) - 32).to(tl.float32)
+        return signed, signed
+    elif SCALES == "k":
         b = i if GROUPS == 4 else g % 4
         return _byte(scale, b), _byte(minimum, b)
     else:
         b = 2 * (i % 2) + part if GROUPS > 1 else 2 * (g % 2) + part
-        signed = _byte(minimum if i >= 2 else scale, b) - 128.0
+        if SCALES == "four":
+            both = minimum if i >= 2 else scale
+            return _byte(both & 0x0F0F0F0F, b), _byte((both >> 4) & 0x0F0F0F0F, b)
+        signed = _byte(minimum if i >= 2 else scale, b) - (32.0 if SCALES == "six" else 128.0)
         return signed, signed
 
 
@@ -176,9 +203,10 @@ def gelu_tanh(x):
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
-              HALVES: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
-              EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr,
-              PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
+              HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
+              GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+              REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
+              SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
     x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
@@ -200,7 +228,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     X: tl.constexpr = 8 * TERMS + 4
     x += token * (k // 32) * X
     acc = tl.zeros((LANES,), tl.float32)
-    PARTS: tl.constexpr = 2 if BITS == 6 else 1
+    PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" or SCALES == "four" else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
     steps = k // (32 * GROUPS)
     words += rows
@@ -210,22 +238,24 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     if SHARES > 1:
         begin += _warp(lanes, ROWS) * each
     end = tl.minimum(begin + each, steps)
-    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
     if COUNT > 0:
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
-    SCALES: tl.constexpr = 0 if BLOCK == 32 else (3 if MINIMUM else (GROUPS + 1) // 2)
-    HALF: tl.constexpr = GROUPS * EACH + SCALES  # where the halves begin
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2  # a word has the scales of two groups, 16 elements each
+    SCALE_WORDS: tl.constexpr = (PAIRS if SCALES == "int8" or SCALES == "four" else (PAIRS + 1 if SCALES == "six" else (3 if SCALES == "k"
+                                 else (1 if SCALES == "split" else 0))))
+    HALF: tl.constexpr = GROUPS * EACH + SCALE_WORDS  # where the halves begin
     for i in tl.range(0, each):
         step = tl.minimum(begin + i, end - 1)
         following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
-        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, MINIMUM, WORDS, HALVES, GROUPS)
+        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
         before = acc
         if BLOCK == 256:
             first = step % STEPS * GROUPS if STEPS > 1 else 0
-            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, MINIMUM, GROUPS)
+            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, SCALES, GROUPS)
             scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
             minima = tl.zeros((LANES,), tl.float32)
         for g in tl.static_range(GROUPS):
@@ -236,7 +266,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 c1 = tl.zeros((LANES,), tl.int32)
                 c2 = tl.zeros((LANES,), tl.int32)
                 for o in tl.static_range(4 // PARTS):
-                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS)
+                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS, LEVELS)
                     c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
                     if TERMS > 1:
                         c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
@@ -251,9 +281,9 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 dot *= values[8 * TERMS]
                 total = values[8 * TERMS + (3 if PARTS == 1 else 1 + part)]
                 if not MINIMUM:  # a quant stands for itself less half its range
-                    dot -= total * (1 << (BITS - 1))
+                    dot -= total * zero_of(BITS, LEVELS)
                 if BLOCK == 256:
-                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, MINIMUM, GROUPS)
+                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, SCALES, GROUPS)
                     scaled += scale * dot
                     if MINIMUM:
                         minima += minimum * total
@@ -262,7 +292,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                     if MINIMUM:
                         acc += now[HALF + g * HALVES + 1].to(tl.float32) * total
         if BLOCK == 256:
-            acc += now[HALF].to(tl.float32) * scaled
+            acc += float_half(now[HALF], SCALES) * scaled
             if MINIMUM:
                 acc -= now[HALF + 1].to(tl.float32) * minima
         acc = tl.where(begin + i < end, acc, before)  # the last shares may have less to do

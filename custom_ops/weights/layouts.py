@@ -1,4 +1,4 @@
-"""Packed weight layouts: how the blocks of a GGUF matrix [N, K] become int32 words [G, W, N] and float16 halves [G, H, N].
+"""Packed weight layouts: how the blocks of a GGUF matrix [N, K] become int32 words [G, W, N] and 16-bit halves [G, H, N].
 
 G = K / block elements. A block keeps its bytes, 4 * W + 2 * H of them; only their order changes. N is innermost.
 
@@ -6,10 +6,12 @@ A group is 32 consecutive elements y[32g] .. y[32g + 31] of a block, in dequanti
 
 - nibble words, 4 per group: word j holds elements 8j .. 8j + 7; element 8j + b (b < 4) in the low nibble of byte b, element 8j + 4 + b
   in its high nibble. `word & 0x0F0F0F0F` and `(word >> 4) & 0x0F0F0F0F` are each four neighbouring elements, one per byte.
-- fifth-bit word, 1 per group: byte b, bit t (t = 0 .. 7) is the fifth bit of element 4t + b.
-- two-bit words, 2 per group: word h covers elements 16h .. 16h + 15; byte b, bits 2t .. 2t + 1 (t = 0 .. 3) are the upper two bits of
-  element 16h + 4t + b.
+- one-bit word, 1 per group: byte b, bit t (t = 0 .. 7) is the highest bit of element 4t + b.
+- two-bit words, 2 per group: word h covers elements 16h .. 16h + 15; byte b, bits 2t .. 2t + 1 (t = 0 .. 3) are two bits of element
+  16h + 4t + b: above its nibble, else its lowest.
 - byte words (Q8_0), 8 per group: word i holds elements 4i .. 4i + 3, signed bytes.
+
+Halves are float16, or int16 of the same bits where not all of them are float16 values (`PackLayout.byte_fields`).
 
 Words of a block, in order, and halves of a block:
 
@@ -17,12 +19,16 @@ Words of a block, in order, and halves of a block:
 |---|---|---|
 | Q4_0 | 4 nibble | d |
 | Q4_1 | 4 nibble | d, m |
-| Q5_0 | 4 nibble, 1 fifth-bit | d |
-| Q5_1 | 4 nibble, 1 fifth-bit | d, m |
+| Q5_0 | 4 nibble, 1 one-bit | d |
+| Q5_1 | 4 nibble, 1 one-bit | d, m |
 | Q8_0 | 8 byte | d |
+| IQ4_NL | 4 nibble, each the number of one of 16 levels (`PackLayout.levels`) | d |
+| Q2_K | 16 two-bit, 4 scale (the 16 scale bytes as they are) | d, dmin |
+| Q3_K | 16 two-bit (group g: 2g, 2g + 1), 8 one-bit (one per group), 3 scale (the 12 scale bytes as they are) | d |
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
-| Q5_K | 32 nibble, 8 fifth-bit (one per group), 3 scale | d, dmin |
-| Q6_K | 32 nibble, 16 two-bit (group g: 2g, 2g + 1), 4 scale (16 int8 as they are) | d |
+| Q5_K | 32 nibble, 8 one-bit, 3 scale | d, dmin |
+| Q6_K | 32 nibble, 16 two-bit, 4 scale (16 int8 as they are) | d |
+| IQ4_XS | 32 nibble, each the number of one of 16 levels, 1 scale (the 4 bytes scales_l as they are) | d, scales_h |
 """
 
 from __future__ import annotations
@@ -67,7 +73,7 @@ def _nibble_runs(block_type: str, words: np.ndarray) -> np.ndarray:
         return words.reshape(g, 4, 2, 4, n)
     if block_type == "Q6_K":  # 2 halves of 2 runs: run r has group r low, group r + 2 high
         return words.reshape(g, 2, 2, 2, 4, n).swapaxes(2, 3)
-    return words.reshape(g, 1, 2, 2, n)  # 16 bytes: first half of the group low, second half high
+    return words.reshape(g, -1, 2, 2, n)  # runs of 16 bytes, one a group: first half of the group low, second half high
 
 
 def _transpose_bits(x: np.ndarray, width: int) -> None:
@@ -89,7 +95,7 @@ def _transpose_bits(x: np.ndarray, width: int) -> None:
 
 
 def _spread_bits(x: np.ndarray) -> np.ndarray:
-    """Bit 4t + b -> bit 8b + t of every word (a 32-bit field of fifth bits -> the fifth-bit word)."""
+    """Bit 4t + b -> bit 8b + t of every word (a 32-bit field of fifth bits -> the one-bit word)."""
     out = np.zeros_like(x)
     for t in range(8):
         out |= ((((x >> (4 * t)) & 15) * np.uint32(0x00204081)) & np.uint32(0x01010101)) << t
@@ -112,7 +118,7 @@ def _check(block_type: str) -> PackLayout:
 
 
 def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [N, G, block bytes] -> (words int32 [G, W, N], halves float16 [G, H, N]).
+    """GGUF blocks uint8 [N, G, block bytes] -> (words int32 [G, W, N], halves [G, H, N]).
 
     The last axis of `blocks` must be contiguous. `out` takes the results instead of new arrays; packing rows n0:n1 into
     `(words[:, :, n0:n1], halves[:, :, n0:n1])` chunk by chunk gives the whole, whatever the chunks. Chunks of a few hundred rows and about
@@ -123,10 +129,13 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
     if size != layout.block_bytes:
         raise ValueError(f"{block_type} blocks have {layout.block_bytes} bytes, got {size}")
     if out is None:
-        out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), np.float16)
+        out = np.empty((g, layout.words, n), np.int32), np.empty((g, layout.halves, n), layout.halves_dtype)
     words, halves = out
+    bits = halves.view(np.uint16)
     for h, offset in enumerate(layout.half_fields):
-        halves.view(np.uint16)[:, h] = blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0].T
+        bits[:, h] = blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0].T
+    for h, (first, second) in enumerate(layout.byte_fields, len(layout.half_fields)):
+        bits[:, h] = blocks[:, :, first].T | blocks[:, :, second].T.astype(np.uint16) << 8
 
     dst = words.view(np.uint32)
     fields = [  # [G, words, N]; always a copy, because fields are transformed in place
@@ -135,52 +144,66 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
     if block_type == "Q8_0":
         dst[:] = fields[0]
         return out
-    nibbles = 32 if layout.block == 256 else 4
-    runs = _nibble_runs(block_type, dst[:, :nibbles])
-    _to_nibbles(fields[0].reshape(*runs.shape[:-3], -1, n), runs)
-    if block_type in ("Q5_0", "Q5_1"):
-        dst[:, 4] = _spread_bits(fields[1][:, 0])
-    elif block_type == "Q5_K":
-        _transpose_bits(fields[1], 1)
-        dst[:, 32:40] = fields[1]
-    elif block_type == "Q6_K":
-        two = fields[1].reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
+    left = dst
+    if layout.bits >= 4:
+        nibbles, left = np.split(left, [layout.block // 8], 1)
+        runs = _nibble_runs(block_type, nibbles)
+        _to_nibbles(fields.pop(0).reshape(*runs.shape[:-3], -1, n), runs)
+    if layout.bits in (2, 3, 6):
+        two_bits, left = np.split(left, [16], 1)
+        two = fields.pop(0).reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
         _transpose_bits(two, 2)
-        dst[:, 32:48].reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
-    if layout.block == 256:
-        dst[:, nibbles + (0 if block_type == "Q4_K" else fields[1].shape[1]) :] = fields[-1]
+        two_bits.reshape(g, 2, 4, 2, n)[:] = two.swapaxes(2, 3)
+    if layout.bits in (3, 5):
+        one_bits, left = np.split(left, [layout.block // 32], 1)
+        one = fields.pop(0)
+        if layout.block == 32:
+            one = _spread_bits(one)
+        else:
+            _transpose_bits(one, 1)
+        one_bits[:] = one
+    if fields:
+        left[:] = fields[0]
     return out
 
 
 def unpack(block_type: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """(words int32 [G, W, N], halves float16 [G, H, N]) -> the GGUF blocks, uint8 [N, G, block bytes]: the inverse of `pack`."""
+    """(words int32 [G, W, N], halves [G, H, N]) -> the GGUF blocks, uint8 [N, G, block bytes]: the inverse of `pack`."""
     layout = _check(block_type)
     g, _, n = words.shape
     src = np.ascontiguousarray(words).view(np.uint32)
     blocks = np.empty((n, g, layout.block_bytes), np.uint8)
     for h, offset in enumerate(layout.half_fields):
         blocks[:, :, offset : offset + 2].view("<u2")[:, :, 0] = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
+    for h, (first, second) in enumerate(layout.byte_fields, len(layout.half_fields)):
+        pair = np.ascontiguousarray(halves[:, h]).view(np.uint16).T
+        blocks[:, :, first], blocks[:, :, second] = pair & 255, pair >> 8
 
     if block_type == "Q8_0":
         fields = [src]
     else:
-        nibbles = 32 if layout.block == 256 else 4
-        runs = _nibble_runs(block_type, src[:, :nibbles])
-        low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
-        _from_nibbles(runs, low)
-        fields = [low.reshape(g, nibbles, n)]
-        if block_type in ("Q5_0", "Q5_1"):
-            fields.append(_gather_bits(src[:, 4:5]))
-        elif block_type == "Q5_K":
-            fifth = src[:, 32:40].copy()
-            _transpose_bits(fifth, 1)
-            fields.append(fifth)
-        elif block_type == "Q6_K":
-            two = src[:, 32:48].reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
+        fields, left = [], src
+        if layout.bits >= 4:
+            nibbles, left = np.split(left, [layout.block // 8], 1)
+            runs = _nibble_runs(block_type, nibbles)
+            low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
+            _from_nibbles(runs, low)
+            fields.append(low.reshape(g, -1, n))
+        if layout.bits in (2, 3, 6):
+            two_bits, left = np.split(left, [16], 1)
+            two = two_bits.reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
             _transpose_bits(two, 2)
             fields.append(two.reshape(g, 16, n))
-        if layout.block == 256:
-            fields.append(src[:, sum(f.shape[1] for f in fields) :])
+        if layout.bits in (3, 5):
+            one_bits, left = np.split(left, [layout.block // 32], 1)
+            if layout.block == 32:
+                one = _gather_bits(one_bits)
+            else:
+                one = one_bits.copy()
+                _transpose_bits(one, 1)
+            fields.append(one)
+        if left.shape[1]:
+            fields.append(left)
     for (offset, length), field in zip(layout.word_fields, fields, strict=True):
         blocks[:, :, offset : offset + length].view("<u4")[:] = field.transpose(2, 0, 1)
     return blocks
@@ -204,6 +227,14 @@ def _signed(byte: torch.Tensor) -> torch.Tensor:
     return (byte ^ 128) - 128
 
 
+def _level(q: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """levels[q], int32. A chain of selections, for a table would become a constant of an exported program."""
+    found = torch.full_like(q, levels[0])
+    for i, level in enumerate(levels[1:], 1):
+        found = torch.where(q == i, level, found)
+    return found
+
+
 def _k_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q4_K / Q5_K scale words [G, 3, N] -> 6-bit scales and minima, each int32 [G, 8, N]."""
     s, m, high = scale.unbind(1)
@@ -212,15 +243,33 @@ def _k_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _items(s, 8), _items(m, 8)
 
 
+def _float16(half: torch.Tensor) -> torch.Tensor:
+    return half if half.dtype == torch.float16 else half.view(torch.float16)
+
+
+def _six_scales(scale: torch.Tensor) -> torch.Tensor:
+    """Q3_K scale words [G, 3, N] -> 6-bit scales int32 [G, 16, N]."""
+    first, second, high = scale.unbind(1)
+    low = (first, second, first >> 4, second >> 4)
+    return _items(torch.stack([(w & 0x0F0F0F0F) | ((high >> 2 * i) & 0x03030303) << 4 for i, w in enumerate(low)], 1), 8)
+
+
+def _split_scales(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """IQ4_XS: low bits, word [G, N], and high bits, int16 [G, N] -> 6-bit scales int32 [G, 8, N]."""
+    g = torch.arange(8, dtype=torch.int32, device=low.device).view(1, 8, 1)
+    low = torch.bitwise_right_shift(low.unsqueeze(1), 4 * g) & 15
+    return low | (torch.bitwise_right_shift(high.unsqueeze(1).int(), 2 * g) & 3) << 4
+
+
 def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
-    """words int32 [G, W, N], halves float16 [G, H, N] -> the matrix transposed, float32 [K, N].
+    """words int32 [G, W, N], halves [G, H, N] -> the matrix transposed, float32 [K, N].
 
     Bit-equal to GGML's dequantization. N may be any subset of rows, taken along the last axis of both.
     """
     layout = _check(block_type)
     g, _, n = words.shape
     k = g * layout.block
-    d = halves[:, 0].float()  # [G, N]
+    d = _float16(halves[:, 0]).float()  # [G, N]
     if block_type == "Q8_0":
         return (_signed(_items(words, 8)) * d.unsqueeze(1)).view(k, n)
     if layout.block == 32:
@@ -229,13 +278,26 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
             q = q | (_items(words[:, 4:], 1) << 4)
         if layout.minimum:
             return (q * d.unsqueeze(1) + halves[:, 1:].float()).view(k, n)
+        if layout.levels:
+            return (_level(q, layout.levels) * d.unsqueeze(1)).view(k, n)
         return ((q - (1 << layout.bits - 1)) * d.unsqueeze(1)).view(k, n)
 
+    if block_type == "Q2_K":
+        s, m = (_items(w & 0x0F0F0F0F, 8) for w in (words[:, 16:], words[:, 16:] >> 4))
+        scale, minimum = s * d.unsqueeze(1), m * halves[:, 1:].float()  # [G, 16, N]
+        return (_items(words[:, :16], 2).view(g, 16, 16, n) * scale.unsqueeze(2) - minimum.unsqueeze(2)).view(k, n)
+    if block_type == "Q3_K":
+        q = (_items(words[:, :16], 2) | (_items(words[:, 16:24], 1) << 2)) - 4  # [G, 256, N]
+        scale = (_six_scales(words[:, 24:]) - 32) * d.unsqueeze(1)  # [G, 16, N]
+        return (q.view(g, 16, 16, n) * scale.unsqueeze(2)).view(k, n)
     q = _items(words[:, :32], 4)  # [G, 256, N]
     if block_type == "Q6_K":
         q = (q | (_items(words[:, 32:48], 2) << 4)) - 32
         scale = _signed(_items(words[:, 48:], 8)) * d.unsqueeze(1)  # [G, 16, N]
         return (q.view(g, 16, 16, n) * scale.unsqueeze(2)).view(k, n)
+    if block_type == "IQ4_XS":
+        scale = (_split_scales(words[:, 32], halves[:, 1]) - 32) * d.unsqueeze(1)  # [G, 8, N]
+        return (_level(q, layout.levels).view(g, 8, 32, n) * scale.unsqueeze(2)).view(k, n)
     if block_type == "Q5_K":
         q = q | (_items(words[:, 32:40], 1) << 4)
     s, m = _k_scales(words[:, layout.words - 3 :])

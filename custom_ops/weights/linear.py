@@ -20,7 +20,7 @@ from kiln.custom_ops.weights.dequantize import kiln_dequantize
 from kiln.custom_ops.weights.fixed_point import TERMS
 from kiln.custom_ops.weights.gemv import COUNTERS, fix, multiply
 from kiln.custom_ops.weights.layouts import dequantize
-from kiln.custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
 
 MAX_GEMV_TOKENS = 8  # beyond, reading the weight once for all tokens pays for the scratch
 MAX_SCRATCH_BYTES = 256 * MIB  # of dequantized weight; a larger matrix is done in chunks along N
@@ -102,19 +102,19 @@ def flops(tokens: int, n: int, k: int) -> int:
     return 2 * tokens * n * k
 
 
-_PACKED = {"words": "*i32", "halves": "*fp16"}
 _INTEGERS = {"n": "i32", "k": "i32", "stride": "i32", "halves_stride": "i32"}
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """Every distinct compilation that bfloat16 decoding and prefill of the model need, of any block type."""
     cases: dict[tuple, KernelCase] = {}
-    dequantize_types = {**_PACKED, "ids": "*bf16", "out": "*bf16", **_INTEGERS}
+    dequantize_types = {"words": "*i32", "ids": "*bf16", "out": "*bf16", **_INTEGERS}
     for block_type in LAYOUTS:
+        types = dequantize_types | {"halves": halves_pointer(block_type)}
         for m in model.matrices():
             k, rows = m.k, chunk_rows(m.n, m.k, 2)
             dense = format_constants(block_type) | dequantize_launch(block_type, rows)
-            case = KernelCase(f"kiln_dequantize {block_type} {rows}x{k}", kiln_dequantize, dequantize_types, dense, {"num_warps": 1},
+            case = KernelCase(f"kiln_dequantize {block_type} {rows}x{k}", kiln_dequantize, types, dense, {"num_warps": 1},
                               usual_targets(block_type), tuple(_INTEGERS))
             cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
     return list(cases.values())

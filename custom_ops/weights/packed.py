@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from kiln.custom_ops.dtypes import DTYPES
 from kiln.custom_ops.weights.block_types import LAYOUTS
 
 
-def format_constants(block_type: str) -> dict[str, int | bool]:
-    """The constants of a block format that every kernel over packed weights takes."""
+def format_constants(block_type: str) -> dict[str, int | bool | str]:
+    """The constants of a block format that every kernel over packed weights takes.
+
+    LEVELS: the levels of the 16 quants, + 128, a byte each from the lowest on, as one number; 0 without.
+    """
     layout = LAYOUTS[block_type]
-    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves}
+    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves,
+            "SCALES": layout.scales,
+            "LEVELS": sum((level + 128) << (8 * i) for i, level in enumerate(layout.levels))}
+
+
+def halves_pointer(block_type: str) -> str:
+    """The type of halves in a kernel's signature."""
+    return "*i16" if LAYOUTS[block_type].halves_dtype == "int16" else "*fp16"
 
 
 def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> None:
@@ -18,8 +29,9 @@ def check_weight(op: str, words: torch.Tensor, halves: torch.Tensor, block_type:
     if block_type not in LAYOUTS:
         raise ValueError(f"{op}: no packed layout for block type {block_type}; known: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[block_type]
-    if words.dtype != torch.int32 or halves.dtype != torch.float16 or words.dim() != 3:
-        raise ValueError(f"{op}: words is {words.dtype} {tuple(words.shape)}, halves {halves.dtype}; expected int32 [G, W, N] and float16")
+    half = DTYPES[layout.halves_dtype].torch
+    if words.dtype != torch.int32 or halves.dtype != half or words.dim() != 3:
+        raise ValueError(f"{op}: words is {words.dtype} {tuple(words.shape)}, halves {halves.dtype}; expected int32 [G, W, N] and {half}")
     blocks, _, rows = words.shape
     if words.shape[1] != layout.words or halves.shape != (blocks, layout.halves, rows):
         expected = f"[G, {layout.words}, N] and [G, {layout.halves}, N]"

@@ -19,7 +19,7 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.layouts import pack
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import replacing
-from kiln.exporter.source.finite import bad_position, bad_row, describe
+from kiln.exporter.source.finite import bad_halves, bad_position, bad_row, describe
 from kiln.exporter.source.gguf import GGUFFile
 from kiln.exporter.source.plan import ModelPlan
 from kiln.exporter.source.weights import ConstantSpec, WeightPlan, constants, derived_specs, plan_constants, vector
@@ -59,7 +59,7 @@ def _packed_slabs(gguf: GGUFFile, plan: WeightPlan, halves: np.ndarray, pool: Th
             for g0 in range(first, last, inner):
                 g1 = min(g0 + inner, last)
                 pack(plan.block_type, blocks[start:stop, g0:g1], out=(words[g0 - first : g1 - first, :, at], halves[g0:g1, :, at]))
-                if check and bad_position("F16", halves[g0:g1, :, at]):
+                if check and bad_halves(plan.block_type, halves[g0:g1, :, at]):
                     bad = bad_row(plan.block_type, blocks[start:stop].reshape(stop - start, -1))
                     raise KilnError(describe(gguf, name, start + (bad or 0)))
             row_bytes = groups * layout.block_bytes
@@ -90,7 +90,7 @@ def _pieces(plan: ModelPlan, pool: ThreadPoolExecutor, check: bool) -> Iterator[
     for p in plan.weights:
         first, *second = plan_constants(p)
         if p.block_type in LAYOUTS:
-            halves = np.empty(second[0].shape, np.float16)
+            halves = np.empty(second[0].shape, second[0].dtype)
             for words in _packed_slabs(gguf, p, halves, pool, check):
                 yield first, words
             yield second[0], halves

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
-from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from kiln.exporter.errors import KilnError
@@ -38,7 +38,7 @@ class Matrix(nn.Module):
             layout = LAYOUTS[plan.block_type]
             groups = plan.K // layout.block
             self.words = _constant(groups, layout.words, plan.N, dtype=torch.int32)
-            self.halves = _constant(groups, layout.halves, plan.N, dtype=torch.float16)
+            self.halves = _constant(groups, layout.halves, plan.N, dtype=DTYPES[layout.halves_dtype].torch)
         else:
             self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.block_type].torch)
 

@@ -27,6 +27,11 @@ def bad_position(block_type: str, values: np.ndarray) -> tuple[int, ...] | None:
     return tuple(int(i) for i in np.argwhere(bits == exponent)[0])
 
 
+def bad_halves(block_type: str, halves: np.ndarray) -> bool:
+    """Whether a scale among packed halves [G, H, N] of this block type is not finite."""
+    return bad_position("F16", halves[:, : len(LAYOUTS[block_type].half_fields)]) is not None
+
+
 def bad_row(block_type: str, rows: np.ndarray) -> int | None:
     """The first row with a scale or value that is not finite: `rows` uint8 [n, row bytes] as in the file, `block_type` a loadable type."""
     if block_type in LAYOUTS:

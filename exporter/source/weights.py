@@ -91,7 +91,7 @@ def plan_constants(plan: WeightPlan) -> tuple[ConstantSpec, ...]:
         groups = plan.K // layout.block
         return (
             ConstantSpec(f"{plan.name}.words", "int32", (groups, layout.words, plan.N)),
-            ConstantSpec(f"{plan.name}.halves", "float16", (groups, layout.halves, plan.N)),
+            ConstantSpec(f"{plan.name}.halves", layout.halves_dtype, (groups, layout.halves, plan.N)),
         )
     shape = (plan.N, plan.K) if plan.K else (plan.N,)
     return (ConstantSpec(f"{plan.name}.weight", FLOATS[plan.block_type].name, shape),)

@@ -126,6 +126,20 @@ def _k_with_min(x: np.ndarray, top: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [d, dmin, *packed], q
 
 
+def _q2_k(x: np.ndarray) -> np.ndarray:
+    groups = x.reshape(-1, 16)
+    steps = (np.arange(16) * 0.1 - 0.5).astype(np.float32)
+    scale, minimum = (v.reshape(-1, 16) for v in _scale_and_min(groups, np.abs(groups), 3, steps))
+    largest, deepest = scale.max(1, keepdims=True), minimum.max(1, keepdims=True)
+    s = np.rint(scale * (15 * _inverse(largest))).clip(0, 15).astype(np.uint8)
+    m = np.rint(minimum * (15 * _inverse(deepest))).clip(0, 15).astype(np.uint8)
+    d, dmin = _halves(largest / 15), _halves(deepest / 15)
+    step = (d.view("<f2").astype(np.float32) * s)[..., None]
+    offset = (dmin.view("<f2").astype(np.float32) * m)[..., None]
+    q = np.rint((x.reshape(-1, 16, 16) + offset) * _inverse(step)).clip(0, 3).astype(np.uint8)
+    return np.concatenate([s | m << 4, _two_bits(q.reshape(-1, 2, 4, 32)), d, dmin], axis=1)
+
+
 def _runs(q: np.ndarray) -> np.ndarray:
     """[n, 8, 32] -> [n, 128]: group 2c low, group 2c + 1 high."""
     return ((q[:, 0::2] & 15) | (q[:, 1::2] << 4)).reshape(len(q), 128)
@@ -142,34 +156,100 @@ def _q5_k(x: np.ndarray) -> np.ndarray:
     return np.concatenate([*fields, fifth, _runs(q)], axis=1)
 
 
-def _q6_k(x: np.ndarray) -> np.ndarray:
-    groups = x.reshape(-1, 16)
+def _quarters(x: np.ndarray) -> np.ndarray:
+    """Two-bit integers [.., 4, k] -> bytes [.., k], the first lowest."""
+    return x[..., 0, :] | (x[..., 1, :] << 2) | (x[..., 2, :] << 4) | (x[..., 3, :] << 6)
+
+
+def _two_bits(q: np.ndarray) -> np.ndarray:
+    """[n, 2, 4, 32] -> [n, 64]: byte 32 h + e has element e of the four groups of half h."""
+    return _quarters(q).reshape(-1, 64)
+
+
+def _signed_scale(groups: np.ndarray, half: int) -> np.ndarray:
+    """Scale [n, 1] of x ~ s q, q in -half .. half - 1, of least squared error weighted by x^2."""
     extreme = _extreme(groups)
     weight = np.square(groups)
     best, best_scale = np.full_like(extreme, -1), np.zeros_like(extreme)
     for step in (0, *range(-9, 0), *range(1, 10)):
-        q = np.rint(groups * (np.float32(-(32 + 0.1 * step)) * _inverse(extreme))).clip(-32, 31)
+        q = np.rint(groups * (np.float32(-(half + 0.1 * step)) * _inverse(extreme))).clip(-half, half - 1)
         wq = weight * q
         sum_qx, sum_qq = (wq * groups).sum(1, keepdims=True), (wq * q).sum(1, keepdims=True)
         scale = sum_qx * _inverse(sum_qq)
         gain = scale * sum_qx  # how much this scale takes off the squared error
         better = gain > best
         best, best_scale = np.where(better, gain, best), np.where(better, scale, best_scale)
-    scale = best_scale.reshape(-1, 16)
+    return best_scale
+
+
+def _k_signed(x: np.ndarray, half: int, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[n, 256] -> d, the scales -top .. top - 1 of 16 elements each, int8 [n, 16], and integers 0 .. 2 half - 1, [n, 2, 4, 32]."""
+    scale = _signed_scale(x.reshape(-1, 16), half).reshape(-1, 16)
     largest = _extreme(scale)
     largest = np.where(np.abs(largest) < _TINY, 0, largest)
-    s = np.rint(scale * (-128 * _inverse(largest))).clip(-128, 127).astype(np.int8)
-    d = _halves(largest / -128)
+    s = np.rint(scale * (-top * _inverse(largest))).clip(-top, top - 1).astype(np.int8)
+    d = _halves(largest / -top)
     step = (d.view("<f2").astype(np.float32) * s)[..., None]
-    q = (np.rint(x.reshape(-1, 16, 16) * _inverse(step)).clip(-32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)  # half, quarter
+    q = (np.rint(x.reshape(-1, 16, 16) * _inverse(step)).clip(-half, half - 1) + half).astype(np.uint8)
+    return d, s, q.reshape(-1, 2, 4, 32)
+
+
+def _q6_k(x: np.ndarray) -> np.ndarray:
+    d, s, q = _k_signed(x, 32, 128)
     low = (q[:, :, :2] & 15) | (q[:, :, 2:] << 4)
-    high = q >> 4
-    high = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
-    return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), s.view(np.uint8), d], axis=1)
+    return np.concatenate([low.reshape(-1, 128), _two_bits(q >> 4), s.view(np.uint8), d], axis=1)
+
+
+def _q3_k(x: np.ndarray) -> np.ndarray:
+    d, s, q = _k_signed(x, 4, 32)
+    third = np.packbits((q >> 2).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)  # bit g of byte l is group g's element l
+    six = (s + 32).astype(np.uint8)
+    low = (six[:, :8] & 15) | (six[:, 8:] & 15) << 4
+    return np.concatenate([third, _two_bits(q & 3), low, _quarters(six.reshape(-1, 4, 4) >> 4), d], axis=1)
+
+
+def _nearest_level(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Index of the level nearest to each x; halfway between two it is the lower one."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, x, side="left").astype(np.uint8)
+
+
+def _level_scale(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """[n, 32] -> the scale [n, 1] of least squared error weighted by x^2, by llama-quantize's search: the extreme value near either end."""
+    weight, extreme = np.square(x), _extreme(x)
+    extreme = np.where(np.abs(extreme) < _TINY, 0, extreme)
+    best, best_scale = np.full_like(extreme, -1), np.zeros_like(extreme)
+    for end in (-levels[0], *(levels[0] + np.arange(-7, 8, dtype=np.float32))):
+        value = levels[_nearest_level(x * (end * _inverse(extreme)), levels)]
+        sum_qx, sum_qq = (weight * value * x).sum(1, keepdims=True), (weight * np.square(value)).sum(1, keepdims=True)
+        scale = sum_qx * _inverse(sum_qq)
+        better = scale * sum_qx > best
+        best, best_scale = np.where(better, scale * sum_qx, best), np.where(better, scale, best_scale)
+    return np.where(extreme != 0, best_scale, 0)
+
+
+def _iq4_nl(x: np.ndarray) -> np.ndarray:
+    levels = np.array(LAYOUTS["IQ4_NL"].levels, np.float32)
+    d = _level_scale(x, levels)
+    return np.concatenate([_halves(d), _nibbles(_nearest_level(x * _inverse(d), levels))], axis=1)
+
+
+def _iq4_xs(x: np.ndarray) -> np.ndarray:
+    levels = np.array(LAYOUTS["IQ4_XS"].levels, np.float32)
+    groups = x.reshape(-1, 32)
+    scale = _level_scale(groups, levels).reshape(-1, 8)
+    d = _halves(_extreme(scale) / -32)
+    step = d.view("<f2").astype(np.float32)
+    s = np.rint(scale * _inverse(step)).clip(-32, 31)
+    q = _nibbles(_nearest_level(groups * _inverse((step * s).reshape(-1, 1)), levels)).reshape(-1, 128)
+    s = (s + 32).astype(np.uint16)
+    high = ((s >> 4) << np.arange(0, 16, 2, dtype=np.uint16)).sum(1, dtype=np.uint16, keepdims=True)
+    low = ((s[:, 0::2] & 15) | (s[:, 1::2] & 15) << 4).astype(np.uint8)
+    return np.concatenate([d, high.astype("<u2").view(np.uint8), low, q], axis=1)
 
 
 _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 
 

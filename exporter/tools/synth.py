@@ -209,13 +209,17 @@ def _mean_square(low: int, high: int, centre: float = 0.0) -> float:
     return sum((i - centre) ** 2 for i in range(low, high + 1)) / (high + 1 - low)
 
 
+# Lowest and highest scale of a group in random blocks.
+_GROUP_SCALES = {"half": (1, 1), "k": (32, 63), "int8": (-128, 127), "four": (8, 15), "six": (-32, 31), "split": (-32, 31)}
+
+
 def _rms(layout: PackLayout) -> float:
     """Root mean square of a random block's weights at scale 1, as `_fill_blocks` makes them."""
     half = 1 << layout.bits - 1
     quants = _mean_square(0, 2 * half - 1, half - 0.5) if layout.minimum else _mean_square(-half, half - 1)
-    if layout.block == 32:
-        return sqrt(quants)
-    return sqrt(quants * (_mean_square(32, 63) if layout.minimum else _mean_square(-128, 127)))  # times the scales of the groups
+    if layout.levels:
+        quants = sum(level**2 for level in layout.levels) / len(layout.levels)
+    return sqrt(quants * _mean_square(*_GROUP_SCALES[layout.scales]))
 
 
 def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
@@ -226,11 +230,16 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
     jitter = 1 - _JITTER + field * np.float32(2 * _JITTER / 65536)
     d = jitter * np.float32(std / (_rms(layout) * sqrt(1 + _JITTER**2 / 3)))
     if layout.block == 32:
-        d[field & 1 == 1] *= -1  # the integers have mean -1/2
+        d[field & 1 == 1] *= -1  # the integers have mean -1/2, levels another
     field[:] = d.astype(np.float16).view("<u2")
-    if block_type == "Q4_K":
-        blocks[:, 2:4].view("<u2")[:, 0] = (d * np.float32(7.5)).astype(np.float16).view("<u2")
-        blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - 7.5)
+    if layout.minimum and layout.block == 256:
+        middle = np.float32((1 << layout.bits - 1) - 0.5)
+        at = layout.half_fields[1]
+        blocks[:, at : at + 2].view("<u2")[:, 0] = (d * middle).astype(np.float16).view("<u2")
+    if layout.scales == "four":
+        blocks[:, :16] = (blocks[:, :16] & 15 | 8) * 17  # scales in 8 .. 15, the minima the same
+    if layout.scales == "k":
+        blocks[:, 4:8] |= 0xA0  # 6-bit scales in 32 .. 63; the minima are the same, so every group is d * scale * (q - middle)
         blocks[:, 8:12] = blocks[:, 4:8]
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
 

@@ -93,7 +93,7 @@ def test_wrong_arguments_are_named() -> None:
             ((x[:, :, :19], words, halves, "Q4_K"), rf"{op}: x is torch.int32 \(1, 8, 19\)"),
             ((x, words.long(), halves, "Q4_K"), f"{op}: words is torch.int64"),
             ((x, words, halves[:, :1], "Q4_K"), rf"{op}: .* halves \(1, 1, 512\)"),
-            ((x, words, halves, "Q3_K"), f"{op}: no packed layout for block type Q3_K"),
+            ((x, words, halves, "IQ3_S"), f"{op}: no packed layout for block type IQ3_S"),
         ):
             with pytest.raises(ValueError, match=message):
                 getattr(kiln, op)(*arguments, *extra)
@@ -245,7 +245,9 @@ def interpreted_several_tokens(block_type: str, monkeypatch) -> None:
     assert relative_error(y, x, matrix) < LOSS[2] and not zeros.any()
 
 
-@pytest.mark.parametrize("block_type, groups", [("Q4_K", 1), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 2), ("Q6_K", 4), ("Q5_1", 1), ("Q8_0", 4)])
+@pytest.mark.parametrize("block_type, groups",
+                         [("Q4_K", 1), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 2), ("Q6_K", 4), ("Q5_1", 1), ("Q8_0", 4),
+                         ("IQ4_XS", 4), ("Q3_K", 4), ("Q2_K", 4)])  # fmt: skip
 def interpreted_groups(block_type: str, groups: int, monkeypatch) -> None:
     """However many groups a lane takes at a time: 4 of a block of 256 are half of it."""
     words, halves, matrix = random_weight(block_type, 64, 256)

@@ -9,6 +9,7 @@ import torch
 
 from kiln.custom_ops import ops  # noqa: F401
 from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.bench.cases import packed
 from kiln.custom_ops.geometry import EXACT_WINDOW, GEMMA4_12B, GEMMA4_31B, MEASURED, Heads
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.step import add_norm
@@ -224,13 +225,10 @@ def float32_limit(block_type: str) -> float:
 @pytest.mark.parametrize("block_type", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantized_linear(block_type, dtype):
-    layout = LAYOUTS[block_type]
     g = torch.Generator("cuda").manual_seed(1)
     names = ("attn_qkv", "attn_output", "ffn_down")
     for n, k in [(m.n, m.k) for m in GEMMA4_31B.matrices() if m.name in names] + [(300, 512)]:
-        blocks = k // layout.block
-        words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
-        halves = torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
+        words, halves = packed(block_type, n, k, g)
         weight = dequantize(block_type, words, halves)
         for target in ("sm_90", "sm_120") if n > 8192 else ("sm_90",):
             for tokens in (1, 3, 33):
@@ -262,13 +260,6 @@ def test_matmul(dtype, transposed):
             assert torch.equal(rows[-1], rows[0][:tokens]), (n, k, tokens)
 
 
-def random_packed(block_type, n, k, g):
-    layout = LAYOUTS[block_type]
-    blocks = k // layout.block
-    words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device="cuda").to(torch.int32)
-    return words, torch.rand(blocks, layout.halves, n, generator=g, device="cuda").mul_(1e-2).to(torch.float16)
-
-
 def product(x, words, halves, block_type, rows=8192):
     """float64, some rows at a time: the head would not fit."""
     parts = ((words[:, :, i : i + rows], halves[:, :, i : i + rows]) for i in range(0, words.shape[2], rows))
@@ -276,14 +267,14 @@ def product(x, words, halves, block_type, rows=8192):
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
-@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0"])
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"])
 def test_gemv(block_type, terms):
     """Every matrix of the 31B, each end, against the activations as they are in fixed point; repeats are the same bits."""
     g = torch.Generator("cuda").manual_seed(3)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cuda")
     *layers, head = [(m.n, m.k) for m in GEMMA4_31B.matrices()]
     for n, k in [*layers, (300, 512)] + [head] * (block_type == "Q6_K"):
-        words, halves = random_packed(block_type, n, k, g)
+        words, halves = packed(block_type, n, k, g)
         x = torch.randn(1, k, generator=g, device="cuda")
         fixed = kiln.fixed_point(x, terms)
         assert relative(fixed_point.dequantize(fixed), x.double()) < {1: 1e-2, 2: 4e-5, 3: 2e-7}[terms]
@@ -421,9 +412,7 @@ def test_tq4_prefill_in_pieces(sm, dim, dtype, model):
 
 @pytest.mark.parametrize("block_type", list(LAYOUTS))
 def test_quantized_embedding(block_type):
-    layout = LAYOUTS[block_type]
-    words = torch.randint(-(1 << 31), 1 << 31, (4, layout.words, 1000), device="cuda").to(torch.int32)
-    halves = torch.rand(4, layout.halves, 1000, device="cuda").to(torch.float16)
+    words, halves = packed(block_type, 1000, 4 * LAYOUTS[block_type].block, torch.Generator("cuda").manual_seed(1))
     ids = torch.randint(0, 1000, (37,), device="cuda")
     assert torch.equal(kiln.quantized_embedding(ids, words, halves, block_type), dequantize(block_type, words, halves).T[ids])
 

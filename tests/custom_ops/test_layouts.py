@@ -14,14 +14,15 @@ from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack, unpack
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TYPES = list(LAYOUTS)
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def random_blocks(block_type: str, n: int, g: int, seed: int = 0) -> np.ndarray:
     """Random bytes [n, g, block bytes] whose fp16 scales are finite."""
     layout = LAYOUTS[block_type]
     blocks = np.random.default_rng(seed).integers(0, 256, (n, g, layout.block_bytes), dtype=np.uint8)
-    scales = slice(208, 210) if block_type == "Q6_K" else slice(0, 2 * layout.halves)
-    blocks[:, :, scales] = (blocks[:, :, scales].view(np.uint16) & 0xBFFF).view(np.uint8)  # clears the top exponent bit: |scale| < 2
+    for at in layout.half_fields:
+        blocks[:, :, at + 1] &= 0xBF  # clears the top exponent bit: |scale| < 2
     return blocks
 
 
@@ -48,7 +49,7 @@ def test_random_blocks(block_type: str, n: int, g: int) -> None:
     words, halves = pack(block_type, blocks)
     layout = LAYOUTS[block_type]
     assert words.shape == (g, layout.words, n) and words.dtype == np.int32
-    assert halves.shape == (g, layout.halves, n) and halves.dtype == np.float16
+    assert halves.shape == (g, layout.halves, n) and halves.dtype == layout.halves_dtype
     np.testing.assert_array_equal(unpack(block_type, words, halves), blocks)
     got = dequantize(block_type, torch.from_numpy(words), torch.from_numpy(halves))
     assert got.shape == (g * layout.block, n) and got.dtype == torch.float32
@@ -67,13 +68,14 @@ def test_row_chunks_and_strided_input(block_type: str) -> None:
     np.testing.assert_array_equal(unpack(block_type, words, halves), blocks[:, 2:5])
 
 
-@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"])
 def test_word_order(block_type: str) -> None:
     """The documented place of every element, read back one by one in plain Python."""
     layout = LAYOUTS[block_type]
     blocks = random_blocks(block_type, 2, 1, seed=3)
     words, halves = pack(block_type, blocks)
-    words, halves = words[0, :, 1].view(np.uint32).tolist(), halves[0, :, 1].astype(np.float32)
+    raw = halves[0, :, 1].view(np.uint16)
+    words, halves = words[0, :, 1].view(np.uint32).tolist(), raw.view(np.float16).astype(np.float32)
 
     def byte(word: int, b: int) -> int:
         return words[word] >> (8 * b) & 255
@@ -84,6 +86,14 @@ def test_word_order(block_type: str) -> None:
         group, i = divmod(e, 32)
         if block_type == "Q8_0":
             value = np.float32(np.uint8(byte(i // 4, i % 4)).view(np.int8)) * halves[0]
+        elif block_type == "Q2_K":
+            q, both = byte(2 * group + i // 16, i % 4) >> (2 * (i % 16 // 4)) & 3, byte(16 + e // 64, e // 16 % 4)
+            value = halves[0] * np.float32(both & 15) * np.float32(q) - halves[1] * np.float32(both >> 4)
+        elif block_type == "Q3_K":
+            q = byte(2 * group + i // 16, i % 4) >> (2 * (i % 16 // 4)) & 3 | (byte(16 + group, i % 4) >> (i // 4) & 1) << 2
+            s = e // 16
+            scale = byte(24 + s % 8 // 4, s % 4) >> 4 * (s // 8) & 15 | (byte(26, s % 4) >> 2 * (s // 4) & 3) << 4
+            value = halves[0] * np.float32(scale - 32) * np.float32(q - 4)
         else:
             q = byte(4 * group + i // 8, i % 4) >> (4 if i % 8 >= 4 else 0) & 15
             if block_type in ("Q5_1", "Q5_K"):
@@ -93,6 +103,11 @@ def test_word_order(block_type: str) -> None:
                 index = e // 16
                 scale = np.uint8(byte(48 + index // 4, index % 4)).view(np.int8)
                 value = halves[0] * np.float32(scale) * np.float32(q - 32)
+            elif block_type == "IQ4_NL":
+                value = halves[0] * np.float32(IQ4_LEVELS[q])
+            elif block_type == "IQ4_XS":
+                scale = byte(32, group // 2) >> 4 * (group % 2) & 15 | (int(raw[1]) >> 2 * group & 3) << 4
+                value = halves[0] * np.float32(scale - 32) * np.float32(IQ4_LEVELS[q])
             elif block_type == "Q4_0":
                 value = halves[0] * np.float32(q - 8)
             elif block_type == "Q5_1":
@@ -134,7 +149,7 @@ def test_exports_without_constants(block_type: str) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="IQ4_XS"):
-        pack("IQ4_XS", np.zeros((1, 1, 136), np.uint8))
+    with pytest.raises(ValueError, match="IQ3_S"):
+        pack("IQ3_S", np.zeros((1, 1, 110), np.uint8))
     with pytest.raises(ValueError, match="144 bytes, got 100"):
         pack("Q4_K", np.zeros((1, 1, 100), np.uint8))

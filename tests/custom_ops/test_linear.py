@@ -24,8 +24,8 @@ def random_weight(block_type: str, n: int, k: int, seed: int = 0) -> tuple[torch
     random = np.random.default_rng(seed)
     layout = LAYOUTS[block_type]
     blocks = random.integers(0, 256, (n, k // layout.block, layout.block_bytes), dtype=np.uint8)
-    scales = slice(208, 210) if block_type == "Q6_K" else slice(0, 2 * layout.halves)
-    blocks[:, :, scales] = random.normal(0, 0.02, (n, k // layout.block, layout.halves)).astype(np.float16).view(np.uint8)
+    for at in layout.half_fields:
+        blocks[:, :, at : at + 2] = random.normal(0, 0.02, (n, k // layout.block, 1)).astype(np.float16).view(np.uint8)
     matrix = gguf.quants.dequantize(blocks.reshape(n, -1), gguf.GGMLQuantizationType[block_type])
     words, halves = pack(block_type, blocks)
     return torch.from_numpy(words), torch.from_numpy(halves), matrix
@@ -63,7 +63,7 @@ def test_wrong_arguments_are_named() -> None:
         ((x, words, halves.float(), "Q4_K"), "halves torch.float32"),
         ((x, words, halves, "Q5_K"), r"Q5_K words \(1, 35, 16\) .* expected \[G, 43, N\]"),
         ((x, words, halves[:, :1], "Q4_K"), r"halves \(1, 1, 16\)"),
-        ((x, words, halves, "Q3_K"), "no packed layout for block type Q3_K"),
+        ((x, words, halves, "IQ3_S"), "no packed layout for block type IQ3_S"),
         ((x, words.transpose(1, 2).contiguous().transpose(1, 2), halves, "Q4_K"), "words has strides"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -112,7 +112,7 @@ def test_bytes_and_operations() -> None:
 # ---- under the interpreter ----
 
 
-@pytest.mark.parametrize("block_type,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2)])
+@pytest.mark.parametrize("block_type,k,tokens", [("Q4_K", 256, 1), ("Q8_0", 96, 3), ("Q5_1", 160, 2), ("Q6_K", 256, 2), ("IQ4_NL", 96, 1)])
 def interpreted_few_tokens(block_type: str, k: int, tokens: int) -> None:
     """In fixed point: also K that the usual number of groups at a time does not divide, and rows that no program's rows divide."""
     words, halves, matrix = random_weight(block_type, 70, k)

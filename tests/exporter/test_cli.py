@@ -79,8 +79,8 @@ class TestBadModelFiles:
     def test_unsupported_type(self, tmp_path, target):
         wide = FIXTURES / "gemma4-tiny-dense-wide-Q4_0.gguf"
         head = key("blk.1.ffn_up.weight") + struct.pack("<IQQ", 2, 256, 512)
-        path = edited(tmp_path, head + struct.pack("<I", 2), head + struct.pack("<I", 20), wide)  # Q4_0 -> IQ4_NL, of the same size
-        fails(tmp_path, "--gguf", path, "--target", target, match="IQ4_NL")
+        path = edited(tmp_path, head + struct.pack("<I", 2), head + struct.pack("<I", 40), wide)  # Q4_0 -> NVFP4, of the same size
+        fails(tmp_path, "--gguf", path, "--target", target, match="NVFP4")
 
     def test_wrong_shape(self, tmp_path, target):
         head = key("blk.1.ffn_up.weight")

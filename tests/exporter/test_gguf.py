@@ -230,7 +230,7 @@ def zeros(*shape: int) -> tuple[tuple[int, ...], str, np.ndarray]:
     return shape, "F32", np.zeros(shape, np.float32)
 
 
-IQ = ((512, 256), "IQ4_XS", np.zeros(512 * 136, np.uint8))
+IQ = ((512, 256), "IQ3_S", np.zeros(512 * 110, np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ IQ = ((512, 256), "IQ4_XS", np.zeros(512 * 136, np.uint8))
         (["rope_freqs.weight"], {}, r"tensor rope_freqs.weight is missing, expected with shape \[64\]"),
         (["blk.1.layer_output_scale.weight"], {}, "blk.1.layer_output_scale.weight is missing"),
         ([], {"blk.2.attn_q.weight": zeros(256, 256)}, r"blk.2.attn_q.weight has shape \[256, 256\], expected \[512, 256\]"),
-        ([], {"blk.1.ffn_gate.weight": IQ}, "tensor blk.1.ffn_gate.weight has the unsupported type IQ4_XS"),
+        ([], {"blk.1.ffn_gate.weight": IQ}, "tensor blk.1.ffn_gate.weight has the unsupported type IQ3_S"),
         ([], {"output_norm.weight": ((256,), "Q8_0", np.zeros(8 * 34, np.uint8))}, "output_norm.weight has the unsupported type Q8_0"),
     ],
 )

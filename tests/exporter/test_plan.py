@@ -241,17 +241,17 @@ def test_tensors_that_change_the_computation(tmp_path: Path, name: str) -> None:
 
 
 def test_every_problem_is_shown_and_the_rest_too(tmp_path: Path) -> None:
-    tensors = {f"blk.{i}.ffn_gate.weight": ((512, 256), "IQ4_XS", np.zeros(512 * 136, np.uint8)) for i in range(3)}
-    tensors |= {"blk.0.ffn_up.weight": ((512, 256), "Q3_K", np.zeros(512 * 110, np.uint8))}
+    tensors = {f"blk.{i}.ffn_gate.weight": ((512, 256), "IQ2_S", np.zeros(512 * 82, np.uint8)) for i in range(3)}
+    tensors |= {"blk.0.ffn_up.weight": ((512, 256), "IQ3_S", np.zeros(512 * 110, np.uint8))}
     tensors |= {"blk.1.attn_q.bias": ((256,), "F32", np.zeros(256, np.float32))}
     path = rewrite(tmp_path / "m.gguf", set_tensors=tensors, set_keys={"tokenizer.ggml.add_eos_token": (BOOL, True)})
     result = inspect(path)
     assert result.exit_code == 1
-    assert "gemma4-tiny-dense-wide (gemma4), 6 layers (4 sliding)" in result.stdout and "3 IQ4_XS" in result.stdout
+    assert "gemma4-tiny-dense-wide (gemma4), 6 layers (4 sliding)" in result.stdout and "3 IQ2_S" in result.stdout
     expected = (
-        "blk.0.ffn_gate.weight has the unsupported type IQ4_XS and 2 more of this type",
-        "download a Q4_K_M or Q4_0 file",
-        "blk.0.ffn_up.weight has the unsupported type Q3_K",
+        "blk.0.ffn_gate.weight has the unsupported type IQ2_S and 2 more of this type",
+        "without IQ2_S tensors",
+        "blk.0.ffn_up.weight has the unsupported type IQ3_S",
         "blk.1.attn_q.bias is not part",
         "add_eos_token is True",
     )

@@ -16,9 +16,10 @@ from kiln.exporter.tools.quantize import quantize, quantized_plan, to_float, wri
 from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from tests.gguf_files import rewrite
 
-TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K")
 # Largest relative error (root mean square) on normal values: a uniform quantizer of that many levels, and a little slack.
-BOUND = {"Q4_0": 0.090, "Q5_0": 0.045, "Q8_0": 0.006, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.020}
+BOUND = {"Q4_0": 0.090, "Q5_0": 0.045, "Q8_0": 0.006, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.020,
+         "IQ4_NL": 0.080, "IQ4_XS": 0.080, "Q3_K": 0.170, "Q2_K": 0.34}  # fmt: skip
 
 
 def values(rows: int = 24, columns: int = 1024, seed: int = 0) -> np.ndarray:
@@ -65,7 +66,7 @@ def test_search_beats_plain_rounding(block_type: str) -> None:
         assert (error < reference * 1.05).all()
 
 
-@pytest.mark.parametrize("block_type", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("block_type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_edges(block_type: str) -> None:
     """Zeros stay zeros, a constant and one-sided values are kept within a step, one outlier does not hurt its neighbours' groups."""
     x = np.zeros((6, 256), np.float32)
@@ -76,7 +77,7 @@ def test_edges(block_type: str) -> None:
     x[5] = np.random.default_rng(0).standard_normal(256) * 0.01
     x[5, 0] = 5
     y = restored(block_type, quantize(block_type, x))
-    levels = {"Q4_K": 15, "Q5_K": 31, "Q6_K": 32}[block_type]
+    levels = {"Q2_K": 3, "Q3_K": 4, "Q4_K": 15, "Q5_K": 31, "Q6_K": 32}[block_type]
     assert (y[0] == 0).all()
     assert np.abs(y[1:3] - x[1:3]).max() < 0.75 / levels
     assert np.abs(y[3:5] - x[3:5]).max() < 2 / levels
@@ -87,8 +88,8 @@ def test_edges(block_type: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(KilnError, match="no multiple of the 256 of a Q4_K block"):
         quantize("Q4_K", np.zeros((2, 320), np.float32))
-    with pytest.raises(KilnError, match="no quantizer for block type Q2_K"):
-        quantize("Q2_K", np.zeros((2, 256), np.float32))
+    with pytest.raises(KilnError, match="no quantizer for block type IQ3_S"):
+        quantize("IQ3_S", np.zeros((2, 256), np.float32))
     with pytest.raises(KilnError, match="not finite"):
         quantize("Q8_0", np.full((1, 32), np.nan, np.float32))
 
@@ -107,7 +108,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mix", ["q4_k_m", "q6_k", "q4_0", "q8_0"])
+@pytest.mark.parametrize("mix", ["q4_k_m", "q6_k", "q4_0", "q8_0", "iq4_nl", "iq4_xs", "q3_k_m", "q2_k"])
 def test_write_quantized(source: Path, tmp_path: Path, mix: str) -> None:
     """The types of the synthetic files (which equal llama-quantize's), the metadata kept, every value near its original."""
     out = tmp_path / "out.gguf"

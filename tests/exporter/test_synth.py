@@ -27,9 +27,12 @@ VOCAB = FIXTURES / "gemma4-vocab.gguf"
 @pytest.mark.parametrize(
     ("mix", "tally", "mib"),
     [
+        ("q3_k_m", {"F32": 422, "Q3_K": 240, "Q4_K": 165, "Q5_K": 5, "Q6_K": 1}, 14564),
         ("q4_k_m", {"F32": 422, "Q4_K": 355, "Q6_K": 56}, 17806),
         ("q6_k", {"F32": 422, "Q6_K": 411}, 24019),
         ("q4_0", {"F32": 422, "Q4_0": 410, "Q6_K": 1}, 16818),
+        ("iq4_nl", {"F32": 422, "IQ4_NL": 403, "Q5_K": 7, "Q6_K": 1}, 16915),
+        ("iq4_xs", {"F32": 422, "IQ4_XS": 403, "Q5_K": 7, "Q6_K": 1}, 16066),
         ("q8_0", {"F32": 422, "Q8_0": 411}, 31109),
         ("f32", {"F32": 833}, 117101),
     ],
@@ -145,7 +148,7 @@ def test_generated_tokenizer(tmp_path: Path, preset: str) -> None:
     ("arguments", "message"),
     [
         ({"preset": "gemma5"}, "unknown preset 'gemma5'; known: gemma4-31b"),
-        ({"mix": "q3_k"}, "unknown mix 'q3_k'; known: q4_k_m"),
+        ({"mix": "q3_k"}, "unknown mix 'q3_k'; known: q2_k, q3_k_m"),
         ({"layers": 7}, "preset tiny has 1 to 6 layers, 7 asked for"),
         ({"layers": 0}, "0 asked for"),
         ({"vocab_from": VOCAB}, "has a vocabulary of 262144 tokens, the preset needs 512"),
