@@ -16,6 +16,7 @@ MODULES = (
     "weights.linear",
     "weights.matmul",
     "weights.embedding",
+    "weights.pack_kernel",
     "step.sample",
     "attention.sliding_attention",
     "attention.sliding_decode",

@@ -113,6 +113,14 @@ def main() -> None:
 @click.option(
     "--head-budget-mib", type=click.IntRange(1), default=256, show_default=True, help="Largest piece of a dequantized matrix in memory."
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "gguf"]),
+    default="copy",
+    show_default=True,
+    help="copy: packed into the artifact; gguf: they stay in the file, which is named again when it is played, or another one like it.",
+)
+@click.option("--hash-weights", is_flag=True, help="With --weights gguf: the manifest gets a checksum of every tensor, for --verify.")
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
@@ -124,6 +132,8 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
+    if options["hash_weights"] and options["weights"] != "gguf":
+        raise click.UsageError("--hash-weights is of tensors that stay in the file; give --weights gguf with it")
     tq4 = bool(turboquant) or kv_cache == "tq4"
     if residual_length is not None:
         if not tq4:

@@ -87,13 +87,20 @@ def cache_specs(config: ModelConfig) -> tuple[CacheSpec, ...]:
     )
 
 
-def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
-    """Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths."""
-    bounds = {
-        name: float(np.abs(vector(gguf, name)).max(initial=0)) * math.sqrt(layer.head_dim)
+def key_factors(config: ModelConfig) -> dict[str, float]:
+    """What the largest weight of a norm of queries or keys is multiplied by, by tensor, to give a bound of them.
+
+    Queries, keys and values are normalized: what bounds them is the head size and the norms' weights. Rotation keeps lengths.
+    """
+    return {
+        name: math.sqrt(layer.head_dim)
         for layer in config.layers
         for name in (f"blk.{layer.index}.attn_q_norm.weight", f"blk.{layer.index}.attn_k_norm.weight")
     }
+
+
+def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
+    bounds = {name: float(np.abs(vector(gguf, name)).max(initial=0)) * factor for name, factor in key_factors(config).items()}
     largest = max(bounds, key=lambda name: bounds[name])
     return bounds[largest], largest
 

@@ -35,6 +35,11 @@ _NEUTRAL = {"add_space_prefix": False, "add_eos_token": False, "add_sep_token": 
             "add_mask_token": False, "add_padding_token": False, "add_unknown_token": False}  # fmt: skip
 
 
+def harmless_keys() -> list[str]:
+    """Patterns of metadata keys of a tokenizer that concern nothing, whatever they say."""
+    return [*(f"{PREFIX}{name}" for name in _HARMLESS), f"{PREFIX}*_token_id"]
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Texts and GGUF types by id, merges (left, right) in order of rank, and the ids with a meaning. `ends` stop a generation."""

@@ -12,11 +12,14 @@
 namespace kiln {
 
 struct LoadOptions {
+  // The GGUF file that the weights come from, or any part of a split one, where the artifact holds code only.
+  std::string weights;
   // "cpu", "cuda", "cuda:1"; "auto" is the first GPU when there is one and the artifact has a GPU target, else the CPU.
   std::string device = "auto";
-  bool verify = false;  // recompute every SHA-256 before anything is used
+  bool verify = false;  // recompute every SHA-256 before anything is used; of a GGUF file those that the artifact has
   int threads = 1;      // of verify
   std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far, from 0 to total
+  std::function<void(const std::string& line)> note;            // of what a user should know of a GGUF file that is otherwise in order
   // The process runs no GPU kernels but ours: its CUDA context may be as small as they allow.
   bool small_context = false;
 };
