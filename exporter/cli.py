@@ -188,11 +188,56 @@ def _is_artifact(path: Path) -> bool:
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
-    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
+    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run); or a model file: kiln run MODEL.gguf --prompt TEXT.
+
+    Code for a model file is compiled once and kept (kiln cache). Beside kiln-run's options: --max-seq-len N, --kv-cache f16|bf16|tq4 and
+    --target sm_NN say what is compiled, as in kiln export; --code DIR names what was compiled elsewhere.
+    """
     from exporter.measure.runner import runner
 
     binary = runner()
+    if arguments and not arguments[0].startswith("-") and (arguments[0].lower().endswith(".gguf") or Path(arguments[0]).is_file()):
+        from exporter.run_gguf import UsageError, command
+
+        try:
+            arguments = tuple(command(arguments))
+        except UsageError as e:
+            raise click.UsageError(str(e)) from e
+    sys.stderr.flush()
     os.execv(binary, [binary, *arguments])
+
+
+@main.group()
+def cache() -> None:
+    """Code that kiln run MODEL.gguf has compiled and kept."""
+
+
+@cache.command(name="list")
+def list_cache() -> None:
+    """Every model whose code is kept: its folder, size and age."""
+    import time
+
+    from exporter.cache import cache_root, entries, size
+    from exporter.progress import size_text
+
+    found = entries()
+    for path, manifest in found:
+        targets = ", ".join(t["target"] for t in manifest.get("targets", ())) or "of another version of Kiln"
+        days = (time.time() - path.stat().st_mtime) / 86400
+        context = f", context {manifest['max_seq_len']}, {manifest['kv_cache']}" if manifest else ""
+        click.echo(f"{path.name}  {size_text(size(path))}, {days:.0f} days, {targets}{context}")
+    click.echo(f"{len(found)} in {cache_root()}", err=True)
+
+
+@cache.command(name="clear")
+@click.argument("names", nargs=-1)
+def clear_cache(names: tuple[str, ...]) -> None:
+    """Remove the named folders of kiln cache list, or all of them."""
+    from exporter.cache import cache_root, clear
+    from exporter.progress import size_text
+
+    count, total = clear(names)
+    click.echo(f"{count} removed from {cache_root()}, {size_text(total)}", err=True)
 
 
 @main.command()

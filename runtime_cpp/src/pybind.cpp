@@ -139,6 +139,11 @@ PYBIND11_MODULE(kiln, m) {
       .def_property_readonly("vocab_size", &Model::vocab_size)
       .def_property_readonly("max_seq_len", [](const Model& model) { return model.artifact().max_seq_len; })
       .def_property_readonly("prefill_chunk", [](const Model& model) { return model.artifact().prefill_chunk; })
+      .def("weight_memory", [](const Model& model) {
+            py::dict out;
+            for (const auto& w : model.weight_memory()) out[w.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(w.data), w.bytes);
+            return out;
+          }, "For measurements: name -> (address on the device, bytes) of each constant.")
       .def("is_eog", &Model::is_eog, py::arg("token"))
       .def("encode_prompt", [](const Model& model, const std::string& text, bool raw) { return model.encode_prompt(text, raw); }, py::arg("text"),
            py::arg("raw") = false, "Token ids of one user turn in the chat template, or of BOS and the text.");

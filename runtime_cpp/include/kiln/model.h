@@ -39,6 +39,14 @@ class Model {
   int64_t vocab_size() const;  // of the logits
   bool is_eog(int64_t token) const;
 
+  // For measurements: where each constant lies on the device.
+  struct WeightMemory {
+    std::string name;
+    const void* data;
+    uint64_t bytes;
+  };
+  std::vector<WeightMemory> weight_memory() const;
+
   // `raw`: BOS and the text. Else one user turn in the chat template, when the artifact has one.
   std::vector<int64_t> encode_prompt(std::string_view text, bool raw = false) const;
 

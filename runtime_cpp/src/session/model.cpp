@@ -159,6 +159,12 @@ bool Model::is_eog(int64_t token) const {
   return spec && std::find(spec->eog.begin(), spec->eog.end(), token) != spec->eog.end();
 }
 
+std::vector<Model::WeightMemory> Model::weight_memory() const {
+  std::vector<WeightMemory> found;
+  for (const auto& [name, tensor] : impl_->constants) found.push_back({name, tensor.data(), tensor.bytes()});
+  return found;
+}
+
 std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {
   const auto& chat = impl_->artifact.chat;
   if (raw || !chat) return tokenizer().encode(text);
