@@ -191,8 +191,8 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
 
 
 def _write_constants(path: Path, spec: GraphSpec, options: ExportOptions, plan: ModelPlan) -> tuple[list[dict], dict | None]:
-    """The weights file, with the records of all constants; where weights stay in the GGUF file it holds what is computed from metadata alone,
-    and `weights.gguf` of the manifest comes with it."""
+    """The weights file, with the records of all constants; where weights stay in the GGUF file it holds what is computed from metadata
+    alone, and `weights.gguf` of the manifest comes with it."""
     if options.weights == "copy":
         with bar("packing weights") as progress:
             return write_weights(path, plan, progress, options.allow_nonfinite), None

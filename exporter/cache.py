@@ -1,7 +1,7 @@
 """Code packages that `kiln run MODEL.gguf` made: a folder of the user's, an artifact for each model, options and target.
 
-An entry's name ends with two keys: of the code (architecture, shapes, block types, options, target, this Kiln) and of what else the artifact
-has of its file (tokenizer, chat template, metadata). A file that differs in the second alone takes the code of an entry that is there.
+An entry's name ends with two keys: of the code (architecture, shapes, block types, options, target, this Kiln) and of what else the
+artifact has of its file (tokenizer, chat template, metadata). A file that differs in the second alone takes the code of an entry that is there.
 No torch here: a package that is there is played at once.
 """
 
@@ -80,7 +80,13 @@ def wanted(path: Path, options: CodeOptions) -> Wanted | None:
     weights = [asdict(p) for p in plan_weights(config, gguf)]
     code = _key({"config": shapes, "weights": weights, "options": asdict(options), "made by": _maker()})
     derived = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in derived_constants(config, gguf).items()}
-    file = _key({"metadata": _metadata_key(gguf), "derived": derived, "unused": sorted(set(gguf.tensors) - {s for w in weights for s in w["sources"]})})
+    file = _key(
+        {
+            "metadata": _metadata_key(gguf),
+            "derived": derived,
+            "unused": sorted(set(gguf.tensors) - {s for w in weights for s in w["sources"]}),
+        }
+    )
     title = re.sub(r"[^A-Za-z0-9.]+", "-", config.name).strip("-.") or "model"
     return Wanted(f"{short(title, 60)}-{options.target}", code, file)
 

@@ -1,7 +1,7 @@
 """The Triton kernel that packs blocks of a GGUF file into one plane (see `layouts`) while a model is loaded, whatever their type.
 
-It is given a type's `permutation` as a table, so one kernel for words and one for halves serve all types. The runner launches it behind each
-copy to the GPU; a copy is slower by far, so the kernel reads bytes where it might read words, and blocks may lie at any byte.
+It is given a type's `permutation` as a table, so one kernel for words and one for halves serve all types. The runner launches it behind
+each copy to the GPU; a copy is slower by far, so the kernel reads bytes where it might read words, and blocks may lie at any byte.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def kiln_pack_plane(raw, out, terms, counts, rows, row_bytes, block_bytes, n, un
 
 
 def table(plane: tuple[Unit, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernel reads: terms int32 [most terms, 3, units], which are offset, mask and the shift up modulo 32, with masks of 0 behind a
-    unit's own; and for each UNITS units the most terms of one of them."""
+    """What the kernel reads: terms int32 [most terms, 3, units], which are offset, mask and the shift up modulo 32, with masks of 0 behind
+    a unit's own; and for each UNITS units the most terms of one of them."""
     terms = np.zeros((max(map(len, plane)), 3, len(plane)), np.uint32)
     for u, unit in enumerate(plane):
         for i, term in enumerate(unit):

@@ -1,7 +1,7 @@
 """What `layouts.pack` does to the bits of a block, as data: found by packing blocks of a single bit, so it cannot differ from `pack`.
 
-Packing moves bits and computes nothing. So a word of a packed block is a few masked and shifted 32-bit pieces of the GGUF block, joined, and
-whoever has the pieces packs without knowing the type: the runner's loader on the CPU (`runtime_cpp/src/artifact/packing.h`), the kernel of
+Packing moves bits and computes nothing. So a word of a packed block is a few masked and shifted 32-bit pieces of the GGUF block, joined,
+and whoever has the pieces packs without knowing the type: the runner's loader on the CPU (`runtime_cpp/src/artifact/packing.h`), the kernel of
 `pack_kernel` on a GPU.
 """
 
@@ -54,7 +54,9 @@ def apply(plane: tuple[Unit, ...], blocks: np.ndarray, width: int) -> np.ndarray
     out = np.zeros((len(blocks), len(plane)), f"<u{width // 8}")
     for u, unit in enumerate(plane):
         for term in unit:
-            piece = np.ascontiguousarray(blocks[:, term.offset : term.offset + width // 8]).view(out.dtype)[:, 0].astype(np.uint64) & term.mask
+            piece = (
+                np.ascontiguousarray(blocks[:, term.offset : term.offset + width // 8]).view(out.dtype)[:, 0].astype(np.uint64) & term.mask
+            )
             out[:, u] |= (piece << max(term.shift, 0) >> max(-term.shift, 0)).astype(out.dtype)
     return out
 
@@ -71,7 +73,9 @@ def permutation(block_type: str) -> Permutation:
     trials[0] = 0
     for plane, want in zip(planes, _packed(block_type, trials), strict=True):
         if plane is None or not np.array_equal(apply(plane, trials, 8 * want.itemsize), want):
-            raise ValueError(f"packing a {block_type} block does more than move its bits: it cannot be packed from a GGUF file while it is loaded")
+            raise ValueError(
+                f"packing a {block_type} block does more than move its bits: it cannot be packed from a GGUF file while it is loaded"
+            )
     words, halves = (plane or () for plane in planes)
     return Permutation(block_type, words, halves)
 

@@ -1,4 +1,4 @@
-"""What an artifact without weights says of the GGUF file that they stay in: tensors, how they are packed, and what else the file must agree in.
+"""What an artifact without weights says of the GGUF file that they stay in: tensors, their packing, and what else must agree.
 
 Whatever a file of the same architecture, shapes and types may have otherwise than the one that was exported is refused by the runner, by
 name, unless it is of no concern: no difference is silent. `docs/ARTIFACT.md` is the format.
@@ -30,11 +30,13 @@ TOKENIZER = "tokenizer.ggml."
 
 def constant_records(plan: ModelPlan, limits: dict[str, float]) -> list[dict]:
     """The constants that are made of tensors, as in the manifest. limits: of the size of a vector's values, by tensor."""
-    return [
-        {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes,
-         "source": {"plane": plane, "tensors": list(p.sources)} | ({"limit": min(limit)} if (limit := [limits[s] for s in p.sources if s in limits]) else {})}
-        for p in plan.weights for spec, plane in zip(plan_constants(p), _planes(p), strict=True)
-    ]  # fmt: skip
+    records = []
+    for p in plan.weights:
+        found = [limits[source] for source in p.sources if source in limits]
+        for spec, plane in zip(plan_constants(p), _planes(p), strict=True):
+            source = {"plane": plane, "tensors": list(p.sources)} | ({"limit": min(found)} if found else {})
+            records.append({"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes, "source": source})
+    return records
 
 
 def _planes(p: WeightPlan) -> tuple[str, ...]:
@@ -79,7 +81,9 @@ def metadata_record(plan: ModelPlan) -> dict:
     watched = (own, TOKENIZER) if plan.tokenizer else (own,)
     baked = ("general.architecture", f"{TOKENIZER}suppress_tokens")  # in the code, tokenizer or not
     read = {key for key in metadata.consulted if key.startswith(watched) or key in baked}
-    free = [f"{prefix}*" for prefix in families()[plan.config.architecture]["harmless"]["prefixes"]] + (harmless_keys() if plan.tokenizer else [])
+    free = [f"{prefix}*" for prefix in families()[plan.config.architecture]["harmless"]["prefixes"]] + (
+        harmless_keys() if plan.tokenizer else []
+    )
     noted = [CHAT_TEMPLATE] if plan.tokenizer and CHAT_TEMPLATE in metadata.consulted else []
     return {
         "checked": [f"{prefix}*" for prefix in watched],
@@ -108,6 +112,6 @@ def _tensor_sha256(gguf: GGUFFile, name: str) -> str:
     data = gguf.data(name).reshape(-1)
     digest, step = hashlib.sha256(), 32 << 20
     for start in range(0, len(data), step):
-        digest.update(data[start : start + step])
+        digest.update(memoryview(data[start : start + step]))  # type: ignore[arg-type]  # an array is a buffer
         gguf.release(name, start, min(start + step, len(data)))
     return digest.hexdigest()

@@ -27,7 +27,9 @@ def rebind(code: Path, plan: ModelPlan, out: Path) -> None:
     records = constant_records(plan, limits)
     if records != made:
         other = next(((a, b) for a, b in zip(records, made, strict=False) if a != b), (None, None))
-        raise KilnError(f"{plan.gguf.path}: the code at {code} is of another model: {(other[0] or other[1] or {'name': 'a constant'})['name']} differs")
+        raise KilnError(
+            f"{plan.gguf.path}: the code at {code} is of another model: {(other[0] or other[1] or {'name': 'a constant'})['name']} differs"
+        )
     with staged(check_output(out)) as stage:
         for target in manifest["targets"]:
             _share(code / target["file"], stage / target["file"])

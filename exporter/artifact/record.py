@@ -94,8 +94,8 @@ def write_manifest(
     waits: tuple[str, ...] = (),
     gguf: dict | None = None,
 ) -> dict:
-    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before. `gguf`: of the
-    file that weights stay in (see `mapping`)."""
+    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before.
+    `gguf`: of the file that weights stay in (see `mapping`)."""
     kv = targets[0].entries[0].kv
     manifest = {
         "format": "kiln",

@@ -39,7 +39,7 @@ def compile_packing(target: str, work: Path) -> list[PackingKernel]:
         source = ASTSource(kiln_pack_plane, {name: types.get(name, "constexpr") for name in names}, CONSTANTS)
         with _compiling_in(work):
             compiled = triton.compile(source, target=GPUTarget("cuda", gpu_targets()[target].sm, 32), options={"num_warps": WARPS})
-        record = {"file": f"pack_{plane}.cubin", "kernel": compiled.metadata.name, "threads": 32 * WARPS, "shared": compiled.metadata.shared,
-                  "rows": ROWS, "units": UNITS}  # fmt: skip
+        record = {"file": f"pack_{plane}.cubin", "kernel": compiled.metadata.name, "threads": 32 * WARPS,
+                  "shared": compiled.metadata.shared, "rows": ROWS, "units": UNITS}  # fmt: skip
         found.append(PackingKernel(plane, compiled.asm["cubin"], record))
     return found

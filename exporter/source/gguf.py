@@ -102,7 +102,7 @@ class Metadata(Mapping[str, Any]):
         return None if value is None else value.count
 
     def raw(self, key: str) -> tuple[int, bytes]:
-        """The value type number and the value's encoding as it stands in the file (for an array: item type, count, items). Not consulted."""
+        """The value type number and the value's encoding as it stands in the file (for an array: item type, count, items)."""
         value = self._part.values[key]
         if value.count is None:
             return int(value.value_type), self._part.map[value.start : value.end]

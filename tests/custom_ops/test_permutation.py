@@ -58,7 +58,9 @@ def launch(block_type: str, n: int, groups: int, device: str) -> None:
     blocks = random_rows(block_type, n, groups)
     raw = torch.from_numpy(np.append(blocks.reshape(-1), np.full(OVERRUN, 255, np.uint8))).to(device)
     found = permutation(block_type)
-    for plane, want, units, bits in zip((found.words, found.halves), pack(block_type, blocks), (layout.words, layout.halves), (32, 16), strict=True):
+    for plane, want, units, bits in zip(
+        (found.words, found.halves), pack(block_type, blocks), (layout.words, layout.halves), (32, 16), strict=True
+    ):
         terms, counts = (torch.from_numpy(x).to(device) for x in table(plane))
         out = torch.full((groups, units, before + n + after), -1, dtype=torch.int32 if bits == 32 else torch.int16, device=device)
         row_bytes, total = groups * layout.block_bytes, before + n + after
@@ -87,5 +89,7 @@ def test_table() -> None:
     terms, counts = table(plane)
     assert terms.shape == (max(map(len, plane)), 3, len(plane)) and list(counts) == [2, len(plane[4])] and UNITS == 4
     for u, unit in enumerate(plane):
-        assert [(int(t[0]), int(np.uint32(t[1])), int(t[2])) for t in terms[: len(unit), :, u]] == [(t.offset, t.mask, t.shift % 32) for t in unit]
+        assert [(int(t[0]), int(np.uint32(t[1])), int(t[2])) for t in terms[: len(unit), :, u]] == [
+            (t.offset, t.mask, t.shift % 32) for t in unit
+        ]
         assert not terms[len(unit) :, 1, u].any()

@@ -1,5 +1,5 @@
-"""Weights in a GGUF file: every block type is packed bit for bit as `layouts.pack` does, on the CPU and, over a driver that plays the kernels,
-on a GPU; what a file may not differ in."""
+"""Weights in a GGUF file: every block type is packed bit for bit as `layouts.pack` does, on the CPU and, over a driver that plays the
+kernels, on a GPU; what a file may not differ in."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_planes_equal_pack_through_the_staging_of_a_gpu(cpu, case, tmp_path, fak
     """What the kernels are given is right: addresses, sizes, tables. The driver of the test does what they do."""
     artifact = case.make(cpu, tmp_path / "a")
     images = {f"pack_{plane}.cubin": b"\x7fELF pack %d\0" % bits for plane, bits in (("words", 32), ("halves", 16))}
-    kernels = {plane: {"file": f"pack_{plane}.cubin", "kernel": "kiln_pack_plane", "threads": 32 * WARPS, "shared": 1, "rows": ROWS, "units": UNITS}
-               for plane in ("words", "halves")}  # fmt: skip
+    kernels = {plane: {"file": f"pack_{plane}.cubin", "kernel": "kiln_pack_plane", "threads": 32 * WARPS, "shared": 1, "rows": ROWS,
+                       "units": UNITS} for plane in ("words", "halves")}  # fmt: skip
 
     def for_a_gpu(manifest: dict) -> None:
         (target,) = manifest["targets"]
@@ -169,7 +169,10 @@ def test_what_is_refused(cpu, case, tmp_path):
     ("edit", "message"),
     [
         (lambda m, c: m["weights"]["gguf"]["packings"]["Q4_0"].update(bytes=17), "is no part of a block of 17 bytes"),
-        (lambda m, c: m["weights"]["gguf"]["packings"]["Q4_0"]["words"].__setitem__(0, "16&0f0f0f0f"), "'16&0f0f0f0f' is no part of a block of 18 bytes"),
+        (
+            lambda m, c: m["weights"]["gguf"]["packings"]["Q4_0"]["words"].__setitem__(0, "16&0f0f0f0f"),
+            "'16&0f0f0f0f' is no part of a block of 18 bytes",
+        ),
         (lambda m, c: m["weights"]["gguf"]["packings"]["Q4_0"]["words"].__setitem__(0, "2&0f0f0f0f<<32"), "is no part of a block"),
         (lambda m, c: m["weights"]["gguf"]["packings"]["Q4_0"]["words"].pop(), "they make int32 [3, 3, 137]"),
         (lambda m, c: m["weights"]["gguf"]["packings"].pop("Q4_0"), "which 'packings' does not have"),
