@@ -1,7 +1,8 @@
 """Code packages that `kiln run MODEL.gguf` made: a folder of the user's, an artifact for each model, options and target.
 
 An entry's name ends with two keys: of the code (architecture, shapes, block types, options, target, this Kiln) and of what else the
-artifact has of its file (tokenizer, chat template, metadata). A file that differs in the second alone takes the code of an entry that is there.
+artifact has of its file (tokenizer, chat template, metadata). A file that differs in the second alone takes the code of an entry that is
+there.
 No torch here: a package that is there is played at once.
 """
 

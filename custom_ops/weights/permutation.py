@@ -1,8 +1,8 @@
 """What `layouts.pack` does to the bits of a block, as data: found by packing blocks of a single bit, so it cannot differ from `pack`.
 
 Packing moves bits and computes nothing. So a word of a packed block is a few masked and shifted 32-bit pieces of the GGUF block, joined,
-and whoever has the pieces packs without knowing the type: the runner's loader on the CPU (`runtime_cpp/src/artifact/packing.h`), the kernel of
-`pack_kernel` on a GPU.
+and whoever has the pieces packs without knowing the type: the runner's loader on the CPU (`runtime_cpp/src/artifact/packing.h`), the kernel
+of `pack_kernel` on a GPU.
 """
 
 from __future__ import annotations
