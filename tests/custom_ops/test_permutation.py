@@ -10,7 +10,7 @@ import torch
 
 from custom_ops.weights import permutation as module
 from custom_ops.weights.layouts import LAYOUTS, pack
-from custom_ops.weights.pack_kernel import CONSTANTS, OVERRUN, ROWS, UNITS, kiln_pack_plane, table
+from custom_ops.weights.pack_kernel import CONSTANTS, OVERRUN, ROWS, UNITS, grain, kiln_pack_plane, table
 from custom_ops.weights.permutation import apply, permutation
 from tests.custom_ops.interpret import interpreted
 
@@ -52,11 +52,11 @@ def test_packing_that_computes_is_refused(monkeypatch: pytest.MonkeyPatch, chang
         permutation.__wrapped__("Q4_0")
 
 
-def launch(block_type: str, n: int, groups: int, device: str) -> None:
-    """Rows into a part of larger planes, as the runner does with a piece of a fused matrix; nothing else is written."""
+def launch(block_type: str, n: int, groups: int, device: str, shift: int = 0) -> None:
+    """`shift`: bytes between an aligned address and the first row. Rows into a part of larger planes, as the runner does with a piece of a fused matrix; nothing else is written."""
     layout, before, after = LAYOUTS[block_type], 3, 2
     blocks = random_rows(block_type, n, groups)
-    raw = torch.from_numpy(np.append(blocks.reshape(-1), np.full(OVERRUN, 255, np.uint8))).to(device)
+    raw = torch.from_numpy(np.pad(blocks.reshape(-1), (shift, OVERRUN), constant_values=255)).to(device)[shift:]
     found = permutation(block_type)
     for plane, want, units, bits in zip(
         (found.words, found.halves), pack(block_type, blocks), (layout.words, layout.halves), (32, 16), strict=True
@@ -65,7 +65,8 @@ def launch(block_type: str, n: int, groups: int, device: str) -> None:
         out = torch.full((groups, units, before + n + after), -1, dtype=torch.int32 if bits == 32 else torch.int16, device=device)
         row_bytes, total = groups * layout.block_bytes, before + n + after
         grid = (-(-n // ROWS), groups)
-        kiln_pack_plane[grid](raw, out[0, 0, before:], terms, counts, n, row_bytes, layout.block_bytes, total, units, **CONSTANTS)
+        step = grain(plane, row_bytes, layout.block_bytes, shift)
+        kiln_pack_plane[grid](raw, out[0, 0, before:], terms, counts, n, row_bytes, layout.block_bytes, total, units, step, **CONSTANTS)
         got = out.cpu().numpy()
         np.testing.assert_array_equal(got[:, :, before : before + n], want.view(got.dtype))
         assert (got[:, :, :before] == -1).all() and (got[:, :, before + n :] == -1).all()
@@ -74,13 +75,20 @@ def launch(block_type: str, n: int, groups: int, device: str) -> None:
 @pytest.mark.parametrize("block_type", LAYOUTS)
 def interpreted_kernel(block_type: str) -> None:
     launch(block_type, ROWS + 5, 2, "cpu")
+    launch(block_type, 3, 1, "cpu", shift=1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_type", LAYOUTS)
 @pytest.mark.parametrize(("n", "groups"), [(1, 1), (ROWS + 5, 3), (4096, 21)])
 def test_kernel_on_a_gpu(block_type: str, n: int, groups: int) -> None:
-    launch(block_type, n, groups, "cuda")
+    for shift in (0, 1, 2):
+        launch(block_type, n, groups, "cuda", shift)
+
+
+def test_grain() -> None:
+    assert grain(permutation("Q4_K").words, 144) == 4 and grain(permutation("Q6_K").words, 210) == 2
+    assert grain(permutation("Q4_K").words, 144, 144 * 21, 2) == 2 and grain(permutation("Q8_0").words, 34, 1) == 1
 
 
 def test_table() -> None:

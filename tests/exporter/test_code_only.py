@@ -127,10 +127,10 @@ def test_what_may_differ(code, tmp_path):
         "other.key": (GGUFValueType.UINT32, 3),
     }
     file = rewrite(tmp_path / "m.gguf", set_keys=keys, set_tensors={"v.patch": ((4,), "F32", np.zeros(4, np.float32))})
-    result = run(code, "--tokens", 5, "--weights", file)
+    result = run(code, "--tokens", 5, "--max-new-tokens", 2, "--weights", file)
     assert result.returncode == 0 and "note" not in result.stderr, result.stderr
     file = rewrite(tmp_path / "m.gguf", set_keys={"tokenizer.chat_template": (GGUFValueType.STRING, "{{ 1 }}")})
-    result = run(code, "--tokens", 5, "--weights", file)
+    result = run(code, "--tokens", 5, "--max-new-tokens", 2, "--weights", file)
     assert result.returncode == 0
     assert "kiln-run: note: " in result.stderr and "metadata key tokenizer.chat_template differs from that of the file" in result.stderr
 
@@ -154,7 +154,7 @@ def test_limits_of_keys_come_with_float16_caches(copied, tmp_path):
     info = open_gguf(WIDE).tensors[name]
     file = rewrite(tmp_path / "m.gguf", set_tensors={name: (info.shape, "F32", np.full(info.shape, 101, np.float32))})
     fails(f"tensor {name}, element 0: 101, the artifact's caches hold what at most 100 makes", artifact, "--tokens", 5, "--weights", file)
-    assert run(artifact, "--tokens", 5, "--weights", WIDE).returncode == 0
+    assert run(artifact, "--tokens", 5, "--max-new-tokens", 2, "--weights", WIDE).returncode == 0
 
 
 def test_inspect_and_verify(code, copied):

@@ -136,7 +136,9 @@ int fake_cuModuleGetFunction(void** f, void* m, const char* name) { NEEDS_CONTEX
 static int pack_plane(int bits, unsigned gx, unsigned groups, void** p) {
   Pointer raw = *(Pointer*)p[0], out = *(Pointer*)p[1], terms = *(Pointer*)p[2], counts = *(Pointer*)p[3];
   int rows = *(int*)p[4], row_bytes = *(int*)p[5], block = *(int*)p[6], n = *(int*)p[7], units = *(int*)p[8];
-  if (gx != (rows + 127) / 128 || *(Pointer*)p[9] || *(Pointer*)p[10]) return kInvalidValue;
+  if (gx != (rows + 127) / 128 || *(Pointer*)p[10] || *(Pointer*)p[11]) return kInvalidValue;
+  int grain = *(int*)p[9];
+  if ((grain != 1 && grain != 2 && grain != 4) || raw % grain || row_bytes % grain || block % grain) return kInvalidValue;
   if (!good(raw, (size_t)rows * row_bytes + 4) || !good(counts, (units + 3) / 4 * 4)) return kIllegalAddress;
   for (unsigned g = 0; g < groups; ++g)
     for (int u = 0; u < units; ++u)
@@ -146,6 +148,7 @@ static int pack_plane(int bits, unsigned gx, unsigned groups, void** p) {
           const int32_t* t = (int32_t*)terms + (size_t)i * 3 * units + u;
           uint32_t piece, shift = t[2 * units];
           memcpy(&piece, (char*)raw + (size_t)r * row_bytes + (size_t)g * block + t[0], 4);
+          if (t[0] % grain) return kInvalidValue;
           piece &= (uint32_t)t[units];
           sum |= piece << shift | piece >> ((32 - shift) & 31);
         }

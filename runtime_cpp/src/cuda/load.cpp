@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <thread>
 
 #include "cuda/handles.h"
@@ -167,11 +168,16 @@ class PackingKernel {
   }
 
   // `raw`: `rows` rows of the piece; `out`: the plane, at the first of them; `terms`, `counts`: the plane's table.
-  void launch(Pointer raw, Pointer out, Pointer terms, Pointer counts, const RawWeights::Piece& piece, uint64_t rows, size_t units, Stream stream) const {
+  void launch(Pointer raw, Pointer out, Pointer terms, Pointer counts, const RawWeights::Piece& piece, uint64_t rows, const Packing::Plane& plane,
+              Stream stream) const {
     auto number = [](uint64_t n) { return static_cast<int32_t>(n); };
-    int32_t count = number(rows), row_bytes = number(piece.row_bytes), block_bytes = number(piece.packing->bytes()), n = number(piece.n), wide = number(units);
+    int32_t count = number(rows), row_bytes = number(piece.row_bytes), block_bytes = number(piece.packing->bytes()), n = number(piece.n);
+    int32_t units = number(plane.units.size());
+    uint64_t grain = std::gcd(std::gcd(raw, piece.row_bytes), std::gcd(piece.packing->bytes(), uint64_t{4}));  // of the addresses of all pieces
+    for (uint32_t offset : plane.offsets) grain = std::gcd(grain, uint64_t{offset});
+    int32_t step = number(grain);
     Pointer none[2] = {0, 0};  // scratch that the compiler's convention has room for
-    void* arguments[] = {&raw, &out, &terms, &counts, &count, &row_bytes, &block_bytes, &n, &wide, &none[0], &none[1]};
+    void* arguments[] = {&raw, &out, &terms, &counts, &count, &row_bytes, &block_bytes, &n, &units, &step, &none[0], &none[1]};
     auto across = static_cast<unsigned>((rows + static_cast<uint64_t>(spec_.rows) - 1) / static_cast<uint64_t>(spec_.rows));
     Among others;
     driver().check(driver().launch(function_, across, static_cast<unsigned>(piece.groups), 1, static_cast<unsigned>(spec_.threads), 1, 1,
@@ -189,7 +195,6 @@ class PackingKernel {
 struct PlaneTable {
   Tensor memory;
   Pointer terms = 0, counts = 0;
-  size_t units = 0;
 };
 
 // Rows of a piece in an extent: `at` bytes from its start.
@@ -256,7 +261,6 @@ Tensor load_raw(const std::shared_ptr<const Gpu>& gpu, const RawWeights& weights
       on_device.memory = make(table.size() * sizeof(int32_t));
       on_device.terms = address(on_device.memory.data());
       on_device.counts = on_device.terms + (table.size() - counts) * sizeof(int32_t);
-      on_device.units = units;
       to_device(on_device.terms, table.data(), table.size() * sizeof(int32_t), own.stream);  // pageable: copied when this returns
     }
 
@@ -274,8 +278,8 @@ Tensor load_raw(const std::shared_ptr<const Gpu>& gpu, const RawWeights& weights
       const RawWeights::Piece& p = *s.piece;
       if (!p.packing) continue;
       const auto& planes = tables.at(p.packing);
-      words.launch(staged + s.at, to + p.words + s.first * sizeof(uint32_t), planes[0].terms, planes[0].counts, p, s.rows, planes[0].units, own.stream);
-      halves.launch(staged + s.at, to + p.halves + s.first * sizeof(uint16_t), planes[1].terms, planes[1].counts, p, s.rows, planes[1].units, own.stream);
+      words.launch(staged + s.at, to + p.words + s.first * sizeof(uint32_t), planes[0].terms, planes[0].counts, p, s.rows, p.packing->words(), own.stream);
+      halves.launch(staged + s.at, to + p.halves + s.first * sizeof(uint16_t), planes[1].terms, planes[1].counts, p, s.rows, p.packing->halves(), own.stream);
     }
   };
   through_pinned(*gpu, extents, own.stream, take, then, progress);
