@@ -53,7 +53,8 @@ def test_packing_that_computes_is_refused(monkeypatch: pytest.MonkeyPatch, chang
 
 
 def launch(block_type: str, n: int, groups: int, device: str, shift: int = 0) -> None:
-    """`shift`: bytes between an aligned address and the first row. Rows into a part of larger planes, as the runner does with a piece of a fused matrix; nothing else is written."""
+    """Rows into a part of larger planes, as the runner does with a piece of a fused matrix; nothing else is written. `shift`: bytes between
+    an aligned address and the first row."""
     layout, before, after = LAYOUTS[block_type], 3, 2
     blocks = random_rows(block_type, n, groups)
     raw = torch.from_numpy(np.pad(blocks.reshape(-1), (shift, OVERRUN), constant_values=255)).to(device)[shift:]

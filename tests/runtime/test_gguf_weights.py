@@ -48,8 +48,8 @@ class Case:
                 parts.append(rng.integers(0, 256, (n, groups, layout.block_bytes), dtype=np.uint8))
                 tensors.append((f"{block_type}.{i}.weight", (n, groups * layout.block), block_type, parts[-1]))
             names = [f"{block_type}.{i}.weight" for i in range(len(N))]
-            for plane, dtype, data in zip(("words", "halves"), ("int32", "float16"), pack(block_type, np.concatenate(parts)), strict=True):
-                self.add(f"{block_type}.{plane}", dtype, data, plane, names)
+            for plane, data in zip(("words", "halves"), pack(block_type, np.concatenate(parts)), strict=True):
+                self.add(f"{block_type}.{plane}", str(data.dtype), data, plane, names)
         for kind, dtype in FLOATS.items():
             matrix = rng.standard_normal((5, 33)).astype(np.float32)
             tensors.append((f"{kind}.matrix", matrix.shape, kind, float_bytes(kind, matrix)))

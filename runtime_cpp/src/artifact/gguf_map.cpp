@@ -128,7 +128,7 @@ void GgufMap::check_constant(const ConstantSpec& c) {
     if (!words && c.plane != "halves") wrong("there is no plane '", c.plane, "'");
     const Packing::Plane& plane = words ? packing->words() : packing->halves();
     shape = {rest[0] / static_cast<int64_t>(packing->elements()), static_cast<int64_t>(plane.units.size()), rows};
-    dtype = words ? DType::I32 : DType::F16;
+    dtype = words ? DType::I32 : c.dtype == DType::I16 ? DType::I16 : DType::F16;  // int16: some halves are no float16 values
   } else {
     shape.insert(shape.end(), rest.begin(), rest.end());
   }
