@@ -50,6 +50,10 @@ class Case:
             names = [f"{block_type}.{i}.weight" for i in range(len(N))]
             for plane, data in zip(("words", "halves"), pack(block_type, np.concatenate(parts)), strict=True):
                 self.add(f"{block_type}.{plane}", str(data.dtype), data, plane, names)
+        layout, stack = LAYOUTS["Q5_K"], rng.integers(0, 256, (4 * 9, 1, LAYOUTS["Q5_K"].block_bytes), dtype=np.uint8)
+        tensors.append(("stack.weight", (2, 2, 9, layout.block), "Q5_K", stack))
+        for plane, data in zip(("words", "halves"), pack("Q5_K", stack), strict=True):
+            self.add(f"stack.{plane}", str(data.dtype), data, plane, ["stack.weight"])
         for kind, dtype in FLOATS.items():
             matrix = rng.standard_normal((5, 33)).astype(np.float32)
             tensors.append((f"{kind}.matrix", matrix.shape, kind, float_bytes(kind, matrix)))
@@ -84,7 +88,7 @@ def case(tmp_path) -> Case:
 @pytest.fixture
 def cpu(toy, device):
     if device != "cpu":
-        pytest.skip("the CPU's package; test_on_a_gpu in tests/exporter plays a GPU's")
+        pytest.skip("the CPU's package; a GPU's is played by tests/exporter/test_gpu_artifact.py")
     return toy
 
 
@@ -123,6 +127,7 @@ def fake_driver(tmp_path_factory) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_REPORT": str(folder / "report")}
 
 
+@pytest.mark.builds
 def test_planes_equal_pack_through_the_staging_of_a_gpu(cpu, case, tmp_path, fake_driver):
     """What the kernels are given is right: addresses, sizes, tables. The driver of the test does what they do."""
     artifact = case.make(cpu, tmp_path / "a")

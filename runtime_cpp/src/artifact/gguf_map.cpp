@@ -67,6 +67,12 @@ std::optional<std::string> digest(const GgufFile& file, const std::string& key) 
 
 }  // namespace
 
+int64_t GgufMap::Tensor::rows() const {
+  int64_t n = shape[0];
+  for (size_t i = 1; i + 1 < shape.size(); ++i) n *= shape[i];
+  return n;
+}
+
 GgufMap::GgufMap(const Json& object, const std::vector<ConstantSpec>& constants) : file_(object.at("file").as_string()) {
   const Json& types = object.at("types");
   for (size_t i = 0; i < types.size(); ++i) {
@@ -101,14 +107,15 @@ void GgufMap::check_constant(const ConstantSpec& c) {
   if (c.tensors.empty()) wrong("no tensors");
   const Packing* packing = nullptr;
   int64_t rows = 0;
-  std::vector<int64_t> rest;  // sizes of a row, or of a row's planes
+  std::vector<int64_t> rest;  // the size of a row; none of a vector
   for (const std::string& name : c.tensors) {
     auto it = tensors_.find(name);
     if (it == tensors_.end()) wrong("'tensors' does not have ", name);
     Tensor& t = it->second;
     if (t.type != tensor(c.tensors[0]).type || t.shape.size() != tensor(c.tensors[0]).shape.size()) wrong(name, " has another type or other sizes");
-    if (t.shape.empty() || __builtin_add_overflow(rows, t.shape[0], &rows)) wrong(name, " has no rows");
-    std::vector<int64_t> row(t.shape.begin() + 1, t.shape.end());
+    if (__builtin_add_overflow(rows, t.rows(), &rows)) wrong(name, " has too many rows");
+    std::vector<int64_t> row;
+    if (t.shape.size() > 1) row.push_back(t.shape.back());
     if (name != c.tensors[0] && row != rest) wrong(name, " has rows of another length");
     rest = row;
     if (c.plane == "values") {
@@ -117,7 +124,7 @@ void GgufMap::check_constant(const ConstantSpec& c) {
       t.vector = vector;
     } else {
       auto p = packings_.find(t.type);
-      if (p == packings_.end() || t.shape.size() != 2) wrong(name, " cannot be packed");
+      if (p == packings_.end() || rest.empty()) wrong(name, " cannot be packed");
       packing = &p->second;
     }
   }

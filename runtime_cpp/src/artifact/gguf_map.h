@@ -20,6 +20,8 @@ class GgufMap {
     std::string sha256;          // of its bytes; empty: not known
     bool fixed = false;          // its values are part of the artifact's own constants: other bytes are refused
     bool vector = false;         // made into float32: any float type will do
+
+    int64_t rows() const;  // of a matrix, or of a stack of them; a vector's elements
   };
 
   // `object`: "weights"."gguf" of a manifest. Constants that are made of tensors are checked against them. Error for what does not fit together.

@@ -64,7 +64,7 @@ RawWeights::RawWeights(const Artifact& artifact, const std::string& path, bool v
       const GgufMap::Tensor& t = map_->tensor(name);
       const GgufTensor& found = file_.tensors().at(name);
       const Packing& packing = map_->packings().at(t.type);
-      const auto rows = static_cast<uint64_t>(t.shape[0]), groups = static_cast<uint64_t>(t.shape[1]) / packing.elements();
+      const auto rows = static_cast<uint64_t>(t.rows()), groups = static_cast<uint64_t>(t.shape.back()) / packing.elements();
       Piece& piece = packed.emplace(name, Piece{&file_.part(found.part), found.offset, rows, groups * packing.bytes(), &packing, groups,
                                                 static_cast<uint64_t>(c.shape.back()), kNone, kNone}).first->second;
       uint64_t& place = c.plane == "words" ? piece.words : piece.halves;
@@ -90,7 +90,7 @@ void RawWeights::place_values(const ConstantSpec& c, uint64_t at) {
     const GgufTensor& found = file_.tensors().at(name);
     const MappedFile& part = file_.part(found.part);
     if (!t.vector) {
-      const auto rows = static_cast<uint64_t>(t.shape[0]);
+      const auto rows = static_cast<uint64_t>(t.rows());
       const uint64_t row_bytes = map_->bytes(t) / rows;
       Piece piece{&part, found.offset, rows, row_bytes, nullptr};
       piece.words = at;

@@ -108,7 +108,7 @@ int64_t first_bad_element(const ConstantSpec& c, const Exponent& e, Timeline& ti
 std::string bad_row(const Artifact& artifact, const ConstantSpec& c, int64_t row) {
   std::string text = "'" + c.name + "' has a number that is not finite in row " + std::to_string(row);
   for (const std::string& name : c.tensors) {
-    int64_t rows = artifact.gguf->tensor(name).shape[0];
+    int64_t rows = artifact.gguf->tensor(name).rows();
     if (row < rows) return text + " (row " + std::to_string(row) + " of tensor " + name + ")";
     row -= rows;
   }
