@@ -204,4 +204,8 @@ def clear(names: tuple[str, ...] = ()) -> tuple[int, int]:
         removed += 1
     if not names and cache_root().is_dir():
         sweep(cache_root(), ".*.partial")
+        for lock in cache_root().glob(".*.lock"):  # of a process that was killed
+            with contextlib.suppress(OSError), lock.open() as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.unlink()
     return removed, total

@@ -183,7 +183,6 @@ class CpuBackend : public Backend {
   Tensor load(const RawWeights& weights, const LoaderCode*, const Progress& progress) const override {
     Tensor blob = Tensor::make(std::make_shared<ZeroPages>(), {}, Scalar::U8, {static_cast<int64_t>(weights.bytes())});
     auto* to = static_cast<char*>(blob.data());
-    madvise(to, weights.bytes(), MADV_HUGEPAGE);  // where the system has them: less to fault in
     for (const RawWeights::Made& m : weights.made()) std::memcpy(to + m.at, m.bytes.data(), m.bytes.size());
     pack_all(weights, to, progress);
     mprotect(to, weights.bytes(), PROT_READ);  // a compiled model that wrote to a weight would fault instead of corrupting it
