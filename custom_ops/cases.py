@@ -19,6 +19,7 @@ MODULES = (
     "weights.embedding",
     "experts.route",
     "experts.linear",
+    "weights.pack_kernel",
     "step.sample",
     "attention.sliding_attention",
     "attention.sliding_decode",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from kiln.custom_ops.gpu.tables import borrowed, lacking
 from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.tq4.codec import check_dim
 from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.exporter.artifact.mapping import constant_records, gguf_record
 from kiln.exporter.artifact.memory import memory_plan
 from kiln.exporter.artifact.output import check_output, check_space, staged
 from kiln.exporter.artifact.record import write_manifest
@@ -31,7 +32,7 @@ from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.places import needed_tables
 from kiln.exporter.model.records import cache_specs
 from kiln.exporter.progress import bar, say, size_text
-from kiln.exporter.source.plan import ModelPlan
+from kiln.exporter.source.plan import ModelPlan, key_factors
 from kiln.exporter.source.weights import weight_bytes
 from kiln.exporter.temporary import working_folder
 from kiln.passes.records import PassOptions
@@ -47,6 +48,8 @@ class ExportOptions:
 
     gguf_path: Path
     out: Path
+    weights: str = "copy"  # or "gguf": they stay in the file
+    hash_weights: bool = False
     max_seq_len: int | None = None
     prefill_chunk: int = 2048
     turboquant: bool = False
@@ -157,7 +160,8 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
     check_tables(spec, targets)
     note_borrowed(targets)
     try:
-        check_space(output, weight_bytes(spec.config, spec.plan) + PACKAGE_BYTES * len(targets))
+        copied = 0 if options.weights == "gguf" else weight_bytes(spec.config, spec.plan)
+        check_space(output, copied + PACKAGE_BYTES * len(targets))
     except KilnError as e:
         if not options.dry_run:
             raise
@@ -171,21 +175,32 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
             write_text(stage / "chat_template.jinja", plan.chat.template, "the chat template")
         tokenizer = {"file": "tokenizer.json", **plan.tokenizer.record()} if plan.tokenizer else None
         chat = plan.chat.record() if plan.chat else None
-        with bar("packing weights") as progress:
-            records = write_weights(stage / "weights.safetensors", plan, progress, options.allow_nonfinite)
+        records, gguf = _write_constants(stage / "weights.safetensors", spec, options, plan)
         compiled = []
         for target in targets:
             say(f"compiling for {target}")
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
-            compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report))
+            compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report, packing=gguf is not None))
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
         if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()))
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()), gguf)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())
     say(f"{options.out}: {size_text(size)} in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
+
+
+def _write_constants(path: Path, spec: GraphSpec, options: ExportOptions, plan: ModelPlan) -> tuple[list[dict], dict | None]:
+    """The weights file, with the records of all constants; where weights stay in the GGUF file it holds what is computed from metadata
+    alone, and `weights.gguf` of the manifest comes with it."""
+    if options.weights == "copy":
+        with bar("packing weights") as progress:
+            return write_weights(path, plan, progress, options.allow_nonfinite), None
+    limit = torch.finfo(torch.float16).max if spec.cache_dtype == torch.float16 else None
+    limits = {name: limit / factor for name, factor in key_factors(plan.config).items()} if limit else {}
+    computed = write_weights(path, replace(plan, weights=()), None, options.allow_nonfinite)
+    return constant_records(plan, limits) + computed, gguf_record(plan, options.hash_weights)
 
 
 def _report(entry: CompiledEntry) -> None:

@@ -122,6 +122,14 @@ def main() -> None:
     show_default=True,
     help="Where a per-layer embedding lies (Gemma 4 E2B, E4B). host: not supported yet.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "gguf"]),
+    default="copy",
+    show_default=True,
+    help="copy: packed into the artifact; gguf: they stay in the file, which is named again when it is played, or another one like it.",
+)
+@click.option("--hash-weights", is_flag=True, help="With --weights gguf: the manifest gets a checksum of every tensor, for --verify.")
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
@@ -135,6 +143,8 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
+    if options["hash_weights"] and options["weights"] != "gguf":
+        raise click.UsageError("--hash-weights is of tensors that stay in the file; give --weights gguf with it")
     tq4 = bool(turboquant) or kv_cache == "tq4"
     if residual_length is not None:
         if not tq4:
@@ -189,13 +199,26 @@ def _is_artifact(path: Path) -> bool:
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
-    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run, and --system, --messages, --think, --stop)."""
+    """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run, and --system, --messages, --think, --stop); or a model
+    file: kiln run MODEL.gguf --prompt TEXT.
+
+    Code for a model file is compiled once and kept (kiln cache). Beside kiln-run's options: --max-seq-len N, --kv-cache f16|bf16|tq4 and
+    --target sm_NN say what is compiled, as in kiln export; --code DIR names what was compiled elsewhere.
+    """
     from kiln.exporter.measure.runner import runner
 
     names = {name for parameter in converse.params for name in parameter.opts if parameter.name in CONVERSING}
     if any(argument.partition("=")[0] in names for argument in arguments):
         converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
+    if arguments and not arguments[0].startswith("-") and (arguments[0].lower().endswith(".gguf") or Path(arguments[0]).is_file()):
+        from kiln.exporter.run_gguf import UsageError, command
+
+        try:
+            arguments = tuple(command(arguments))
+        except UsageError as e:
+            raise click.UsageError(str(e)) from e
+    sys.stderr.flush()
     if "--help" in arguments:
         subprocess.run([binary, *arguments], check=True)
         with click.Context(converse, info_name="kiln run") as ctx:
@@ -292,6 +315,39 @@ def chat(
         opened.dialect.close()
 
 
+@main.group()
+def cache() -> None:
+    """Code that kiln run MODEL.gguf has compiled and kept."""
+
+
+@cache.command(name="list")
+def list_cache() -> None:
+    """Every model whose code is kept: its folder, size and age."""
+    import time
+
+    from kiln.exporter.cache import cache_root, entries, size
+    from kiln.exporter.progress import size_text
+
+    found = entries()
+    for path, manifest in found:
+        targets = ", ".join(t["target"] for t in manifest.get("targets", ())) or "of another version of Kiln"
+        days = (time.time() - path.stat().st_mtime) / 86400
+        context = f", context {manifest['max_seq_len']}, {manifest['kv_cache']}" if manifest else ""
+        click.echo(f"{path.name}  {size_text(size(path))}, {days:.0f} days, {targets}{context}")
+    click.echo(f"{len(found)} in {cache_root()}", err=True)
+
+
+@cache.command(name="clear")
+@click.argument("names", nargs=-1)
+def clear_cache(names: tuple[str, ...]) -> None:
+    """Remove the named folders of kiln cache list, or all of them."""
+    from kiln.exporter.cache import cache_root, clear
+    from kiln.exporter.progress import size_text
+
+    count, total = clear(names)
+    click.echo(f"{count} removed from {cache_root()}, {size_text(total)}", err=True)
+
+
 @main.command()
 @click.argument("artifact", type=PATH)
 @click.option("--depths", metavar="N,N,...", help="Tokens in the caches.  [default: 128 and up in steps of 4; with --profile: 2048]")
@@ -300,6 +356,7 @@ def chat(
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
+@click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
@@ -338,6 +395,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--depths", default="2048", show_default=True, help="Context lengths to hide keys in, with commas.")
 @click.option("--needles", type=click.IntRange(1), default=8, show_default=True, help="Keys hidden in a context.")
 @click.option("--kv-cache", type=click.Choice(["f16", "bf16", "f32", "tq4"]), help="Of a GGUF file.  [default: GPU f16, CPU f32]")
+@click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
 @click.option("--reference", type=PATH, help="GGUF file whose fp32 forward kld compares to.  [default: the file itself]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")

@@ -15,7 +15,7 @@ OTHER_FILES = ("tokenizer.json", "chat_template.jinja")  # beside the packages a
 
 def weights_record(path: Path, records: list[dict]) -> dict:
     """The weights file: its size, and the checksum of what stands before the first constant, whose checksums are in `records`."""
-    header = min((r["offset"] for r in records), default=path.stat().st_size)
+    header = min((r["offset"] for r in records if "offset" in r), default=path.stat().st_size)
     with path.open("rb") as f:
         digest = hashlib.sha256(f.read(header)).hexdigest()
     return {"file": path.name, "bytes": path.stat().st_size, "header": {"bytes": header, "sha256": digest}}

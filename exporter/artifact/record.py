@@ -80,6 +80,7 @@ def target_record(compiled: CompiledTarget) -> dict:
         "passes": [r.to_dict() for r in compiled.entries[-1].reports],
         "shortfalls": [f"{entry.entry}: {r.shortfall}" for entry in compiled.entries for r in entry.reports if r.shortfall],
         "borrowed": {f"sm_{sm}": tables for sm, tables in borrowed(gpu).items()} if gpu else {},
+        "packing": {kernel.plane: kernel.record for kernel in compiled.packing} or None,
     }
 
 
@@ -92,8 +93,10 @@ def write_manifest(
     tokenizer: dict | None,
     chat: dict | None,
     waits: tuple[str, ...] = (),
+    gguf: dict | None = None,
 ) -> dict:
-    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before."""
+    """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before.
+    `gguf`: of the file that weights stay in (see `mapping`)."""
     kv = targets[0].entries[0].kv
     manifest = {
         "format": "kiln",
@@ -113,7 +116,7 @@ def write_manifest(
         "quantization": quantization(spec),
         "constants": records,
         "kv": [kv_record(b) for b in kv],
-        "weights": weights_record(directory / "weights.safetensors", records),
+        "weights": weights_record(directory / "weights.safetensors", records) | ({"gguf": gguf} if gguf else {}),
         "files": file_records(directory),
         "tokenizer": tokenizer,
         "chat": chat,

@@ -77,7 +77,10 @@ def _artifact_lines(record: dict) -> list[str]:
         count = f"{p['matches']}/{p['expected']}" if p.get("expected") else ""
         lines.append(f"pass    {p['name']:16} {p['status']:10} {count:8} {p['note']}")
     lines += [f"note    {t['target']} {shortfall}" for t in record["targets"] for shortfall in t.get("shortfalls", ())]
-    lines.append(f"weights {len(record['constants'])} constants, {record['weights']['bytes'] / 2**30:.2f} GiB")
+    size = sum(constant["bytes"] for constant in record["constants"])
+    gguf = record["weights"].get("gguf")
+    where = f", in a GGUF file as {gguf['file']} ({len(gguf['tensors'])} tensors)" if gguf else ""
+    lines.append(f"weights {len(record['constants'])} constants, {size / 2**30:.2f} GiB{where}")
     sizes: Counter[str] = Counter()
     for kv in record["kv"]:
         sizes[kv["kind"]] += kv["bytes"]

@@ -22,7 +22,8 @@ def verify(directory: Path) -> list[str]:
     try:
         for target in manifest["targets"]:
             _check_file(directory, target)
-            check_package(directory / target["file"], tuple(manifest["entry_points"]))
+            kernels = tuple(kernel["file"] for kernel in (target.get("packing") or {}).values())
+            check_package(directory / target["file"], tuple(manifest["entry_points"]), kernels)
         for record in manifest.get("files", ()):
             _check_file(directory, record)
         _check_weights(directory, manifest)
@@ -32,14 +33,15 @@ def verify(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if entry.name not in named)
 
 
-def check_package(path: Path, entries: tuple[str, ...]) -> None:
-    """Raises KilnError unless a package holds one library for each entry point, under the name that an export writes, and nothing else."""
+def check_package(path: Path, entries: tuple[str, ...], kernels: tuple[str, ...] = ()) -> None:
+    """Raises KilnError unless a package holds one library for each entry point, under the name that an export writes, the kernels that the
+    manifest names, and nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, NotImplementedError) as e:
         raise KilnError(f"{path} is not a package: {e}; {AGAIN}") from e
-    libraries = {f"{entry}.so" for entry in entries}
+    libraries = {*(f"{entry}.so" for entry in entries), *kernels}
     if extra := next((name for name in names if name not in libraries), None):
         raise KilnError(f"{path} holds {extra!r}, which is no part of a package; do not load it")
     if sorted(names) != sorted(libraries):
@@ -73,7 +75,7 @@ def _check_weights(directory: Path, manifest: dict) -> None:
             if _digest(f, header["bytes"]) != header["sha256"]:
                 raise KilnError(f"{path}: the header differs from its checksum; {AGAIN}")
             at = header["bytes"]
-        for constant in sorted(manifest["constants"], key=lambda c: c["offset"]):
+        for constant in sorted((c for c in manifest["constants"] if "source" not in c), key=lambda c: c["offset"]):
             if constant["offset"] < at or any(any(block) for block in _blocks(f, constant["offset"] - at)):
                 raise KilnError(f"{path}: what stands before {constant['name']} is no filler; {AGAIN}")
             if _digest(f, constant["bytes"]) != constant["sha256"]:

@@ -16,7 +16,7 @@ from kiln.custom_ops.gpu.cubin import images
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.matmul import choosing
 from kiln.exporter.compiler.host import compile_failure
-from kiln.exporter.compiler.package import declared_constants, write_package
+from kiln.exporter.compiler.package import PackingKernel, declared_constants, write_package
 from kiln.exporter.compiler.trace import ENTRIES, GraphSpec, lower
 from kiln.exporter.compiler.workers import AT_ONCE, take
 from kiln.exporter.errors import KilnError
@@ -46,6 +46,7 @@ class CompiledTarget:
     target: str
     path: Path
     entries: list[CompiledEntry]
+    packing: list[PackingKernel]
 
 
 def compile_target(
@@ -55,23 +56,31 @@ def compile_target(
     work: Path,
     dump: Path | None = None,
     done: Callable[[CompiledEntry], None] = lambda entry: None,
+    packing: bool = False,
 ) -> CompiledTarget:
     """Compile both graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
+
+    packing: on a GPU, also the kernels by which the runner packs the weights of a GGUF file.
 
     Raises KilnError when a compilation fails or constants were merged.
     """
     work = work.resolve()  # the compiler changes directory
     entries: list[CompiledEntry] = []
+    kernels: list[PackingKernel] = []
     for some in (ENTRIES[i : i + AT_ONCE] for i in range(0, len(ENTRIES), AT_ONCE)):
         workers = [take() for _ in some]
         for worker, entry in zip(workers, some, strict=True):
             worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
+        if packing and target != "cpu" and not kernels:
+            from kiln.exporter.compiler.packing_kernel import compile_packing
+
+            kernels = compile_packing(target, work / f"{target}-packing")  # while the workers are at it
         for worker in workers:
             entries.append(worker.result())
             done(entries[-1])
     _check(spec, entries)
-    write_package(out, {e.entry: e.library for e in entries})
-    return CompiledTarget(target, out, entries)
+    write_package(out, {e.entry: e.library for e in entries}, {k.record["file"]: k.image for k in kernels})
+    return CompiledTarget(target, out, entries, kernels)
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:

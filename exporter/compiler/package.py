@@ -34,6 +34,15 @@ class Constant:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class PackingKernel:
+    """A kernel by which the runner packs weights on a GPU. plane: "words" or "halves"; record: as in the manifest."""
+
+    plane: str
+    image: bytes
+    record: dict
+
+
 def shim_names() -> list[str]:
     """Functions that the runner implements."""
     return re.findall(r"^KILN(?:_CUDA)?_SHIM\((\w+)\)", SHIMS.read_text(), re.MULTILINE)
@@ -111,8 +120,10 @@ def link(objects: list[str], wrapper: str, output: Path) -> None:
         path.unlink()
 
 
-def write_package(path: Path, libraries: dict[str, Path]) -> None:
-    """`libraries` by entry point, as `ENTRY.so` in a zip archive whose bytes depend on nothing else."""
+def write_package(path: Path, libraries: dict[str, Path], others: dict[str, bytes] | None = None) -> None:
+    """`libraries` by entry point, as `ENTRY.so`, and `others` by name, in a zip archive whose bytes depend on nothing else."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for entry, library in libraries.items():
             archive.writestr(zipfile.ZipInfo(f"{entry}.so", EPOCH), library.read_bytes())
+        for name, data in (others or {}).items():
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), data)

@@ -85,12 +85,13 @@ def ceilings_of(device: str) -> dict[str, float] | None:
 
 
 def measure(
-    artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None
+    artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None,
+    weights: Path | None = None,
 ) -> dict:
     """Runs kiln-run --bench and adds, to each depth, the cost of the work and the share of the ceilings. Raises KilnError."""
     manifest = read_manifest(artifact)
     command = [runner(), str(artifact), "--bench", "--json", "--steps", str(steps), "--device", device]
-    for option, value in (("--depths", depths), ("--prefill-chunk", prefill_chunk), ("--threads", threads)):
+    for option, value in (("--depths", depths), ("--prefill-chunk", prefill_chunk), ("--threads", threads), ("--weights", weights)):
         if value is not None:
             command += [option, str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -196,6 +197,7 @@ def bench(
     profile: bool,
     out: Path | None,
     picture: Path | None,
+    weights: Path | None = None,
 ) -> tuple[dict, str]:
     """The command: the record, also written to `out`, and its text."""
     if profile:
@@ -203,14 +205,14 @@ def bench(
 
         if picture:
             raise KilnError("--plot draws speed against depth, --profile has none; run them apart")
-        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device)
+        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights)
         text = steptime.text(record)
     else:
         if picture:
             check_plot()
         if depths:
             numbers(depths)
-        record = measure(artifact, depths, prefill_chunk, steps, device, threads)
+        record = measure(artifact, depths, prefill_chunk, steps, device, threads, weights)
         text = table(record)
     if out:
         try:

@@ -178,6 +178,7 @@ class EvalOptions:
     device: str = "auto"
     seed: int = 0
     picture: Path | None = None
+    weights: Path | None = None  # of an artifact of code alone
 
 
 def choose_device(name: str) -> str:
@@ -260,7 +261,7 @@ def _artifact(options: EvalOptions) -> tuple[Player, Text, dict[str, Any]]:
     manifest = read_manifest(options.path)
     if options.kv_cache and KV_CACHES[options.kv_cache] != manifest["kv_cache"]:
         raise KilnError(f"{options.path} has a {manifest['kv_cache']} cache; drop --kv-cache {options.kv_cache} or export again")
-    player = ArtifactPlayer(options.path, options.device)
+    player = ArtifactPlayer(options.path, options.device, options.weights)
     record = {"model": str(options.path), "player": f"artifact on {player.device}", "kv_cache": manifest["kv_cache"]}
     return player, artifact_text(options.path, manifest), record
 

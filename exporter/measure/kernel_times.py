@@ -86,7 +86,7 @@ def text(record: dict) -> str:
     return "\n".join(lines)
 
 
-def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device: str = "auto") -> dict:
+def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device: str = "auto", weights: Path | None = None) -> dict:
     """Profiles both entry points at each depth, over random caches. Raises KilnError without a GPU that the artifact has a target for."""
     import torch
 
@@ -106,7 +106,7 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
         raise KilnError(f"{artifact}: holds {manifest['max_seq_len']} tokens; --profile needs more than {SPARE + 2}")
     kiln = runtime()
     try:
-        model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}")
+        model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}", weights=weights and str(weights))
         profiles = []
         for depth in depths or [DEFAULT_DEPTH]:
             at = max(min(depth, limit), 2)

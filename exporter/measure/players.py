@@ -228,10 +228,10 @@ def checked_config(plan: ModelPlan, max_seq_len: int) -> ModelConfig:
 class ArtifactPlayer:
     """An artifact in the runner. It cannot go back: a rewind reads everything again."""
 
-    def __init__(self, directory: Path, device: str):
+    def __init__(self, directory: Path, device: str, weights: Path | None = None):
         kiln = runtime()
         try:
-            self._model = kiln.Model(str(directory), device=device, threads=torch.get_num_threads())
+            self._model = kiln.Model(str(directory), device=device, threads=torch.get_num_threads(), weights=weights and str(weights))
             self._session = kiln.Session(self._model)
         except kiln.Error as e:
             raise KilnError(str(e)) from e

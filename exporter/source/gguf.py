@@ -72,15 +72,21 @@ class _Value:
 
 
 class Metadata(Mapping[str, Any]):
-    """Key-value metadata. Arrays are decoded to a list each time they are asked for; `length` and `in` decode nothing."""
+    """Key-value metadata. Arrays are decoded to a list each time they are asked for; `length` and `in` decode nothing.
+
+    consulted: every key that was asked for by name, there or not: what has been made of the file depends on these.
+    """
 
     def __init__(self, part: _Part):
         self._part = part
+        self.consulted: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
+        self.consulted.add(key)
         return self._part.decode(key)
 
     def __contains__(self, key: object) -> bool:
+        self.consulted.add(str(key))
         return key in self._part.values
 
     def __iter__(self) -> Iterator[str]:
@@ -91,6 +97,7 @@ class Metadata(Mapping[str, Any]):
 
     def length(self, key: str) -> int | None:
         """Items of an array value; None for a scalar or an absent key."""
+        self.consulted.add(key)
         value = self._part.values.get(key)
         return None if value is None else value.count
 
@@ -265,11 +272,15 @@ class _Part:
 
 
 class GGUFFile:
-    """An open GGUF model. `path` is the file that was asked for; all parts of a split model are merged."""
+    """An open GGUF model. `path` is the file that was asked for; all parts of a split model are merged.
+
+    consulted: tensors whose bytes were asked for.
+    """
 
     def __init__(self, path: Path, parts: list[_Part]):
         self.path = path
         self._parts = parts
+        self.consulted: set[str] = set()
         self.metadata = Metadata(parts[0])
         self.tensors: dict[str, TensorInfo] = {}
         self.files = [part.path for part in parts]
@@ -287,6 +298,7 @@ class GGUFFile:
 
     def data(self, name: str) -> np.ndarray:
         """The tensor's bytes as they are in the file: uint8 [rows, row bytes], a read-only view of the mapping."""
+        self.consulted.add(name)
         info = self._known(name)
         rows = prod(info.shape[:-1])
         flat = np.frombuffer(self._parts[info.file].map, np.uint8, info.nbytes, info.offset)

@@ -75,14 +75,21 @@ class Survey:
     plan: ModelPlan | None  # where there is no problem
 
 
-def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
-    """What bounds queries and keys that are normalized is the head size and the norms' weights. Rotation keeps lengths."""
-    bounds = {"": 0.0}
+def key_factors(config: ModelConfig) -> dict[str, float]:
+    """What the largest weight of a norm of queries or keys is multiplied by, by tensor, to give a bound of them.
+
+    What bounds queries and keys that are normalized is the head size and the norms' weights. Rotation keeps lengths.
+    """
+    factors = {}
     for i, mixer in config.attentions.items():
-        names = [name for name, norm in (("attn_q_norm", mixer.q_norm), ("attn_k_norm", mixer.k_norm)) if norm == "weighted"]
-        for name in (f"blk.{i}.{stem}.weight" for stem in names):
-            scale = mixer.scale if "attn_q_norm" in name else 1.0
-            bounds[name] = float(np.abs(vector(gguf, name)).max(initial=0)) * math.sqrt(mixer.head_dim) * scale
+        for stem, norm, scale in (("attn_q_norm", mixer.q_norm, mixer.scale), ("attn_k_norm", mixer.k_norm, 1.0)):
+            if norm == "weighted":
+                factors[f"blk.{i}.{stem}.weight"] = math.sqrt(mixer.head_dim) * scale
+    return factors
+
+
+def _key_bound(config: ModelConfig, gguf: GGUFFile) -> tuple[float, str]:
+    bounds = {"": 0.0} | {name: float(np.abs(vector(gguf, name)).max(initial=0)) * factor for name, factor in key_factors(config).items()}
     largest = max(bounds, key=lambda name: bounds[name])
     return bounds[largest], largest
 

@@ -63,6 +63,11 @@ def pre_tokenizers() -> dict[str, dict[str, Any]]:
     return {name: table for table in tables.values() for name in table["names"]}
 
 
+def harmless_keys() -> list[str]:
+    """Patterns of metadata keys of a tokenizer that concern nothing, whatever they say."""
+    return [*(f"{PREFIX}{name}" for name in _HARMLESS), f"{PREFIX}*_token_id"]
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Texts and GGUF types by id, merges (left, right) in order of rank, and the ids with a meaning. `ends` stop a generation.

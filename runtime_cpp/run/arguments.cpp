@@ -10,6 +10,7 @@ namespace {
 
 std::vector<Option> option_table(Arguments& a) {
   return {
+      {"--weights", "FILE", "the GGUF file of the weights, where the artifact holds code only", text(a.weights)},
       {"--prompt", "TEXT", "the user's turn", text(a.prompt)},
       {"--prompt-file", "FILE", "the same, from a file; - is standard input", text(a.prompt_file)},
       {"--tokens", "1,2,3", "token ids instead of text", text(a.tokens)},

@@ -9,7 +9,7 @@ namespace kiln {
 
 // The command line of kiln-run.
 struct Arguments {
-  std::string artifact, device = "auto", logits_file;
+  std::string artifact, weights, device = "auto", logits_file;
   std::optional<std::string> prompt, prompt_file, tokens, depths;
   std::vector<int64_t> ids;  // of --tokens, or of --depths
   bool raw = false, json = false, no_eog = false, verify = false, memory = false, no_graph = false, no_early_launch = false, bench = false;

@@ -117,6 +117,8 @@ std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progre
   load.verify = a.verify;
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   load.small_context = !std::getenv("KILN_FULL_STACK");
+  load.weights = a.weights;
+  load.note = [](const std::string& line) { std::fprintf(stderr, "kiln-run: note: %s\n", one_line(line).c_str()); };
   load.progress = [&](uint64_t done, uint64_t total) {
     end_if_noted();
     if (!a.json) progress(done, total);

@@ -29,8 +29,14 @@ py::array_t<float> to_numpy(const std::vector<float>& row) {
   }
 }
 
-std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress) {
+std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
+                                  const std::optional<std::string>& weights) {
   kiln::LoadOptions options;
+  options.weights = weights.value_or("");
+  options.note = [](const std::string& line) {
+    py::gil_scoped_acquire gil;
+    if (PyErr_WarnEx(PyExc_UserWarning, line.c_str(), 1) != 0) throw py::error_already_set();
+  };
   options.device = device;
   options.verify = verify;
   options.threads = threads;
@@ -134,11 +140,14 @@ PYBIND11_MODULE(_runtime, m) {
       .def("finish", &kiln::StreamDecoder::finish, "What was held back.");
 
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-      .def(py::init([](const std::string& path, const std::string& device, bool verify, int threads, py::object progress) {
-             return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress)));
+      .def(py::init([](const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
+                       const std::optional<std::string>& weights) {
+             return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress), weights));
            }),
            py::arg("path"), py::arg("device") = "auto", py::arg("verify") = false, py::arg("threads") = 1, py::arg("progress") = py::none(),
-           "Loads an artifact; progress(done_bytes, total_bytes) is called while the weights are loaded.")
+           py::arg("weights") = py::none(),
+           "Loads an artifact; progress(done_bytes, total_bytes) is called while the weights are loaded. weights: the GGUF file, of an artifact that "
+           "holds code only.")
       .def_property_readonly("tokenizer", &Model::tokenizer, py::return_value_policy::reference_internal)
       .def_property_readonly("manifest", [](const Model& model) { return py::module_::import("json").attr("loads")(model.artifact().manifest); })
       .def_property_readonly("device", &Model::device)
@@ -146,6 +155,11 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("vocab_size", &Model::vocab_size)
       .def_property_readonly("max_seq_len", [](const Model& model) { return model.artifact().max_seq_len; })
       .def_property_readonly("prefill_chunk", [](const Model& model) { return model.artifact().prefill_chunk; })
+      .def("weight_memory", [](const Model& model) {
+            py::dict out;
+            for (const auto& w : model.weight_memory()) out[w.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(w.data), w.bytes);
+            return out;
+          }, "For measurements: name -> (address on the device, bytes) of each constant.")
       .def("is_eog", &Model::is_eog, py::arg("token"))
       .def("encode_prompt", [](const Model& model, const std::string& text, bool raw) { return model.encode_prompt(text, raw); }, py::arg("text"),
            py::arg("raw") = false, "Token ids of one user turn in the chat template, or of BOS and the text.");

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from kiln.custom_ops.gpu import contract
-from kiln.custom_ops.gpu.cubin import kernels
+from kiln.custom_ops.gpu.cubin import kernels, parameters
 from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.artifact.verify import verify
 from kiln.exporter.measure.runner import runner
 from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
@@ -24,12 +26,12 @@ TARGETS = ("sm_90", "sm_120")
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A small model with all layer kinds, real head sizes and head ratios, at 131,072 tokens with TurboQuant."""
+    """A small model with all layer kinds, real head sizes and head ratios, at 131,072 tokens with TurboQuant; weights stay in its file."""
     root = tmp_path_factory.mktemp("it's \"cuda\" (ö) $HOME")  # a compiler's command is made of such paths, see test_paths
     (root / "tmp").mkdir()
     write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
     targets = [word for target in TARGETS for word in ("--target", target)]
-    context = ("--max-seq-len", "131072", "--turboquant")
+    context = ("--max-seq-len", "131072", "--turboquant", "--weights", "gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(root / "tmp"))
         result = kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", *targets, *context)
@@ -48,10 +50,25 @@ def test_the_artifact_is_complete_and_has_nothing_twice(export):
         ("sm_120", "cuda", [12, 0]),
     ]
     assert record["activation_dtype"] == "bfloat16" and record["kv_cache"] == "tq4"
-    weights = sum(c["bytes"] for c in record["constants"])
+    weights = (artifact / "weights.safetensors").stat().st_size
     total = sum(f.stat().st_size for f in artifact.iterdir())
     kv = sum(b["bytes"] for b in record["kv"])
-    assert kv > 200 << 20 and total < weights + (60 << 20), "cache bytes or a second copy of the weights were packed"
+    assert kv > 200 << 20 and total < 60 << 20 and weights < 8192, "cache bytes or weights were packed"
+
+
+def test_the_kernels_that_pack_are_there(export):
+    """For the target, with the arguments that the runner gives: ten and two null pointers."""
+    artifact, _ = export
+    verify(artifact)
+    for target in json.loads((artifact / "manifest.json").read_text())["targets"]:
+        with zipfile.ZipFile(artifact / target["file"]) as package:
+            for plane in ("words", "halves"):
+                image = package.read(target["packing"][plane]["file"])
+                assert architecture(image) == target["target"] and kernels(image) == [target["packing"][plane]["kernel"]]
+                sizes = [p.end - p.begin for p in parameters(image, "kiln_pack_plane")]
+                assert sizes == [8] * 4 + [4] * 6 + [8] * 2
+                sizes = {"threads": 128, "rows": 128, "units": 4}
+                assert target["packing"][plane].items() >= sizes.items()
 
 
 def test_code_of_the_right_architecture(export):
@@ -126,7 +143,7 @@ def fake_gpu(tmp_path_factory):
 
     def run(artifact: Path, *arguments: object, **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
         (folder / "report").unlink(missing_ok=True)
-        command = [str(KILN_RUN), str(artifact), *map(str, arguments)]
+        command = [str(KILN_RUN), str(artifact), "--weights", str(artifact.parent / "model.gguf"), *map(str, arguments)]
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | fakes | environment)
         return result, json.loads((folder / "report").read_text())
 

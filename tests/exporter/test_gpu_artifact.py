@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from kiln.exporter.compiler.packing_kernel import compile_packing
 from kiln.exporter.tools.synth import write_synthetic
+from tests.code_only import add_to_package, code_only
 from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run
+from tests.runtime.toy import change
 from tests.sessions import interleaved_equal_solo
 from tests.timeline import CHUNK, FIXTURES, GREEDY, fixture_logits, fixture_tokens, graph_spec, weights, worst
 from tests.tools.rebuild import complete
@@ -167,3 +171,39 @@ def test_memory_report(gpu):
     for part, name in (("weights", "weights"), ("KV ring", "kv_ring"), ("KV global", "kv_global")):
         assert f"{part} {memory[name] / 1e9:.3f} GB" in text, text
     assert re.search(r"decode graph: \d+ kernels start early", text), text
+
+
+def test_weights_left_in_the_file(gpu, tmp_path):
+    """Packed on the GPU while they are loaded they are the bits of the copied ones, and so is what is played."""
+    import kiln as runner
+
+    artifact, file = code_only(gpu / "tq4", gpu / "tiny-cuda.gguf", tmp_path / "code"), gpu / "tiny-cuda.gguf"
+
+    def with_kernels(manifest: dict) -> None:
+        (target,) = manifest["targets"]
+        compiled = compile_packing(target["target"], tmp_path / "triton")
+        target["packing"] = {k.plane: k.record for k in compiled}
+        add_to_package(artifact, target, {k.record["file"]: k.image for k in compiled})
+
+    change(artifact, with_kernels)
+    models = [runner.Model(str(gpu / "tq4")), runner.Model(str(artifact), weights=str(file))]
+    want, got = ({name: device_bytes(*place) for name, place in model.weight_memory().items()} for model in models)
+    assert want.keys() == got.keys() and [name for name in want if not torch.equal(want[name], got[name])] == []
+    rows = []
+    for model in models:
+        session = runner.Session(model)
+        seen: list[np.ndarray] = []
+        session.set_logits_sink(seen.append)
+        session.prefill(list(range(2, 300)))
+        session.generate(8, stop_at_eog=False)
+        rows.append(np.stack(seen))
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def device_bytes(address: int, size: int) -> torch.Tensor:
+    """What lies at an address of the GPU, copied to the host."""
+    out = torch.empty(size, dtype=torch.uint8)
+    torch.cuda.synchronize()  # makes the GPU's context current
+    copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoH_v2
+    assert copy(ctypes.c_void_p(out.data_ptr()), ctypes.c_uint64(address), ctypes.c_size_t(size)) == 0
+    return out

@@ -122,13 +122,47 @@ int fake_cuGraphInstantiateWithFlags(void** x, void* g, unsigned long long f) { 
 int fake_cuGraphLaunch(void* x, void* s) { NEEDS_CONTEXT; NOT_CAPTURED; return count(&replays, 1), 0; }
 int fake_cuGraphExecDestroy(void* x) { return count(&graphs, -1), free(x), 0; }
 int fake_cuGraphDestroy(void* g) { return count(&graphs, -1), free(g), 0; }
-int fake_cuModuleLoadData(void** m, const void* image) { NEEDS_CONTEXT; NOT_CAPTURED; return memcmp(image, "\177ELF", 4) ? 200 : (count(&modules, 1), *m = malloc(1), 0); }
+// A module is one byte: the bits of an element of the plane that its kernel packs, where its image says so ("\177ELF pack 32"), else 0.
+int fake_cuModuleLoadData(void** m, const void* image) {
+  NEEDS_CONTEXT; NOT_CAPTURED;
+  if (memcmp(image, "\177ELF", 4)) return 200;
+  char* bits = malloc(1);
+  *bits = memcmp(image, "\177ELF pack ", 10) ? 0 : atoi((const char*)image + 10);
+  return count(&modules, 1), *m = bits, 0;
+}
 int fake_cuModuleUnload(void* m) { NEEDS_CONTEXT; return count(&modules, -1), free(m), 0; }
-int fake_cuModuleGetFunction(void** f, void* m, const char* name) { NEEDS_CONTEXT; return *f = (void*)1, 0; }
+int fake_cuModuleGetFunction(void** f, void* m, const char* name) { NEEDS_CONTEXT; return *f = (void*)(uintptr_t)(1 + *(char*)m), 0; }
+// What custom_ops/weights/pack_kernel.py does, for 128 rows and steps of 4 units.
+static int pack_plane(int bits, unsigned gx, unsigned groups, void** p) {
+  Pointer raw = *(Pointer*)p[0], out = *(Pointer*)p[1], terms = *(Pointer*)p[2], counts = *(Pointer*)p[3];
+  int rows = *(int*)p[4], row_bytes = *(int*)p[5], block = *(int*)p[6], n = *(int*)p[7], units = *(int*)p[8];
+  if (gx != (rows + 127) / 128 || *(Pointer*)p[10] || *(Pointer*)p[11]) return kInvalidValue;
+  int grain = *(int*)p[9];
+  if ((grain != 1 && grain != 2 && grain != 4) || raw % grain || row_bytes % grain || block % grain) return kInvalidValue;
+  if (!good(raw, (size_t)rows * row_bytes + 4) || !good(counts, (units + 3) / 4 * 4)) return kIllegalAddress;
+  for (unsigned g = 0; g < groups; ++g)
+    for (int u = 0; u < units; ++u)
+      for (int r = 0; r < rows; ++r) {
+        uint32_t sum = 0;
+        for (int i = 0; i < ((int*)counts)[u / 4]; ++i) {
+          const int32_t* t = (int32_t*)terms + (size_t)i * 3 * units + u;
+          uint32_t piece, shift = t[2 * units];
+          memcpy(&piece, (char*)raw + (size_t)r * row_bytes + (size_t)g * block + t[0], 4);
+          if (t[0] % grain) return kInvalidValue;
+          piece &= (uint32_t)t[units];
+          sum |= piece << shift | piece >> ((32 - shift) & 31);
+        }
+        Pointer at = out + (((size_t)g * units + u) * n + r) * (bits / 8);
+        if (!r && !good(at, (size_t)rows * bits / 8)) return kIllegalAddress;
+        memcpy((void*)at, &sum, bits / 8);
+      }
+  return 0;
+}
 int fake_cuFuncSetAttribute(void* f, int which, int value) { NEEDS_CONTEXT; return 0; }
 int fake_cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* s, void** params, void** extra) {
   NEEDS_CONTEXT;
   if (!f || !s || !gx || !gy || !gz || !bx) return kInvalidValue;
+  if ((uintptr_t)f > 1) return by != 1 || bz != 1 || gz != 1 ? kInvalidValue : pack_plane((int)(uintptr_t)f - 1, gx, gy, params);
   return count(&launches, 1), 0;
 }
 int fake_cuGetErrorString(int code, const char** text) { return *text = code == kOutOfMemory ? "out of memory" : code == kInvalidContext ? "invalid device context" : code ? "fake error" : "no error", 0; }

@@ -28,11 +28,24 @@ struct TensorSpec {
 struct ConstantSpec : TensorSpec {
   uint64_t offset = 0;  // from the start of the weights file
   std::string sha256;   // lower-case hex
+  // Or made of tensors of a GGUF file, rows one after another: their "words" or "halves" (see GgufMap), or their "values".
+  std::string plane;
+  std::vector<std::string> tensors;
+  double limit = 0;  // of the size of a value, where there is one
+
+  bool made() const { return !plane.empty(); }
 };
 
 struct KvSpec : TensorSpec {
   int64_t layer = 0;
   bool ring = false;  // a sliding layer's ring, else a global layer's cache
+};
+
+// A kernel of a GPU's package that packs blocks of any type into one plane: docs/ARTIFACT.md says what it is given.
+struct PackKernel {
+  std::string file, name;
+  int64_t threads = 0, shared = 0;  // of a thread block; bytes of shared memory
+  int64_t rows = 0, units = 0;      // of the plane that a thread block makes; that its steps are counted for
 };
 
 struct TargetSpec {
@@ -42,6 +55,7 @@ struct TargetSpec {
   int major = 0, minor = 0;  // compute capability
   uint64_t bytes = 0;
   std::string sha256;
+  std::optional<PackKernel> pack_words, pack_halves;
 };
 
 struct ValueSpec {  // an input or output of an entry point
@@ -67,6 +81,7 @@ struct ChatSpec {
 };
 
 class MappedFile;
+class GgufMap;
 
 // An opened artifact directory: its manifest, checked, and its weights file, mapped and checked against the manifest.
 // Throws Error on everything that does not fit. Reads no weight bytes until asked to.
@@ -83,7 +98,7 @@ class Artifact {
 
   const EntryPoint& entry(const std::string& name) const { return entry_points.at(name); }
 
-  // Recomputes the SHA-256 of every constant. Throws Error with the first that differs. (That of a target's code is checked at every load.)
+  // Recomputes the SHA-256 of every constant of the weights file. Throws Error with the first that differs. (That of a target's code is checked at every load.)
   void verify(int threads) const;
 
   std::string producer_torch;
@@ -97,7 +112,8 @@ class Artifact {
   std::vector<KvSpec> kv;
   std::optional<TokenizerSpec> tokenizer;
   std::optional<ChatSpec> chat;
-  std::shared_ptr<const MappedFile> weights;
+  std::shared_ptr<const MappedFile> weights;  // the constants that are not made of a GGUF file
+  std::shared_ptr<const GgufMap> gguf;        // null: there are no others
 
  private:
   void read_manifest();

@@ -12,11 +12,14 @@
 namespace kiln {
 
 struct LoadOptions {
+  // The GGUF file that the weights come from, or any part of a split one, where the artifact holds code only.
+  std::string weights;
   // "cpu", "cuda", "cuda:1"; "auto" is the first GPU when there is one and the artifact has a GPU target, else the CPU.
   std::string device = "auto";
-  bool verify = false;  // recompute every SHA-256 before anything is used
+  bool verify = false;  // recompute every SHA-256 before anything is used; of a GGUF file those that the artifact has
   int threads = 1;      // of verify
   std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far, from 0 to total
+  std::function<void(const std::string& line)> note;            // of what a user should know of a GGUF file that is otherwise in order
   // The process runs no GPU kernels but ours: its CUDA context may be as small as they allow.
   bool small_context = false;
 };
@@ -35,6 +38,14 @@ class Model {
   std::string device() const;  // "cpu", "cuda:0"
   int64_t vocab_size() const;  // of the logits
   bool is_eog(int64_t token) const;
+
+  // For measurements: where each constant lies on the device.
+  struct WeightMemory {
+    std::string name;
+    const void* data;
+    uint64_t bytes;
+  };
+  std::vector<WeightMemory> weight_memory() const;
 
   // `raw`: BOS and the text. Else one user turn in the chat template, when the artifact has one.
   std::vector<int64_t> encode_prompt(std::string_view text, bool raw = false) const;

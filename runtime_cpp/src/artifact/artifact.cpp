@@ -6,9 +6,11 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 
 #include "artifact/file.h"
+#include "artifact/gguf_map.h"
 #include "kiln/json.h"
 #include "artifact/sha256.h"
 
@@ -103,6 +105,13 @@ std::string file_name(const Json& object) {
   return name;
 }
 
+PackKernel parse_kernel(const Json& object) {
+  PackKernel k{file_name(object), string_at(object, "kernel"), 0, 0, 0, 0};
+  for (auto [member, key, least, most] : {std::tuple(&k.threads, "threads", 1, 1024), {&k.shared, "shared", 0, 1 << 20}, {&k.rows, "rows", 1, 1 << 16}, {&k.units, "units", 1, 1 << 10}})
+    if ((*member = int_at(object, key, least)) > most) fail("'packing': '", key, "' is ", *member);
+  return k;
+}
+
 TargetSpec parse_target(const Json& object) {
   TargetSpec t;
   t.target = string_at(object, "target");
@@ -119,6 +128,10 @@ TargetSpec parse_target(const Json& object) {
   }
   t.bytes = static_cast<uint64_t>(int_at(object, "bytes", 1));
   t.sha256 = string_at(object, "sha256");
+  if (const Json* packing = object.find("packing"); packing && !packing->is_null()) {
+    t.pack_words = parse_kernel(packing->at("words"));
+    t.pack_halves = parse_kernel(packing->at("halves"));
+  }
   return t;
 }
 
@@ -171,8 +184,15 @@ void Artifact::read_manifest() {
     for (const Json& c : root.at("constants")) {
       ConstantSpec spec;
       parse_tensor(c, spec);
-      spec.offset = static_cast<uint64_t>(int_at(c, "offset", 0));
-      spec.sha256 = string_at(c, "sha256");
+      if (const Json* source = c.find("source")) {
+        spec.plane = string_at(*source, "plane");
+        for (const Json& name : source->at("tensors")) spec.tensors.emplace_back(name.as_string());
+        if (const Json* limit = source->find("limit")) spec.limit = limit->as_double();
+        if (!spec.made()) fail("'", spec.name, "': 'plane' is empty");
+      } else {
+        spec.offset = static_cast<uint64_t>(int_at(c, "offset", 0));
+        spec.sha256 = string_at(c, "sha256");
+      }
       constants.push_back(std::move(spec));
     }
     for (const Json& k : root.at("kv")) {
@@ -193,6 +213,9 @@ void Artifact::read_manifest() {
       if (!names.insert(k.name).second) fail("'", k.name, "' is there twice, as a constant or a KV cache");
     weights_file_ = file_name(root.at("weights"));
     weights_bytes_ = static_cast<uint64_t>(int_at(root.at("weights"), "bytes", 1));
+    if (const Json* map = root.at("weights").find("gguf")) gguf = std::make_shared<const GgufMap>(*map, constants);
+    for (const ConstantSpec& c : constants)
+      if (c.made() && !gguf) fail("'", c.name, "' is made of a GGUF file's tensors, and 'weights' has no 'gguf'");
     if (const Json* t = root.find("tokenizer"); t && !t->is_null()) {
       TokenizerSpec spec;
       spec.file = file_name(*t);
@@ -228,6 +251,7 @@ void Artifact::open_weights() {
     for (size_t i = 0; i < header.size(); ++i)
       if (header.key(i) != "__metadata__" && header.key(i).substr(0, 6) != "__pad.") found[header.key(i)] = &header.value(i);
     for (const ConstantSpec& c : constants) {
+      if (c.made()) continue;
       auto it = found.find(c.name);
       if (it == found.end()) fail("tensor '", c.name, "' of the manifest is missing");
       const Json& t = *it->second;
@@ -269,6 +293,7 @@ void Artifact::verify(int threads) const {
   std::string bad_hash;
   auto work = [&] {
     for (size_t i; (i = next++) < constants.size();) {
+      if (constants[i].made()) continue;
       std::string found = sha256(weights->data() + constants[i].offset, constants[i].bytes);
       if (found == constants[i].sha256) continue;
       std::lock_guard<std::mutex> lock(mutex);

@@ -185,6 +185,15 @@ Package::Package(const Artifact& artifact, const TargetSpec& target) : path_(art
     libraries_.emplace(entry, std::make_unique<Library>(it->second, path_ + ": " + entry));
     files.erase(it);
   }
+  if (target.pack_words && target.pack_halves) {
+    loader_ = std::make_unique<LoaderCode>(LoaderCode{{*target.pack_words, ""}, {*target.pack_halves, ""}});
+    for (LoaderCode::Kernel* kernel : {&loader_->words, &loader_->halves}) {
+      auto it = files.find(kernel->spec.file);
+      if (it == files.end()) fail(path_, ": has no ", kernel->spec.file, ", which the manifest names", kAgain);
+      kernel->image = it->second;
+      files.erase(it);
+    }
+  }
   if (!files.empty()) fail(path_, ": has '", files.begin()->first, "', which the manifest does not name", kAgain);
 }
 

@@ -59,16 +59,27 @@ class Library {
   std::map<std::string, Constant> constants_;
 };
 
+// Kernels that pack blocks of a GGUF file on a GPU, and their code.
+struct LoaderCode {
+  struct Kernel {
+    PackKernel spec;
+    std::string image;
+  };
+  Kernel words, halves;
+};
+
 // The code of one target of an artifact: hashed against the manifest, its names checked, its libraries open. Shared by all sessions of a model.
 class Package {
  public:
   Package(const Artifact& artifact, const TargetSpec& target);
   const Library& library(const std::string& entry) const { return *libraries_.at(entry); }
+  const LoaderCode* loader() const { return loader_.get(); }  // null: the package has none
   const std::string& path() const { return path_; }
 
  private:
   std::string path_;
   std::map<std::string, std::unique_ptr<Library>> libraries_;
+  std::unique_ptr<LoaderCode> loader_;
 };
 
 }  // namespace kiln

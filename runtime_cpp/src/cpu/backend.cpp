@@ -1,18 +1,25 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <mutex>
+#include <system_error>
+#include <thread>
 
-#include "session/backend.h"
 #include "artifact/file.h"
+#include "artifact/raw_weights.h"
+#include "cpu/ops.h"
+#include "session/backend.h"
 
 namespace kiln {
 
 namespace {
 
+constexpr uint64_t kJobBytes = 1 << 20;  // of a tensor, packed at a time by a thread
 constexpr uint64_t kPage = 4096, kReadAheadBytes = 64 << 20, kAlignment = 64;
 
 // A "Name:   123 kB" line of a /proc file, in bytes.
@@ -55,8 +62,67 @@ class ZeroPages : public Memory {
   void release(void* data, uint64_t bytes) noexcept override { munmap(data, std::max<uint64_t>(bytes, 1)); }
 };
 
+// Rows of one tensor.
+struct Job {
+  const RawWeights::Piece* piece;
+  uint64_t first, rows;
+};
+
+void run_job(const Job& job, std::string& raw, char* to) {
+  const RawWeights::Piece& p = *job.piece;
+  const uint64_t offset = p.offset + job.first * p.row_bytes, bytes = job.rows * p.row_bytes;
+  if (!p.packing) return p.file->read(offset, bytes, to + p.words + job.first * p.row_bytes, 1);
+  raw.resize(std::max<size_t>(raw.size(), bytes));
+  p.file->read(offset, bytes, raw.data(), 1);  // not through the mapping: a file that was cut meanwhile is an error, not a signal
+  p.packing->pack(raw.data(), p.row_bytes, job.rows, p.groups, reinterpret_cast<uint32_t*>(to + p.words) + job.first,
+                  reinterpret_cast<uint16_t*>(to + p.halves) + job.first, p.n);
+}
+
+// Packs all pieces to where they belong from `to` on, on all threads of the CPU; `progress` is called on this one.
+void pack_all(const RawWeights& weights, char* to, const Progress& progress) {
+  std::vector<Job> jobs;
+  for (const RawWeights::Piece& p : weights.pieces()) {
+    const uint64_t step = std::max<uint64_t>(1, kJobBytes / p.row_bytes / 128) * 128;
+    for (uint64_t row = 0; row < p.rows; row += step) jobs.push_back({&p, row, std::min(step, p.rows - row)});
+  }
+  std::atomic<size_t> next{0};
+  std::atomic<uint64_t> done{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+  auto work = [&](const std::function<void()>& after) {
+    std::string raw;
+    try {
+      for (size_t i; (i = next++) < jobs.size();) {
+        run_job(jobs[i], raw, to);
+        done += jobs[i].rows * jobs[i].piece->row_bytes;
+        after();
+      }
+    } catch (...) {
+      next = jobs.size();
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  };
+  if (progress) progress(0, weights.raw_bytes());
+  std::vector<std::thread> others;
+  for (int i = 1; i < cpu_threads(); ++i) {
+    try {
+      others.emplace_back(work, [] {});
+    } catch (const std::system_error&) {  // no thread to be had: those that are there do its work
+      break;
+    }
+  }
+  work([&] {
+    if (progress) progress(done, weights.raw_bytes());
+  });
+  for (std::thread& other : others) other.join();
+  if (error) std::rethrow_exception(error);
+  if (progress) progress(weights.raw_bytes(), weights.raw_bytes());
+}
+
 class CpuTimeline : public Timeline {
  public:
+  explicit CpuTimeline(uint64_t weights) : weights_(weights) {}
   bool asynchronous() const override { return false; }
   void synchronize() override {}
   Surroundings surroundings(const std::string&) override {
@@ -88,7 +154,7 @@ class CpuTimeline : public Timeline {
   void replay() override { fail("internal error: replay on the CPU"); }
   void measure(MemoryReport& report) const override {
     report.activations = temporaries_->peak();
-    uint64_t anonymous = proc_bytes("/proc/self/status", "RssAnon"), ours = report.kv() + report.activations;
+    uint64_t anonymous = proc_bytes("/proc/self/status", "RssAnon"), ours = report.kv() + report.activations + weights_;
     report.other = anonymous > ours ? anonymous - ours : 0;
   }
 
@@ -96,6 +162,7 @@ class CpuTimeline : public Timeline {
   std::shared_ptr<HostMemory> temporaries_ = std::make_shared<HostMemory>();
   std::shared_ptr<ZeroPages> lasting_ = std::make_shared<ZeroPages>();
   std::deque<int64_t> sent_;
+  uint64_t weights_;  // bytes of them that this process's own memory holds
 };
 
 class CpuBackend : public Backend {
@@ -113,7 +180,19 @@ class CpuBackend : public Backend {
     // The mapping is read-only: a compiled model that wrote to a weight would fault instead of corrupting it.
     return Tensor::over(const_cast<char*>(file.data()) + offset, {}, Scalar::U8, {static_cast<int64_t>(bytes)});
   }
-  std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CpuTimeline>(); }
+  Tensor load(const RawWeights& weights, const LoaderCode*, const Progress& progress) const override {
+    Tensor blob = Tensor::make(std::make_shared<ZeroPages>(), {}, Scalar::U8, {static_cast<int64_t>(weights.bytes())});
+    auto* to = static_cast<char*>(blob.data());
+    for (const RawWeights::Made& m : weights.made()) std::memcpy(to + m.at, m.bytes.data(), m.bytes.size());
+    pack_all(weights, to, progress);
+    mprotect(to, weights.bytes(), PROT_READ);  // a compiled model that wrote to a weight would fault instead of corrupting it
+    packed_ = weights.bytes();
+    return blob;
+  }
+  std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CpuTimeline>(packed_); }
+
+ private:
+  mutable uint64_t packed_ = 0;  // of its one load
 };
 
 }  // namespace

@@ -1,18 +1,13 @@
-#include <fcntl.h>
-
-#include <algorithm>
 #include <array>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <thread>
 
 #include "session/backend.h"
 #include "cuda/calls.h"
 #include "cuda/memory.h"
 #include "cuda/decode_graph.h"
-#include "artifact/file.h"
+#include "cuda/handles.h"
+#include "cuda/load.h"
 
 namespace kiln {
 
@@ -20,40 +15,9 @@ using namespace cuda;
 
 namespace {
 
-constexpr uint64_t kStagingBytes = 64 << 20;
-constexpr unsigned kReaders = 4;     // threads that fill a staging buffer
 constexpr size_t kStackBytes = 128;  // of a GPU thread; the driver grows it for a kernel that needs more
 
 uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
-
-// A stream and events of the context that is current when they are made.
-struct OwnStream {
-  OwnStream() {
-    Among others;
-    driver().check(driver().stream_create(&stream, kNonBlocking), "cannot make a stream");
-  }
-  ~OwnStream() {
-    Among others;
-    driver().stream_destroy(stream);
-  }
-  OwnStream(const OwnStream&) = delete;
-  OwnStream& operator=(const OwnStream&) = delete;
-  Stream stream = nullptr;
-};
-
-struct OwnEvent {
-  OwnEvent() {
-    Among others;
-    driver().check(driver().event_create(&event, kDisableTiming), "cannot make an event");
-  }
-  ~OwnEvent() {
-    Among others;
-    driver().event_destroy(event);
-  }
-  OwnEvent(const OwnEvent&) = delete;
-  OwnEvent& operator=(const OwnEvent&) = delete;
-  Event event = nullptr;
-};
 
 // What belongs to the context; made and destroyed while it is current.
 struct StreamState {
@@ -178,70 +142,6 @@ class CudaTimeline : public Timeline {
   bool captured_ = false;
 };
 
-// Reads a file front to back into two buffers by turns, on threads of its own, ahead of the consumer.
-class Reader {
- public:
-  Reader(const MappedFile& file, uint64_t offset, uint64_t bytes, char* first, char* second)
-      : file_(file), offset_(offset), bytes_(bytes), buffers_{first, second}, thread_([this] { run(); }) {}
-  ~Reader() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    changed_.notify_all();
-    thread_.join();
-  }
-
-  // Waits until buffer `i % 2` holds chunk i.
-  void wait_full(uint64_t i) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return filled_ > i || !error_.empty(); });
-    if (!error_.empty()) fail(error_);
-  }
-  void release() {  // the oldest full buffer may be overwritten
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++released_;
-    }
-    changed_.notify_all();
-  }
-
- private:
-  void run() {
-    posix_fadvise(file_.fd(), static_cast<off_t>(offset_), static_cast<off_t>(bytes_), POSIX_FADV_SEQUENTIAL);
-    for (uint64_t i = 0; i * kStagingBytes < bytes_; ++i) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait(lock, [&] { return i < released_ + 2 || stop_; });
-        if (stop_) return;
-      }
-      std::string error;
-      try {
-        file_.read(offset_ + i * kStagingBytes, std::min(kStagingBytes, bytes_ - i * kStagingBytes), buffers_[i % 2], kReaders);
-      } catch (const std::exception& e) {
-        error = e.what();
-      }
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        error_ = error;
-        filled_ = i + 1;
-      }
-      changed_.notify_all();
-      if (!error.empty()) return;
-    }
-  }
-
-  const MappedFile& file_;
-  uint64_t offset_, bytes_;
-  char* buffers_[2];
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  uint64_t filled_ = 0, released_ = 0;  // chunks
-  bool stop_ = false;
-  std::string error_;
-  std::thread thread_;
-};
-
 class CudaBackend : public Backend {
  public:
   CudaBackend(int index, bool small_context) : gpu_(std::make_shared<const Gpu>(index)), modules_(std::make_shared<Modules>(gpu_)) {
@@ -262,34 +162,11 @@ class CudaBackend : public Backend {
   }
 
   Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const override {
-    Current current(*gpu_);
-    Tensor blob = Tensor::make(std::make_shared<DeviceMemory>(gpu_), device(), Scalar::U8, {static_cast<int64_t>(bytes)});
-    Pointer to = address(blob.data());
-    PinnedBuffer buffers[2] = {PinnedBuffer(*gpu_, kStagingBytes), PinnedBuffer(*gpu_, kStagingBytes)};
-    OwnEvent copied[2];
-    OwnStream own;
-    uint64_t chunks = (bytes + kStagingBytes - 1) / kStagingBytes;
-    if (progress) progress(0, bytes);
-    Reader reader(file, offset, bytes, static_cast<char*>(buffers[0].data), static_cast<char*>(buffers[1].data));
-    // The buffers must not go while a copy reads them, whatever is thrown below.
-    struct Wait {
-      ~Wait() { driver().stream_wait(stream); }
-      Stream stream;
-    } wait{own.stream};
-    for (uint64_t i = 0; i < chunks; ++i) {
-      reader.wait_full(i);
-      uint64_t at = i * kStagingBytes, n = std::min(kStagingBytes, bytes - at);
-      driver().check(driver().copy_to_device(to + at, buffers[i % 2].data, n, own.stream), "cannot copy weights to the GPU");
-      driver().check(driver().event_record(copied[i % 2].event, own.stream), "cannot record an event");
-      if (i > 0) {  // the copy before this one: while we wait for it, this one is queued already
-        driver().check(driver().event_wait(copied[(i - 1) % 2].event), "cannot copy weights to the GPU");
-        reader.release();
-        if (progress) progress(at, bytes);
-      }
-    }
-    driver().check(driver().stream_wait(own.stream), "cannot copy weights to the GPU");
-    if (progress) progress(bytes, bytes);
-    return blob;
+    return load_file(gpu_, file, offset, bytes, progress);
+  }
+  Tensor load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const override {
+    if (!loader) fail("the package has no kernels that pack a GGUF file's weights; export the model again");
+    return load_raw(gpu_, weights, *loader, progress);
   }
 
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CudaTimeline>(gpu_, modules_); }

@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "kiln/session.h"
+#include "compiled/package.h"
 #include "compiled/shims.h"
 #include "compiled/tensor.h"
 
 namespace kiln {
 
 class MappedFile;
+class RawWeights;
 
 using Progress = std::function<void(uint64_t done, uint64_t total)>;
 
@@ -78,6 +80,8 @@ class Backend {
   virtual uint64_t free_bytes() const = 0;
   // uint8 [bytes] on the device, from `offset` of the file. On the CPU a view of the mapping: the file must outlive it.
   virtual Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const = 0;
+  // uint8 [weights.bytes()] on the device: tensors of GGUF files, packed on the way. `loader` is the package's kernels for that, on a GPU.
+  virtual Tensor load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
 };
 

@@ -6,6 +6,7 @@
 
 #include "cpu/ops.h"
 #include "artifact/file.h"
+#include "artifact/raw_weights.h"
 #include "session/model_impl.h"
 
 namespace kiln {
@@ -70,6 +71,21 @@ void check_inputs(const std::string& entry, const EntryPoint& point) {
   }
 }
 
+// The weights of a code-only artifact, checked; null where the artifact holds its own.
+std::unique_ptr<RawWeights> open_weights(const Artifact& artifact, const LoadOptions& options) {
+  if (!artifact.gguf) {
+    if (!options.weights.empty()) fail(artifact.directory(), ": holds its weights; give no other (", options.weights, ")");
+    return nullptr;
+  }
+  if (options.weights.empty())
+    fail(artifact.directory(), ": holds code only; give the GGUF file of the weights with --weights (it was made of ", artifact.gguf->file(), ")");
+  std::vector<std::string> notes;
+  auto weights = std::make_unique<RawWeights>(artifact, options.weights, options.verify, &notes);
+  for (const std::string& note : notes)
+    if (options.note) options.note(note);
+  return weights;
+}
+
 }  // namespace
 
 std::string gigabytes(uint64_t bytes) {
@@ -93,6 +109,7 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   impl->target = place.target;
   impl->package = std::make_unique<Package>(artifact, *place.target);
   if (options.verify) artifact.verify(options.threads);
+  std::unique_ptr<RawWeights> raw = open_weights(artifact, options);
 
   for (const ValueSpec& v : artifact.entry("decode").outputs)
     if (v.name == "logits") impl->vocab_size = v.shape.empty() ? 0 : v.shape.back();
@@ -109,16 +126,19 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   if (!artifact.constants.empty()) {
     uint64_t begin = UINT64_MAX, end = 0;
     for (const ConstantSpec& c : artifact.constants) begin = std::min(begin, c.offset), end = std::max(end, c.offset + c.bytes);
-    if (place.cuda) {
+    if (raw) begin = 0, end = raw->bytes();
+    if (place.cuda || raw) {
       uint64_t free = impl->backend->free_bytes();
       if (end - begin > free)
-        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), cuda:", place.index, " has ", gigabytes(free), " (", free,
+        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), ", impl->backend->device().str(), " has ", gigabytes(free), " (", free,
              " bytes) free");
     }
-    impl->blob = impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
+    impl->blob = raw ? impl->backend->load(*raw, impl->package->loader(), options.progress)
+                     : impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
     auto* base = static_cast<char*>(impl->blob.data());
     for (const ConstantSpec& c : artifact.constants) {
-      Tensor view = Tensor::over(base + (c.offset - begin), impl->blob.device, scalar_of(c.dtype), c.shape);
+      uint64_t offset = raw ? raw->at(c.name) : c.offset - begin;
+      Tensor view = Tensor::over(base + offset, impl->blob.device, scalar_of(c.dtype), c.shape);
       impl->constants.emplace(c.name, std::move(view));
     }
   }
@@ -137,6 +157,12 @@ int64_t Model::vocab_size() const { return impl_->vocab_size; }
 bool Model::is_eog(int64_t token) const {
   const auto& spec = impl_->artifact.tokenizer;
   return spec && std::find(spec->eog.begin(), spec->eog.end(), token) != spec->eog.end();
+}
+
+std::vector<Model::WeightMemory> Model::weight_memory() const {
+  std::vector<WeightMemory> found;
+  for (const auto& [name, tensor] : impl_->constants) found.push_back({name, tensor.data(), tensor.bytes()});
+  return found;
 }
 
 std::vector<int64_t> Model::encode_prompt(std::string_view text, bool raw) const {

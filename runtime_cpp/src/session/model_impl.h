@@ -6,7 +6,6 @@
 
 #include "session/backend.h"
 #include "kiln/model.h"
-#include "compiled/package.h"
 
 namespace kiln {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <optional>
 
-#include "artifact/file.h"
+#include "artifact/gguf_map.h"
 
 namespace kiln {
 
@@ -89,23 +89,50 @@ int64_t row_of(const ConstantSpec& c, int64_t i) {
   return packed ? i % c.shape.back() : i / std::max<int64_t>(1, product(c.shape, 1, c.shape.size()));
 }
 
-std::string bad_weights(const Artifact& artifact) {
+// The first element of a constant that is not finite, or -1.
+int64_t first_bad_element(const ConstantSpec& c, const Exponent& e, Timeline& timeline, const Tensor& constant) {
+  const auto count = static_cast<int64_t>(c.bytes / e.bytes);
+  std::vector<char> host;
+  for (int64_t at = 0; at < count; at += kPiece) {
+    Tensor piece = constant;
+    piece.offset += at;
+    piece.set_shape({std::min(kPiece, count - at)});
+    host.resize(piece.bytes());
+    timeline.read(host.data(), piece);
+    if (int64_t i = first_bad(host.data(), piece.numel(), e); i >= 0) return at + i;
+  }
+  return -1;
+}
+
+// "'NAME' .. in row 3"; of a constant that is made of a GGUF file's tensors also which of them that is.
+std::string bad_row(const Artifact& artifact, const ConstantSpec& c, int64_t row) {
+  std::string text = "'" + c.name + "' has a number that is not finite in row " + std::to_string(row);
+  for (const std::string& name : c.tensors) {
+    int64_t rows = artifact.gguf->tensor(name).rows();
+    if (row < rows) return text + " (row " + std::to_string(row) + " of tensor " + name + ")";
+    row -= rows;
+  }
+  return text;
+}
+
+std::string bad_weights(const Artifact& artifact, Timeline& timeline, const TensorMap& constants) {
   std::string first;
   int64_t tensors = 0;
   for (const ConstantSpec& c : artifact.constants) {
     auto e = exponent_of(c.dtype);
     if (!e) continue;
-    int64_t i = first_bad(artifact.weights->data() + c.offset, static_cast<int64_t>(c.bytes / e->bytes), *e);
-    if (i >= 0 && ++tensors == 1) first = "'" + c.name + "' has a number that is not finite in row " + std::to_string(row_of(c, i));
+    int64_t i = first_bad_element(c, *e, timeline, constants.at(c.name));
+    if (i >= 0 && ++tensors == 1) first = bad_row(artifact, c, row_of(c, i));
   }
   if (!tensors) return "all weights are finite";
-  return first + (tensors > 1 ? ", and " + std::to_string(tensors - 1) + " more weights have such" : "") + "; make the artifact again from a sound file";
+  return first + (tensors > 1 ? ", and " + std::to_string(tensors - 1) + " more weights have such" : "") +
+         (artifact.gguf ? "; use a sound file" : "; make the artifact again from a sound file");
 }
 
 }  // namespace
 
-std::string trace_not_finite(const Artifact& artifact, Timeline& timeline, const TensorMap& caches, int64_t positions) {
-  return first_bad_cache(artifact, timeline, caches, positions) + "; " + bad_weights(artifact);
+std::string trace_not_finite(const Artifact& artifact, Timeline& timeline, const TensorMap& constants, const TensorMap& caches, int64_t positions) {
+  return first_bad_cache(artifact, timeline, caches, positions) + "; " + bad_weights(artifact, timeline, constants);
 }
 
 }  // namespace kiln

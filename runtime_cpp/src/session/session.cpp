@@ -320,7 +320,7 @@ void Session::Impl::take_next(int64_t unread) {
   next = -1;
   forget_step();
   timeline->fill(values.at("tokens"), int64_t{0});  // fill_low() would leave the upper half of -1
-  fail("the logits after position ", position - 1, " are not finite: ", trace_not_finite(shared.artifact, *timeline, kv, position));
+  fail("the logits after position ", position - 1, " are not finite: ", trace_not_finite(shared.artifact, *timeline, shared.constants, kv, position));
 }
 
 int64_t Session::Impl::step() {

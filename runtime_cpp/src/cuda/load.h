@@ -1,0 +1,17 @@
+#pragma once
+#include <memory>
+
+#include "artifact/file.h"
+#include "artifact/raw_weights.h"
+#include "compiled/package.h"
+#include "cuda/driver.h"
+#include "session/backend.h"
+
+namespace kiln {
+
+// Bytes of files on their way to a GPU: through two pinned buffers that threads fill by turns. uint8 [bytes].
+Tensor load_file(const std::shared_ptr<const cuda::Gpu>& gpu, const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress);
+// The same of GGUF tensors; blocks are packed by the package's kernels behind the copy.
+Tensor load_raw(const std::shared_ptr<const cuda::Gpu>& gpu, const RawWeights& weights, const LoaderCode& loader, const Progress& progress);
+
+}  // namespace kiln
