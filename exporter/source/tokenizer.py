@@ -18,9 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import KilnError
-from exporter.files import write_text
-from exporter.text.encoder import ALPHABET, SCORED, SPACE
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import write_text
+from kiln.exporter.text.encoder import ALPHABET, SCORED, SPACE
 
 PREFIX = "tokenizer.ggml."
 EOG_TEXTS = ("<eos>", "<turn|>", "<|tool_response>")  # Gemma's, whatever type the file gives them
@@ -59,7 +59,7 @@ _NEUTRAL = {"add_space_prefix": False, "add_eos_token": False, "add_sep_token": 
 @cache
 def pre_tokenizers() -> dict[str, dict[str, Any]]:
     """`tokenizer.ggml.pre` -> the table of configs/pre_tokenizers.toml that it names."""
-    tables = tomllib.loads(files("configs").joinpath("pre_tokenizers.toml").read_text())
+    tables = tomllib.loads(files("kiln.configs").joinpath("pre_tokenizers.toml").read_text())
     return {name: table for table in tables.values() for name in table["names"]}
 
 

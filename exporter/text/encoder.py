@@ -14,7 +14,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from exporter.text.pattern import compiled, isolated
+from kiln.exporter.text.pattern import compiled, isolated
 
 SPACE = "\u2581"
 SCORED = "ScoredBPE"  # model.type; not one of the `tokenizers` library, which would pass over the ranks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from exporter.text.unicode import CLASSES, table
+from kiln.exporter.text.unicode import CLASSES, table
 
 _TOKEN = re.compile(r"\\p\{(\w+)\}|\\([sS])|\\.|\[\^?|.", re.DOTALL)
 

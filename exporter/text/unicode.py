@@ -1,6 +1,6 @@
 """Classes of code points: letters, numbers and marks by general category, white space by property. The runner has the same table.
 
-It is that of Unicode 16, which the `tokenizers` library has. `python -m exporter.text.unicode` writes it anew, with the package
+It is that of Unicode 16, which the `tokenizers` library has. `python -m kiln.exporter.text.unicode` writes it anew, with the package
 unicodedata2 of that version; what is white space has not changed since Unicode 6.3.
 """
 

@@ -9,20 +9,20 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
-import kiln
 import pytest
 import tokenizers
 import unicodedata2
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
-from exporter.errors import KilnError
-from exporter.source.chat import read_chat, render_messages, special_texts
-from exporter.source.tokenizer import pre_tokenizers as known
-from exporter.source.tokenizer import read_tokenizer
-from exporter.text import unicode
-from exporter.text.encoder import Encoder, Stream, byte_alphabet
-from exporter.text.pattern import compiled, isolated
+import kiln
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.chat import read_chat, render_messages, special_texts
+from kiln.exporter.source.tokenizer import pre_tokenizers as known
+from kiln.exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.text import unicode
+from kiln.exporter.text.encoder import Encoder, Stream, byte_alphabet
+from kiln.exporter.text.pattern import compiled, isolated
 from tests.exporter.test_tokenizer import FIXTURES, tokenize
 from tests.exporter.vocabularies import Vocabulary, qwen, small, whole
 from tests.tools.cut_vocabulary import random_texts

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from exporter.source.gguf import open_gguf
-from exporter.text.encoder import ALPHABET
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.text.encoder import ALPHABET
 from tests.tools.checkpoints import write
 from tests.tools.cut_vocabulary import case_text
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import CONTROL, PREFIX, USER_DEFINED, pre_tokenizers, read_tokenizer
-from exporter.text.encoder import ALPHABET, Encoder
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.tokenizer import CONTROL, PREFIX, USER_DEFINED, pre_tokenizers, read_tokenizer
+from kiln.exporter.text.encoder import ALPHABET, Encoder
 
 SEED, STRINGS = 15, 300
 KEPT = ("model", "pre", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "add_bos_token", "add_space_prefix")
