@@ -33,10 +33,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
             continue
         inside = text.startswith("[") or (inside and text != "]")
         out.append(text)
-    found = re.compile("".join(out))
-    if found.match(""):
+    made = re.compile("".join(out))
+    if made.match(""):
         raise ValueError(f"{pattern!r} may match nothing")
-    return found
+    return made
 
 
 def isolated(patterns: list[re.Pattern[str]], text: str) -> list[str]:

@@ -406,6 +406,9 @@ def test_patterns_that_are_refused(pattern, message, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(kiln.Error, match=f"a pattern is not of the kind.*{message}"):
         kiln.Tokenizer(str(path))
+    if "nothing" in message:
+        with pytest.raises(ValueError, match=message):
+            compiled(pattern)
 
 
 # ---- what is refused ----
