@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exporter.artifact.manifest import read_manifest
-from exporter.artifact.output import MANIFEST
-from exporter.errors import KilnError
-from exporter.files import short
-from exporter.interrupt import undoing
-from exporter.progress import say
-from exporter.source.config import read_config, tensor_problems
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.weights import derived_constants, plan_weights
-from exporter.temporary import sweep
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.artifact.output import MANIFEST
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import short
+from kiln.exporter.interrupt import undoing
+from kiln.exporter.progress import say
+from kiln.exporter.source.config import read_config, tensor_problems
+from kiln.exporter.source.gguf import GGUFFile, open_gguf
+from kiln.exporter.source.weights import derived_constants, plan_weights
+from kiln.exporter.temporary import sweep
 
 KEY = 16  # hex digits of a key in a name
 ROOMS = ("exporter", "passes", "custom_ops", "configs")  # what makes a package

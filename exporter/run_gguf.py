@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.cache import CodeOptions, Wanted, find, find_code, making, wanted
-from exporter.errors import KilnError
-from exporter.interrupt import held
-from exporter.progress import say
-from exporter.temporary import working_folder
+from kiln.exporter.cache import CodeOptions, Wanted, find, find_code, making, wanted
+from kiln.exporter.errors import KilnError
+from kiln.exporter.interrupt import held
+from kiln.exporter.progress import say
+from kiln.exporter.temporary import working_folder
 
 OWN = ("--code", "--target", "--max-seq-len", "--kv-cache")
 CACHES = ("f16", "bf16", "tq4")
@@ -95,7 +95,7 @@ def code_for(request: Request) -> Path:
     options = CodeOptions(target(request), int(length) if length else None, request.own.get("--kv-cache", "f16"))
     entry = wanted(request.model, options)
     if entry is None:
-        from exporter.source.plan import read_plan
+        from kiln.exporter.source.plan import read_plan
 
         read_plan(request.model)  # tells what is wrong
         raise AssertionError("a file that cannot be played has no problem")
@@ -109,9 +109,9 @@ def code_for(request: Request) -> Path:
 
 
 def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None:
-    from exporter.compiler.host import check_compiler
-    from exporter.compiler.workers import AT_ONCE, none_left, prepare
-    from exporter.source.plan import read_plan
+    from kiln.exporter.compiler.host import check_compiler
+    from kiln.exporter.compiler.workers import AT_ONCE, none_left, prepare
+    from kiln.exporter.source.plan import read_plan
 
     with contextlib.redirect_stdout(sys.stderr), working_folder() as folder, none_left():
         code = find_code(entry)
@@ -119,14 +119,14 @@ def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None
             check_compiler(folder)
         plan = read_plan(model)
         if code is not None:
-            from exporter.artifact.rebind import rebind
+            from kiln.exporter.artifact.rebind import rebind
 
             say(f"{model}: its code is there, {place.name} gets its tokenizer")
             rebind(code, plan, place)
             return
         say(f"{model}: compiling for {options.target}, once, into {place}")
         prepare(AT_ONCE)
-        from exporter.build import ExportOptions, export_artifact
+        from kiln.exporter.build import ExportOptions, export_artifact
 
         cache = "bfloat16" if options.kv_cache == "bf16" else "float16"
         export_artifact(

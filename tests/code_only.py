@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from exporter.artifact.manifest import weights_record
-from exporter.artifact.mapping import constant_records, gguf_record
-from exporter.artifact.weights import write_weights
-from exporter.compiler.package import EPOCH
-from exporter.source.plan import read_plan
+from kiln.exporter.artifact.manifest import weights_record
+from kiln.exporter.artifact.mapping import constant_records, gguf_record
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.compiler.package import EPOCH
+from kiln.exporter.source.plan import read_plan
 
 
 def _with(artifact: Path, out: Path, change: Callable[[dict], None]) -> Path:

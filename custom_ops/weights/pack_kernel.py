@@ -13,10 +13,10 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import Geometry
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.weights.permutation import Unit
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import Geometry
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.weights.permutation import Unit
 
 ROWS, UNITS, WARPS = 128, 4, 4  # rows and units of a step of a program
 OVERRUN = 4  # bytes behind the last block that may be read

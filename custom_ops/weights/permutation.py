@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.layouts import pack
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.layouts import pack
 
 TRIALS = 64  # random blocks on which the pieces are compared with `pack`
 

@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gguf import GGMLQuantizationType
 
-from custom_ops.dtypes import FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.permutation import permutation
-from exporter.errors import KilnError
-from exporter.source.config import families
-from exporter.source.gguf import GGUFFile
-from exporter.source.plan import ModelPlan
-from exporter.source.tokenizer import harmless_keys
-from exporter.source.weights import WeightPlan, plan_constants
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.permutation import permutation
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.config import families
+from kiln.exporter.source.gguf import GGUFFile
+from kiln.exporter.source.plan import ModelPlan
+from kiln.exporter.source.tokenizer import harmless_keys
+from kiln.exporter.source.weights import WeightPlan, plan_constants
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 TOKENIZER = "tokenizer.ggml."

@@ -8,13 +8,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from exporter.artifact.manifest import file_records, read_manifest, weights_record
-from exporter.artifact.mapping import constant_records, gguf_record
-from exporter.artifact.output import MANIFEST, check_output, staged
-from exporter.artifact.weights import write_weights
-from exporter.errors import KilnError
-from exporter.files import write_text
-from exporter.source.plan import ModelPlan
+from kiln.exporter.artifact.manifest import file_records, read_manifest, weights_record
+from kiln.exporter.artifact.mapping import constant_records, gguf_record
+from kiln.exporter.artifact.output import MANIFEST, check_output, staged
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import write_text
+from kiln.exporter.source.plan import ModelPlan
 
 
 def rebind(code: Path, plan: ModelPlan, out: Path) -> None:

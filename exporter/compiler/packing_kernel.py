@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from custom_ops.gpu.target import gpu_targets
-from custom_ops.weights.pack_kernel import CONSTANTS, PLANES, ROWS, UNITS, WARPS, kiln_pack_plane, signature
-from exporter.compiler.package import PackingKernel
+from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.custom_ops.weights.pack_kernel import CONSTANTS, PLANES, ROWS, UNITS, WARPS, kiln_pack_plane, signature
+from kiln.exporter.compiler.package import PackingKernel
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops.weights import permutation as module
-from custom_ops.weights.layouts import LAYOUTS, pack
-from custom_ops.weights.pack_kernel import CONSTANTS, OVERRUN, ROWS, UNITS, grain, kiln_pack_plane, table
-from custom_ops.weights.permutation import apply, permutation
+from kiln.custom_ops.weights import permutation as module
+from kiln.custom_ops.weights.layouts import LAYOUTS, pack
+from kiln.custom_ops.weights.pack_kernel import CONSTANTS, OVERRUN, ROWS, UNITS, grain, kiln_pack_plane, table
+from kiln.custom_ops.weights.permutation import apply, permutation
 from tests.custom_ops.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)

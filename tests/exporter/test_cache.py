@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType
 
-from exporter import cache
-from exporter.cache import CodeOptions, Wanted, wanted
-from exporter.errors import KilnError
-from exporter.run_gguf import UsageError, parse, target
-from exporter.tools.synth import write_synthetic
+from kiln.exporter import cache
+from kiln.exporter.cache import CodeOptions, Wanted, wanted
+from kiln.exporter.errors import KilnError
+from kiln.exporter.run_gguf import UsageError, parse, target
+from kiln.exporter.tools.synth import write_synthetic
 from tests.code_only import code_only
 from tests.conftest import kiln
 from tests.gguf_files import WIDE, rewrite
@@ -139,7 +139,7 @@ def test_an_unsound_file_is_told_in_full(root, tmp_path):
 
 HOLD = """
 import sys, time
-from exporter.cache import Wanted, making
+from kiln.exporter.cache import Wanted, making
 with making(Wanted("m", "c" * 16, "f" * 16)) as place:
     print("made" if place.exists() else "making", flush=True)
     sys.stdin.readline()

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.artifact import show
-from exporter.artifact.mapping import directory_sha256, value_sha256
-from exporter.artifact.rebind import rebind
-from exporter.artifact.verify import verify
-from exporter.errors import KilnError
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import read_plan
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.artifact import show
+from kiln.exporter.artifact.mapping import directory_sha256, value_sha256
+from kiln.exporter.artifact.rebind import rebind
+from kiln.exporter.artifact.verify import verify
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import read_plan
 from tests.code_only import code_only, with_weights
 from tests.exporter.test_gguf import split
 from tests.gguf_files import WIDE, rewrite

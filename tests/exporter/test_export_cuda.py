@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.gpu import contract
-from custom_ops.gpu.cubin import kernels, parameters
-from custom_ops.weights.gemv import GemvConfig
-from exporter.artifact.verify import verify
-from exporter.tools.synth import write_synthetic
+from kiln.custom_ops.gpu import contract
+from kiln.custom_ops.gpu.cubin import kernels, parameters
+from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.artifact.verify import verify
+from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.tools.cubins import architecture, cubins, registers
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.compiler.packing_kernel import compile_packing
-from exporter.tools.synth import write_synthetic
+from kiln.exporter.compiler.packing_kernel import compile_packing
+from kiln.exporter.tools.synth import write_synthetic
 from tests.code_only import add_to_package, code_only
 from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run

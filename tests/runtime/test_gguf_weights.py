@@ -11,15 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kiln
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from custom_ops.dtypes import FLOATS
-from custom_ops.weights.layouts import LAYOUTS, pack
-from custom_ops.weights.pack_kernel import ROWS, UNITS, WARPS
-from custom_ops.weights.permutation import permutation
+import kiln
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.weights.layouts import LAYOUTS, pack
+from kiln.custom_ops.weights.pack_kernel import ROWS, UNITS, WARPS
+from kiln.custom_ops.weights.permutation import permutation
 from tests.code_only import add_to_package
 from tests.gguf_files import write
 from tests.runtime.toy import change, fails
