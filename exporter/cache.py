@@ -25,6 +25,7 @@ from kiln.exporter.artifact.manifest import read_manifest
 from kiln.exporter.artifact.output import MANIFEST
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import short
+from kiln.exporter.interrupt import undoing
 from kiln.exporter.progress import say
 from kiln.exporter.source.config import read_config, tensor_problems
 from kiln.exporter.source.gguf import GGUFFile, open_gguf
@@ -138,18 +139,22 @@ def _same(pattern: str) -> Path | None:
 def making(entry: Wanted) -> Iterator[Path]:
     """The place of an entry that is to be made, for one process at a time; others wait. What dead ones left is removed."""
     root = cache_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        sweep(root, ".*.partial")
-        lock = _locked(root / f".{entry.code}.lock")
-    except OSError as e:
-        raise KilnError(f"{root}: compiled code cannot be kept there: {e.strerror}; name another folder in KILN_CACHE") from e
-    try:
+    lock: list[int] = []
+
+    def unlock() -> None:
+        while lock:
+            with contextlib.suppress(OSError):
+                (root / f".{entry.code}.lock").unlink()  # while it is held: who waits for it sees that it is gone
+            os.close(lock.pop())
+
+    with undoing(unlock):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            sweep(root, ".*.partial")
+            lock.append(_locked(root / f".{entry.code}.lock"))
+        except OSError as e:
+            raise KilnError(f"{root}: compiled code cannot be kept there: {e.strerror}; name another folder in KILN_CACHE") from e
         yield root / entry.name
-    finally:
-        with contextlib.suppress(OSError):
-            (root / f".{entry.code}.lock").unlink()  # while it is held: who waits for it sees that it is gone
-        os.close(lock)
 
 
 def _locked(path: Path) -> int:
