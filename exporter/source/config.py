@@ -321,6 +321,10 @@ def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) ->
             misshapen.append(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
         elif info.type not in (tuple(FLOATS) if len(shape) == 1 else (*LAYOUTS, *FLOATS)):
             wrong_types.setdefault((info.type, len(shape) == 1), []).append(name)
+        elif info.type in LAYOUTS and shape[-1] % LAYOUTS[info.type].block:
+            layout = LAYOUTS[info.type]
+            misshapen.append(f"tensor {name} has rows of {shape[-1]} elements; {layout.together} {info.type} blocks are packed as one, so "
+                             f"that {layout.block} must divide them; {_instead(info.type)}")  # fmt: skip
     harmless = tuple(families()[config.architecture]["harmless"]["tensors"])
     no_full_layers = all(layer.sliding for layer in config.layers)
     unused: list[str] = []
