@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING = "token_embd.weight"
 HEAD = "Q6_K"  # of the embedding, which is the head too, in a mix of fewer bits

@@ -8,10 +8,10 @@ from multiprocessing import get_context
 
 import torch
 
-import custom_ops.ops  # noqa: F401
-from custom_ops.dtypes import DTYPES
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights.layouts import LAYOUTS
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.dtypes import DTYPES
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights.layouts import LAYOUTS
 
 FORMS = ("IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K")  # those that no model of the other tests has
 
@@ -41,7 +41,7 @@ def kernels(directory: str) -> list[str]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = f"{directory}/inductor", f"{directory}/triton"
     import torch._inductor
 
-    from exporter.compiler import torch_private
+    from kiln.exporter.compiler import torch_private
 
     gpu = gpu_targets()["sm_90"]
     with torch_private.quiet(), compiling_for(gpu):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.layouts import pack
-from exporter.source.finite import TOO_LARGE, bad_halves, bad_row
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.layouts import pack
+from kiln.exporter.source.finite import TOO_LARGE, bad_halves, bad_row
 
 
 def sound(block_type: str) -> np.ndarray:
