@@ -100,6 +100,8 @@ def packed(block_type: str, n: int, k: int, g: torch.Generator) -> tuple[torch.T
     blocks = k // layout.block
     words = torch.randint(-(1 << 31), 1 << 31, (blocks, layout.words, n), generator=g, device=g.device, dtype=torch.int32)
     halves = torch.empty((blocks, layout.halves, n), dtype=torch.float16, device=g.device).uniform_(0, 1e-2, generator=g)
+    if layout.scales == "e8m0":
+        return words, torch.randint(118, 124, (blocks, 1, n), generator=g, device=g.device, dtype=torch.int16) * 257
     return words, halves if layout.halves_dtype == "float16" else halves.view(torch.int16)
 
 

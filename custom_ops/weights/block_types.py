@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PackLayout:
     fallback: str | None = None  # the type of a matrix whose rows are no multiple of `block`, in llama-quantize's mixes
     levels: tuple[int, ...] = ()  # what the 16 quants stand for, where that is not q - half of the range; each fits a signed byte
     byte_fields: tuple[tuple[int, int], ...] = ()  # (byte offset of the low byte, of the high one) of each further half, no float16 value
+    together: int = 1  # blocks of the GGUF file that are packed as one, which `block` and the fields are of
 
     @property
     def words(self) -> int:
@@ -32,6 +34,11 @@ class PackLayout:
     def halves(self) -> int:
         """16-bit values of a block: the float16 ones first."""
         return len(self.half_fields) + len(self.byte_fields)
+
+    @property
+    def zero(self) -> int:
+        """The weight is scale * (q - zero) where there are no minima; of levels, q is the level + zero, a byte."""
+        return -min(self.levels) if self.levels else 1 << self.bits - 1
 
     @property
     def halves_dtype(self) -> str:
@@ -45,7 +52,7 @@ class PackLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, the same in GGUF and packed."""
+        """Bytes of one block, the same in GGUF (of `together` blocks) and packed."""
         return 4 * self.words + 2 * self.halves
 
     @property
@@ -60,6 +67,7 @@ SCALES = {
     "int8": "16 signed bytes, one for 16 elements",
     "six": "12 bytes: scale + 32 of 6 bits, one for 16 elements",
     "four": "16 bytes: 4-bit scale low, 4-bit minimum high, one for 16 elements",
+    "e8m0": "a byte of the half: 2^(byte - 128), for levels are doubled; down to 2^-128, below float32's normal numbers",
     "split": "scale + 32 of 8 groups: 4 low bits in a word, nibble g, and 2 high bits in a half, bits 2g and 2g + 1",
 }
 LAYOUTS: dict[str, PackLayout] = {
@@ -71,6 +79,7 @@ LAYOUTS: dict[str, PackLayout] = {
         PackLayout("Q5_1", 7, 32, 5, (0, 2), ((8, 16), (4, 4)), 2),
         PackLayout("Q8_0", 8, 32, 8, (0,), ((2, 32),), 2),
         PackLayout("IQ4_NL", 20, 32, 4, (0,), ((2, 16),), 2, levels=IQ4_LEVELS),
+        PackLayout("MXFP4", 39, 64, 4, (), ((1, 16), (18, 16)), 2, "e8m0", None, E2M1_LEVELS, ((0, 17),), together=2),
         PackLayout("Q2_K", 10, 256, 2, (80, 82), ((16, 64), (0, 16)), 2, "four", "Q4_0"),
         PackLayout("Q3_K", 11, 256, 3, (108,), ((32, 64), (0, 32), (96, 12)), 2, "six", "Q4_0"),
         PackLayout("Q4_K", 12, 256, 4, (0, 2), ((16, 128), (4, 12)), 2, "k", fallback="Q5_0"),

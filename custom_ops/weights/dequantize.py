@@ -1,10 +1,10 @@
 """The Triton kernel that dequantizes packed weights (see `layouts`), all rows or some, and what it shares with the GEMV.
 
 A program works on ROWS neighbouring rows of the matrix [N, K], a lane on whole rows: loads are coalesced and no lane needs another's data.
-A block format is five constants: BITS of a quant, BLOCK elements (32 or 256), MINIMUM, whether it stores minima, SCALES, what a group is
-scaled by (see `block_types.SCALES`), and LEVELS, a table.
-A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - 2^(BITS - 1)) if there are no minima. With LEVELS
-(see `format_constants`) the quant is a number of the table, and q is what stands there, a byte: the weight is scale * (q - 128).
+A block format is six constants: BITS of a quant, BLOCK elements (32 or 256), MINIMUM, whether it stores minima, ZERO, SCALES, what a group
+is scaled by (see `block_types.SCALES`), and LEVELS, a table.
+A quant is read as q in 0 .. 2^BITS - 1; the weight is scale * q + offset, or scale * (q - ZERO) if there are no minima. With LEVELS (see
+`format_constants`) the quant is a number of the table, and q is what stands there, a byte.
 """
 
 from __future__ import annotations
@@ -13,12 +13,6 @@ import triton
 import triton.language as tl
 
 from kiln.custom_ops.gpu.early import INTERPRETED
-
-
-@triton.jit
-def zero_of(BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """The q of weight 0 in a format without minima."""
-    return 128 if LEVELS else 1 << (BITS - 1)
 
 
 @triton.jit
@@ -132,10 +126,18 @@ def float_half(half, SCALES: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(half, g):
+    """2^(e - 128), float32, of exponent g % 2 of a half. Those of e < 2 are below the normal numbers."""
+    e = (half.to(tl.int32) >> (8 * (g % 2))) & 255
+    return tl.where(e < 2, 0x00200000 * (e + 1), (e - 1) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
                      MINIMUM: tl.constexpr, SCALES: tl.constexpr):
     """(scale, offset) of group g, float32 [ROWS], or of its first (half = 0) or last 16 elements. MINIMUM: there is an offset."""
-    scale = float_half(tl.load(halves + rows, mask), SCALES)
+    stored = tl.load(halves + rows, mask)
+    scale = power_of_two(stored, g) if SCALES == "e8m0" else float_half(stored, SCALES)
     offset = scale
     if MINIMUM:
         offset = tl.load(halves + halves_stride + rows, mask).to(tl.float32)
@@ -171,15 +173,15 @@ def scale_and_offset(words, halves, stride, halves_stride, rows, mask, g, half: 
 
 @triton.jit
 def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
-                    WORDS: tl.constexpr, HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, GATHER: tl.constexpr,
-                    GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
+                    WORDS: tl.constexpr, HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr,
+                    GATHER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """The matrix transposed, out [k, n]; with GATHER its rows ids[0 .. n], out [n, k]. Grid (row blocks, groups of K / GROUPS)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = None if EVEN else rows < n
     first = tl.program_id(1) * GROUPS
     block = first // (BLOCK // 32)
     words += block.to(tl.int64) * WORDS * stride
-    halves += block.to(tl.int64) * HALVES * halves_stride
+    halves += (block // 2 if SCALES == "e8m0" else block).to(tl.int64) * HALVES * halves_stride
     source = tl.maximum(tl.load(ids + rows, mask), 0) if GATHER else rows
     if GATHER:
         out += rows.to(tl.int64) * k + first * 32
@@ -194,7 +196,8 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
         low1, high1 = octet(words, stride, source, mask, g, 1, BITS, BLOCK, LEVELS)
         low2, high2 = octet(words, stride, source, mask, g, 2, BITS, BLOCK, LEVELS)
         low3, high3 = octet(words, stride, source, mask, g, 3, BITS, BLOCK, LEVELS)
-        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, g, 0, BITS, BLOCK, MINIMUM, SCALES)
+        scaled = first + i if SCALES == "e8m0" else g
+        scale0, offset0 = scale_and_offset(words, halves, stride, halves_stride, source, mask, scaled, 0, BITS, BLOCK, MINIMUM, SCALES)
         scale1 = scale0
         offset1 = offset0
         if SCALES == "int8" or SCALES == "six" or SCALES == "four":
@@ -209,5 +212,5 @@ def kiln_dequantize(words, halves, ids, out, n, k, stride, halves_stride, BITS: 
             if MINIMUM:
                 value = q.to(tl.float32) * (scale0 if e < 16 else scale1) + (offset0 if e < 16 else offset1)
             else:  # rounded once, as the reference does
-                value = (q - zero_of(BITS, LEVELS)).to(tl.float32) * (scale0 if e < 16 else scale1)
+                value = (q - ZERO).to(tl.float32) * (scale0 if e < 16 else scale1)
             tl.store(out + (32 * i + e) * step, value.to(out.dtype.element_ty), mask)

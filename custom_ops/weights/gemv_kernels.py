@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.step.add_norm import load_root
-from kiln.custom_ops.weights.dequantize import float_half, unpack8, zero_of
+from kiln.custom_ops.weights.dequantize import float_half, power_of_two, unpack8
 from kiln.custom_ops.weights.fixed_point import store_fixed
 
 
@@ -62,7 +62,8 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
         for i in tl.static_range(GROUPS):
             block = tl.cast(step * GROUPS + i, tl.int64)
             for h in tl.static_range(HALVES):
-                found = found + (tl.load(halves + (block * HALVES + h) * halves_stride, mask),)
+                at = block // 2 if SCALES == "e8m0" else block * HALVES + h
+                found = found + (tl.load(halves + at * halves_stride, mask),)
     else:
         STEPS: tl.constexpr = 8 // GROUPS
         block = tl.cast(step // STEPS, tl.int64)
@@ -203,8 +204,8 @@ def gelu_tanh(x):
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
-              HALVES: tl.constexpr, SCALES: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
-              GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+              HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
+              END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
               REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
               SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
@@ -281,14 +282,15 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 dot *= values[8 * TERMS]
                 total = values[8 * TERMS + (3 if PARTS == 1 else 1 + part)]
                 if not MINIMUM:  # a quant stands for itself less half its range
-                    dot -= total * zero_of(BITS, LEVELS)
+                    dot -= total * ZERO
                 if BLOCK == 256:
                     scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, SCALES, GROUPS)
                     scaled += scale * dot
                     if MINIMUM:
                         minima += minimum * total
                 else:
-                    acc += now[HALF + g * HALVES].to(tl.float32) * dot
+                    half = now[HALF + g * HALVES]
+                    acc += (power_of_two(half, step * GROUPS + g) if SCALES == "e8m0" else half.to(tl.float32)) * dot
                     if MINIMUM:
                         acc += now[HALF + g * HALVES + 1].to(tl.float32) * total
         if BLOCK == 256:

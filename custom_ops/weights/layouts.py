@@ -23,6 +23,7 @@ Words of a block, in order, and halves of a block:
 | Q5_1 | 4 nibble, 1 one-bit | d, m |
 | Q8_0 | 8 byte | d |
 | IQ4_NL | 4 nibble, each the number of one of 16 levels (`PackLayout.levels`) | d |
+| MXFP4 (two blocks together) | 8 nibble (block i: 4i .. 4i + 3), each the number of a level | scales: of block 0 low, of block 1 high |
 | Q2_K | 16 two-bit, 4 scale (the 16 scale bytes as they are) | d, dmin |
 | Q3_K | 16 two-bit (group g: 2g, 2g + 1), 8 one-bit (one per group), 3 scale (the 12 scale bytes as they are) | d |
 | Q4_K | 32 nibble (group g: 4g .. 4g + 3), 3 scale (the 12 scale bytes as they are) | d, dmin |
@@ -148,7 +149,8 @@ def pack(block_type: str, blocks: np.ndarray, out: tuple[np.ndarray, np.ndarray]
     if layout.bits >= 4:
         nibbles, left = np.split(left, [layout.block // 8], 1)
         runs = _nibble_runs(block_type, nibbles)
-        _to_nibbles(fields.pop(0).reshape(*runs.shape[:-3], -1, n), runs)
+        nibble_field = fields.pop(0) if layout.together == 1 else np.concatenate([fields.pop(0) for _ in range(layout.together)], 1)
+        _to_nibbles(nibble_field.reshape(*runs.shape[:-3], -1, n), runs)
     if layout.bits in (2, 3, 6):
         two_bits, left = np.split(left, [16], 1)
         two = fields.pop(0).reshape(g, 2, 2, 4, n)  # half, h, quarter u -> quarter t of the half
@@ -188,7 +190,7 @@ def unpack(block_type: str, words: np.ndarray, halves: np.ndarray) -> np.ndarray
             runs = _nibble_runs(block_type, nibbles)
             low = np.empty((*runs.shape[:-3], 2 * runs.shape[-2], n), np.uint32)
             _from_nibbles(runs, low)
-            fields.append(low.reshape(g, -1, n))
+            fields += np.split(low.reshape(g, -1, n), layout.together, 1)
         if layout.bits in (2, 3, 6):
             two_bits, left = np.split(left, [16], 1)
             two = two_bits.reshape(g, 2, 4, 2, n).swapaxes(2, 3).copy()
@@ -247,6 +249,12 @@ def _float16(half: torch.Tensor) -> torch.Tensor:
     return half if half.dtype == torch.float16 else half.view(torch.float16)
 
 
+def _e8m0(pair: torch.Tensor) -> torch.Tensor:
+    """MXFP4: two exponents e, int16 [G, N] -> 2^(e - 128), float32 [G, 2, N]."""
+    e = torch.stack((pair.int() & 255, (pair.int() >> 8) & 255), 1)
+    return torch.where(e < 2, 0x00200000 * (e + 1), (e - 1) << 23).view(torch.float32)  # e < 2: below float32's normal numbers
+
+
 def _six_scales(scale: torch.Tensor) -> torch.Tensor:
     """Q3_K scale words [G, 3, N] -> 6-bit scales int32 [G, 16, N]."""
     first, second, high = scale.unbind(1)
@@ -269,6 +277,9 @@ def dequantize(block_type: str, words: torch.Tensor, halves: torch.Tensor) -> to
     layout = _check(block_type)
     g, _, n = words.shape
     k = g * layout.block
+    if block_type == "MXFP4":
+        q = _level(_items(words, 4), layout.levels).view(g, 2, 32, n)
+        return (q * _e8m0(halves[:, 0]).unsqueeze(2)).view(k, n)
     d = _float16(halves[:, 0]).float()  # [G, N]
     if block_type == "Q8_0":
         return (_signed(_items(words, 8)) * d.unsqueeze(1)).view(k, n)

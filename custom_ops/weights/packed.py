@@ -11,12 +11,13 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 def format_constants(block_type: str) -> dict[str, int | bool | str]:
     """The constants of a block format that every kernel over packed weights takes.
 
-    LEVELS: the levels of the 16 quants, + 128, a byte each from the lowest on, as one number; 0 without.
+    LEVELS: the levels of the 16 quants, + ZERO, a byte each from the lowest on, as one number; 0 without. Blocks that are packed together
+    are apart but for their half.
     """
     layout = LAYOUTS[block_type]
-    return {"BITS": layout.bits, "BLOCK": layout.block, "MINIMUM": layout.minimum, "WORDS": layout.words, "HALVES": layout.halves,
-            "SCALES": layout.scales,
-            "LEVELS": sum((level + 128) << (8 * i) for i, level in enumerate(layout.levels))}
+    return {"BITS": layout.bits, "BLOCK": layout.block // layout.together, "MINIMUM": layout.minimum,
+            "WORDS": layout.words // layout.together, "HALVES": layout.halves, "SCALES": layout.scales, "ZERO": layout.zero,
+            "LEVELS": sum((level + layout.zero) << (8 * i) for i, level in enumerate(layout.levels))}
 
 
 def halves_pointer(block_type: str) -> str:

@@ -215,6 +215,10 @@ def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) ->
             misshapen.append(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
         elif info.type not in (tuple(FLOATS) if len(shape) == 1 else (*LAYOUTS, *FLOATS)):
             wrong_types.setdefault((info.type, len(shape) == 1), []).append(name)
+        elif info.type in LAYOUTS and shape[-1] % LAYOUTS[info.type].block:
+            layout = LAYOUTS[info.type]
+            misshapen.append(f"tensor {name} has rows of {shape[-1]} elements; {layout.together} {info.type} blocks are packed as one, so "
+                             f"that {layout.block} must divide them; {_instead(info.type)}")  # fmt: skip
     harmless = tuple(families()[config.architecture]["harmless"]["tensors"])
     skipped = _skipped(config, expected)
     unused: list[str] = []
@@ -253,9 +257,10 @@ def _instead(block_type: str) -> str:
         return f"that is {_REMOVED[block_type]}, which llama.cpp dropped; download a Q4_0 or Q4_K_M file of the same model"
     if block_type.startswith("type "):
         return "the file is newer than Kiln, or damaged; download a Q4_K_M file of the same model"
-    better = {"IQ4": "Q4_K_M or Q4_0", "MXFP": "Q4_K_M or Q8_0", "NVFP": "Q4_K_M or Q8_0", "Q8": "Q8_0"}
+    better = {"IQ1": "Q2_K", "IQ2": "Q2_K", "TQ": "Q2_K", "IQ3": "Q3_K_M or IQ4_XS", "MXFP": "Q4_K_M or Q8_0", "NVFP": "Q4_K_M or Q8_0",
+              "Q8": "Q8_0"}  # fmt: skip
     nearest = next((names for start, names in better.items() if block_type.startswith(start)), "Q4_K_M")
-    return f"download a {nearest} file of the same model without {block_type} tensors (not an IQ, UD or MXFP4 mix), or quantize it so"
+    return f"download a {nearest} file of the same model without {block_type} tensors (a UD mix may have such), or quantize it so"
 
 
 def check_tensors(config: ModelConfig, gguf: GGUFFile) -> list[str]:

@@ -13,6 +13,7 @@ from kiln.exporter.source.gguf import GGUFFile
 
 CHUNK_BYTES = 32 << 20
 MAX_WORKERS = 8
+TOO_LARGE = 253  # a power of two that float32 cannot hold 12 times, which MXFP4 may ask for; 255 is a NaN by its standard
 # type -> (little-endian integer of a value, its exponent bits: all of them set in an infinity and in a NaN)
 _EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
@@ -29,14 +30,21 @@ def bad_position(block_type: str, values: np.ndarray) -> tuple[int, ...] | None:
 
 def bad_halves(block_type: str, halves: np.ndarray) -> bool:
     """Whether a scale among packed halves [G, H, N] of this block type is not finite."""
+    if LAYOUTS[block_type].scales == "e8m0":
+        bits = halves.view(np.uint16)
+        return bool(((bits & 255) >= TOO_LARGE).any() or (bits >> 8 >= TOO_LARGE).any())
     return bad_position("F16", halves[:, : len(LAYOUTS[block_type].half_fields)]) is not None
 
 
 def bad_row(block_type: str, rows: np.ndarray) -> int | None:
     """The first row with a scale or value that is not finite: `rows` uint8 [n, row bytes] as in the file, `block_type` a loadable type."""
     if block_type in LAYOUTS:
-        blocks = rows.reshape(len(rows), -1, LAYOUTS[block_type].block_bytes)
-        found = [bad_position("F16", blocks[:, :, at : at + 2].view("<u2")) for at in LAYOUTS[block_type].half_fields]
+        layout = LAYOUTS[block_type]
+        blocks = rows.reshape(len(rows), -1, layout.block_bytes)
+        found = [bad_position("F16", blocks[:, :, at : at + 2].view("<u2")) for at in layout.half_fields]
+        if layout.scales == "e8m0":
+            bad = np.argwhere((blocks[:, :, list(layout.byte_fields[0])] >= TOO_LARGE).any((1, 2)))
+            found = [tuple(int(i) for i in bad[0])] if len(bad) else []
         return min((index[0] for index in found if index), default=None)
     index = bad_position(block_type, rows.view(_EXPONENT[block_type][0]))
     return index[0] if index else None

@@ -247,9 +247,20 @@ def _iq4_xs(x: np.ndarray) -> np.ndarray:
     return np.concatenate([d, high.astype("<u2").view(np.uint8), low, q], axis=1)
 
 
+def _mxfp4(x: np.ndarray) -> np.ndarray:
+    levels = np.array(LAYOUTS["MXFP4"].levels, np.float32)
+    groups = x.reshape(-1, 32)
+    largest = np.abs(groups).max(1, keepdims=True)
+    e = np.floor(np.log2(largest, out=np.full_like(largest, -np.inf), where=largest > 0)) + 125
+    e = e.clip(0, 255).astype(np.uint8)
+    d = np.where(e < 2, np.uint32(0x00200000) << e, (e.astype(np.uint32) - 1) << 23).astype(np.uint32).view(np.float32)
+    q = np.abs((d * levels)[:, None] - groups[..., None]).argmin(-1).astype(np.uint8)
+    return np.concatenate([e, _nibbles(q)], axis=1).reshape(len(x), -1)
+
+
 _BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def product(x, words, halves, block_type, rows=8192):
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
-@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"])
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K", "Q4_0", "Q5_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K", "MXFP4"])
 def test_gemv(block_type, terms):
     """Every matrix of the 31B, each end, against the activations as they are in fixed point; repeats are the same bits."""
     g = torch.Generator("cuda").manual_seed(3)

@@ -38,7 +38,8 @@ def bits(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("block_type", TYPES)
 def test_sizes(block_type: str) -> None:
     layout = LAYOUTS[block_type]
-    assert (layout.block, layout.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
+    assert (layout.block, layout.block_bytes) == (layout.together * block, layout.together * size)
     assert layout.ggml_type == GGMLQuantizationType[block_type]
 
 
@@ -68,7 +69,7 @@ def test_row_chunks_and_strided_input(block_type: str) -> None:
     np.testing.assert_array_equal(unpack(block_type, words, halves), blocks[:, 2:5])
 
 
-@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"])
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K", "MXFP4"])
 def test_word_order(block_type: str) -> None:
     """The documented place of every element, read back one by one in plain Python."""
     layout = LAYOUTS[block_type]
@@ -105,6 +106,9 @@ def test_word_order(block_type: str) -> None:
                 value = halves[0] * np.float32(scale) * np.float32(q - 32)
             elif block_type == "IQ4_NL":
                 value = halves[0] * np.float32(IQ4_LEVELS[q])
+            elif block_type == "MXFP4":
+                levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+                value = np.ldexp(np.float32(levels[q]), (int(raw[0]) >> 8 * group & 255) - 128)
             elif block_type == "IQ4_XS":
                 scale = byte(32, group // 2) >> 4 * (group % 2) & 15 | (int(raw[1]) >> 2 * group & 3) << 4
                 value = halves[0] * np.float32(scale - 32) * np.float32(IQ4_LEVELS[q])

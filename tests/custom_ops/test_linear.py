@@ -26,6 +26,8 @@ def random_weight(block_type: str, n: int, k: int, seed: int = 0) -> tuple[torch
     blocks = random.integers(0, 256, (n, k // layout.block, layout.block_bytes), dtype=np.uint8)
     for at in layout.half_fields:
         blocks[:, :, at : at + 2] = random.normal(0, 0.02, (n, k // layout.block, 1)).astype(np.float16).view(np.uint8)
+    if layout.scales == "e8m0":
+        blocks[:, :, layout.byte_fields[0]] = random.integers(118, 124, (n, k // layout.block, 2))
     matrix = gguf.quants.dequantize(blocks.reshape(n, -1), gguf.GGMLQuantizationType[block_type])
     words, halves = pack(block_type, blocks)
     return torch.from_numpy(words), torch.from_numpy(halves), matrix

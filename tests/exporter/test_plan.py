@@ -272,6 +272,17 @@ def test_types_that_cannot_be_loaded_are_named(tmp_path: Path, kind: str) -> Non
     assert f"blk.1.ffn_up.weight has the unsupported type {kind};" in found.problems[0] and "download a " in found.problems[0]
 
 
+def test_mxfp4_rows_of_an_odd_number_of_blocks_are_named(tmp_path: Path) -> None:
+    changed = {}
+    for i in range(6):
+        changed |= {f"blk.{i}.ffn_{name}.weight": ((480, 256), "F32", np.zeros(480 * 1024, np.uint8)) for name in ("gate", "up")}
+        changed |= {f"blk.{i}.ffn_down.weight": ((256, 480), "F32", np.zeros(480 * 1024, np.uint8))}
+    changed["blk.2.ffn_down.weight"] = ((256, 480), "MXFP4", np.zeros(256 * 15 * 17, np.uint8))
+    found = survey(rewrite(tmp_path / "m.gguf", set_tensors=changed, set_keys={"gemma4.feed_forward_length": (U32, 480)}))
+    assert len(found.problems) == 1
+    assert "blk.2.ffn_down.weight has rows of 480 elements; 2 MXFP4 blocks are packed as one, so that 64 must divide" in found.problems[0]
+
+
 # ---- the same fact in another form ----
 
 PATTERN = [True, True, False] * 2

@@ -34,7 +34,7 @@ def restored(block_type: str, blocks: np.ndarray) -> np.ndarray:
     return quants.dequantize(blocks, GGMLQuantizationType[block_type])
 
 
-@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "BF16"])
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
 def test_bits_equal_the_gguf_package(block_type: str) -> None:
     x = values(seed=1)
     x[3, :64] = 0  # a whole block of zeros has the scale 0
