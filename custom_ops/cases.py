@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from custom_ops.geometry import MEASURED
+from custom_ops.geometry import MEASURED, QWEN3_8B
 from custom_ops.gpu.target import GpuTarget
 
 MODULES = (
@@ -46,17 +46,18 @@ class KernelCase:
 def all_cases(target: GpuTarget, every: bool = False) -> list[KernelCase]:
     """The distinct cases of every op for this target; a module's `kernel_cases(target, model)` lists its own.
 
-    Without `every`, which is for `make nightly`: rare block types for one architecture, and of the 12B attention alone, for two.
+    Without `every`, which is for `make nightly`: rare block types for one architecture, and of the 12B and Qwen3-8B attention alone, for
+    two and for one.
     """
     cases: dict[tuple, KernelCase] = {}
-    for model in MEASURED:
+    for model in (*MEASURED, QWEN3_8B):
         first = model is MEASURED[0]
         for name in MODULES:
             module = importlib.import_module(f"custom_ops.{name}")
             if not hasattr(module, "kernel_cases") or not (first or every or name.split(".")[0] in ("attention", "tq4")):
                 continue
             for case in module.kernel_cases(target, model):
-                targets = case.targets if first else SECOND_TARGETS
+                targets = case.targets if first else (90,) if model is QWEN3_8B else SECOND_TARGETS
                 if every or targets is None or target.sm in targets:
                     key = case.fn, *(tuple(sorted(d.items())) for d in (case.signature, case.constexprs, case.options))
                     cases.setdefault(key, case)

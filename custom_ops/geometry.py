@@ -144,4 +144,5 @@ GEOMETRIES = {
     name: _geometry(name, row) for name, row in tomllib.loads(files("configs").joinpath("geometries.toml").read_text()).items()
 }
 GEMMA4_31B, GEMMA4_12B = GEOMETRIES["gemma4-31b"], GEOMETRIES["gemma4-12b"]
+QWEN3_8B = GEOMETRIES["qwen3-8b"]
 MEASURED = (GEMMA4_31B, GEMMA4_12B)  # the models that kernels are compiled for in the tests, attention at both shapes

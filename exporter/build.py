@@ -223,8 +223,9 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
     print(f"weights     {size_text(memory.weights):>11}")
-    newest = f" and the newest {spec.options.residual_length} of the global layers" if spec.options.turboquant else ""
-    print(f"KV ring     {size_text(memory.kv_ring):>11}  (sliding layers{newest}, {cache})")
+    kept = ["sliding layers"] if any(cache.kind == "ring" for cache in cache_specs(config)) else []
+    kept += [f"the newest {spec.options.residual_length} of the global layers"] if spec.options.turboquant else []
+    print(f"KV ring     {size_text(memory.kv_ring):>11}  ({' and '.join(kept) or 'none'}, {cache})")
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

@@ -54,9 +54,9 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     dim = tl.arange(0, H)
     rotated = head < HEADS + KV
     if QK_NORM:
-        weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr) + dim
+        weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr) + (2 * dim if NEIGHBOURS else dim)
         weight0 = tl.load(weight, rotated, other=1.0)
-        weight1 = tl.load(weight + H, rotated, other=1.0)
+        weight1 = tl.load(weight + (1 if NEIGHBOURS else H), rotated, other=1.0)
     wait_for_earlier_kernels(EARLY)
     parts = splits
     step = stride

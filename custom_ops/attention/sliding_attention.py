@@ -42,4 +42,6 @@ def sliding_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring:
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """The kernels at the model's shapes."""
+    if model.sliding is None:
+        return []
     return flash_cases("sliding_attention", target, model.sliding, slots=model.window, window=model.window)

@@ -72,6 +72,8 @@ class Workload:
 
 
 def workload(model: Geometry, mix: str) -> Workload:
+    if model.sliding is None:
+        raise ValueError(f"{model.name} has no sliding layers, which some cases are of")
     *matrices, head = model.matrices(mix)
     return Workload(tuple(matrices), head, model.sliding, model.window, model.full, (128, 512, 2048, 8192, 32768, CONTEXT), (512, 2048))
 

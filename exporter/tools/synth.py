@@ -235,23 +235,23 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
 
 
-def _vector_mean(name: str, size: int) -> tuple[float, float]:
-    """(mean, relative spread) of a norm weight or layer scale."""
+def _vector_mean(name: str, size: int, scale: float) -> tuple[float, float]:
+    """(mean, relative spread) of a norm weight or layer scale; scale: of the scores."""
     stem = name.split(".")[-2]
     if stem == "layer_output_scale":
         return 0.95, 0.05
     means = {
         "output_norm": 2.5,  # the logits' standard deviation
-        "attn_q_norm": sqrt(2 / sqrt(size)),  # scores q . k of standard deviation 2
-        "attn_k_norm": sqrt(2 / sqrt(size)),
+        "attn_q_norm": sqrt(2 / sqrt(size) / scale),  # scores q . k of standard deviation 2
+        "attn_k_norm": sqrt(2 / sqrt(size) / scale),
         "post_attention_norm": 16.0,  # layers outweigh the embedding: else the tied head just repeats the input token
         "post_ffw_norm": 16.0,
     }
     return means.get(stem, 1.0), 0.1
 
 
-def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int) -> Iterator[np.ndarray]:
-    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes."""
+def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int, scale: float = 1.0) -> Iterator[np.ndarray]:
+    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes. scale: of the scores."""
     if name == "rope_freqs.weight":
         size = shape[0]
         yield np.where(np.arange(size) < size // 4, 1.0, 1e30).astype("<f4").view(np.uint8)
@@ -269,7 +269,7 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
             continue
         uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
         if len(shape) == 1:
-            mean, spread = _vector_mean(name, shape[0])
+            mean, spread = _vector_mean(name, shape[0], scale)
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
         else:
             uniform *= np.float32(sqrt(3 / shape[1]))
@@ -296,7 +296,9 @@ def write_synthetic(
     """
     path = Path(path)
     tensors = synth_plan(preset, mix, layers)
-    header, offsets, size = gguf_header(metadata(_config(preset, layers), mix, vocab_from), tensors)
+    config = _config(preset, layers)
+    scale = next(iter(config.attentions.values())).scale
+    header, offsets, size = gguf_header(metadata(config, mix, vocab_from), tensors)
     total, done, lock = sum(tensor_bytes(shape, block_type) for _, shape, block_type in tensors), 0, threading.Lock()
     with replacing(path, f"{size / 2**30:.1f} GiB") as f, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
         f.write(header)
@@ -305,7 +307,7 @@ def write_synthetic(
 
         def write(tensor: Tensor, offset: int) -> None:
             nonlocal done
-            for piece in _pieces(*tensor, seed, slab_bytes):
+            for piece in _pieces(*tensor, seed, slab_bytes, scale):
                 view = memoryview(piece)  # type: ignore[arg-type]  # an array is a buffer
                 while view:
                     written = os.pwrite(f.fileno(), view, offset)

@@ -136,7 +136,7 @@ def test_more_files_that_are_no_gguf(tmp_path: Path) -> None:
         ([], {"general.type": (STRING, "imatrix")}, "an importance matrix"),
         (["general.architecture"], {"imatrix.chunk_count": (U32, 4)}, "an importance matrix"),
         (["general.architecture"], {"adapter.type": (STRING, "lora")}, "a LoRA adapter"),
-        (["general.architecture"], {}, "general.architecture is missing; supported: gemma4"),
+        (["general.architecture"], {}, "general.architecture is missing; supported: gemma3, gemma4, llama, qwen3"),
         ([], {"general.architecture": (U32, 4)}, "architecture 4 is not supported"),
     ],
 )
