@@ -83,7 +83,7 @@ class Cache(nn.Module):
 class SlidingCache(Cache):
     """A ring of R slots; slot = position mod R. Attend first, then write: after the last of its readers."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int, first: bool, last: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int, first: bool = True, last: bool = True) -> Tensor:
         out = torch.ops.kiln.sliding_attention(q, k, v, self.k_ring, self.v_ring, pos, window)
         if not last:
             return out
@@ -101,7 +101,7 @@ class SlidingCache(Cache):
 class GlobalCache(Cache):
     """One slot per position. Write first, before the first of its readers, then attend."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: None, first: bool, last: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: None, first: bool = True, last: bool = True) -> Tensor:
         if first:
             self.k_cache[pos] = k
             self.v_cache[pos] = v

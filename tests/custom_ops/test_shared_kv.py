@@ -105,7 +105,7 @@ def test_query_and_stream_references() -> None:
     check_stream(False)
 
 
-@POSITIONS
+@pytest.mark.parametrize("pos", [0, 40])
 def interpreted_sliding(pos: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one split and several; with 16-bit keys, of which a program reads its first block ahead, but never the token's own."""
     monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))

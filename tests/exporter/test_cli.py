@@ -162,6 +162,11 @@ def test_a_model_without_global_layers(tmp_path):
     assert {b.kind for b in lower(spec, "decode", "cpu").kv} == {"ring"}
 
 
+def test_a_per_layer_embedding_in_host_memory_is_refused(tmp_path):
+    match = "--ple host: a per-layer embedding in host memory is not supported yet; give --ple device"
+    fails(tmp_path, "--gguf", TINY, "--ple", "host", match=match, code=2)
+
+
 def test_kv_cache_options_that_contradict(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--kv-cache", "bf16", "--turboquant", match="--kv-cache bf16 and --turboquant contradict", code=2)
     fails(tmp_path, "--gguf", TINY, "--kv-cache", "tq4", "--no-turboquant", match="--kv-cache tq4 and --no-turboquant contradict", code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from kiln.exporter.source.plan import read_plan
 from kiln.exporter.source.weights import derived_constants
 from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from kiln.passes import edit
-from kiln.passes.records import PassOptions
+from kiln.passes.records import Lowered, PassOptions
 from tests.gguf_files import rewrite
 from tests.timeline import CHUNK, FIXTURES, GREEDY, feed, fixture_logits, fixture_tokens, graph_spec, weights, worst
 
@@ -78,6 +79,15 @@ def programs(spec, state: dict[str, Tensor], make: Callable) -> Callable:
     return start
 
 
+@functools.cache
+def lowered(name: str, entry: str, **options: Any) -> Lowered:
+    """After all passes of the CPU."""
+    return lower(graph_spec(FIXTURES / f"{name}.gguf", **options), entry, "cpu")
+
+
+SMALL_HEAD, FUSED = {"materialized_head_budget": 64 << 10}, {"decode_bytes": 3, "materializes_head": False}
+
+
 class Stop(Exception):
     pass
 
@@ -96,30 +106,37 @@ def lowered_to(spec, entry: str, last: str):
     return kept["program"]
 
 
-@pytest.mark.parametrize("last", ["", "free_kv_buffers", *(pytest.param(p, marks=pytest.mark.nightly) for p in (
-    "index_copy", "kv_len", "chunked_lm_head"))])  # fmt: skip
+@pytest.mark.parametrize("last", ["", "all", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("index_copy", "kv_len",
+                                                                                                    "chunked_lm_head"))])  # fmt: skip
 def test_exported_and_after_passes(last: str, states) -> None:
     """As it is traced, and after passes of the CPU with the head in small pieces."""
-    spec = graph_spec(FIXTURES / f"{TINY}.gguf", materialized_head_budget=64 << 10)
+    spec = graph_spec(FIXTURES / f"{TINY}.gguf", **SMALL_HEAD)
+
+    def make(entry: str):
+        if last == "all":
+            return lowered(TINY, entry, **SMALL_HEAD).program
+        return lowered_to(spec, entry, last) if last else trace(spec, entry, "cpu")
+
     with torch.no_grad():
-        check(TINY, programs(spec, states[TINY], lambda e: lowered_to(spec, e, last) if last else trace(spec, e, "cpu")), (CHUNK, 7, 1), 40)
+        check(TINY, programs(spec, states[TINY], make), (CHUNK, 7, 1), 40)
 
 
 def test_fused(states) -> None:
     """As a GPU decodes, three bytes an activation."""
-    spec = graph_spec(FIXTURES / f"{WIDE}.gguf", decode_bytes=3, materializes_head=False)
     with torch.no_grad():
-        check(WIDE, programs(spec, states[WIDE], lambda e: lower(spec, e, "cpu").program), (7, 1), 24)
+        spec = graph_spec(FIXTURES / f"{WIDE}.gguf", **FUSED)
+        check(WIDE, programs(spec, states[WIDE], lambda e: lowered(WIDE, e, **FUSED).program), (7, 1), 24)
 
 
 def test_fused_tq4_reads_what_the_source_wrote(states) -> None:
     """TQ4 where global layers share keys and values, across the exact window: fused as not fused, and its codes are not far off."""
-    rows = {}
+    rows, options = {}, {"turboquant": True, "residual_length": 8, "materializes_head": False}
     for terms in (0, 3):
-        spec = graph_spec(FIXTURES / f"{WIDE}.gguf", turboquant=True, residual_length=8, decode_bytes=terms, materializes_head=False)
+        spec = graph_spec(FIXTURES / f"{WIDE}.gguf", **options)
+        decode = {"decode": {"decode_bytes": terms}, "prefill": {}}  # prefill is never fused
         with torch.no_grad():
-            start = programs(spec, states[WIDE], lambda e, spec=spec: lower(spec, e, "cpu").program)
-            rows[terms] = feed(*start(), fixture_tokens(WIDE)[:24], 1) | feed(*start(), fixture_tokens(WIDE)[:20], 20)
+            start = programs(spec, states[WIDE], lambda e, decode=decode: lowered(WIDE, e, **options, **decode[e]).program)
+            rows[terms] = feed(*start(), fixture_tokens(WIDE)[:24], 1) | feed(*start(), fixture_tokens(WIDE)[:21], 20)
     reference = fixture_logits(WIDE)
     scale = float(reference.std())
     between = max(float((rows[3][i] - rows[0][i]).abs().max()) for i in rows[0])
@@ -134,12 +151,12 @@ def test_the_whole_decode_is_fused_for_a_gpu(turboquant: bool) -> None:
     path = FIXTURES / f"{WIDE}.gguf"
     options = {"decode_bytes": 2, "materializes_head": False, "matmul": "kiln", "turboquant": turboquant, "residual_length": 32}
     with compiling_for(gpu_targets()["sm_90"]):
-        lowered = lower(graph_spec(path, dtype="bfloat16", **options), "decode", "cuda")
-    calls = [n for n in lowered.program.graph.nodes if n.op == "call_function"]
+        whole = lower(graph_spec(path, dtype="bfloat16", **options), "decode", "cuda")
+    calls = [n for n in whole.program.graph.nodes if n.op == "call_function"]
     plain = (KILN.quantized_linear, KILN.rope, KILN.gelu_mul, KILN.sliding_attention, KILN.tq4_attention)
     assert not [n.name for n in calls if edit.is_call(n, *(op.default for op in plain))]
-    assert all(not report.missed and report.matches == report.expected for report in lowered.reports)
-    fused = next(r for r in lowered.reports if r.name == "fuse_decode")
+    assert all(not report.missed and report.matches == report.expected for report in whole.reports)
+    fused = next(r for r in whole.reports if r.name == "fuse_decode")
     counts = f"26 matmuls, 9 norms, 4 gated, 1 sliding, 1 global, {0 if turboquant else 2} conversions, 4 per-layer, 2 shared"
     assert fused.note == f"2 bytes an activation; {counts}"
     expected = {"add_norm": 12, "gate_fixed": 4, "sliding_decode": 1, "sliding_read": 1, "quantized_embedding": 2,
@@ -165,9 +182,9 @@ def test_caches_are_the_sources_alone() -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_ring_is_written_after_its_last_reader(entry: str) -> None:
     """And a global cache before its first: in the graph of any number of tokens, after all passes."""
-    lowered = lower(graph_spec(FIXTURES / f"{TINY}.gguf"), entry, "cpu")
-    order = {n: i for i, n in enumerate(lowered.program.graph.nodes)}
-    named = edit.buffers(lowered.program)
+    program = lowered(TINY, entry, **SMALL_HEAD).program
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    named = edit.buffers(program)
     for op, cache, readers in ((KILN.sliding_attention, "blk.2.cache.k_ring", 4), (KILN.global_attention, "blk.3.cache.k_cache", 2)):
         node = next(n for n, name in named.items() if name == cache)
         calls = [n for n in order if edit.is_call(n, op.default) and any(edit.resolve(a) is node for a in n.args)]
@@ -180,8 +197,7 @@ def test_the_table_is_read_by_rows(states) -> None:
     """No node of a graph is as large as the table but the table: its rows are never dequantized as a whole, or copied."""
     rows = 512 * 1024  # tokens of the vocabulary by layers * values
     for entry in ENTRIES:
-        program = lower(graph_spec(FIXTURES / f"{WIDE}.gguf"), entry, "cpu").program
-        for node in program.graph.nodes:
+        for node in lowered(WIDE, entry, **FUSED).program.graph.nodes:
             value = node.meta.get("val")
             if node.op == "call_function" and isinstance(value, Tensor) and all(isinstance(d, int) for d in value.shape):
                 assert value.numel() < rows, node.name
