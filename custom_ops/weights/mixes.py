@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-PROMOTED = ("attn_v", "ffn_down")  # some of these get more bits
+PROMOTED = ("attn_v", "ffn_down", "ffn_down_exps")  # some of these get more bits
 MORE_BITS = "Q6_K"
+ROUTER = ".ffn_gate_inp.weight"  # what chooses experts is never quantized
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, s
         promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        block_type = "F32" if len(shape) != 2 else MORE_BITS if name in promoted else mix.head if name == head else mix.base
+        block_type = "F32" if len(shape) < 2 or name.endswith(ROUTER) else MORE_BITS if name in promoted else mix.head if name == head else mix.base
         layout = LAYOUTS.get(block_type)
-        found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
+        found[name] = layout.fallback if layout and layout.fallback and shape[-1] % layout.block else block_type
     return found
