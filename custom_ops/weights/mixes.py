@@ -48,7 +48,8 @@ def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, s
         promoted |= {name for i, name in enumerate(like) if more_bits(i, len(like))}
     found = {}
     for name, shape in tensors.items():
-        block_type = "F32" if len(shape) < 2 or name.endswith(ROUTER) else MORE_BITS if name in promoted else mix.head if name == head else mix.base
+        plain = len(shape) < 2 or name.endswith(ROUTER)
+        block_type = "F32" if plain else MORE_BITS if name in promoted else mix.head if name == head else mix.base
         layout = LAYOUTS.get(block_type)
         found[name] = layout.fallback if layout and layout.fallback and shape[-1] % layout.block else block_type
     return found

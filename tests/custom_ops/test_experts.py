@@ -87,7 +87,9 @@ def test_what_is_no_number_stays_visible() -> None:
     check_not_numbers()
 
 
-@pytest.mark.parametrize("logits,used", [(torch.zeros(2, 4).half(), 2), (torch.zeros(4), 2), (torch.zeros(2, 4), 5), (torch.zeros(2, 4), 0)])
+@pytest.mark.parametrize(
+    ("logits", "used"), [(torch.zeros(2, 4).half(), 2), (torch.zeros(4), 2), (torch.zeros(2, 4), 5), (torch.zeros(2, 4), 0)]
+)
 def test_a_choice_that_cannot_be_is_refused(logits: torch.Tensor, used: int) -> None:
     with pytest.raises(ValueError, match="route: logits are"):
         KILN.route(logits, used, True)
@@ -193,7 +195,9 @@ def test_opaque_when_exported() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("block_type", "n", "k", "each"), [("Q4_K", 1408, 2816, False), ("Q5_0", 2816, 704, True), ("Q8_0", 2816, 704, True)])
+@pytest.mark.parametrize(
+    ("block_type", "n", "k", "each"), [("Q4_K", 1408, 2816, False), ("Q5_0", 2816, 704, True), ("Q8_0", 2816, 704, True)]
+)
 def test_on_a_gpu(block_type: str, n: int, k: int, each: bool) -> None:
     """At the shapes of Gemma 4 26B-A4B; what nobody chose is NaN. Repeats give the same bits."""
     words, halves, matrix = random_weight(block_type, COUNT * n, k)

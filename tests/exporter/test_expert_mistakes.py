@@ -1,4 +1,4 @@
-"""Mistakes in mixtures of experts that still give fluent text: each, made on purpose, misses the reference by far more than a right pass."""
+"""Mistakes in mixtures of experts that still give fluent text: each, made on purpose, misses the reference by far."""
 
 from __future__ import annotations
 
@@ -67,18 +67,36 @@ def renamed(state: State, first: str, second: str) -> None:
     state |= given
 
 
+def columns_for_rows(w: Tensor, _: str) -> Tensor:
+    return w.view(24, 16, -1).transpose(0, 1).flatten(0, 1)
+
+
+def halves_swapped(w: Tensor, _: str) -> Tensor:
+    return w.view(8, 64, -1).roll(32, 1).flatten(0, 1)
+
+
+def halves_of_all_rows(w: Tensor, _: str) -> Tensor:
+    return w.view(8, 2, 32, -1).transpose(0, 1).reshape(512, -1)
+
+
 WEIGHTS: dict[str, tuple[Model, Callable[[State], None]]] = {
     "gate and up of the experts swapped": (QWEN, lambda s: renamed(s, "ffn_gate_exps", "ffn_up_exps")),
     "rows of the next expert": (QWEN, lambda s: each(s, "ffn_down_exps", lambda w, _: w.roll(96, 0))),
-    "an expert's columns for its rows": (QWEN, lambda s: each(s, "ffn_gate_exps", lambda w, _: w.view(24, 16, -1).transpose(0, 1).flatten(0, 1))),
-    "Gemma 4: halves of gate and up swapped": (GEMMA, lambda s: each(s, "ffn_gate_up_exps", lambda w, _: w.view(8, 64, -1).roll(32, 1).flatten(0, 1))),
-    "Gemma 4: gate and up as halves of all rows": (GEMMA, lambda s: each(s, "ffn_gate_up_exps", lambda w, _: w.view(8, 2, 32, -1).transpose(0, 1).reshape(512, -1))),
+    "an expert's columns for its rows": (QWEN, lambda s: each(s, "ffn_gate_exps", columns_for_rows)),
+    "Gemma 4: halves of gate and up swapped": (GEMMA, lambda s: each(s, "ffn_gate_up_exps", halves_swapped)),
+    "Gemma 4: gate and up as halves of all rows": (GEMMA, lambda s: each(s, "ffn_gate_up_exps", halves_of_all_rows)),
     "Gemma 4: the router's scale missing": (GEMMA, lambda s: each(s, "ffn_gate_inp_scale", lambda w, _: torch.ones_like(w))),
     "Gemma 4: the router not divided by the root of the size": (GEMMA, lambda s: each(s, "ffn_gate_inp_scale", lambda w, _: w * 72**0.5)),
-    "Gemma 4: the router reads a weighted norm": (GEMMA, lambda s: each(s, "ffn_gate_inp_scale", lambda w, at: w * s[f"{at}ffn_norm.weight"])),
-    "Gemma 4: the experts read the norm of the network beside them": (GEMMA, lambda s: each(s, "pre_ffw_norm_2", lambda _, at: s[f"{at}ffn_norm.weight"])),
+    "Gemma 4: the router reads a weighted norm": (
+        GEMMA,
+        lambda s: each(s, "ffn_gate_inp_scale", lambda w, at: w * s[f"{at}ffn_norm.weight"]),
+    ),
+    "Gemma 4: the experts read the norm of the network beside them": (
+        GEMMA,
+        lambda s: each(s, "pre_ffw_norm_2", lambda _, at: s[f"{at}ffn_norm.weight"]),
+    ),
     "Gemma 4: norms of the two branches swapped": (GEMMA, lambda s: renamed(s, "post_ffw_norm_1", "post_ffw_norm_2")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

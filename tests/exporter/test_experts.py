@@ -20,7 +20,7 @@ from exporter.source.config import check_tensors, from_gguf
 from exporter.source.gguf import open_gguf
 from exporter.source.weights import plan_weights
 from exporter.tools.synth import synth_plan, write_synthetic
-from tests.exporter.test_families import MODELS, check, model_file
+from tests.exporter.test_families import MODELS, check
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES, graph_spec, weights
 

@@ -1,4 +1,7 @@
-"""Gemma 4, dense or with experts: sliding and full layers with head sizes of their own, every head normed, V of a full layer its raw K, GELU."""
+"""Gemma 4, dense or with experts: sliding and full layers with head sizes of their own, every head normed, GELU.
+
+V of a full layer is its raw K. A layer with experts (26B-A4B) has a dense network beside them; each of the two has norms of its own.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ def synthetic(model: Geometry, count: int) -> dict[str, Any]:
         full = model.is_full(i)
         heads = model.full if full else model.sliding
         window = None if full else model.window
-        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, _ffn(model.ffn, model.experts), own_v=not full, scaled=True))
+        ffn = _ffn(model.ffn, model.experts)
+        layers.append(_layer(i, ropes[not full], window, heads.queries, heads.kv, ffn, own_v=not full, scaled=True))
     return {"layers": tuple(layers), "embedding_scale": sqrt(model.hidden), "final_logit_softcapping": SOFTCAP}
 
 
