@@ -18,9 +18,9 @@ def kiln_chosen_gemv(x, words, halves, chosen, partials, counters, out, n, k, sp
                      BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
                      TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
                      EVEN: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr):
-    """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. x has a row for SHARED pairs. Grid (row blocks, splits, P).
+    """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. SHARED pairs have one row of x.
 
-    The rows are known only after the kernel that chose them, so nothing is read ahead of it.
+    Grid (row blocks, splits, P). The rows are known only after the kernel that chose them, so nothing is read ahead of it.
     """
     pair = tl.program_id(2).to(tl.int64)
     expert = tl.load(chosen + pair)
@@ -55,8 +55,9 @@ def kiln_grouped_matmul(x, w, order, starts, out, first, N: tl.constexpr, K: tl.
                         BLOCK_K: tl.constexpr):
     """out[p] = x[p / SHARED] @ the matrix of p's expert, for the pairs of the EXPERTS experts from `first` on.
 
-    w: those experts' alone, [K, EXPERTS * N] with STEP elements between rows, or [EXPERTS * N, K] if TRANSPOSED. Grid (tiles of pairs, tiles
-    of N): at least the tiles that there can be; those beyond the last end at once. A row of out does not depend on how many others there are.
+    w: those experts' alone, [K, EXPERTS * N] with STEP elements between rows, or [EXPERTS * N, K] if TRANSPOSED. Grid (tiles of pairs,
+    tiles of N): at least the tiles that there can be; those beyond the last end at once. A row of out does not depend on how many others
+    there are.
     """
     expert = tl.arange(0, PADDED)
     begin = tl.load(starts + first + expert, expert < EXPERTS, other=0)

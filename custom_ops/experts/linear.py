@@ -115,11 +115,13 @@ def float_reference(x: torch.Tensor, w: torch.Tensor, chosen: torch.Tensor, coun
 # ---- kernels ----
 
 
-def grouped_constants(dtype: torch.dtype, n: int, k: int, experts: int, shared: int, transposed: bool) -> tuple[dict[str, int | bool], Tile]:
+def grouped_constants(dtype: torch.dtype, n: int, k: int, experts: int, shared: int,
+                      transposed: bool) -> tuple[dict[str, int | bool], Tile]:
     """Constants of `kiln_grouped_matmul` for a piece of `experts` experts, and its tile."""
     tile = FLOAT32 if dtype == torch.float32 else TILE
-    return {"N": n, "K": k, "STEP": 1 if transposed else experts * n, "TRANSPOSED": transposed, "SHARED": shared, "EXPERTS": experts,
-            "PADDED": triton.next_power_of_2(experts), "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}, tile  # fmt: skip
+    constants = {"N": n, "K": k, "STEP": 1 if transposed else experts * n, "TRANSPOSED": transposed, "SHARED": shared, "EXPERTS": experts,
+                 "PADDED": triton.next_power_of_2(experts)}  # fmt: skip
+    return constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}, tile
 
 
 def _grouped(x: torch.Tensor, piece: Callable[[int, int, torch.Tensor], torch.Tensor], chosen: torch.Tensor, n: int, count: int,
@@ -215,14 +217,15 @@ EXPERTS, USED = 128, 8
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """Decode and prefill of Gemma 4 26B-A4B in bfloat16, and of float32 experts."""
     cases = []
+    integers = dict.fromkeys(("n", "k", "splits"), "i32")
     packed = {"words": "*i32", "halves": "*fp16", "chosen": "*i64"}
     for n, k, shared, types in SIZES:
         for block_type in types:
             launched, _, warps = launch(block_type, USED, n, k, target)
             launched.pop("EARLY")
-            constants = format_constants(block_type) | launched | {"stride": EXPERTS * n, "halves_stride": EXPERTS * n, "TERMS": TERMS[torch.bfloat16],
-                                                              "END": "sum", "SHARED": shared}  # fmt: skip
-            signature = {"x": "*i32", **packed, "partials": "*fp32", "counters": "*i32", "out": "*bf16", **dict.fromkeys(("n", "k", "splits"), "i32")}
+            constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), EXPERTS * n)
+            constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared}
+            signature = {"x": "*i32", **packed, "partials": "*fp32", "counters": "*i32", "out": "*bf16", **integers}
             cases.append(KernelCase(f"chosen_gemv {block_type} {n}x{k}", kiln_chosen_gemv, signature, constants,
                                     {"num_warps": warps, "maxnreg": launched["REGISTERS"]}, usual_targets(block_type), ("n", "k")))
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):

@@ -9,6 +9,7 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PER_LAYER_EMBEDDING, PER_LAYER_PROJECTION = "per_layer_token_embd.weight", "per_layer_model_proj.weight"  # the one is never quantized
+ROUTER = ".ffn_gate_inp.weight"  # what chooses experts is never quantized
 HEAD = "Q6_K"  # of the head, which may be the embedding, in a mix of fewer bits
 
 
@@ -43,7 +44,7 @@ class Mix:
     promoted: tuple[tuple[str, Callable[[int, int], bool], str], ...] = ()  # (matrix, if the i-th of n such, type): the first that fits
 
 
-_K_M = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
+_K_M = tuple((name, more_bits, "Q6_K") for name in ("attn_v", "ffn_down", "ffn_down_exps"))
 _Q3_K_M = (("attn_output", each, "Q4_K"), ("attn_v", first_two, "Q5_K"), ("attn_v", each, "Q4_K"), ("ffn_down", first_sixteenth, "Q5_K"),
            ("ffn_down", each, "Q4_K"))  # fmt: skip
 # attn_v of a model with 4 or more query heads for each KV head is Q4_K.
@@ -75,9 +76,9 @@ def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, s
     found = {}
     for name, shape in tensors.items():
         matrix = mix.head if name in head else promoted.get(name, mix.base)
-        block_type = matrix if len(shape) == 2 else "F32"
+        block_type = "F32" if len(shape) < 2 or name.endswith(ROUTER) else matrix
         if name == PER_LAYER_PROJECTION and mix.base in LAYOUTS:
             block_type = "BF16"  # as the file had it before
         layout = LAYOUTS.get(block_type)
-        found[name] = layout.fallback if layout and layout.fallback and shape[1] % layout.block else block_type
+        found[name] = layout.fallback if layout and layout.fallback and shape[-1] % layout.block else block_type
     return found

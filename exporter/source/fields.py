@@ -99,6 +99,9 @@ class Fields:
         """How many experts there are, how many a token takes, and their inner size; None where there are none."""
         number = self.integer(count, zero=True)
         if not number:
+            for field in (used, size):
+                if "default" in self.keys[field] and (value := self.integer(field, zero=True)):
+                    self.fail(self.keys[field]["key"], f"is {value}, but there are no experts")
             return None
         taken = self.integer(used)
         if taken > number:

@@ -69,7 +69,9 @@ def synth_plan(preset: str, mix: str, layers: int | None = None) -> list[Tensor]
     """Every tensor of the file as (name, shape in PyTorch order, type). `layers` keeps the first layers only."""
     if mix not in SYNTHETIC:
         raise KilnError(f"unknown mix {mix!r}; known: {', '.join(SYNTHETIC)}")
-    shapes = expected_tensors(_config(preset, layers))
+    config = _config(preset, layers)
+    usual = families()[config.architecture].get("usual", ())  # of the fused tensors, those that converters write
+    shapes = expected_tensors(config, {f"blk.{i}.{name}" for i in range(len(config.layers)) for name in usual})
     types = block_types(MIXES[mix], shapes)
     return [(name, shape, types[name]) for name, shape in shapes.items()]
 
@@ -255,6 +257,7 @@ def _vector_mean(name: str, size: int, scale: float) -> tuple[float, float]:
         "attn_k_norm": sqrt(2 / sqrt(size) / scale),
         "post_attention_norm": 16.0,  # layers outweigh the embedding: else the tied head just repeats the input token
         "post_ffw_norm": 16.0,
+        "ffn_gate_inp": 2 * sqrt(size),  # choices of experts that no rounding changes: the router divides by the root
     }
     return means.get(stem, 1.0), 0.1
 
@@ -267,13 +270,13 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
         return
     bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     drawn = "F32" if block_type == "BF16" else block_type  # and then cut short
-    rows, row_bytes = (shape[0], tensor_bytes(shape[1:], drawn)) if len(shape) == 2 else (1, 4 * shape[0])
+    rows, row_bytes = (prod(shape[:-1]), tensor_bytes(shape[-1:], drawn)) if len(shape) > 1 else (1, 4 * shape[0])
     step = max(8, slab_bytes // row_bytes // 8 * 8)  # a multiple of 8 rows is a whole number of the generator's 8-byte words
     for row in range(0, rows, step):
         nbytes = min(step, rows - row) * row_bytes
         raw = bits.random_raw(-(-nbytes // 8)).view(np.uint8)[:nbytes]
         if drawn != "F32":
-            _fill_blocks(block_type, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[block_type]][1]), 1 / sqrt(shape[1]))
+            _fill_blocks(block_type, raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[block_type]][1]), 1 / sqrt(shape[-1]))
             yield raw
             continue
         uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
@@ -281,7 +284,7 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
             mean, spread = _vector_mean(name, shape[0], scale)
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
         else:
-            uniform *= np.float32(sqrt(3 / shape[1]))
+            uniform *= np.float32(sqrt(3 / shape[-1]))
         yield uniform.view("<u2")[1::2].copy().view(np.uint8) if block_type == "BF16" else uniform.view(np.uint8)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kiln.custom_ops.experts import linear as op
+from kiln.custom_ops.experts import route
 from kiln.custom_ops.gpu.target import compiling_for
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import H200, random_weight
@@ -86,7 +87,9 @@ def test_what_is_no_number_stays_visible() -> None:
     check_not_numbers()
 
 
-@pytest.mark.parametrize("logits,used", [(torch.zeros(2, 4).half(), 2), (torch.zeros(4), 2), (torch.zeros(2, 4), 5), (torch.zeros(2, 4), 0)])
+@pytest.mark.parametrize(
+    ("logits", "used"), [(torch.zeros(2, 4).half(), 2), (torch.zeros(4), 2), (torch.zeros(2, 4), 5), (torch.zeros(2, 4), 0)]
+)
 def test_a_choice_that_cannot_be_is_refused(logits: torch.Tensor, used: int) -> None:
     with pytest.raises(ValueError, match="route: logits are"):
         KILN.route(logits, used, True)
@@ -186,6 +189,29 @@ def test_opaque_when_exported() -> None:
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("kiln.expert_linear.default") == targets.count("kiln.route.default") == 1
     assert not any("dequantize" in target or "topk" in target for target in targets)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("block_type", "n", "k", "each"), [("Q4_K", 1408, 2816, False), ("Q5_0", 2816, 704, True), ("Q8_0", 2816, 704, True)]
+)
+def test_on_a_gpu(block_type: str, n: int, k: int, each: bool) -> None:
+    """At the shapes of Gemma 4 26B-A4B; what nobody chose is NaN. Repeats give the same bits."""
+    words, halves, matrix = random_weight(block_type, COUNT * n, k)
+    halves[:, :, n : 2 * n] = torch.nan
+    for tokens in (1, 3, 300):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+            x, chosen = given(tokens, k, each, dtype), random_choice(tokens)
+            on = [t.cuda() for t in (x, words, halves, chosen)]
+            y, again = (KILN.expert_linear(*on[:3], block_type, on[3], COUNT) for _ in range(2))
+            assert torch.equal(y, again) and error(y.cpu(), exact(x, matrix, chosen)) < tolerance
+    check = random_logits(300, 128)
+    got, wanted = KILN.route(check.cuda(), 8, True), route.reference(check, 8, True)
+    assert torch.equal(got[0].cpu(), wanted[0])
+    torch.testing.assert_close(got[1].cpu(), wanted[1], rtol=2e-6, atol=0)
 
 
 # ---- under the interpreter ----

@@ -249,14 +249,19 @@ def test_other_forms_of_llama_and_gemma3(files: Path, tmp_path: Path) -> None:
     assert config.attentions[7].scale == (256 / 4) ** -0.5
 
 
-def test_types_of_a_mix_are_those_of_llama_quantize() -> None:
-    """Of an untied head: the embedding has the types of the layers, the head more bits."""
-    file = open_gguf(FIXTURES / "qwen3-tiny-wide-Q4_K_M.gguf")
+@pytest.mark.parametrize("name", ["qwen3-tiny-wide-Q4_K_M", "gemma4-tiny-moe-wide-Q4_K_M"])
+def test_types_of_a_mix_are_those_of_llama_quantize(name: str) -> None:
+    """Of an untied head: the embedding has the types of the layers, the head more bits; experts; the router stays as it is."""
+    file = open_gguf(FIXTURES / f"{name}.gguf")
     shapes = {t.name: t.shape for t in file.tensors.values()}
     assert {t.name: t.type for t in file.tensors.values()} == block_types(MIXES["q4_k_m"], shapes)
 
 
-@pytest.mark.parametrize(("preset", "tensors", "parameters"), [("qwen3-8b", 399, 8_190_735_360), ("qwen3-32b", 707, 32_762_123_264)])
+@pytest.mark.parametrize(
+    ("preset", "tensors", "parameters"),
+    [("qwen3-8b", 399, 8_190_735_360), ("qwen3-32b", 707, 32_762_123_264), ("qwen3-30b-a3b", 579, 30_532_122_624),
+     ("gemma4-26b-a4b", 658, 25_233_141_790 + 256)],
+)  # fmt: skip
 def test_real_geometry(preset: str, tensors: int, parameters: int) -> None:
     plan = synth_plan(preset, "q4_k_m")
     assert (len(plan), sum(prod(shape) for _, shape, _ in plan)) == (tensors, parameters)

@@ -200,7 +200,7 @@ U32, I32, BOOL, F32 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.B
         (["gemma4.attention.sliding_window_pattern"], {}, "sliding_window_pattern is missing"),
         (["gemma4.rope.freq_base"], {}, "gemma4.rope.freq_base is missing"),
         ([], {"gemma4.attention.sliding_window_pattern": (BOOL, [True] * 5)}, "must be 6 booleans"),
-        ([], {"gemma4.expert_count": (U32, 128)}, "mixture-of-experts layers are not supported yet"),
+        ([], {"gemma4.expert_count": (U32, 128)}, "expert_used_count is 0, a positive integer was expected"),
         ([], {"gemma4.attention.shared_kv_layers": (U32, 4)}, "shared_kv_layers is 4 of 6 layers: no earlier layer has"),
         ([], {"gemma4.attention.shared_kv_layers": (U32, 7)}, "shared_kv_layers is 7 of 6 layers"),
         ([], {"gemma4.attention.shared_kv_layers": (U32, 2), "gemma4.attention.head_count_kv": (I32, [2, 2, 1, 2, 1, 1])},

@@ -1,7 +1,8 @@
 """Gemma 4, dense or with experts: sliding and full layers with head sizes of their own, every head normed, GELU.
 
-The large ones have full layers whose V is the raw K. The small ones (E2B, E4B) have per-layer embeddings, and their later layers read the
-keys and values of the last layer of their kind that has any of its own.
+The large ones have full layers whose V is the raw K. A layer with experts (26B-A4B) has a dense network beside them; each of the two has
+norms of its own. The small ones (E2B, E4B) have per-layer embeddings, and their later layers read the keys and values of the last layer of
+their kind that has any of its own.
 """
 
 from __future__ import annotations
