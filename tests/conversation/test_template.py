@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import time
@@ -38,9 +39,9 @@ TOOL = {
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "value"},
     {"role": "user", "content": [{"type": "text", "text": "value"}, {"type": "text", "text": "value"}]},
-    {"role": "assistant", "content": "value"},
+    {"role": "assistant", "content": "see value"},
     {"role": "user", "content": "value"},
-    {"role": "assistant", "content": "value", "reasoning_content": "value", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "see value", "reasoning_content": "value", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c", "content": "value"},
 ]
 IDENTITY = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -53,10 +54,8 @@ def replaced(value: Any, text: str) -> Any:
     if isinstance(value, list):
         return [replaced(item, text) for item in value]
     if isinstance(value, str) and value.startswith("{"):
-        import json
-
         return json.dumps(replaced(json.loads(value), text))
-    return text if value == "value" else value
+    return value.replace("value", text) if value in ("value", "see value") else value
 
 
 def prompt(template: Template, text: str, **variables: Any) -> Prompt:
