@@ -160,7 +160,7 @@ def test_turboquant(tokens):
         f"cache.{side}_{what}": found
         for side in "kv"
         for what, found in {
-            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "exact window": ((4, 2, 64), torch.float32)
+            "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "exact": ((4, 2, 64), torch.float32)
         }.items()
     }  # fmt: skip
     g = torch.Generator().manual_seed(tokens)

@@ -1,6 +1,6 @@
 """Signals at random moments in each phase of `kiln export` and of `kiln run`: what they leave behind, as a table.
 
-    python -m tests.tools.kill_anywhere [--moments 10] [--seed 0] [--only export|run] [--gguf FILE]
+    python -m tests.tools.kill_anywhere [--moments 10] [--seed 0] [--only export|run] [--signals TERM,INT] [--gguf FILE]
 
 Exit code 1 where anything is left: a file in TMPDIR or beside --out, a process, or an --out that is neither absent nor whole.
 After SIGKILL, which nobody can handle, what is left is counted after the next export of the same name has begun.
@@ -32,7 +32,6 @@ RUNNER = Path(sys.executable).parent / "kiln-run"
 # A phase ends where its words are printed; the last one with the process.
 EXPORT_PHASES = {"starting": "total ", "packing": "compiling for", "compiling": "traced in", "finishing": None}
 RUN_PHASES = {"loading": "", "generating": None}
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 BEGIN_ANOTHER = """
 import sys
 from pathlib import Path
@@ -172,13 +171,13 @@ def spans(command: list, folder: Path, phases: dict[str, str | None]) -> dict[st
     return dict(zip(phases, (b - a for a, b in zip([0.0, *ends], ends, strict=False)), strict=True))
 
 
-def survey(job: str, command: list, phases: dict[str, str | None], folder: Path, moments: int, chance: random.Random) -> int:
+def survey(job: str, command: list, phases: dict[str, str | None], folder: Path, numbers: list[signal.Signals],
+           chance: random.Random) -> int:  # fmt: skip
     """A line for each phase; how many runs left something behind, or gave another exit code than their signal's."""
     wrong = 0
     for phase, length in spans(command, folder, phases).items():
         outcomes = []
-        for i in range(moments):
-            number = SIGNALS[i % len(SIGNALS)]
+        for i, number in enumerate(numbers):
             if job == "export" and i % 2:  # once beside an old artifact, once alone
                 shutil.rmtree(folder / "artifact", ignore_errors=True)
             if job == "run" and number == signal.SIGKILL:  # what that leaves is not for the next run to remove
@@ -193,7 +192,7 @@ def survey(job: str, command: list, phases: dict[str, str | None], folder: Path,
                 shutil.rmtree(entry, ignore_errors=True)
         files, processes = sum(len(o.files) for o in outcomes), sum(o.processes for o in outcomes)
         broken, reached = sum(not o.whole for o in outcomes), sum(not o.finished for o in outcomes)
-        print(f"{job:8} {phase:10} {length:7.2f} {moments:8d} {reached:8d} {files:11d} {processes:10d} {broken:7d}", flush=True)
+        print(f"{job:8} {phase:10} {length:7.2f} {len(numbers):8d} {reached:8d} {files:11d} {processes:10d} {broken:7d}", flush=True)
     return wrong
 
 
@@ -202,19 +201,22 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["export", "run"])
+    parser.add_argument("--signals", default="TERM,INT,HUP,KILL", help="by turns")
     parser.add_argument("--gguf", type=Path, default=FIXTURE)
     options = parser.parse_args()
     chance, wrong = random.Random(options.seed), 0
+    names = options.signals.split(",")
+    numbers = [signal.Signals[f"SIG{names[i % len(names)]}"] for i in range(options.moments)]
     with tempfile.TemporaryDirectory(prefix="kill-anywhere-") as name:
         folder = Path(name)
         (folder / "tmp").mkdir()
         export = export_command(options.gguf, folder)
         print(f"{'command':8} {'phase':10} {'seconds':>7} {'moments':>8} {'reached':>8} {'files left':>11} {'processes':>10} {'broken':>7}")
         if options.only != "run":
-            wrong += survey("export", export, EXPORT_PHASES, folder, options.moments, chance)
+            wrong += survey("export", export, EXPORT_PHASES, folder, numbers, chance)
         if options.only != "export":
             spans(export, folder, EXPORT_PHASES)
-            wrong += survey("run", run_command(folder), RUN_PHASES, folder, options.moments, chance)
+            wrong += survey("run", run_command(folder), RUN_PHASES, folder, numbers, chance)
     print(f"{wrong} runs left something behind or gave another exit code")
     sys.exit(bool(wrong))
 
