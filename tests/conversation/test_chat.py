@@ -84,7 +84,7 @@ def begin_request():
 def test_reuse_changes_no_bit(model: kiln.Model, dialect: Dialect) -> None:
     """Turns of random lengths: what extends the caches is evaluated alone, all else whole, and both equal a cold session."""
     random, player, ids = Random(3), Player(kiln.Session(model, prefill_chunk=1), model.max_seq_len), [2]
-    extended = parted = 0
+    extended, parted, cold = 0, 0, kiln.Session(model, prefill_chunk=1)
     for turn in range(14):
         if len(ids) > 70 or (turn and random.random() < 0.25):  # an edit: another beginning
             ids = ids[: random.randrange(1, len(ids))]
@@ -102,7 +102,7 @@ def test_reuse_changes_no_bit(model: kiln.Model, dialect: Dialect) -> None:
             parted += 1
         assert held[: len(ids)] == ids and len(held) == player.session.position
         logits = player.session.logits()
-        cold = kiln.Session(model, prefill_chunk=1)
+        cold.reset()
         cold.prefill(held)
         np.testing.assert_array_equal(logits, cold.logits())
         ids = held
@@ -217,6 +217,12 @@ def command(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[
     return done
 
 
+def test_input_that_is_no_text(artifact: Path) -> None:
+    arguments = [sys.executable, "-m", "exporter", "chat", str(artifact), "--threads", "1"]
+    done = subprocess.run(arguments, input=b"a\xff\n/quit\n", capture_output=True, timeout=200)
+    assert done.returncode == 0 and done.stderr.decode().startswith("kiln: error: messages[0].content: is no Unicode text"), done.stderr
+
+
 def test_chat_through_a_pipe(artifact: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     lines = ["a b", "/speed", "c \\", "d", "//x", "/nothing", f"/save {path}", "/quit", "never"]
@@ -256,12 +262,14 @@ def test_ctrl_c_stops_the_answer(model: kiln.Model, dialect: Dialect) -> None:
     """A signal in the middle: what was written stays, and what the caches hold is what the next answer counts on."""
     chat = begin(model, dialect, max_new_tokens=60)
 
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+
     def slow(delta: Delta) -> None:
+        if not timer.is_alive():
+            timer.start()
         time.sleep(0.05)
 
     with interruptible():
-        timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         chat.say("a", slow)
         timer.join()
     assert chat.last and chat.last.stopped == "interrupted" and 0 < chat.last.new < 60
@@ -292,20 +300,22 @@ def test_a_terminal(artifact: Path) -> None:
     thread.start()
 
     def wait(what: bytes, start: int = 0) -> int:
+        """Until it is there; where it ends."""
         until = time.monotonic() + 100
-        while what not in seen[start:]:
+        while (at := seen.find(what, start)) < 0:
             assert time.monotonic() < until and process.poll() is None, bytes(seen)
             time.sleep(0.02)
-        return len(seen)
+        return at + len(what)
 
+    ready = b"\x1b[?2004h"  # an editor reads keys from here on
     try:
-        at = wait(b">")
-        process.send_signal(signal.SIGINT)  # at the prompt
-        at = wait(b"leaves", at)
+        at = wait(ready)
+        process.send_signal(signal.SIGINT)
+        at = wait(ready, wait(b"/quit leaves", at))
         os.write(main, b"/help\r")
-        at = wait(b"/regenerate", at)
+        wait(ready, wait(b"stops an answer", at))
         os.write(main, b"\x04")
-        process.wait(timeout=60)
+        process.wait(timeout=100)
     finally:
         process.kill()
         process.wait()
