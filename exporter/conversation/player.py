@@ -37,9 +37,9 @@ class Dialect:
         self.template = Template(text, manifest["chat"].get("tokens", named), self.vocabulary)
         self.markup = Markup.of(text, self.vocabulary.special)
 
-    def prompt(self, request: Request) -> Prompt:
+    def prompt(self, request: Request, cuts: bool = True) -> Prompt:
         """Raises RequestError."""
-        return render_prompt(self.template, request, self.markup.thoughts)
+        return render_prompt(self.template, request, self.markup.thoughts, cuts)
 
     def parser(self, prompt: Prompt, request: Request, stop: Sequence[str] = ()) -> Parser:
         if request.pending:

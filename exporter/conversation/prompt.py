@@ -27,11 +27,14 @@ class Prompt:
     cuts: Mapping[int, tuple[str, ...]]
 
 
-def render_prompt(template: Template, request: Request, thoughts: Thoughts | None = None) -> Prompt:
-    """Raises RequestError where the template refuses the conversation or loses a part of it."""
+def render_prompt(template: Template, request: Request, thoughts: Thoughts | None = None, cuts: bool = True) -> Prompt:
+    """Raises RequestError where the template refuses the conversation or loses a part of it.
+
+    cuts: look for them, which takes six renderings instead of one; without, the end is the only one.
+    """
     marks, texts = template.marks(request)
     messages = [_shaped(template, message, thoughts, marks) for message in request.messages]
-    turns = {"": _turn(template, request, marks, messages)} | dict(_variants(template, request, marks, messages))
+    turns = {"": _turn(template, request, marks, messages)} | dict(_variants(template, request, marks, messages) if cuts else [])
     rendered = dict(zip(turns, template.render(list(turns.values())), strict=True))
     plain = _cut(template, request, marks, rendered.pop(""))
     marks.check(plain, texts)
@@ -41,13 +44,13 @@ def render_prompt(template: Template, request: Request, thoughts: Thoughts | Non
     bos = template.vocabulary.pieces.bos
     start = int(bos is not None and pieces[:1] != [bos])  # a prompt begins with one BOS, whether its template writes it or not
     flat = tuple(i for some in ([[bos]] if start and bos is not None else []) + ids for i in some)
-    cuts: dict[int, tuple[str, ...]] = {len(flat): ("turn",) if request.generate or request.continue_final else ()}
+    found: dict[int, tuple[str, ...]] = {len(flat): ("turn",) if request.generate or request.continue_final else ()}
     for why, other in rendered.items():
         if isinstance(other, str):
             at = start + _shared(template.vocabulary, marks, pieces, ids, template.vocabulary.split(other))
             if 0 < at <= len(flat):
-                cuts[at] = tuple(dict.fromkeys((*cuts.get(at, ()), why)))
-    return Prompt(marks.restore(plain), flat, dict(sorted(cuts.items())))
+                found[at] = tuple(dict.fromkeys((*found.get(at, ()), why)))
+    return Prompt(marks.restore(plain), flat, dict(sorted(found.items())))
 
 
 def _shaped(template: Template, message: dict[str, Any], thoughts: Thoughts | None, marks: Marks) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def check_value(part: str, value: Any, depth: int = 0) -> None:
         raise RequestError(part, f"is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise RequestError(part, "has half of a surrogate pair, which is no character")
+            raise RequestError(part, "is no Unicode text: it has bytes that are not UTF-8, or half of a surrogate pair")
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

@@ -20,6 +20,7 @@ from kiln.exporter.errors import KilnError, one_line
 from kiln.exporter.source.renderer import Renderer, TemplateError
 
 LONGEST = 1 << 24  # characters of a prompt
+CPU_SECONDS = 30  # of a prompt: templates that look back from every message take half a second for two hundred
 SWITCHES = ("enable_thinking", "thinking")  # what templates call it
 _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010fffd]")
 
@@ -87,7 +88,7 @@ class Template:
 
     def __init__(self, text: str, tokens: Mapping[str, str], vocabulary: Vocabulary):
         self.text, self.tokens, self.vocabulary = text, dict(tokens), vocabulary
-        self._renderer = Renderer(text, LONGEST)
+        self._renderer = Renderer(text, LONGEST, CPU_SECONDS)
 
     def close(self) -> None:
         self._renderer.close()

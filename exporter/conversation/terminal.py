@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -142,6 +143,8 @@ def read_text(read: Callable[[str], str]) -> str:
 def talk(chat: Chat) -> None:
     """Until /quit or the end of input."""
     tty = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is no UTF-8 is refused with the message
     read = reader(tty)
     printer = Printer(sys.stdout.isatty())
     if tty:

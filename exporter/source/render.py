@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
 
 Run as a file (`python render.py`), so that nothing of this package is imported. A job is a line of JSON on stdin, its answer one on stdout:
-{template, turns: [the variables of one rendering, ...], longest: characters of one rendering at most}
+{template, turns: [the variables of one rendering, ...], longest: characters of one rendering, seconds: of CPU time for the job}
 -> {turns: [{text} or {error: one line}, ...], dated: the template asked for the date} or {error: one line}.
 """
 
@@ -15,7 +15,6 @@ import time
 from datetime import datetime
 from typing import Any
 
-CPU_SECONDS = 4  # of one job; a large template takes a hundredth of one for a turn
 MEMORY = 2 << 30  # of address space, Python's own included
 
 
@@ -102,7 +101,8 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     kept: dict[str, Any] = {}
     for line in sys.stdin.buffer:
-        until = int(time.process_time()) + CPU_SECONDS
+        job = json.loads(line)
+        until = int(time.process_time()) + job["seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (until, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        sys.stdout.buffer.write(json.dumps(render(json.loads(line), kept)).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(render(job, kept)).encode() + b"\n")
         sys.stdout.buffer.flush()

@@ -13,6 +13,7 @@ from typing import Any
 
 PROGRAM = Path(__file__).with_name("render.py")
 WALL_SECONDS = 60  # of one job
+CPU_SECONDS = 4  # of one job: a large template takes a hundredth of one for a turn
 LONGEST = 1 << 20  # characters of one rendering
 
 
@@ -23,8 +24,8 @@ class TemplateError(Exception):
 class Renderer:
     """Renderings of one template. A job that breaks its limits costs the process, and the next job starts another. Any thread may call."""
 
-    def __init__(self, template: str, longest: int = LONGEST):
-        self.template, self.longest = template, longest
+    def __init__(self, template: str, longest: int = LONGEST, seconds: int = CPU_SECONDS):
+        self.template, self.longest, self.seconds = template, longest, seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -33,7 +34,7 @@ class Renderer:
 
         Raises TemplateError where the template as a whole fails.
         """
-        job = {"template": self.template, "turns": list(turns), "longest": self.longest}
+        job = {"template": self.template, "turns": list(turns), "longest": self.longest, "seconds": self.seconds}
         with self._lock:
             answer = self._answer(json.dumps(job).encode() + b"\n")
         if "error" in answer:

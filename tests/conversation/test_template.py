@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
-import time
 from typing import Any
 
 import pytest
@@ -38,9 +38,9 @@ TOOL = {
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "value"},
     {"role": "user", "content": [{"type": "text", "text": "value"}, {"type": "text", "text": "value"}]},
-    {"role": "assistant", "content": "value"},
+    {"role": "assistant", "content": "see value"},
     {"role": "user", "content": "value"},
-    {"role": "assistant", "content": "value", "reasoning_content": "value", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "see value", "reasoning_content": "value", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c", "content": "value"},
 ]
 IDENTITY = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -53,10 +53,8 @@ def replaced(value: Any, text: str) -> Any:
     if isinstance(value, list):
         return [replaced(item, text) for item in value]
     if isinstance(value, str) and value.startswith("{"):
-        import json
-
         return json.dumps(replaced(json.loads(value), text))
-    return text if value == "value" else value
+    return value.replace("value", text) if value in ("value", "see value") else value
 
 
 def prompt(template: Template, text: str, **variables: Any) -> Prompt:
@@ -206,11 +204,8 @@ def test_a_renderer_goes_on_after_what_killed_it() -> None:
 def test_cpu_time_is_of_one_job() -> None:
     """More jobs than one may take in all, each below the limit; then one above it."""
     work = "{% for i in range(n) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
-    with Renderer(work) as r:
-        start = time.process_time()
-        while time.process_time() - start < 1 and r._process is None:
-            r.render([{"n": 1}])
-        for _ in range(8):
-            r.render([{"n": 20_000}])
+    with Renderer(work, seconds=2) as r:
+        for _ in range(6):
+            r.render([{"n": 10_000}])
         with pytest.raises(TemplateError, match="too much time"):
-            r.render([{"n": 90_000}] * 40)
+            r.render([{"n": 90_000}] * 4)
