@@ -118,7 +118,7 @@ test-gpu: build
 SANITIZED ?= $(BUILD)/sanitize
 export SANITIZED
 SANITIZE = compute-sanitizer --error-exitcode 1
-STEPS = $(BIN)/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
+STEPS = $(SITE)/kiln/bin/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
 sanitize: build
 	[ -f "$$SANITIZED/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED" \
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256

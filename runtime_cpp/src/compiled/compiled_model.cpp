@@ -1,10 +1,9 @@
 #include "compiled/compiled_model.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 
 namespace kiln {
 

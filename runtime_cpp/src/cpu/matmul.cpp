@@ -1,7 +1,6 @@
 // float32 matrix products, as BLIS makes them: tiles of c in registers, a slice of K at a time, both operands packed into the order in which
 // the tiles read them. Every element of c is, for each slice, one chain of fused multiply-adds over k, added to c.
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <array>
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 
 namespace kiln {
 
@@ -237,21 +237,25 @@ void product(float* c, int64_t c_row, const MatrixView& a, const MatrixView& b, 
   const int64_t across = divide_up(n, columns);
   const int64_t down = std::clamp<int64_t>(2 * threads / across, 1, divide_up(panels, 4));
   float* packed_a = scratch(0, m * std::min(k, kSlice));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t at = 0; at < k; at += kSlice) {
-    const int64_t length = std::min(kSlice, k - at);
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t i = p * kn.rows, height = std::min<int64_t>(kn.rows, m - i);
-      pack(packed_a + i * length, height, a.data + i * a.row + at * a.column, a.row, a.column, height, length);
+  const int64_t tasks = across * down;
+  std::atomic<int64_t> taken{0};  // of all slices' tasks, in order
+  in_parallel(threads, [&](int64_t thread, int64_t count) {
+    int64_t task = taken++;
+    for (int64_t at = 0, first = 0; at < k; at += kSlice, first += tasks) {
+      const int64_t length = std::min(kSlice, k - at);
+      for (int64_t p = panels * thread / count; p < panels * (thread + 1) / count; ++p) {
+        const int64_t i = p * kn.rows, height = std::min<int64_t>(kn.rows, m - i);
+        pack(packed_a + i * length, height, a.data + i * a.row + at * a.column, a.row, a.column, height, length);
+      }
+      wait_for_team(static_cast<int>(count));
+      Slice slice{kn, packed_a, {b.data + at * b.row, b.row, b.column}, c, c_row, m, length, n, at > 0};
+      for (; task < first + tasks; task = taken++) {
+        const int64_t j = (task - first) / down * columns, d = (task - first) % down;
+        slice.block(panels * d / down * kn.rows, std::min(m, panels * (d + 1) / down * kn.rows), j, std::min(n, j + columns));
+      }
+      wait_for_team(static_cast<int>(count));
     }
-    Slice slice{kn, packed_a, {b.data + at * b.row, b.row, b.column}, c, c_row, m, length, n, at > 0};
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < across * down; ++task) {
-      const int64_t j = task / down * columns, d = task % down;
-      slice.block(panels * d / down * kn.rows, std::min(m, panels * (d + 1) / down * kn.rows), j, std::min(n, j + columns));
-    }
-  }
+  });
 }
 
 }  // namespace
@@ -280,8 +284,10 @@ void batch_matmul(float* c, int64_t c_row, int64_t c_batch, const MatrixView& a,
   };
   const int threads = batch * m * k * n < kSerial ? 1 : cpu_threads();
   if (threads > 1 && batch >= threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < batch; ++i) one(i, 1);
+    std::atomic<int64_t> taken{0};
+    in_parallel(threads, [&](int64_t, int64_t) {
+      for (int64_t i = taken++; i < batch; i = taken++) one(i, 1);
+    });
   } else {
     for (int64_t i = 0; i < batch; ++i) one(i, threads);
   }

@@ -1,12 +1,12 @@
 #include "cpu/ops.h"
 
-#include <omp.h>
-
 #include <array>
 #include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
+
+#include "cpu/parallel.h"
 
 namespace kiln {
 
