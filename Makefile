@@ -33,6 +33,7 @@ define runtime_by_cmake
 	  >"$$BUILD/cmake.log" 2>&1 || { cat "$$BUILD/cmake.log"; exit 1; }
 	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/cpp" --target install
 	ln -sf $(SITE)/kiln/bin/kiln-run $(BIN)/kiln-run
+	printf '%s\n' "$$PWD/runtime_cpp/python" >$(SITE)/kiln_checkout.pth
 endef
 
 setup:

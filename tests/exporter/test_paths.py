@@ -26,7 +26,7 @@ def odd(tmp_path) -> Path:
     """A folder with a name to trip over, and in it a checkout, the packages of a virtual environment, a compiler and a TMPDIR."""
     folder = tmp_path / ODD
     folder.mkdir()
-    for name in ("kiln", "exporter", "passes", "custom_ops", "configs", "runtime_cpp"):
+    for name in ("exporter", "passes", "custom_ops", "configs", "runtime_cpp"):
         shutil.copytree(ROOT / name, folder / "checkout" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "packages").symlink_to(Path(torch.__file__).parents[1])
     (folder / "g++ of mine").symlink_to(shutil.which("g++"))
@@ -41,7 +41,7 @@ def test_an_export_among_odd_paths(odd):
     """
     out = odd / ("-" + "n" * 199)
     environment = os.environ | {
-        "PYTHONPATH": f"{odd / 'checkout'}:{odd / 'packages'}",
+        "PYTHONPATH": ":".join(str(odd / name) for name in ("checkout", "checkout/runtime_cpp/python", "packages")),
         "CXX": str(odd / "g++ of mine"),
         "TMPDIR": str(odd / "tmp"),
     }
