@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensor
 
-import passes.edit as edit
-from passes.edit import PassError
-from passes.records import KVBuffer, Lowered, PassOptions, PassReport
+from kiln.passes import edit
+from kiln.passes.edit import PassError
+from kiln.passes.records import KVBuffer, Lowered, PassOptions, PassReport
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:

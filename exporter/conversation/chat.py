@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.conversation.parser import Delta, Message
-from exporter.conversation.player import Dialect, Player, Turn
-from exporter.conversation.request import Request, RequestError, read_request
-from exporter.errors import KilnError
-from exporter.files import replacing
+from kiln.exporter.conversation.parser import Delta, Message
+from kiln.exporter.conversation.player import Dialect, Player, Turn
+from kiln.exporter.conversation.request import Request, RequestError, read_request
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import replacing
 
 FORMAT = 1  # of saved conversations
 MAX_FILE = 64 << 20  # bytes of one

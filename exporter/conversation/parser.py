@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exporter.conversation.calls import QUOTE, Unreadable, read_calls
-from exporter.conversation.markup import Markup
-from exporter.conversation.vocabulary import Vocabulary
+from kiln.exporter.conversation.calls import QUOTE, Unreadable, read_calls
+from kiln.exporter.conversation.markup import Markup
+from kiln.exporter.conversation.vocabulary import Vocabulary
 
 CONTENT, REASONING, CALL, PARTIAL = "content", "reasoning", "call", "partial call"
 _OPEN, _CLOSE, _CALL, _CALLED, _QUOTE = range(5)  # what a marker does

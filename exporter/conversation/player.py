@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.conversation.markup import Markup
-from exporter.conversation.parser import Delta, Parser
-from exporter.conversation.prompt import Prompt, common, render_prompt
-from exporter.conversation.request import Request, RequestError
-from exporter.conversation.template import Template
-from exporter.conversation.vocabulary import Pieces, vocabulary
-from exporter.errors import KilnError
+from kiln.exporter.conversation.markup import Markup
+from kiln.exporter.conversation.parser import Delta, Parser
+from kiln.exporter.conversation.prompt import Prompt, common, render_prompt
+from kiln.exporter.conversation.request import Request, RequestError
+from kiln.exporter.conversation.template import Template
+from kiln.exporter.conversation.vocabulary import Pieces, vocabulary
+from kiln.exporter.errors import KilnError
 
 
 class Dialect:

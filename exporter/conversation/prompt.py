@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.conversation.markup import Thoughts, without_thoughts
-from exporter.conversation.request import Request, RequestError
-from exporter.conversation.template import Marks, Template, texts_of
-from exporter.conversation.vocabulary import Vocabulary
-from exporter.errors import one_line
-from exporter.source.renderer import TemplateError
+from kiln.exporter.conversation.markup import Thoughts, without_thoughts
+from kiln.exporter.conversation.request import Request, RequestError
+from kiln.exporter.conversation.template import Marks, Template, texts_of
+from kiln.exporter.conversation.vocabulary import Vocabulary
+from kiln.exporter.errors import one_line
+from kiln.exporter.source.renderer import TemplateError
 
 
 @dataclass(frozen=True)

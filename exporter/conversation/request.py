@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exporter.errors import KilnError
+from kiln.exporter.errors import KilnError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Variables of a template that a request may not set.

@@ -14,10 +14,10 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from exporter.conversation.request import Request, RequestError
-from exporter.conversation.vocabulary import Vocabulary
-from exporter.errors import KilnError, one_line
-from exporter.source.renderer import Renderer, TemplateError
+from kiln.exporter.conversation.request import Request, RequestError
+from kiln.exporter.conversation.vocabulary import Vocabulary
+from kiln.exporter.errors import KilnError, one_line
+from kiln.exporter.source.renderer import Renderer, TemplateError
 
 LONGEST = 1 << 24  # characters of a prompt
 CPU_SECONDS = 30  # of a prompt: templates that look back from every message take half a second for two hundred

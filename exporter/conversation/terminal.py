@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from exporter.conversation.chat import Chat, Options, read_conversation
-from exporter.conversation.parser import REASONING, Delta, Message
-from exporter.conversation.player import Dialect, Player
-from exporter.errors import KilnError, printable
+from kiln.exporter.conversation.chat import Chat, Options, read_conversation
+from kiln.exporter.conversation.parser import REASONING, Delta, Message
+from kiln.exporter.conversation.player import Dialect, Player
+from kiln.exporter.errors import KilnError, printable
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newlines and tabs
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -89,7 +89,7 @@ def interruptible() -> Iterator[None]:
 
 def open_chat(artifact: Path, device: str, threads: int | None, options: Options) -> Chat:
     """Loads an artifact. Raises KilnError."""
-    from exporter.artifact.manifest import read_manifest
+    from kiln.exporter.artifact.manifest import read_manifest
 
     manifest = read_manifest(artifact)
     if not manifest.get("chat"):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporter.errors import KilnError
+from kiln.exporter.errors import KilnError
 
 
 class Pieces(Protocol):

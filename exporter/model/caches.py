@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from exporter.source.config import ModelConfig
-from exporter.source.plan import cache_specs
-from passes.records import KVBuffer, PassOptions
+from kiln.exporter.source.config import ModelConfig
+from kiln.exporter.source.plan import cache_specs
+from kiln.passes.records import KVBuffer, PassOptions
 
 
 def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:

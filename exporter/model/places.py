@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.gemv import GLU_ROWS, glu_fits
-from exporter.source.config import ModelConfig
-from exporter.source.weights import WeightPlan
-from passes.chunked_lm_head import chunk_rows
-from passes.records import Expected, KVBuffer, PassOptions
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
+from kiln.exporter.source.config import ModelConfig
+from kiln.exporter.source.weights import WeightPlan
+from kiln.passes.chunked_lm_head import chunk_rows
+from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import KilnError, one_line
-from exporter.source.renderer import Renderer, TemplateError
-from exporter.source.tokenizer import Tokenizer
+from kiln.exporter.errors import KilnError, one_line
+from kiln.exporter.source.renderer import Renderer, TemplateError
+from kiln.exporter.source.tokenizer import Tokenizer
 
 MAX_TEMPLATE = 4 << 20  # bytes
 _ELSE = "give another with --chat-template"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.dtypes import FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.errors import Problems
-from exporter.source.gguf import GGUFFile
-from exporter.source.identify import other_model
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.errors import Problems
+from kiln.exporter.source.gguf import GGUFFile
+from kiln.exporter.source.identify import other_model
 
 MAX_LAYERS = 1024
 MIN_CONTEXT = 16  # tokens
@@ -63,7 +63,7 @@ class ModelConfig:
 @functools.cache
 def families() -> dict[str, dict[str, Any]]:
     """Every supported architecture's table, by the name in `general.architecture`."""
-    tables = (tomllib.loads(f.read_text(encoding="utf-8")) for f in files("configs").iterdir() if f.name.endswith(".toml"))
+    tables = (tomllib.loads(f.read_text(encoding="utf-8")) for f in files("kiln.configs").iterdir() if f.name.endswith(".toml"))
     return {table["architecture"]: table for table in tables if "architecture" in table}
 
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import kiln
 import pytest
 
-from exporter.conversation.template import Template
-from exporter.conversation.vocabulary import Vocabulary, vocabulary
-from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import read_tokenizer
+import kiln
+from kiln.exporter.conversation.template import Template
+from kiln.exporter.conversation.vocabulary import Vocabulary, vocabulary
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.tokenizer import read_tokenizer
 from tests.conftest import shared
 from tests.timeline import FIXTURES
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exporter.conversation.calls import Segments, Unreadable, read_calls
+from kiln.exporter.conversation.calls import Segments, Unreadable, read_calls
 
 TEXT = {"type": "string"}
 SCHEMAS = {

@@ -14,17 +14,17 @@ import time
 from pathlib import Path
 from random import Random
 
-import kiln
 import numpy as np
 import pytest
 
-from exporter.conversation.chat import Chat, Options
-from exporter.conversation.parser import Delta
-from exporter.conversation.player import Dialect, Player
-from exporter.conversation.prompt import Prompt, common
-from exporter.conversation.request import RequestError
-from exporter.conversation.terminal import Printer, interruptible, shown
-from exporter.errors import KilnError
+import kiln
+from kiln.exporter.conversation.chat import Chat, Options
+from kiln.exporter.conversation.parser import Delta
+from kiln.exporter.conversation.player import Dialect, Player
+from kiln.exporter.conversation.prompt import Prompt, common
+from kiln.exporter.conversation.request import RequestError
+from kiln.exporter.conversation.terminal import Printer, interruptible, shown
+from kiln.exporter.errors import KilnError
 from tests.conftest import shared
 
 TEMPLATE = """{{ bos_token }}
@@ -76,7 +76,7 @@ def read(player: Player, dialect: Dialect, ids: list[int], most: int, **options:
 
 
 def begin_request():
-    from exporter.conversation.request import read_request
+    from kiln.exporter.conversation.request import read_request
 
     return read_request([{"role": "user", "content": "x"}])
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from exporter.conversation.markup import Markup
-from exporter.conversation.prompt import Prompt, common, render_prompt
-from exporter.conversation.request import RequestError, read_request
-from exporter.conversation.template import Template
+from kiln.exporter.conversation.markup import Markup
+from kiln.exporter.conversation.prompt import Prompt, common, render_prompt
+from kiln.exporter.conversation.request import RequestError, read_request
+from kiln.exporter.conversation.template import Template
 from tests.timeline import FIXTURES
 
 CASES = json.loads((FIXTURES / "chat_cases.json").read_text())["cases"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exporter.conversation.request import RequestError, read_request
+from kiln.exporter.conversation.request import RequestError, read_request
 
 USER = {"role": "user", "content": "a"}
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}, {"id": "c2", "function": {"name": "g"}}]

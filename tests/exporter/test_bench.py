@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.errors import KilnError
-from exporter.measure import bench, kernel_times
-from exporter.model.caches import kv_plan
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import constants, plan_weights
-from exporter.tools.synth import write_synthetic
-from passes.records import PassOptions
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure import bench, kernel_times
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import constants, plan_weights
+from kiln.exporter.tools.synth import write_synthetic
+from kiln.passes.records import PassOptions
 from tests.conftest import kiln
 
 RUNNER = Path(sys.executable).parent / "kiln-run"
