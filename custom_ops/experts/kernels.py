@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.matmul_kernels import add_products
 
@@ -16,8 +15,9 @@ from kiln.custom_ops.weights.matmul_kernels import add_products
 @triton.jit
 def kiln_chosen_gemv(x, words, halves, chosen, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
                      BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
-                     TERMS: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
-                     EVEN: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr):
+                     SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
+                     GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, REGISTERS: tl.constexpr,
+                     TOGETHER: tl.constexpr, SHARED: tl.constexpr):
     """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. SHARED pairs have one row of x.
 
     Grid (row blocks, splits, P). The rows are known only after the kernel that chose them, so nothing is read ahead of it.
@@ -27,9 +27,9 @@ def kiln_chosen_gemv(x, words, halves, chosen, partials, counters, out, n, k, sp
     X: tl.constexpr = 8 * TERMS + 4
     x += (pair // SHARED - pair) * (k // 32) * X
     kiln_gemv(x, words + expert * n, halves + expert * n, partials, counters, out, partials, partials, n, k, splits, stride=stride,
-              halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, TERMS=TERMS, END=END,
-              GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False, REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=0, PAD=1,
-              EPS=0.0, SQUARES=False)
+              halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES,
+              ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS, END=END, GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False,
+              REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=0, PAD=1, EPS=0.0, SQUARES=False)
 
 
 @triton.jit

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch.library import triton_op
-
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_grouped_matmul, kiln_pair_order
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
@@ -23,7 +21,8 @@ from kiln.custom_ops.weights.fixed_point import TERMS
 from kiln.custom_ops.weights.gemv import COUNTERS, fix, launch
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.linear import MAX_GEMV_TOKENS, MAX_SCRATCH_BYTES, dequantized
-from kiln.custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
+from torch.library import triton_op
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)
@@ -175,8 +174,8 @@ def expert_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
                   count: int) -> torch.Tensor:
     """x [T, U, K], or [T, 1, K] for all U, and chosen [T, U] int64, numbers of experts -> [T, U, N] in x's dtype, float32 inside.
 
-    The weight is the packed matrix [count * N, K] of block type `block_type`: words int32 [G, W, count * N], halves float16. Row (t, u) is
-    x's by the rows of expert chosen[t, u]; of a token no expert is there twice. Raises ValueError when a shape or dtype does not fit.
+    The weight is the packed matrix [count * N, K] of block type `block_type`: words int32 [G, W, count * N], halves float16 or int16. Row (t, u)
+    is x's by the rows of expert chosen[t, u]; of a token no expert is there twice. Raises ValueError when a shape or dtype does not fit.
     """
     check_weight("expert_linear", words, halves, block_type)
     _check("expert_linear", x, chosen, words.shape[2], words.shape[0] * LAYOUTS[block_type].block, count)
@@ -218,13 +217,13 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     """Decode and prefill of Gemma 4 26B-A4B in bfloat16, and of float32 experts."""
     cases = []
     integers = dict.fromkeys(("n", "k", "splits"), "i32")
-    packed = {"words": "*i32", "halves": "*fp16", "chosen": "*i64"}
     for n, k, shared, types in SIZES:
         for block_type in types:
             launched, _, warps = launch(block_type, USED, n, k, target)
             launched.pop("EARLY")
             constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), EXPERTS * n)
             constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared}
+            packed = {"words": "*i32", "halves": halves_pointer(block_type), "chosen": "*i64"}
             signature = {"x": "*i32", **packed, "partials": "*fp32", "counters": "*i32", "out": "*bf16", **integers}
             cases.append(KernelCase(f"chosen_gemv {block_type} {n}x{k}", kiln_chosen_gemv, signature, constants,
                                     {"num_warps": warps, "maxnreg": launched["REGISTERS"]}, usual_targets(block_type), ("n", "k")))

@@ -21,7 +21,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
  12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
  13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
      tells that the analysis of a kernel gave up
- 13. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
+ 14. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
+ 15. `torch._inductor.fx_passes.post_grad.should_prefer_unfused_addmm`: a branch is added to the stream as it is, wherever it is computed
 
 A process that has installed them is good for one target and nothing else: `kiln.exporter.compile` gives each compilation its own.
 """
@@ -84,6 +85,7 @@ def install(target: GpuTarget | None) -> None:
     """Turn this process into a compiler for `target` (None: the CPU)."""
     check_versions()
     _keep_fake_constants_apart()
+    _sums_stay_apart()
     _portable_host_code()
     _same_work_once()
     packages_for_the_runner()
@@ -125,6 +127,13 @@ def _what_kernels_write() -> None:
 
     wrap.ttir_to_functions = ttir_to_functions
     wrap.log.addFilter(refuse)
+
+
+def _sums_stay_apart() -> None:
+    """x + a @ b as two operators: `addmm` is none of the runner's, and would round otherwise than the same sum after another matmul."""
+    from torch._inductor.fx_passes import post_grad
+
+    post_grad.should_prefer_unfused_addmm = lambda match: True
 
 
 def _keep_fake_constants_apart() -> None:
