@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from custom_ops.weights.gemv_kernels import kiln_gemv
-from custom_ops.weights.matmul_kernels import add_products
+from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
+from kiln.custom_ops.weights.matmul_kernels import add_products
 
 
 @triton.jit

@@ -13,17 +13,17 @@ import torch
 import triton
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.experts.kernels import kiln_chosen_gemv, kiln_grouped_matmul, kiln_pair_order
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights.block_types import LAYOUTS, usual_targets
-from custom_ops.weights.fixed_point import TERMS
-from custom_ops.weights.gemv import COUNTERS, fix, launch
-from custom_ops.weights.layouts import dequantize
-from custom_ops.weights.linear import MAX_GEMV_TOKENS, MAX_SCRATCH_BYTES, dequantized
-from custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_grouped_matmul, kiln_pair_order
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
+from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.custom_ops.weights.gemv import COUNTERS, fix, launch
+from kiln.custom_ops.weights.layouts import dequantize
+from kiln.custom_ops.weights.linear import MAX_GEMV_TOKENS, MAX_SCRATCH_BYTES, dequantized
+from kiln.custom_ops.weights.packed import check_weight, format_constants
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
 
 MOST_EXPERTS = 1024  # a program has a token's whole row
 WARPS = 1

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops.experts import linear as op
-from custom_ops.experts import route
-from custom_ops.gpu.target import compiling_for
+from kiln.custom_ops.experts import linear as op
+from kiln.custom_ops.experts import route
+from kiln.custom_ops.gpu.target import compiling_for
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import H200, random_weight
 

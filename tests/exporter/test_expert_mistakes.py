@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.model import decoder
-from exporter.model.records import ModelConfig
+from kiln.exporter.model import decoder
+from kiln.exporter.model.records import ModelConfig
 from tests.exporter.test_families import MODELS, Model, model_file
 from tests.exporter.test_mistakes import RIGHT, WRONG, layers, miss, swapped_activation
 from tests.timeline import graph_spec, weights

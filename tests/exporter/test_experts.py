@@ -10,16 +10,16 @@ import pytest
 import torch
 from gguf import GGUFValueType
 
-import passes.edit as edit
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from exporter.artifact.cost import cost
-from exporter.compiler.trace import lower
-from exporter.errors import KilnError
-from exporter.model.records import Dense, Experts
-from exporter.source.config import check_tensors, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import plan_weights
-from exporter.tools.synth import synth_plan, write_synthetic
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.exporter.artifact.cost import cost
+from kiln.exporter.compiler.trace import lower
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.records import Dense, Experts
+from kiln.exporter.source.config import check_tensors, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import plan_weights
+from kiln.exporter.tools.synth import synth_plan, write_synthetic
+from kiln.passes import edit
 from tests.exporter.test_families import MODELS, check
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES, graph_spec, weights

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from custom_ops.geometry import Geometry
-from exporter.model.families import Family
-from exporter.model.families.qwen3 import THETA, attention
-from exporter.model.records import Experts, Layer, ModelConfig, Rope
-from exporter.source.fields import Fields
+from kiln.custom_ops.geometry import Geometry
+from kiln.exporter.model.families import Family
+from kiln.exporter.model.families.qwen3 import THETA, attention
+from kiln.exporter.model.records import Experts, Layer, ModelConfig, Rope
+from kiln.exporter.source.fields import Fields
 
 
 def _layer(i: int, rope: Rope, heads: int, kv_heads: int, experts: tuple[int, int, int]) -> Layer:
