@@ -28,6 +28,7 @@ from exporter.compiler.workers import none_left
 from exporter.errors import KilnError
 from exporter.files import write_text
 from exporter.model.caches import kv_plan
+from exporter.model.decoder import check_supported
 from exporter.model.places import needed_tables
 from exporter.model.records import cache_specs
 from exporter.progress import bar, say, size_text
@@ -85,6 +86,7 @@ def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
 def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]) -> GraphSpec:
     """What is compiled for a model, from the options. Raises KilnError where they do not go together, or not with the model."""
     config = plan.config
+    check_supported(config)
     max_seq_len = options.max_seq_len or min(DEFAULT_SEQ_LEN, config.context_length)
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")

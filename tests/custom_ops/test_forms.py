@@ -147,3 +147,30 @@ def test_a_norm_of_queries_alone_is_refused() -> None:
     raw, _ = form(True, 1.0, True, False, dim=32, seed=1)
     with pytest.raises(ValueError, match="a norm's weight for q or k alone"):
         kiln.prepare_qkv(*raw[:4], None, *raw[5:], EPS, torch.float32)
+
+
+@pytest.mark.gpu
+@FORMS
+def test_on_a_gpu(norms: bool, scale: float, v_norm: bool, neighbours: bool) -> None:
+    """The compiled kernels against the references, at Qwen3's head size."""
+
+    def moved(arguments: tuple) -> list:
+        return [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    raw, told = form(norms, scale, v_norm, neighbours, dim=128, seed=6)
+    for found, expected in zip(kiln.prepare_qkv(*moved(raw), EPS, torch.float32, *told), exact(raw, *told), strict=True):
+        torch.testing.assert_close(found[0].double().cpu(), expected, rtol=2e-5, atol=5e-6)
+    caches = test_tq4_decode.cache(2, 128, 70, 7)
+    on_gpu, pos = moved(tuple(caches)), torch.tensor([70])
+    found = kiln.tq4_decode(*moved(raw), *on_gpu, pos.cuda(), EPS, 3, *told)
+    expected = fixed_point.dequantize(kiln.tq4_decode(*raw, *caches, pos, EPS, 3, *told))
+    assert (fixed_point.dequantize(found.cpu()) - expected).norm() < 1e-2 * expected.norm()  # a code beside a boundary may go either way
+    x, branch, weight = torch.randn(1, 160), torch.randn(1, 160), torch.rand(160)
+    stream, _, left = kiln.add_norm(*moved((x, branch)), None, None, None, weight.cuda(), EPS, 3)
+    torch.testing.assert_close(stream.cpu(), x + branch)
+    torch.testing.assert_close(left.sum().cpu(), (x + branch).square().sum())
+    words, halves, _ = random_weight("Q4_K", 6 * GLU_ROWS, 256)
+    fixed, counters = kiln.fixed_point(torch.randn(1, 256), 3), test_gemv.counters()
+    arguments = (fixed, words, halves, "Q4_K", counters, None, 0.0, "silu")
+    found, expected = (fixed_point.dequantize(kiln.fixed_glu(*a).cpu()) for a in (moved(arguments), arguments))
+    assert (found - expected).norm() < 1e-6 * expected.norm()

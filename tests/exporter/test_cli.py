@@ -138,8 +138,11 @@ def test_shapes_that_no_kernel_takes_are_refused_before_anything_is_compiled(tmp
     plan = read_plan(FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf")
 
     def spec(target, head_dim=None, layers=None, **options):
-        mixers = (x.mixer if head_dim is None else dataclasses.replace(x.mixer, head_dim=head_dim) for x in plan.config.layers[:layers])
-        kept = tuple(dataclasses.replace(x, mixer=m) for x, m in zip(plan.config.layers, mixers, strict=False))
+        kept = plan.config.layers[:layers]
+        if head_dim:
+            ropes = (dataclasses.replace(x.mixer.rope, size=head_dim) for x in kept)
+            mixers = (dataclasses.replace(x.mixer, head_dim=head_dim, rope=rope) for x, rope in zip(kept, ropes, strict=True))
+            kept = tuple(dataclasses.replace(x, mixer=mixer) for x, mixer in zip(kept, mixers, strict=True))
         changed = dataclasses.replace(plan, config=dataclasses.replace(plan.config, layers=kept))
         return build.graph_spec(build.ExportOptions(TINY, tmp_path, **options), changed, (target,))
 
