@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.markers import gelu_mul
-from custom_ops.weights import fixed_point
-from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
-from custom_ops.weights.gemv_kernels import gelu_tanh, sum_splits
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.markers import gelu_mul
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.gemv_kernels import gelu_tanh, sum_splits
 
 BLOCK, WARPS = 256, 4
 TOGETHER = 16  # parts in flight

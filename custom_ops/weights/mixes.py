@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PER_LAYER_EMBEDDING, PER_LAYER_PROJECTION = "per_layer_token_embd.weight", "per_layer_model_proj.weight"  # the one is never quantized

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from custom_ops.attention import flash, sliding_decode
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.step import add_norm, gate
-from custom_ops.weights import fixed_point
+from kiln.custom_ops.attention import flash, sliding_decode
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.step import add_norm, gate
+from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops import test_add_norm, test_tq4_decode
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_prepare import EPS, H200, Inputs, rings

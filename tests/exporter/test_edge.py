@@ -12,24 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-import passes.edit as edit
-from custom_ops.geometry import GEOMETRIES
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights.mixes import MIXES, block_types
-from exporter.artifact.cost import cost
-from exporter.artifact.memory import memory_plan
-from exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
-from exporter.errors import KilnError
-from exporter.measure.players import AllPositionsSpec
-from exporter.model import decoder
-from exporter.model.caches import kv_plan
-from exporter.model.records import ModelConfig, cache_specs
-from exporter.source.config import check_tensors, expected_tensors, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import read_plan
-from exporter.source.weights import derived_constants
-from exporter.tools.synth import synth_plan, write_synthetic
-from passes.records import Lowered, PassOptions
+from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights.mixes import MIXES, block_types
+from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.memory import memory_plan
+from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure.players import AllPositionsSpec
+from kiln.exporter.model import decoder
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.records import ModelConfig, cache_specs
+from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.source.weights import derived_constants
+from kiln.exporter.tools.synth import synth_plan, write_synthetic
+from kiln.passes import edit
+from kiln.passes.records import Lowered, PassOptions
 from tests.gguf_files import rewrite
 from tests.timeline import CHUNK, FIXTURES, GREEDY, feed, fixture_logits, fixture_tokens, graph_spec, weights, worst
 
