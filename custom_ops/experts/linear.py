@@ -174,8 +174,9 @@ def expert_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
                   count: int) -> torch.Tensor:
     """x [T, U, K], or [T, 1, K] for all U, and chosen [T, U] int64, numbers of experts -> [T, U, N] in x's dtype, float32 inside.
 
-    The weight is the packed matrix [count * N, K] of block type `block_type`: words int32 [G, W, count * N], halves float16 or int16. Row (t, u)
-    is x's by the rows of expert chosen[t, u]; of a token no expert is there twice. Raises ValueError when a shape or dtype does not fit.
+    The weight is the packed matrix [count * N, K] of block type `block_type`: words int32 [G, W, count * N], halves float16 or
+    int16. Row (t, u) is x's by the rows of expert chosen[t, u]; of a token no expert is there twice. Raises ValueError when a shape or
+    dtype does not fit.
     """
     check_weight("expert_linear", words, halves, block_type)
     _check("expert_linear", x, chosen, words.shape[2], words.shape[0] * LAYOUTS[block_type].block, count)

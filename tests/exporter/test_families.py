@@ -145,8 +145,6 @@ def test_compiled_and_played(model: Model, files: Path, tmp_path: Path, request:
     """AOTInductor's code in the runner: a batch, then token by token."""
     runner = pytest.importorskip("kiln")
     path = model_file(model, files)
-    if model.name == "qwen3moe-tiny":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its graph calls aoti_torch_cpu_addmm_out, which the runner lacks"))
     kiln("export", "--gguf", path, "--out", tmp_path / "out", "--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
     tokens, reference = model.reference(path)
     played = runner.Model(str(tmp_path / "out"), device="cpu", threads=2)
