@@ -117,10 +117,10 @@ fuzz: $(SETUP)
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)
-	"$$PY" -m custom_ops.bench --out "$$BUILD/bench-ops.json"
+	"$$PY" -m kiln.custom_ops.bench --out "$$BUILD/bench-ops.json"
 
 tune: $(SETUP)
-	"$$PY" -m custom_ops.bench --tune --out "$$BUILD/tune.json"
+	"$$PY" -m kiln.custom_ops.bench --tune --out "$$BUILD/tune.json"
 
 clean:
 	rm -rf "$$BUILD" "$$VENV"

@@ -6,8 +6,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from custom_ops.geometry import MEASURED, QWEN3_8B
-from custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.geometry import MEASURED, QWEN3_8B
+from kiln.custom_ops.gpu.target import GpuTarget
 
 MODULES = (
     "weights.gemv",
@@ -52,7 +52,7 @@ def all_cases(target: GpuTarget, every: bool = False) -> list[KernelCase]:
     for model in (*MEASURED, QWEN3_8B):
         first = model is MEASURED[0]
         for name in MODULES:
-            module = importlib.import_module(f"custom_ops.{name}")
+            module = importlib.import_module(f"kiln.custom_ops.{name}")
             if not hasattr(module, "kernel_cases") or not (first or every or name.split(".")[0] in ("attention", "tq4")):
                 continue
             for case in module.kernel_cases(target, model):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.weights.mixes import EMBEDDING, MIXES, OUTPUT, block_types
+from kiln.custom_ops.weights.mixes import EMBEDDING, MIXES, OUTPUT, block_types
 
 EPS = 1e-6  # inside the roots of all norms
 CONTEXT, EXACT_WINDOW = 131072, 256  # slots of the caches, and of the TQ4 exact window, that kernels are compiled and timed for
@@ -129,7 +129,7 @@ def _geometry(name: str, row: dict[str, Any]) -> Geometry:
 
 
 GEOMETRIES = {
-    name: _geometry(name, row) for name, row in tomllib.loads(files("configs").joinpath("geometries.toml").read_text()).items()
+    name: _geometry(name, row) for name, row in tomllib.loads(files("kiln.configs").joinpath("geometries.toml").read_text()).items()
 }
 GEMMA4_31B, GEMMA4_12B = GEOMETRIES["gemma4-31b"], GEOMETRIES["gemma4-12b"]
 QWEN3_8B = GEOMETRIES["qwen3-8b"]

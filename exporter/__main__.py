@@ -1,6 +1,6 @@
 """`python -m exporter` is `kiln`."""
 
-from exporter.cli import main
+from kiln.exporter.cli import main
 
 if __name__ == "__main__":
     main()

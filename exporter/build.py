@@ -9,33 +9,33 @@ from pathlib import Path
 
 import torch
 
-from custom_ops.attention.flash import check_kernel_shapes
-from custom_ops.dtypes import DTYPES, dtype_name
-from custom_ops.gpu.early import waiting_kernels
-from custom_ops.gpu.tables import borrowed, lacking
-from custom_ops.gpu.target import gpu_targets
-from custom_ops.tq4.codec import check_dim
-from custom_ops.weights.fixed_point import TERMS
-from exporter.artifact.memory import memory_plan
-from exporter.artifact.output import check_output, check_space, staged
-from exporter.artifact.record import write_manifest
-from exporter.artifact.weights import write_weights
-from exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
-from exporter.compiler.host import check_gpu_tools
-from exporter.compiler.torch_private import check_versions
-from exporter.compiler.trace import GraphSpec
-from exporter.compiler.workers import none_left
-from exporter.errors import KilnError
-from exporter.files import write_text
-from exporter.model.caches import kv_plan
-from exporter.model.decoder import check_supported
-from exporter.model.places import needed_tables
-from exporter.model.records import cache_specs
-from exporter.progress import bar, say, size_text
-from exporter.source.plan import ModelPlan
-from exporter.source.weights import weight_bytes
-from exporter.temporary import working_folder
-from passes.records import PassOptions
+from kiln.custom_ops.attention.flash import check_kernel_shapes
+from kiln.custom_ops.dtypes import DTYPES, dtype_name
+from kiln.custom_ops.gpu.early import waiting_kernels
+from kiln.custom_ops.gpu.tables import borrowed, lacking
+from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.custom_ops.tq4.codec import check_dim
+from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.exporter.artifact.memory import memory_plan
+from kiln.exporter.artifact.output import check_output, check_space, staged
+from kiln.exporter.artifact.record import write_manifest
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
+from kiln.exporter.compiler.host import check_gpu_tools
+from kiln.exporter.compiler.torch_private import check_versions
+from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.workers import none_left
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import write_text
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.decoder import check_supported
+from kiln.exporter.model.places import needed_tables
+from kiln.exporter.model.records import cache_specs
+from kiln.exporter.progress import bar, say, size_text
+from kiln.exporter.source.plan import ModelPlan
+from kiln.exporter.source.weights import weight_bytes
+from kiln.exporter.temporary import working_folder
+from kiln.passes.records import PassOptions
 
 GIB = 2**30
 PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most

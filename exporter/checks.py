@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from exporter.artifact.output import check_output
-from exporter.errors import KilnError
+from kiln.exporter.artifact.output import check_output
+from kiln.exporter.errors import KilnError
 
 
 def check_paths(out: Path, force: bool, gguf: Path, dump_passes: Path | None) -> None:

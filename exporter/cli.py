@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from custom_ops.geometry import GEOMETRIES
-from custom_ops.weights.mixes import SYNTHETIC
-from exporter.errors import KilnError
-from exporter.interrupt import ending_cleanly
-from exporter.temporary import working_folder
+from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.weights.mixes import SYNTHETIC
+from kiln.exporter.errors import KilnError
+from kiln.exporter.interrupt import ending_cleanly
+from kiln.exporter.temporary import working_folder
 
 
 class UserPath(click.Path):
@@ -131,10 +131,10 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
-    from exporter.checks import check_paths
-    from exporter.compiler.host import check_compiler
-    from exporter.compiler.workers import AT_ONCE, none_left, prepare
-    from exporter.source.plan import ReadOptions, read_plan
+    from kiln.exporter.checks import check_paths
+    from kiln.exporter.compiler.host import check_compiler
+    from kiln.exporter.compiler.workers import AT_ONCE, none_left, prepare
+    from kiln.exporter.source.plan import ReadOptions, read_plan
 
     # Before torch is imported: what cannot be done is refused at once.
     check_paths(options["out"], options["force"], options["gguf_path"], options["dump_passes"])
@@ -145,7 +145,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
         if not options["dry_run"]:
             prepare(AT_ONCE)  # they import PyTorch while this process does
-        from exporter.build import ExportOptions, export_artifact
+        from kiln.exporter.build import ExportOptions, export_artifact
 
         cache = "bfloat16" if kv_cache == "bf16" else "float16"
         export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
@@ -158,7 +158,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
 @click.option("--no-scan", is_flag=True, help="Leave the weights of a GGUF file unread: whether all of them are finite is not known then.")
 def inspect(path: Path, as_json: bool, verify: bool, no_scan: bool) -> None:
     """Show what a GGUF file or an artifact holds, and everything for which `kiln export` would refuse the file (exit code 1)."""
-    from exporter.artifact import show
+    from kiln.exporter.artifact import show
 
     record = show.artifact(path, verify) if _is_artifact(path) else show.gguf(path, scan=not no_scan)
     click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else show.text(record))
@@ -179,7 +179,7 @@ def _is_artifact(path: Path) -> bool:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Play an artifact: kiln run ARTIFACT --prompt TEXT (all options of kiln-run)."""
-    from exporter.measure.runner import runner
+    from kiln.exporter.measure.runner import runner
 
     binary = runner()
     os.execv(binary, [binary, *arguments])
@@ -198,7 +198,7 @@ def run(arguments: tuple[str, ...]) -> None:
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
 def bench(as_json: bool, **options: Any) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
-    from exporter.measure.bench import bench as measure
+    from kiln.exporter.measure.bench import bench as measure
 
     with working_folder():
         record, text = measure(**options)
@@ -215,8 +215,8 @@ def bench(as_json: bool, **options: Any) -> None:
 @click.option("--sparse", is_flag=True, help="Leave the weights a hole in the file: enough for export --dry-run.")
 def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab_from: Path | None, sparse: bool) -> None:
     """Write a GGUF file of random, well-scaled weights in a real geometry."""
-    from exporter.progress import bar, size_text
-    from exporter.tools.synth import write_synthetic
+    from kiln.exporter.progress import bar, size_text
+    from kiln.exporter.tools.synth import write_synthetic
 
     with bar("writing") as progress:
         write_synthetic(out, preset, mix, seed, layers=layers, vocab_from=vocab_from, progress=progress, sparse=sparse)
@@ -238,7 +238,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--plot", "picture", type=PATH, help="Draw divergence and retrieval into this file.")
 def evaluate(suite: str, depths: str, as_json: bool, **options: Any) -> None:
     """Measure a model: perplexity, divergence from fp32, retrieval of keys."""
-    from exporter.measure import evaluate as ev
+    from kiln.exporter.measure import evaluate as ev
 
     try:
         lengths = tuple(int(depth) for depth in depths.split(","))

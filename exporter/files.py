@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from exporter.errors import KilnError
-from exporter.interrupt import undoing
+from kiln.exporter.errors import KilnError
+from kiln.exporter.interrupt import undoing
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporter.errors import KilnError
-from exporter.interrupt import held, undoing
+from kiln.exporter.errors import KilnError
+from kiln.exporter.interrupt import held, undoing
 
 OWNER = ".owner"  # a file in every such folder; its maker holds a lock on it
 MARK = "temporary folder of kiln"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-import passes.edit as edit
-from passes.edit import KILN, PassError
-from passes.records import Lowered, PassOptions, PassReport
+from kiln.passes import edit
+from kiln.passes.edit import KILN, PassError
+from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
 HEADS = ("token_embd", "output")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensor
 
-import passes.edit as edit
-from passes.edit import PassError
-from passes.records import Lowered, PassOptions, PassReport, buffer
+from kiln.passes import edit
+from kiln.passes.edit import PassError
+from kiln.passes.records import Lowered, PassOptions, PassReport, buffer
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:

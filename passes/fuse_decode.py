@@ -12,11 +12,11 @@ import operator
 import torch
 from torch.fx import Node
 
-import passes.edit as edit
-from custom_ops.markers import GATED
-from custom_ops.weights.gemv import COUNTERS, glu_fits
-from passes.edit import KILN
-from passes.records import Lowered, PassOptions, PassReport
+from kiln.custom_ops.markers import GATED
+from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
+from kiln.passes import edit
+from kiln.passes.edit import KILN
+from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-import passes.edit as edit
-from passes.records import Lowered, PassOptions, PassReport
+from kiln.passes import edit
+from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
 

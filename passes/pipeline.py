@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
-from passes.edit import PassError, finish
-from passes.records import Expected, Lowered, PassOptions, PassReport
-from passes.verifier import verify
+from kiln.passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
+from kiln.passes.edit import PassError, finish
+from kiln.passes.records import Expected, Lowered, PassOptions, PassReport
+from kiln.passes.verifier import verify
 
 Pass = Callable[[Lowered, PassOptions], PassReport]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.export import ExportedProgram
 
-from custom_ops.geometry import EXACT_WINDOW
+from kiln.custom_ops.geometry import EXACT_WINDOW
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-import passes.edit as edit
-from passes.edit import KILN, PassError
-from passes.records import Lowered, PassOptions, PassReport
+from kiln.passes import edit
+from kiln.passes.edit import KILN, PassError
+from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-import passes.edit as edit
-from passes.edit import PassError
+from kiln.passes import edit
+from kiln.passes.edit import PassError
 
 _HOST_READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose"}
 _PYTHON = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from exporter.source.gguf import GGUFFile, TensorInfo, open_gguf
-from exporter.tools.synth import KeyValue, gguf_header, key_value
+from kiln.exporter.source.gguf import GGUFFile, TensorInfo, open_gguf
+from kiln.exporter.tools.synth import KeyValue, gguf_header, key_value
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WIDE = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.geometry import MEASURED
+from kiln.custom_ops.geometry import MEASURED
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("configs", "custom_ops", "passes", "exporter")  # each imports those before it, and none after it
@@ -106,8 +106,8 @@ def test_reading_loads_no_torch(command: str, tmp_path: Path) -> None:
     given = {"ARTIFACT": str(tmp_path), "GGUF": str(ROOT / "tests/fixtures/gemma4-tiny-dense.gguf")}
     arguments = [given.get(word, word) for word in command.split()]
     run = f"print(CliRunner().invoke(main, {arguments}).output)"
-    found = loaded_after(f"from click.testing import CliRunner; from exporter.cli import main; {run}")
-    assert not {"torch", "triton"} & found and "exporter.cli" in found
+    found = loaded_after(f"from click.testing import CliRunner; from kiln.exporter.cli import main; {run}")
+    assert not {"torch", "triton"} & found and "kiln.exporter.cli" in found
 
 
 def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
 import sys
 import tokenize
 sys.path.insert(0, {str(target)!r})
-import custom_ops.geometry, custom_ops.gpu.target, exporter.source.config as config
+import kiln.custom_ops.geometry, kiln.custom_ops.gpu.target, kiln.exporter.source.config as config
 print(config.__file__, sorted(config.families()), sorted(custom_ops.gpu.target.gpu_targets()))
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.artifact.load import load_weights
-from exporter.artifact.weights import write_weights
-from exporter.compiler.trace import GraphSpec
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import read_plan
-from exporter.source.weights import plan_weights
-from passes.records import PassOptions
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.source.weights import plan_weights
+from kiln.passes.records import PassOptions
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WINDOW = 16

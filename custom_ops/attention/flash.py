@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import Heads
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel
-from custom_ops.gpu.tables import pick
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights.fixed_point import store_fixed
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import Heads
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel
+from kiln.custom_ops.gpu.tables import pick
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.weights.fixed_point import store_fixed
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.library import triton_op
 
-from custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import use_triton
-from custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
 
 
 def causal_mask(slots: int, pos: torch.Tensor, kv_len: torch.Tensor | None) -> torch.Tensor:

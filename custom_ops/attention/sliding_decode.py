@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.attention import sliding_attention
-from custom_ops.attention.flash import (
+from kiln.custom_ops.attention import sliding_attention
+from kiln.custom_ops.attention.flash import (
     DECODE_FLOAT32,
     LOG2E,
     Tile,
@@ -24,15 +24,15 @@ from custom_ops.attention.flash import (
     softmax_step,
     split_size,
 )
-from custom_ops.attention.prepare import check_projections, prepare_reference
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.tables import pick
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights import fixed_point
-from custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.attention.prepare import check_projections, prepare_reference
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.tables import pick
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {

@@ -1,4 +1,4 @@
-"""Times every op on this GPU at a model's shapes: python -m custom_ops.bench [--model NAME] [--only TEXT] [--out F.json] [--tune]."""
+"""Times every op on this GPU at a model's shapes: python -m kiln.custom_ops.bench [--model NAME] [--only TEXT] [--out F.json] [--tune]."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from custom_ops.bench import harness
-from custom_ops.bench.cases import workload
-from custom_ops.bench.tune import families, tune
-from custom_ops.geometry import GEOMETRIES
-from custom_ops.gpu.target import current_target
+from kiln.custom_ops.bench import harness
+from kiln.custom_ops.bench.cases import workload
+from kiln.custom_ops.bench.tune import families, tune
+from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.gpu.target import current_target
 
 MODELS = sorted(name for name, model in GEOMETRIES.items() if model.sliding)  # the cases are of sliding and full layers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.bench", description="Time every op on this machine's GPU.")
+    parser = argparse.ArgumentParser(prog="python -m kiln.custom_ops.bench", description="Time every op on this machine's GPU.")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose op and shape contain TEXT")
     parser.add_argument("--out", type=Path, metavar="F.json", help="write the record here")
     parser.add_argument("--model", choices=MODELS, default="gemma4-31b", help="whose shapes, of the Q4_K_M mix (gemma4-31b)")

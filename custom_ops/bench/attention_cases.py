@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops.attention import prepare
-from custom_ops.attention.flash import attend
-from custom_ops.bench.cases import PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Tensors, Workload, clone, fixed_bytes, kiln, normal
-from custom_ops.geometry import EPS, Heads, keys_attended
-from custom_ops.tq4 import codec
-from custom_ops.weights import fixed_point
+from kiln.custom_ops.attention import prepare
+from kiln.custom_ops.attention.flash import attend
+from kiln.custom_ops.bench.cases import PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Tensors, Workload, clone, fixed_bytes, kiln, normal
+from kiln.custom_ops.geometry import EPS, Heads, keys_attended
+from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.weights import fixed_point
 
 SPREAD = 0.3  # of random queries, keys and values: scores of a few units, as after the norms of a real model
 PARTS = 4  # in which matmuls leave what attention adds up

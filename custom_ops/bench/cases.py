@@ -1,4 +1,4 @@
-"""What `python -m custom_ops.bench` times: an op at the shapes of a model, with its reference and what it must move and compute.
+"""What `python -m kiln.custom_ops.bench` times: an op at the shapes of a model, with its reference and what it must move and compute.
 
 Here the ops that read weights or logits; those that read caches are in `attention_cases`.
 """
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-import custom_ops.ops  # noqa: F401
-from custom_ops import geometry
-from custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, Geometry, Heads, Matrix
-from custom_ops.markers import rms_norm
-from custom_ops.step import add_norm, sample
-from custom_ops.weights import embedding, fixed_point, linear
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.gemv import COUNTERS
-from custom_ops.weights.layouts import dequantize
+from kiln.custom_ops import (
+    geometry,
+    ops,  # noqa: F401
+)
+from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, Geometry, Heads, Matrix
+from kiln.custom_ops.markers import rms_norm
+from kiln.custom_ops.step import add_norm, sample
+from kiln.custom_ops.weights import embedding, fixed_point, linear
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.gemv import COUNTERS
+from kiln.custom_ops.weights.layouts import dequantize
 
 Tensors = tuple[torch.Tensor, ...]
 kiln = torch.ops.kiln

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 
-from custom_ops.attention import flash, prepare, sliding_decode
-from custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
-from custom_ops.bench.cases import (
+from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
+from kiln.custom_ops.bench.cases import (
     GEMMA4_31B,
     Case,
     Tensors,
@@ -32,10 +32,10 @@ from custom_ops.bench.cases import (
     linear_cases,
     sample_case,
 )
-from custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
-from custom_ops.step import add_norm, sample
-from custom_ops.tq4 import attention, codec, decode, prefill
-from custom_ops.weights import embedding, gemv, linear, matmul
+from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
+from kiln.custom_ops.step import add_norm, sample
+from kiln.custom_ops.tq4 import attention, codec, decode, prefill
+from kiln.custom_ops.weights import embedding, gemv, linear, matmul
 
 COLD = 4
 MOST_COPIES = 1024

@@ -1,4 +1,4 @@
-"""`python -m custom_ops.bench --tune`: times a grid of kernel configurations at the shapes of the 31B, each checked first.
+"""`python -m kiln.custom_ops.bench --tune`: times a grid of kernel configurations at the shapes of the 31B, each checked first.
 
 Nothing is changed on disk: the best are printed, and recorded as `winners`, as the lines to check in beside the kernels.
 """
@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from custom_ops.attention.flash import Tile
-from custom_ops.bench import ceilings, harness
-from custom_ops.bench.attention_cases import global_case, sliding_case, sliding_decode_case, tq4_case
-from custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_cases
-from custom_ops.geometry import Matrix
-from custom_ops.gpu.tables import nearest, pick
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights import gemv
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.gemv import GemvConfig
+from kiln.custom_ops.attention.flash import Tile
+from kiln.custom_ops.bench import ceilings, harness
+from kiln.custom_ops.bench.attention_cases import global_case, sliding_case, sliding_decode_case, tq4_case
+from kiln.custom_ops.bench.cases import GEMMA4_31B, Case, Tensors, Workload, fixed_cases
+from kiln.custom_ops.geometry import Matrix
+from kiln.custom_ops.gpu.tables import nearest, pick
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.weights import gemv
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.gemv import GemvConfig
 
 REPLAYS = 15
 SHOWN = 3  # of the best candidates of a case
@@ -46,7 +46,7 @@ class Family:
     @property
     def entries(self) -> dict:
         module, name = self.table.rsplit(".", 1)
-        return getattr(importlib.import_module(f"custom_ops.{module}"), name)
+        return getattr(importlib.import_module(f"kiln.custom_ops.{module}"), name)
 
 
 @dataclass

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from custom_ops.gpu.cubin import Instruction, Parameter, disassembled, instructions, kernels, parameters
-from custom_ops.gpu.early import Waiting, waiting_kernels
+from kiln.custom_ops.gpu.cubin import Instruction, Parameter, disassembled, instructions, kernels, parameters
+from kiln.custom_ops.gpu.early import Waiting, waiting_kernels
 
 WAIT = "ACQBULK"
 SCRATCH = 2  # pointers that Triton appends to every kernel's arguments

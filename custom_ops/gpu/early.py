@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import triton
 import triton.language as tl
 
-from custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # cannot run assembly
 F = TypeVar("F", bound=Any)
@@ -51,7 +51,7 @@ def waits(*reads: str, idle: bool = False) -> Callable[[F], F]:
 
 def waiting_kernels() -> dict[str, Waiting]:
     """Every kernel that waits, by name. A launch's name may end in an underscore and a number."""
-    importlib.import_module("custom_ops.ops")
+    importlib.import_module("kiln.custom_ops.ops")
     return dict(_declared)
 
 

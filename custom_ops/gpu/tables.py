@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterable
 from typing import TypeVar
 
-from custom_ops.gpu.target import GpuTarget, gpu_targets
+from kiln.custom_ops.gpu.target import GpuTarget, gpu_targets
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def pick(table: dict[tuple[int, int], T], target: GpuTarget, dim: int) -> T:
 
 
 def _table(module: str, name: str) -> dict:
-    return getattr(importlib.import_module(f"custom_ops.{module}"), name)
+    return getattr(importlib.import_module(f"kiln.custom_ops.{module}"), name)
 
 
 def lacking(needed: dict[str, set[int]]) -> list[str]:

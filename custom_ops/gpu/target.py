@@ -35,7 +35,7 @@ class GpuTarget:
 @functools.cache
 def gpu_targets() -> dict[str, GpuTarget]:
     """Every known target by name (`sm_90`)."""
-    table = tomllib.loads(files("configs").joinpath("gpus.toml").read_text())
+    table = tomllib.loads(files("kiln.configs").joinpath("gpus.toml").read_text())
     return {
         name: GpuTarget(
             sm=int(name.removeprefix("sm_")),

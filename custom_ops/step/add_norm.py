@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.weights import fixed_point
-from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 
 WARPS = 4
 PIECE = 256  # elements of a program

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
 
 CHUNK, WARPS = 1024, 4  # tokens and warps of a program that passes over the vocabulary
 TILE, CHOOSE_WARPS = 512, 8  # listed tokens taken at a time, and warps, of the one program that chooses

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.attention.flash import (
+from kiln.custom_ops.attention.flash import (
     LOG2E,
     Tile,
     attend,
@@ -28,17 +28,17 @@ from custom_ops.attention.flash import (
     softmax_step,
     split_size,
 )
-from custom_ops.attention.global_attention import causal_mask
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.tables import pick
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.tq4 import codec
-from custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
-from custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
-from custom_ops.weights.fixed_point import largest, largest_size, store_fixed
+from kiln.custom_ops.attention.global_attention import causal_mask
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.tables import pick
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
+from kiln.custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
+from kiln.custom_ops.weights.fixed_point import largest, largest_size, store_fixed
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}

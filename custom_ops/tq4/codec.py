@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
 
 LEVEL_UNIT = tl.constexpr(32)
 LEVELS = tuple(n / LEVEL_UNIT.value for n in (5, 15, 25, 36, 48, 62, 79, 104))

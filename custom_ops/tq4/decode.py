@@ -7,18 +7,18 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.attention.flash import check_kernel_shapes
-from custom_ops.attention.prepare import PREPARE_WARPS, check_projections, form_constants, head_dim, prepare_reference, prepared_head
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.tq4 import attention, codec
-from custom_ops.tq4.attention import rotated_query
-from custom_ops.tq4.codec import encode_rows
-from custom_ops.weights import fixed_point
-from custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.attention.flash import check_kernel_shapes
+from kiln.custom_ops.attention.prepare import PREPARE_WARPS, check_projections, form_constants, head_dim, prepare_reference, prepared_head
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.tq4 import attention, codec
+from kiln.custom_ops.tq4.attention import rotated_query
+from kiln.custom_ops.tq4.codec import encode_rows
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 
 
 @waits("q_weight_ptr", "k_weight_ptr")

@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.cases import KernelCase
-from custom_ops.gpu.launch import kernel
-from custom_ops.gpu.tables import pick
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.tq4.codec import LEVEL_UNIT, plane_pair
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.gpu.launch import kernel
+from kiln.custom_ops.gpu.tables import pick
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.tq4.codec import LEVEL_UNIT, plane_pair
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import torch
 import triton
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import GpuTarget
-from custom_ops.weights.block_types import LAYOUTS, usual_targets
-from custom_ops.weights.dequantize import kiln_dequantize
-from custom_ops.weights.layouts import dequantize
-from custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
+from kiln.custom_ops.weights.dequantize import kiln_dequantize
+from kiln.custom_ops.weights.layouts import dequantize
+from kiln.custom_ops.weights.packed import check_weight, format_constants
 
 TOKENS = 32  # of a program of one warp; a lane takes one token and one group of 32 elements
 

@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import EPS, GEMMA4_31B, Geometry
-from custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.tables import nearest
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.markers import GATED
-from custom_ops.step.add_norm import PIECE, root, root_constants
-from custom_ops.weights import fixed_point
-from custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
-from custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
-from custom_ops.weights.gemv_kernels import kiln_gemv
-from custom_ops.weights.layouts import dequantize
-from custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.tables import nearest
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.markers import GATED
+from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
+from kiln.custom_ops.weights.layouts import dequantize
+from kiln.custom_ops.weights.packed import check_weight, format_constants
 
 MAX_SPLITS = 64
 MOST_SHARED_ROWS = 128  # 4 to a lane: of more, the compiler's layout would give a warp rows of another's share

@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
-from custom_ops.step.add_norm import load_root
-from custom_ops.weights.dequantize import unpack8
-from custom_ops.weights.fixed_point import store_fixed
+from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
+from kiln.custom_ops.step.add_norm import load_root
+from kiln.custom_ops.weights.dequantize import unpack8
+from kiln.custom_ops.weights.fixed_point import store_fixed
 
 
 @triton.jit

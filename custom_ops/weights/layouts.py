@@ -30,7 +30,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from custom_ops.weights.block_types import LAYOUTS, PackLayout
+from kiln.custom_ops.weights.block_types import LAYOUTS, PackLayout
 
 _LOW = np.uint32(0x0F0F0F0F)
 

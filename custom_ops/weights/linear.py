@@ -10,17 +10,17 @@ import torch
 import triton
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.target import MIB, GpuTarget
-from custom_ops.weights import matmul
-from custom_ops.weights.block_types import LAYOUTS, usual_targets
-from custom_ops.weights.dequantize import kiln_dequantize
-from custom_ops.weights.fixed_point import TERMS
-from custom_ops.weights.gemv import COUNTERS, fix, multiply
-from custom_ops.weights.layouts import dequantize
-from custom_ops.weights.packed import check_weight, format_constants
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import MIB, GpuTarget
+from kiln.custom_ops.weights import matmul
+from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
+from kiln.custom_ops.weights.dequantize import kiln_dequantize
+from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.custom_ops.weights.gemv import COUNTERS, fix, multiply
+from kiln.custom_ops.weights.layouts import dequantize
+from kiln.custom_ops.weights.packed import check_weight, format_constants
 
 MAX_GEMV_TOKENS = 8  # beyond, reading the weight once for all tokens pays for the scratch
 MAX_SCRATCH_BYTES = 256 * MIB  # of dequantized weight; a larger matrix is done in chunks along N

@@ -13,12 +13,12 @@ import torch
 import triton
 from torch.library import triton_op
 
-from custom_ops.cases import KernelCase
-from custom_ops.geometry import GEMMA4_31B, Geometry
-from custom_ops.gpu.launch import kernel, use_triton
-from custom_ops.gpu.tables import nearest
-from custom_ops.gpu.target import GpuTarget, current_target
-from custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.tables import nearest
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
+from kiln.custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
 
 CHOICES = ("kiln", "blas")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from custom_ops.gpu.early import INTERPRETED
+from kiln.custom_ops.gpu.early import INTERPRETED
 
 
 @triton.jit

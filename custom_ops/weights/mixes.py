@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PROMOTED = ("attn_v", "ffn_down")  # some of these get more bits

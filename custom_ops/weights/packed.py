@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.block_types import LAYOUTS
 
 
 def format_constants(block_type: str) -> dict[str, int | bool]:

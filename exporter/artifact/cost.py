@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from custom_ops.dtypes import DTYPES
-from exporter.model.records import Experts, ModelConfig, cache_specs
-from exporter.source.weights import WeightPlan, constants, plan_constants
+from kiln.custom_ops.dtypes import DTYPES
+from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
+from kiln.exporter.source.weights import WeightPlan, constants, plan_constants
 
 
 def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:

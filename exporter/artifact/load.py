@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from custom_ops.dtypes import dtype_name
-from exporter.errors import KilnError
+from kiln.custom_ops.dtypes import dtype_name
+from kiln.exporter.errors import KilnError
 
 
 def load_weights(path: str | Path, records: Sequence[dict[str, Any]] | None = None) -> dict[str, torch.Tensor]:

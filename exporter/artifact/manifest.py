@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from exporter.artifact.output import MANIFEST
-from exporter.errors import KilnError
+from kiln.exporter.artifact.output import MANIFEST
+from kiln.exporter.errors import KilnError
 
 FORMAT_VERSION = 2
 OTHER_FILES = ("tokenizer.json", "chat_template.jinja")  # beside the packages and the weights

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exporter.compiler.trace import GraphSpec
-from exporter.model.caches import kv_plan
-from exporter.source.weights import weight_bytes
+from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.source.weights import weight_bytes
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.errors import KilnError
-from exporter.files import short
-from exporter.interrupt import held
-from exporter.temporary import owned, stale, sweep
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import short
+from kiln.exporter.interrupt import held
+from kiln.exporter.temporary import owned, stale, sweep
 
 MANIFEST = "manifest.json"
 FORCE = "--force replaces artifacts only"

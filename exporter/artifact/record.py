@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 import triton
 
-from custom_ops.dtypes import dtype_name
-from custom_ops.gpu.tables import borrowed
-from custom_ops.gpu.target import gpu_targets
-from exporter.artifact.cost import cost
-from exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
-from exporter.artifact.output import MANIFEST
-from exporter.compiler.compile import CompiledTarget
-from exporter.compiler.trace import GraphSpec
-from exporter.model.decoder import SAMPLING_INPUTS
-from passes.records import KVBuffer
+from kiln.custom_ops.dtypes import dtype_name
+from kiln.custom_ops.gpu.tables import borrowed
+from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
+from kiln.exporter.artifact.output import MANIFEST
+from kiln.exporter.compiler.compile import CompiledTarget
+from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.model.decoder import SAMPLING_INPUTS
+from kiln.passes.records import KVBuffer
 
 
 def kiln_version() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from exporter.artifact.manifest import read_manifest
-from exporter.artifact.verify import verify as verify_artifact
-from exporter.errors import printable
-from exporter.progress import say
-from exporter.source.plan import ReadOptions, Survey, survey
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.artifact.verify import verify as verify_artifact
+from kiln.exporter.errors import printable
+from kiln.exporter.progress import say
+from kiln.exporter.source.plan import ReadOptions, Survey, survey
 
 FLOAT16_MAX = 65504.0
 

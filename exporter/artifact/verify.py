@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from exporter.artifact.manifest import file_sha256, read_manifest
-from exporter.artifact.output import MANIFEST
-from exporter.errors import KilnError
+from kiln.exporter.artifact.manifest import file_sha256, read_manifest
+from kiln.exporter.artifact.output import MANIFEST
+from kiln.exporter.errors import KilnError
 
 BLOCK = 1 << 24  # bytes read at once
 AGAIN = "copy the artifact again, or export it again"

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from custom_ops.dtypes import DTYPES, FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.layouts import pack
-from exporter.errors import KilnError
-from exporter.files import replacing
-from exporter.source.finite import bad_position, bad_row, describe
-from exporter.source.gguf import GGUFFile
-from exporter.source.plan import ModelPlan
-from exporter.source.weights import ConstantSpec, WeightPlan, constants, derived_specs, plan_constants, vector
+from kiln.custom_ops.dtypes import DTYPES, FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.layouts import pack
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import replacing
+from kiln.exporter.source.finite import bad_position, bad_row, describe
+from kiln.exporter.source.gguf import GGUFFile
+from kiln.exporter.source.plan import ModelPlan
+from kiln.exporter.source.weights import ConstantSpec, WeightPlan, constants, derived_specs, plan_constants, vector
 
 ALIGN = 256  # of every tensor's data in the file
 SLAB_BYTES = 384 << 20  # packed or copied at once; a larger tensor is read once for each slab

@@ -11,17 +11,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from custom_ops.gpu import contract
-from custom_ops.gpu.cubin import images
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights.matmul import choosing
-from exporter.compiler.host import compile_failure
-from exporter.compiler.package import declared_constants, write_package
-from exporter.compiler.trace import ENTRIES, GraphSpec, lower
-from exporter.compiler.workers import AT_ONCE, take
-from exporter.errors import KilnError
-from passes import edit
-from passes.records import KVBuffer, PassReport
+from kiln.custom_ops.gpu import contract
+from kiln.custom_ops.gpu.cubin import images
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights.matmul import choosing
+from kiln.exporter.compiler.host import compile_failure
+from kiln.exporter.compiler.package import declared_constants, write_package
+from kiln.exporter.compiler.trace import ENTRIES, GraphSpec, lower
+from kiln.exporter.compiler.workers import AT_ONCE, take
+from kiln.exporter.errors import KilnError
+from kiln.passes import edit
+from kiln.passes.records import KVBuffer, PassReport
 
 
 @dataclass
@@ -75,7 +75,7 @@ def compile_target(
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
-    from exporter.source.weights import constants
+    from kiln.exporter.source.weights import constants
 
     weights = {c.name for c in constants(spec.config, list(spec.plan))}
     kv = {b.name for b in entries[0].kv}
@@ -115,7 +115,7 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it would put the build machine's paths into the code
     import torch._inductor
 
-    from exporter.compiler import torch_private
+    from kiln.exporter.compiler import torch_private
 
     gpu = None if target == "cpu" else gpu_targets()[target]
     device = "cpu" if gpu is None else "cuda"

@@ -9,8 +9,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from exporter.errors import KilnError
-from exporter.temporary import lasting
+from kiln.exporter.errors import KilnError
+from kiln.exporter.temporary import lasting
 
 CUDA_HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_config.h")
 TRIAL = "#include <omp.h>\n#include <cmath>\nextern \"C\" int trial() { return omp_get_max_threads(); }\n"

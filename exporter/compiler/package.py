@@ -15,8 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.compiler.host import MARCH
-from exporter.errors import KilnError
+from kiln.exporter.compiler.host import MARCH
+from kiln.exporter.errors import KilnError
 
 ABI = 1  # of kiln_shims and kiln_constants; the runner refuses another one
 SHIMS = Path(__file__).with_name("shims.def")

@@ -23,7 +23,7 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
      tells that the analysis of a kernel gave up
  13. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
 
-A process that has installed them is good for one target and nothing else: `exporter.compile` gives each compilation its own.
+A process that has installed them is good for one target and nothing else: `kiln.exporter.compile` gives each compilation its own.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ import sympy
 import torch
 import triton
 
-from custom_ops.gpu.target import KIB, GpuTarget
-from exporter.compiler import package
-from exporter.compiler.host import MARCH, cuda_home
-from exporter.errors import KilnError
+from kiln.custom_ops.gpu.target import KIB, GpuTarget
+from kiln.exporter.compiler import package
+from kiln.exporter.compiler.host import MARCH, cuda_home
+from kiln.exporter.errors import KilnError
 
 CHECKED = {"torch": ("2.11.0",), "triton": ("3.6.0",)}
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
-from custom_ops.dtypes import DTYPES
-from exporter.compiler.torch_private import fake_export
-from exporter.errors import KilnError
-from exporter.model.caches import kv_plan
-from exporter.model.decoder import SAMPLING_INPUTS, Decoder
-from exporter.model.places import expected_places
-from exporter.model.records import ModelConfig
-from exporter.source.weights import WeightPlan
-from passes.edit import PassError
-from passes.pipeline import run_pipeline
-from passes.records import KVBuffer, Lowered, PassOptions
+from kiln.custom_ops.dtypes import DTYPES
+from kiln.exporter.compiler.torch_private import fake_export
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from kiln.exporter.model.places import expected_places
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.weights import WeightPlan
+from kiln.passes.edit import PassError
+from kiln.passes.pipeline import run_pipeline
+from kiln.passes.records import KVBuffer, Lowered, PassOptions
 
 ENTRIES = ("prefill", "decode")
 
@@ -76,7 +76,7 @@ def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
 def lower(
     spec: GraphSpec, entry: str, device: str, dump: Path | None = None, after: Callable[[str, ExportedProgram], None] | None = None
 ) -> Lowered:
-    """The graph of `entry` after the passes; see `passes.pipeline.run_pipeline` for `dump` and `after`. KilnError where a pass fails."""
+    """The graph of `entry` after the passes; see `kiln.passes.pipeline.run_pipeline` for `dump`, `after`. KilnError where a pass fails."""
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     expected = expected_places(spec.config, spec.plan, kv, spec.options, entry)
     program = trace(spec, entry, device)

@@ -17,13 +17,13 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
-from exporter.errors import KilnError
-from exporter.interrupt import SIGNALS, held, undoing
+from kiln.exporter.errors import KilnError
+from kiln.exporter.interrupt import SIGNALS, held, undoing
 
 AT_ONCE = min(2, os.cpu_count() or 1)  # compilations: a target has two graphs
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would inherit a parent's threads and its GPU
-_IMPORTS = ("torch._inductor.compile_fx", "exporter.compiler.compile")
+_IMPORTS = ("torch._inductor.compile_fx", "kiln.exporter.compiler.compile")
 _waiting: list[Worker] = []
 _started: list[Worker] = []
 

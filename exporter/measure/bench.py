@@ -8,11 +8,11 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from custom_ops.geometry import keys_attended
-from exporter.artifact.manifest import read_manifest
-from exporter.errors import KilnError
-from exporter.measure.picture import check_plot, log2_ticks, panels
-from exporter.measure.runner import runner
+from kiln.custom_ops.geometry import keys_attended
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
+from kiln.exporter.measure.runner import runner
 
 
 def numbers(text: str) -> list[int]:
@@ -73,12 +73,12 @@ def device_name(device: str) -> str:
 
 
 def ceilings_of(device: str) -> dict[str, float] | None:
-    """What the GPU does at best, by `custom_ops.bench.ceilings`; None of a CPU."""
+    """What the GPU does at best, by `kiln.custom_ops.bench.ceilings`; None of a CPU."""
     if not device.startswith("cuda"):
         return None
     import torch
 
-    from custom_ops.bench.ceilings import measure_ceilings
+    from kiln.custom_ops.bench.ceilings import measure_ceilings
 
     with torch.cuda.device(device):
         return asdict(measure_ceilings())
@@ -199,7 +199,7 @@ def bench(
 ) -> tuple[dict, str]:
     """The command: the record, also written to `out`, and its text."""
     if profile:
-        from exporter.measure import kernel_times as steptime
+        from kiln.exporter.measure import kernel_times as steptime
 
         if picture:
             raise KilnError("--plot draws speed against depth, --profile has none; run them apart")

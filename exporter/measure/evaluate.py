@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.artifact.manifest import read_manifest
-from exporter.errors import KilnError
-from exporter.measure.picture import check_plot, log2_ticks, panels
-from exporter.measure.players import (
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
+from kiln.exporter.measure.players import (
     KV_CACHES,
     PIECE_TOKENS,
     ArtifactPlayer,
@@ -28,8 +28,8 @@ from exporter.measure.players import (
     piece_tokens,
     reference_player,
 )
-from exporter.progress import say
-from exporter.source.plan import ModelPlan, read_plan
+from kiln.exporter.progress import say
+from kiln.exporter.source.plan import ModelPlan, read_plan
 
 SUITES = ("ppl", "kld", "needle")
 SCORED_TOKENS = 512  # fed at once where rows are compared in float64

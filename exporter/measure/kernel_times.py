@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact.manifest import read_manifest
-from exporter.errors import KilnError
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.errors import KilnError
 
 DECODE_STEPS, PREFILL_CALLS = 5, 2  # under the profiler
 REPLAYS, BATCHES = 10, 7  # of the step's graph, for its time without the profiler
@@ -126,8 +126,9 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
 
 def _session(model: Any, **options: Any) -> Any:
     """A session over caches of random values: zeros would time a softmax over equal scores, and take less power than real work."""
-    import kiln
     import torch
+
+    import kiln
 
     session = kiln.Session(model, **options)
     dtypes = {kv["name"]: getattr(torch, kv["dtype"]) for kv in model.manifest["kv"]}

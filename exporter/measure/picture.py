@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import KilnError
+from kiln.exporter.errors import KilnError
 
 
 def check_plot() -> None:

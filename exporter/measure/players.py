@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from custom_ops.dtypes import dtype_name
-from exporter.artifact.load import load_weights
-from exporter.artifact.weights import write_weights
-from exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
-from exporter.errors import KilnError
-from exporter.model.decoder import SAMPLING_INPUTS, Decoder
-from exporter.model.records import ModelConfig
-from exporter.progress import size_text
-from exporter.source.finite import describe
-from exporter.source.plan import ModelPlan
-from exporter.source.weights import WeightPlan
-from passes.records import KINDS, PassOptions
+from kiln.custom_ops.dtypes import dtype_name
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.compiler.trace import GraphSpec, lower, make_kv, runnable
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.progress import size_text
+from kiln.exporter.source.finite import describe
+from kiln.exporter.source.plan import ModelPlan
+from kiln.exporter.source.weights import WeightPlan
+from kiln.passes.records import KINDS, PassOptions
 
 KV_CACHES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "tq4": "tq4"}  # option -> the manifest's name
 PIECE_TOKENS = 2048  # fed at once
@@ -197,7 +197,7 @@ def graph_player(plan: ModelPlan, kv_cache: str, max_seq_len: int, device: str, 
 
 def reference_player(plan: ModelPlan, max_seq_len: int, device: str) -> GraphPlayer:
     """The plain decoder in float32, no pass applied, over the file's dequantized values."""
-    from exporter.tools.quantize import to_float
+    from kiln.exporter.tools.quantize import to_float
 
     config, gguf = checked_config(plan, max_seq_len), plan.gguf
     weights = [replace(p, block_type="F32") for p in plan.weights]

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from exporter.errors import KilnError
+from kiln.exporter.errors import KilnError
 
 
 def runner() -> str:

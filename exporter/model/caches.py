@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from exporter.model.records import CacheSpec, ModelConfig, cache_specs
-from passes.records import KVBuffer, PassOptions, buffer
+from kiln.exporter.model.records import CacheSpec, ModelConfig, cache_specs
+from kiln.passes.records import KVBuffer, PassOptions, buffer
 
 
 def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype) -> list[KVBuffer]:

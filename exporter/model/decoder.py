@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import custom_ops.ops  # noqa: F401  registers torch.ops.kiln
-from custom_ops.dtypes import FLOATS
-from custom_ops.markers import GATED
-from custom_ops.weights.layouts import LAYOUTS
-from exporter.errors import KilnError
-from exporter.model.caches import exact_buffers
-from exporter.model.records import Attention, CacheSpec, Dense, Layer, ModelConfig, cache_specs
-from exporter.source.weights import WeightPlan
+from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.markers import GATED
+from kiln.custom_ops.weights.layouts import LAYOUTS
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import exact_buffers
+from kiln.exporter.model.records import Attention, CacheSpec, Dense, Layer, ModelConfig, cache_specs
+from kiln.exporter.source.weights import WeightPlan
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
 
@@ -223,7 +223,7 @@ def _below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]
 class Decoder(nn.Module):
     """Tokens of one chunk in, the next token and the last position's logits out.
 
-    Parameters carry the names of `exporter.source.weights.constants`; buffers are the KV caches and nothing else.
+    Parameters carry the names of `kiln.exporter.source.weights.constants`; buffers are the KV caches and nothing else.
     """
 
     def __init__(

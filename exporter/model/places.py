@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.gemv import GLU_ROWS, glu_fits
-from exporter.model.caches import exact_buffers
-from exporter.model.records import ModelConfig, cache_specs
-from exporter.source.weights import WeightPlan
-from passes.chunked_lm_head import chunk_rows
-from passes.records import Expected, KVBuffer, PassOptions
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
+from kiln.exporter.model.caches import exact_buffers
+from kiln.exporter.model.records import ModelConfig, cache_specs
+from kiln.exporter.source.weights import WeightPlan
+from kiln.passes.chunked_lm_head import chunk_rows
+from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:

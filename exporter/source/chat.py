@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import KilnError, one_line
-from exporter.source.tokenizer import Tokenizer
+from kiln.exporter.errors import KilnError, one_line
+from kiln.exporter.source.tokenizer import Tokenizer
 
 RENDERER = Path(__file__).with_name("render.py")
 WALL_SECONDS = 60

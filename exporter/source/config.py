@@ -13,14 +13,14 @@ from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from custom_ops.dtypes import FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.errors import Problems
-from exporter.model.families import Family
-from exporter.model.records import Attention, Dense, Experts, Layer, ModelConfig
-from exporter.source.fields import Fields, as_integer, check_keys, shown
-from exporter.source.gguf import GGUFFile
-from exporter.source.identify import other_model
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.errors import Problems
+from kiln.exporter.model.families import Family
+from kiln.exporter.model.records import Attention, Dense, Experts, Layer, ModelConfig
+from kiln.exporter.source.fields import Fields, as_integer, check_keys, shown
+from kiln.exporter.source.gguf import GGUFFile
+from kiln.exporter.source.identify import other_model
 
 MAX_LAYERS = 1024
 MIN_CONTEXT = 16  # tokens
@@ -29,7 +29,7 @@ MIN_CONTEXT = 16  # tokens
 @functools.cache
 def families() -> dict[str, dict[str, Any]]:
     """Every supported architecture's table, by the name in `general.architecture`; `configs/keys.toml` is part of each."""
-    texts = {f.name: f.read_text(encoding="utf-8") for f in files("configs").iterdir() if f.name.endswith(".toml")}
+    texts = {f.name: f.read_text(encoding="utf-8") for f in files("kiln.configs").iterdir() if f.name.endswith(".toml")}
     shared = tomllib.loads(texts.pop("keys.toml"))
     found = {}
     for name, text in texts.items():
@@ -50,7 +50,7 @@ def families() -> dict[str, dict[str, Any]]:
 
 def family(architecture: str) -> Family:
     """The code of a supported architecture."""
-    return import_module(f"exporter.model.families.{families()[architecture]['module']}").FAMILY
+    return import_module(f"kiln.exporter.model.families.{families()[architecture]['module']}").FAMILY
 
 
 def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:

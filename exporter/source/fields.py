@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from exporter.source.gguf import GGUFFile
+from kiln.exporter.source.gguf import GGUFFile
 
 
 def shown(value: Any) -> str:

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.source.gguf import GGUFFile
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.source.gguf import GGUFFile
 
 CHUNK_BYTES = 32 << 20
 MAX_WORKERS = 8

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from exporter.errors import KilnError
-from exporter.source.identify import PROBE, foreign
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.identify import PROBE, foreign
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _SCALARS = {  # value type -> little-endian numpy dtype

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.errors import KilnError, Problems, printable
-from exporter.model.records import ModelConfig
-from exporter.source.chat import Chat, read_chat, template_text
-from exporter.source.config import read_config, tensor_problems
-from exporter.source.finite import scan
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.tokenizer import Tokenizer, read_tokenizer
-from exporter.source.weights import WeightPlan, derived_constants, plan_weights, vector
+from kiln.exporter.errors import KilnError, Problems, printable
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.chat import Chat, read_chat, template_text
+from kiln.exporter.source.config import read_config, tensor_problems
+from kiln.exporter.source.finite import scan
+from kiln.exporter.source.gguf import GGUFFile, open_gguf
+from kiln.exporter.source.tokenizer import Tokenizer, read_tokenizer
+from kiln.exporter.source.weights import WeightPlan, derived_constants, plan_weights, vector
 
 
 @dataclass(frozen=True)

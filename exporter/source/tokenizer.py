@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import KilnError
-from exporter.files import write_text
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import write_text
 
 PREFIX = "tokenizer.ggml."
 EOG_TEXTS = ("<eos>", "<turn|>", "<|tool_response>")  # Gemma's, whatever type the file gives them

@@ -8,12 +8,12 @@ from math import prod
 
 import numpy as np
 
-from custom_ops.dtypes import DTYPES, FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.errors import KilnError
-from exporter.model.records import ModelConfig
-from exporter.source.config import expected_tensors
-from exporter.source.gguf import GGUFFile
+from kiln.custom_ops.dtypes import DTYPES, FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import expected_tensors
+from kiln.exporter.source.gguf import GGUFFile
 
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from custom_ops.dtypes import FLOATS
-from custom_ops.weights.block_types import LAYOUTS
-from custom_ops.weights.mixes import MIXES, block_types
-from exporter.errors import KilnError
-from exporter.files import replacing
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.tools.synth import Tensor, gguf_header, key_value
+from kiln.custom_ops.dtypes import FLOATS
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.custom_ops.weights.mixes import MIXES, block_types
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import replacing
+from kiln.exporter.source.gguf import GGUFFile, open_gguf
+from kiln.exporter.tools.synth import Tensor, gguf_header, key_value
 
 CHUNK = 1 << 20  # elements of one search: about 20 arrays of this size are alive
 _TINY = np.float32(1e-15)

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from custom_ops.geometry import EPS, GEOMETRIES, Geometry
-from custom_ops.weights.block_types import LAYOUTS, PackLayout
-from custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
-from exporter.errors import KilnError
-from exporter.files import replacing
-from exporter.model.records import ModelConfig
-from exporter.source.config import expected_tensors, families, family
-from exporter.source.gguf import open_gguf
+from kiln.custom_ops.geometry import EPS, GEOMETRIES, Geometry
+from kiln.custom_ops.weights.block_types import LAYOUTS, PackLayout
+from kiln.custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import replacing
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import expected_tensors, families, family
+from kiln.exporter.source.gguf import open_gguf
 
 ALIGN = 32
 SLAB_BYTES = 1 << 20

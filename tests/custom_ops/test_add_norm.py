@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.step import add_norm
-from custom_ops.weights import fixed_point
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.step import add_norm
+from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)

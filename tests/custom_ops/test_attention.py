@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom_ops.attention.global_attention import global_attention
-from custom_ops.attention.sliding_attention import sliding_attention
+from kiln.custom_ops.attention.global_attention import global_attention
+from kiln.custom_ops.attention.sliding_attention import sliding_attention
 from tests.opaque import check_whole
 
 GARBAGE = (1000.0, float("nan"), float("inf"), float("-inf"))

@@ -13,11 +13,11 @@ import pytest
 import torch
 import triton
 
-from custom_ops.attention import flash
-from custom_ops.attention.global_attention import global_attention
-from custom_ops.attention.sliding_attention import sliding_attention
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.tq4 import attention, codec
+from kiln.custom_ops.attention import flash
+from kiln.custom_ops.attention.global_attention import global_attention
+from kiln.custom_ops.attention.sliding_attention import sliding_attention
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.tq4 import attention, codec
 from tests.custom_ops import tq4_cache
 from tests.custom_ops.interpret import interpreted
 

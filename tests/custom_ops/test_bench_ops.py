@@ -10,26 +10,26 @@ import pkgutil
 import pytest
 import torch
 
-import custom_ops
-from custom_ops import geometry
-from custom_ops.attention import flash, sliding_decode
-from custom_ops.attention.flash import Tile
-from custom_ops.bench import __main__ as command
-from custom_ops.bench import harness, tune
-from custom_ops.bench.cases import Workload, fixed_cases, gemv_cases, workload
-from custom_ops.bench.ceilings import Ceilings
-from custom_ops.bench.harness import all_cases
-from custom_ops.geometry import Heads, Matrix
-from custom_ops.gpu import launch
-from custom_ops.gpu.tables import pick
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.tq4 import attention, prefill
-from custom_ops.weights import gemv
-from custom_ops.weights.gemv import GemvConfig
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import plan_weights
-from exporter.tools.synth import write_synthetic
+from kiln import custom_ops
+from kiln.custom_ops import geometry
+from kiln.custom_ops.attention import flash, sliding_decode
+from kiln.custom_ops.attention.flash import Tile
+from kiln.custom_ops.bench import __main__ as command
+from kiln.custom_ops.bench import harness, tune
+from kiln.custom_ops.bench.cases import Workload, fixed_cases, gemv_cases, workload
+from kiln.custom_ops.bench.ceilings import Ceilings
+from kiln.custom_ops.bench.harness import all_cases
+from kiln.custom_ops.geometry import Heads, Matrix
+from kiln.custom_ops.gpu import launch
+from kiln.custom_ops.gpu.tables import pick
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.tq4 import attention, prefill
+from kiln.custom_ops.weights import gemv
+from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import plan_weights
+from kiln.exporter.tools.synth import write_synthetic
 
 TINY = Workload(
     matrices=(Matrix("attn_qkv", "Q4_K", 300, 512, 2), Matrix("ffn_down", "Q6_K", 256, 768, 3), Matrix("ffn_gate_up", "Q4_K", 512, 256, 1)),
@@ -52,7 +52,7 @@ def call_last(call, copies) -> float:
 
 
 def test_every_module_that_launches_is_compiled_ahead():
-    names = [m.name for m in pkgutil.walk_packages(custom_ops.__path__, "custom_ops.") if not m.name.endswith("__main__")]
+    names = [m.name for m in pkgutil.walk_packages(custom_ops.__path__, "kiln.custom_ops.") if not m.name.endswith("__main__")]
     modules = (importlib.import_module(name) for name in names)
     launching = [m for m in modules if getattr(m, "kernel", None) is launch.kernel and m is not launch]
     assert sorted(m.__name__ for m in launching) == sorted(m.__name__ for m in harness.LAUNCHING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom_ops.weights import embedding as op
+from kiln.custom_ops.weights import embedding as op
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import TYPES, random_weight
 

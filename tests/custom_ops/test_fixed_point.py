@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom_ops.weights import fixed_point, gemv
-from custom_ops.weights.fixed_point import GROUP, dequantize, group_words, largest, quantize
+from kiln.custom_ops.weights import fixed_point, gemv
+from kiln.custom_ops.weights.fixed_point import GROUP, dequantize, group_words, largest, quantize
 from tests.custom_ops.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)

@@ -8,11 +8,11 @@ import pytest
 import torch
 import triton
 
-import custom_ops.ops  # noqa: F401
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.step import add_norm
-from custom_ops.weights import fixed_point
-from custom_ops.weights.gemv import GLU_ROWS, fix, glu_fits
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.step import add_norm
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.gemv import GLU_ROWS, fix, glu_fits
 from tests.custom_ops import test_gemv, test_tq4_decode
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import random_weight

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-import custom_ops.ops  # noqa: F401
-from custom_ops.attention import flash, prepare, sliding_decode
-from custom_ops.geometry import EXACT_WINDOW, GEMMA4_12B, GEMMA4_31B, MEASURED, Heads
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.step import add_norm
-from custom_ops.tq4 import attention, codec, prefill
-from custom_ops.weights import fixed_point, matmul
-from custom_ops.weights.gemv import COUNTERS, glu_fits
-from custom_ops.weights.layouts import LAYOUTS, dequantize
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.geometry import EXACT_WINDOW, GEMMA4_12B, GEMMA4_31B, MEASURED, Heads
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.step import add_norm
+from kiln.custom_ops.tq4 import attention, codec, prefill
+from kiln.custom_ops.weights import fixed_point, matmul
+from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
+from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 kiln = torch.ops.kiln
@@ -431,7 +431,7 @@ def test_quantized_embedding(block_type):
 @pytest.mark.parametrize("vocab", [512, GEMMA4_31B.vocab])
 def test_sample(vocab):
     """The same token as the reference for every setting."""
-    from custom_ops.step.sample import reference
+    from kiln.custom_ops.step.sample import reference
 
     one = lambda value, dtype: torch.tensor([value], dtype=dtype, device="cuda")  # noqa: E731
     g = torch.Generator("cuda").manual_seed(2)

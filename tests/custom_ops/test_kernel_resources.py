@@ -15,12 +15,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from custom_ops.cases import KernelCase, all_cases
-from custom_ops.gpu import contract
-from custom_ops.gpu.target import KIB, GpuTarget, gpu_targets
-from custom_ops.tq4 import attention, codec
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.compiler.torch_private import cubin_resources
+from kiln.custom_ops.cases import KernelCase, all_cases
+from kiln.custom_ops.gpu import contract
+from kiln.custom_ops.gpu.target import KIB, GpuTarget, gpu_targets
+from kiln.custom_ops.tq4 import attention, codec
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.compiler.torch_private import cubin_resources
 from tests.tools.cubins import cuobjdump
 
 TARGETS = gpu_targets()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from custom_ops.weights.layouts import LAYOUTS, dequantize, pack, unpack
+from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack, unpack
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TYPES = list(LAYOUTS)

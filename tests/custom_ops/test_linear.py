@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import linear as op
-from custom_ops.weights.layouts import LAYOUTS, dequantize, pack
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import linear as op
+from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack
 from tests.custom_ops.interpret import interpreted
 
 TYPES = list(LAYOUTS)

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import linear, matmul
-from custom_ops.weights.matmul import FLOAT32, TILES, UNALIGNED, MatmulTile, choosing, fitting_tile
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import linear, matmul
+from kiln.custom_ops.weights.matmul import FLOAT32, TILES, UNALIGNED, MatmulTile, choosing, fitting_tile
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import random_weight, relative_error
 

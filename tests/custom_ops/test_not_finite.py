@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton
 
-import custom_ops.ops  # noqa: F401
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.step.sample import CHUNK
-from custom_ops.tq4 import codec
-from custom_ops.weights import gemv
-from custom_ops.weights.fixed_point import dequantize, quantize
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.step.sample import CHUNK
+from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.weights import gemv
+from kiln.custom_ops.weights.fixed_point import dequantize, quantize
 from tests.custom_ops import tq4_cache
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import random_weight

@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 
-from custom_ops.attention import flash, prepare, sliding_decode
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import fixed_point
+from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops.interpret import interpreted
 
 test_kernels_interpreted = interpreted(__file__)

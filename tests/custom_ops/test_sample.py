@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import custom_ops.ops  # noqa: F401
-from custom_ops.step import sample as op
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.step import sample as op
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_linear import random_weight
 

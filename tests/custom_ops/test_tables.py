@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import custom_ops
-from custom_ops.gpu import tables, target
-from custom_ops.gpu.tables import borrowed, nearest, pick
-from custom_ops.gpu.target import KIB, MIB, gpu_targets
-from custom_ops.tq4 import prefill
+from kiln import custom_ops
+from kiln.custom_ops.gpu import tables, target
+from kiln.custom_ops.gpu.tables import borrowed, nearest, pick
+from kiln.custom_ops.gpu.target import KIB, MIB, gpu_targets
+from kiln.custom_ops.tq4 import prefill
 from tests.conftest import kiln
 from tests.exporter.test_cli import TINY
 
 TARGETS = gpu_targets()
 SMS = {t.sm for t in TARGETS.values()}
-TABLES = {f"{module}.{name}": getattr(importlib.import_module(f"custom_ops.{module}"), name) for module, name in tables.TABLES}
+TABLES = {f"{module}.{name}": getattr(importlib.import_module(f"kiln.custom_ops.{module}"), name) for module, name in tables.TABLES}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_borrowed_is_named():
 
 def test_every_table_of_head_dimensions_is_listed():
     """What is not listed is neither borrowed nor missed with a word: every module-level table by (architecture, head dimension)."""
-    for module in pkgutil.walk_packages(custom_ops.__path__, "custom_ops."):
+    for module in pkgutil.walk_packages(custom_ops.__path__, "kiln.custom_ops."):
         for name, value in vars(importlib.import_module(module.name)).items() if not module.name.endswith("__main__") else ():
             if isinstance(value, dict) and value and all(isinstance(k, tuple) and len(k) == 2 and k[0] in SMS for k in value):
                 assert any(value is table for table in TABLES.values()), f"{module.name}.{name}"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from custom_ops.attention.flash import attend
-from custom_ops.tq4 import codec
-from custom_ops.tq4.attention import tq4_attention
-from custom_ops.tq4.codec import tq4_write
+from kiln.custom_ops.attention.flash import attend
+from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.tq4.attention import tq4_attention
+from kiln.custom_ops.tq4.codec import tq4_write
 from tests.custom_ops import tq4_cache
 from tests.opaque import check_whole
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 
-from custom_ops.attention import prepare
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.tq4 import attention, codec, decode
-from custom_ops.weights import fixed_point
+from kiln.custom_ops.attention import prepare
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.tq4 import attention, codec, decode
+from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops import tq4_cache
 from tests.custom_ops.interpret import interpreted
 

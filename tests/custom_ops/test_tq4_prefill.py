@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.tq4 import attention, prefill
-from custom_ops.tq4.prefill import PrefillTile
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.tq4 import attention, prefill
+from kiln.custom_ops.tq4.prefill import PrefillTile
 from tests.custom_ops import tq4_cache
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_attention_kernels import error, random

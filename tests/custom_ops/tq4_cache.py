@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops.tq4 import codec
+from kiln.custom_ops.tq4 import codec
 
 
 def codes_of(x: torch.Tensor, slots: int, used: int) -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.source.gguf import open_gguf
-from exporter.tools.quantize import to_float
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.tools.quantize import to_float
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kiln as kiln_module
 import numpy as np
 import pytest
 import torch
 
-from passes.pipeline import PIPELINE
+import kiln as kiln_module
+from kiln.passes.pipeline import PIPELINE
 from tests.conftest import kiln
 from tests.timeline import CHUNK, TOLERANCE, WINDOW, all_ways, fixture_logits, fixture_tokens, worst
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.artifact.cost import cost
-from exporter.artifact.record import kv_record
-from exporter.errors import KilnError
-from exporter.measure import bench, kernel_times
-from exporter.model.caches import kv_plan
-from exporter.model.records import Experts
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import WeightPlan, plan_constants, plan_weights
-from exporter.tools.synth import write_synthetic
-from passes.records import PassOptions
+from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.record import kv_record
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure import bench, kernel_times
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.records import Experts
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import WeightPlan, plan_constants, plan_weights
+from kiln.exporter.tools.synth import write_synthetic
+from kiln.passes.records import PassOptions
 from tests.conftest import kiln
 
 RUNNER = Path(sys.executable).parent / "kiln-run"

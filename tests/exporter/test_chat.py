@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import KilnError
-from exporter.source import chat as module
-from exporter.source.chat import read_chat, render_chat, template_text
-from exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source import chat as module
+from kiln.exporter.source.chat import read_chat, render_chat, template_text
+from kiln.exporter.source.tokenizer import read_tokenizer
 from tests.exporter.test_tokenizer import small
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from exporter import build
-from exporter.artifact.memory import memory_plan
-from exporter.cli import main
-from exporter.compiler.trace import lower
-from exporter.errors import KilnError
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import read_plan
-from exporter.tools.synth import write_synthetic
+from kiln.exporter import build
+from kiln.exporter.artifact.memory import memory_plan
+from kiln.exporter.cli import main
+from kiln.exporter.compiler.trace import lower
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
@@ -246,6 +246,6 @@ def test_the_peak_is_the_childs_own(tmp_path):
 
 def sparse_31b(path: Path) -> None:
     """A 31B Q4_K_M file whose tensor data is a hole: the plan reads shapes alone."""
-    from exporter.tools.synth import write_synthetic
+    from kiln.exporter.tools.synth import write_synthetic
 
     write_synthetic(path, "gemma4-31b", "q4_k_m", 0, sparse=True)

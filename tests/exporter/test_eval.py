@@ -16,12 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from custom_ops.tq4 import codec
-from exporter.cli import main
-from exporter.errors import KilnError
-from exporter.measure import evaluate as ev
-from exporter.measure import players as pl
-from exporter.source.plan import read_plan
+from kiln.custom_ops.tq4 import codec
+from kiln.exporter.cli import main
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure import evaluate as ev
+from kiln.exporter.measure import players as pl
+from kiln.exporter.source.plan import read_plan
 from tests.conftest import kiln
 from tests.timeline import FIXTURES, TOLERANCE, fixture_logits, fixture_tokens
 

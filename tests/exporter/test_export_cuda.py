@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.gpu import contract
-from custom_ops.gpu.cubin import kernels
-from custom_ops.weights.gemv import GemvConfig
-from exporter.tools.synth import write_synthetic
+from kiln.custom_ops.gpu import contract
+from kiln.custom_ops.gpu.cubin import kernels
+from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.tools.cubins import architecture, cubins, registers
 

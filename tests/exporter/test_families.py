@@ -11,15 +11,15 @@ import pytest
 import torch
 from gguf import GGUFValueType
 
-import passes.edit as edit
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights.mixes import MIXES, block_types
-from exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
-from exporter.errors import KilnError
-from exporter.model.caches import kv_plan
-from exporter.source.config import from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.tools.synth import synth_plan, write_synthetic
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights.mixes import MIXES, block_types
+from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.tools.synth import synth_plan, write_synthetic
+from kiln.passes import edit
 from tests.conftest import kiln
 from tests.exporter import plain_forward
 from tests.gguf_files import rewrite

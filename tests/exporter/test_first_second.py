@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.cli import main
-from exporter.compiler import host
-from exporter.compiler.host import check_compiler, compile_failure
+from kiln.exporter.cli import main
+from kiln.exporter.compiler import host
+from kiln.exporter.compiler.host import check_compiler, compile_failure
 from tests.timeline import FIXTURES
 
 ROOT = Path(__file__).parents[2]
@@ -100,8 +100,8 @@ export TMPDIR=$(mktemp -d -p /dev/shm)
 trap 'rm -rf "$TMPDIR"' EXIT
 ! {sys.executable} -m exporter export --gguf {TINY} --out /tmp/new/art --target cpu
 {sys.executable} -c '
-from exporter.compiler.host import check_compiler
-from exporter.temporary import working_folder
+from kiln.exporter.compiler.host import check_compiler
+from kiln.exporter.temporary import working_folder
 with working_folder() as folder:
     check_compiler(folder)
 '
@@ -158,7 +158,7 @@ def test_a_failed_compilation_is_one_line_and_a_file(tmp_path, monkeypatch):
 
 
 def test_no_traceback_for_a_file_that_cannot_be_written(tmp_path, monkeypatch):
-    from exporter import build
+    from kiln.exporter import build
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "tokenizer.json")
@@ -170,7 +170,7 @@ def test_no_traceback_for_a_file_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_space_for_the_weights_is_looked_for_first(tmp_path, monkeypatch):
-    from exporter import build
+    from kiln.exporter import build
 
     monkeypatch.setattr(build, "weight_bytes", lambda *arguments: 1 << 60)
     result = CliRunner().invoke(main, ["export", "--gguf", str(TINY), "--out", str(tmp_path / "art"), "--target", "cpu"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import survey
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import survey
 from tests.tools.fuzz_python import base, batch, bounded, check_gguf
 
 CORPUS = sorted((Path(__file__).parents[1] / "corpus" / "gguf").glob("*"))

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 
-from exporter.errors import KilnError
-from exporter.model.records import Dense
-from exporter.source.config import check_tensors, expected_tensors, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import read_plan
-from exporter.tools.synth import key_value
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.records import Dense
+from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.tools.synth import key_value
 from tests.gguf_files import FIXTURES, WIDE, entries, rewrite, write
 
 MODELS = sorted(p for p in FIXTURES.glob("*.gguf") if "vocab" not in p.name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.tools.synth import write_synthetic
+from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln, shared
 from tests.exporter.test_artifact import ids, run
 from tests.sessions import interleaved_equal_solo

@@ -40,9 +40,9 @@ def test_nothing_stays(tmp_path, phase, number):
 REPLACING = """
 import itertools, json, sys
 from pathlib import Path
-from exporter.artifact import output
-from exporter.interrupt import ending_cleanly
-from exporter.temporary import working_folder
+from kiln.exporter.artifact import output
+from kiln.exporter.interrupt import ending_cleanly
+from kiln.exporter.temporary import working_folder
 if sys.argv[2] == "rename":
     output._exchange = lambda a, b: False
 with ending_cleanly():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import linear
-from custom_ops.weights.layouts import LAYOUTS
-from custom_ops.weights.matmul import choosing
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import linear
+from kiln.custom_ops.weights.layouts import LAYOUTS
+from kiln.custom_ops.weights.matmul import choosing
 
 
 class Products(torch.nn.Module):
@@ -37,7 +37,7 @@ def wrapper(directory: str, choice: str) -> tuple[str, list[str]]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = f"{directory}/inductor", f"{directory}/triton"
     import torch._inductor
 
-    from exporter.compiler import torch_private
+    from kiln.exporter.compiler import torch_private
 
     gpu = gpu_targets()["sm_90"]
     linear.MAX_SCRATCH_BYTES = 512 * 512 * 2

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.measure.players import AllPositionsSpec
-from exporter.model import decoder
-from exporter.model.decoder import SAMPLING_INPUTS
-from exporter.model.records import ModelConfig
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import derived_constants
-from passes.records import PassOptions
+from kiln.exporter.measure.players import AllPositionsSpec
+from kiln.exporter.model import decoder
+from kiln.exporter.model.decoder import SAMPLING_INPUTS
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import derived_constants
+from kiln.passes.records import PassOptions
 from tests.exporter.test_families import MODELS, Model, model_file
 from tests.timeline import graph_spec, weights
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
-from exporter.model.caches import kv_plan
+from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
+from kiln.exporter.model.caches import kv_plan
 from tests.timeline import FIXTURES, TOLERANCE, all_ways, fixture_logits, fixture_tokens, graph_spec, weights, worst
 
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
@@ -87,7 +87,7 @@ def test_quantized_model_is_the_float_model_of_its_values(mix, tmp_path):
     import gguf
     import numpy as np
 
-    from exporter.source.gguf import open_gguf
+    from kiln.exporter.source.gguf import open_gguf
 
     path = FIXTURES / f"gemma4-tiny-dense-wide-{mix}.gguf"
     spec = graph_spec(path)

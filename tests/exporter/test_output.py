@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter import temporary
-from exporter.artifact import output
-from exporter.artifact.output import check_output, check_space, staged
-from exporter.errors import KilnError
+from kiln.exporter import temporary
+from kiln.exporter.artifact import output
+from kiln.exporter.artifact.output import check_output, check_space, staged
+from kiln.exporter.errors import KilnError
 
 ROOT = Path(__file__).parents[2]
 ODD = ["my art", "it's", 'a "b"', "ärt 窯", "-art", "a$(touch x);&|*?[b]", "n" * 200, "n" * 255, "窯" * 85, "new\nline"]
@@ -237,7 +237,7 @@ def dead_folder(parent: Path, name: str) -> Path:
     script = f"""
 import os, signal
 from pathlib import Path
-from exporter.temporary import owned
+from kiln.exporter.temporary import owned
 with owned(Path({str(parent)!r}) / {name!r}.format(pid=os.getpid())) as folder:
     (folder / "weights").write_text("17 GB")
     print(folder, flush=True)

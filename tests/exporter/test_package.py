@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.compiler import package
-from exporter.errors import KilnError
+from kiln.exporter.compiler import package
+from kiln.exporter.errors import KilnError
 
 WRAPPER = """
     constants_info_[0].dtype = cached_torch_dtype_float32;

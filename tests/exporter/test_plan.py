@@ -18,15 +18,15 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.artifact.load import load_weights
-from exporter.artifact.weights import write_weights
-from exporter.cli import main
-from exporter.errors import KilnError, Problems
-from exporter.source import gguf as reader
-from exporter.source.config import families, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import ReadOptions, read_plan, survey
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.cli import main
+from kiln.exporter.errors import KilnError, Problems
+from kiln.exporter.source import gguf as reader
+from kiln.exporter.source.config import families, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import ReadOptions, read_plan, survey
 from tests.exporter.test_gguf import split
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 

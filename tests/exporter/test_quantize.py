@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from custom_ops.weights.block_types import LAYOUTS
-from exporter.errors import KilnError
-from exporter.source.config import check_tensors, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.tools.quantize import quantize, quantized_plan, to_float, write_quantized
-from exporter.tools.synth import synth_plan, write_synthetic
+from kiln.custom_ops.weights.block_types import LAYOUTS
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.config import check_tensors, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.tools.quantize import quantize, quantized_plan, to_float, write_quantized
+from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from tests.gguf_files import rewrite
 
 TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -96,7 +96,7 @@ def test_refusals() -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x = values(rows=5, columns=768)
     whole = quantize("Q4_K", x)
-    monkeypatch.setattr("exporter.tools.quantize.CHUNK", 512)
+    monkeypatch.setattr("kiln.exporter.tools.quantize.CHUNK", 512)
     np.testing.assert_array_equal(quantize("Q4_K", x), whole)
 
 

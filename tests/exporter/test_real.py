@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.measure.players import AllPositionsSpec
-from exporter.model.decoder import SAMPLING_INPUTS
-from exporter.source.gguf import open_gguf
-from passes.records import PassOptions
+from kiln.exporter.measure.players import AllPositionsSpec
+from kiln.exporter.model.decoder import SAMPLING_INPUTS
+from kiln.exporter.source.gguf import open_gguf
+from kiln.passes.records import PassOptions
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES, graph_spec, weights
 

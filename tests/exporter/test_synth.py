@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-import exporter.tools.synth as synth
-from custom_ops.geometry import GEOMETRIES
-from custom_ops.weights.mixes import MIXES, SYNTHETIC
-from exporter.errors import KilnError
-from exporter.source.config import check_tensors, from_gguf
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.tokenizer import read_tokenizer
-from exporter.tools.synth import synth_plan, tensor_bytes, write_synthetic
+from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.weights.mixes import MIXES, SYNTHETIC
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.config import check_tensors, from_gguf
+from kiln.exporter.source.gguf import GGUFFile, open_gguf
+from kiln.exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.tools import synth
+from kiln.exporter.tools.synth import synth_plan, tensor_bytes, write_synthetic
 from tests.gguf_files import FIXTURES
 
 VOCAB = FIXTURES / "gemma4-vocab.gguf"

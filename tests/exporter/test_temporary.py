@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from exporter import temporary
-from exporter.compiler import workers
-from exporter.errors import KilnError
-from exporter.files import replacing
-from exporter.temporary import working_folder
+from kiln.exporter import temporary
+from kiln.exporter.compiler import workers
+from kiln.exporter.errors import KilnError
+from kiln.exporter.files import replacing
+from kiln.exporter.temporary import working_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +25,10 @@ ROOT = Path(__file__).parents[2]
 HOLDER = """
 import subprocess, sys, threading, time
 from pathlib import Path
-from exporter.compiler import workers
-from exporter.files import replacing
-from exporter.interrupt import ending_cleanly, held
-from exporter.temporary import working_folder
+from kiln.exporter.compiler import workers
+from kiln.exporter.files import replacing
+from kiln.exporter.interrupt import ending_cleanly, held
+from kiln.exporter.temporary import working_folder
 
 def main():
     with ending_cleanly(), working_folder() as folder, workers.none_left(), replacing(Path(sys.argv[1]), "it") as f:
@@ -139,7 +139,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     script = 'trap "" HUP; exec "$0" -c "$1"'
     code = """
 import os, signal
-from exporter.interrupt import ending_cleanly
+from kiln.exporter.interrupt import ending_cleanly
 with ending_cleanly():
     os.kill(os.getpid(), signal.SIGHUP)
     print("alive")
@@ -215,7 +215,7 @@ def test_what_else_was_started_ends_too(tmp_path):
     """`kiln bench` measures runners: they get SIGTERM when it is ended itself."""
     code = """
 import subprocess, sys
-from exporter.interrupt import ending_cleanly
+from kiln.exporter.interrupt import ending_cleanly
 with ending_cleanly():
     child = subprocess.Popen(["sleep", "600"])
     print(child.pid, flush=True)

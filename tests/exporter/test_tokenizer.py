@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import kiln
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
-from exporter.errors import KilnError
-from exporter.source.chat import read_chat, render_chat, template_text
-from exporter.source.gguf import open_gguf
-from exporter.source.tokenizer import read_tokenizer
+import kiln
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.chat import read_chat, render_chat, template_text
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.tokenizer import read_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KILN_RUN = Path(sys.executable).parent / "kiln-run"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from exporter.artifact.manifest import FORMAT_VERSION
-from exporter.artifact.verify import check_package, verify
-from exporter.cli import main
-from exporter.errors import KilnError
+from kiln.exporter.artifact.manifest import FORMAT_VERSION
+from kiln.exporter.artifact.verify import check_package, verify
+from kiln.exporter.cli import main
+from kiln.exporter.errors import KilnError
 
 ENTRIES = ("prefill", "decode")
 GOOD = [f"{entry}.so" for entry in ENTRIES]

@@ -16,15 +16,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
-import exporter.artifact.weights as weights
-from custom_ops.weights.layouts import LAYOUTS, dequantize, unpack
-from exporter.artifact.load import load_weights
-from exporter.artifact.weights import write_weights
-from exporter.errors import KilnError
-from exporter.source.gguf import GGUFFile, open_gguf
-from exporter.source.plan import read_plan
-from exporter.source.weights import WeightPlan, constants, weight_bytes
-from exporter.tools.synth import write_synthetic
+from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, unpack
+from kiln.exporter.artifact import weights
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.gguf import GGUFFile, open_gguf
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.source.weights import WeightPlan, constants, weight_bytes
+from kiln.exporter.tools.synth import write_synthetic
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 
 MODELS = sorted(p for p in FIXTURES.glob("*.gguf") if "vocab" not in p.name)
@@ -222,9 +222,9 @@ def test_loading_checks_the_records(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from exporter.source.plan import read_plan
-from exporter.source.weights import weight_bytes
-import exporter.artifact.weights as weights
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.source.weights import weight_bytes
+from kiln.exporter.artifact import weights
 plan = read_plan(sys.argv[1])
 weights.SLAB_BYTES = 8 << 20
 

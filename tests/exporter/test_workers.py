@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from exporter.compiler import workers
-from exporter.errors import KilnError
+from kiln.exporter.compiler import workers
+from kiln.exporter.errors import KilnError
 
 
 def test_a_prepared_worker_is_taken_once() -> None:

@@ -21,10 +21,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from exporter.artifact.manifest import read_manifest
-from exporter.errors import KilnError
-from exporter.measure import evaluate as ev
-from exporter.measure.players import ArtifactPlayer
+from kiln.exporter.artifact.manifest import read_manifest
+from kiln.exporter.errors import KilnError
+from kiln.exporter.measure import evaluate as ev
+from kiln.exporter.measure.players import ArtifactPlayer
 from tests.nano import data
 from tests.nano.grammar import passkeys
 

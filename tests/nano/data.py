@@ -22,7 +22,7 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
-from exporter.errors import KilnError
+from kiln.exporter.errors import KilnError
 from tests.nano import grammar
 from tests.nano.vocabulary import BOS, EOS
 

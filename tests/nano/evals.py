@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.measure import evaluate as ev
+from kiln.exporter.measure import evaluate as ev
 from tests.nano import data
 from tests.nano.model import Cache, Nano
 from tests.nano.vocabulary import BOS, EOS
@@ -81,7 +81,7 @@ def haystack(model: Nano, maker: data.Maker, length: int, needles: int, trials: 
 
 
 def joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pieces of `exporter.evaluate.compare_rows` as one, on the host."""
+    """Pieces of `kiln.exporter.evaluate.compare_rows` as one, on the host."""
     every = list(parts)
     return {key: torch.cat([part[key].cpu() for part in every]) for key in every[0]}
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.tq4 import codec
-from exporter.measure import evaluate as ev
-from exporter.measure import players as pl
-from exporter.model.records import Layer as LayerConfig
-from exporter.source.plan import read_plan
-from exporter.tools.quantize import write_quantized
-from passes.records import PassOptions
+from kiln.custom_ops.tq4 import codec
+from kiln.exporter.measure import evaluate as ev
+from kiln.exporter.measure import players as pl
+from kiln.exporter.model.records import Layer as LayerConfig
+from kiln.exporter.source.plan import read_plan
+from kiln.exporter.tools.quantize import write_quantized
+from kiln.passes.records import PassOptions
 from tests.nano import data, vocabulary
 from tests.nano.evals import joined, retrieve
 from tests.nano.model import Cache, Nano, load_gguf
@@ -240,7 +240,7 @@ class Study:
         return torch.cat([model.read(ids[at:to], cache) for at, to in steps(len(ids))])
 
     def compare(self, model: Nano, h: Tensor, base: Tensor, ids: list[int]) -> dict[str, Tensor]:
-        """As `exporter.evaluate.score_text`, from the states of both."""
+        """As `kiln.exporter.evaluate.score_text`, from the states of both."""
         return joined(measure(model.logits(base[at:to]), model.logits(h[at:to]), ids[at + 1 : to + 1]) for at, to in steps(len(ids) - 1))
 
     def keys(self, model: Nano, setting: Setting, depth: int, stacks: list[ev.Haystack], after: Callable | None = None) -> list[bool]:

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from gguf import GGUFValueType
 from torch import Tensor, nn
 
-from custom_ops.geometry import EPS, GEMMA4_31B, Heads
-from exporter.model.families import gemma4
-from exporter.model.records import Layer as LayerConfig
-from exporter.model.records import ModelConfig
-from exporter.source.config import check_tensors, expected_tensors, from_gguf
-from exporter.source.gguf import open_gguf
-from exporter.source.weights import derived_constants
-from exporter.tools import synth
-from exporter.tools.quantize import quantize, to_float
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Heads
+from kiln.exporter.model.families import gemma4
+from kiln.exporter.model.records import Layer as LayerConfig
+from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.weights import derived_constants
+from kiln.exporter.tools import synth
+from kiln.exporter.tools.quantize import quantize, to_float
 
 NAME = "gemma4-nano"
 FAR = 1 << 30  # the position of a key that is not there: after every query

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 import torch
 
-from exporter.errors import KilnError
-from exporter.source.gguf import open_gguf
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.gguf import open_gguf
 from tests.nano import artifact_study as study
 from tests.nano import data, vocabulary
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops.tq4 import codec
-from exporter.compiler.trace import lower, make_kv, runnable
-from exporter.tools.quantize import write_quantized
+from kiln.custom_ops.tq4 import codec
+from kiln.exporter.compiler.trace import lower, make_kv, runnable
+from kiln.exporter.tools.quantize import write_quantized
 from tests.nano import data, vocabulary
 from tests.nano.evals import STOP
 from tests.nano.grammar import passkeys

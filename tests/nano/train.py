@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from exporter.tools.quantize import write_quantized
+from kiln.exporter.tools.quantize import write_quantized
 from tests.nano import data, evals, vocabulary
 from tests.nano.model import NAME, Nano, load_gguf, nano_config, save_gguf
 

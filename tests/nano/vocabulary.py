@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from exporter.source.tokenizer import SPACE, read_tokenizer
+from kiln.exporter.source.tokenizer import SPACE, read_tokenizer
 
 SPECIAL = (  # text, GGUF token type (3 control, 4 user-defined); ids are the positions, the first five as in Gemma
     ("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 3), ("<mask>", 3), ("<|turn>", 3), ("<turn|>", 3), ("<|tool_response>", 4),

@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-import custom_ops.ops  # noqa: F401
-import exporter.tools.synth as synth
-import passes.edit as edit
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import fixed_point, gemv
-from custom_ops.weights.gemv import GemvConfig
-from exporter.compiler.torch_private import fake_export
-from exporter.compiler.trace import lower, make_kv, runnable
-from exporter.errors import KilnError
-from passes import fuse_decode
-from passes.records import Lowered, PassOptions
-from passes.verifier import verify
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import fixed_point, gemv
+from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.compiler.torch_private import fake_export
+from kiln.exporter.compiler.trace import lower, make_kv, runnable
+from kiln.exporter.errors import KilnError
+from kiln.exporter.tools import synth
+from kiln.passes import edit, fuse_decode
+from kiln.passes.records import Lowered, PassOptions
+from kiln.passes.verifier import verify
 from tests.custom_ops.test_linear import random_weight
 from tests.timeline import FIXTURES, GREEDY, WINDOW, fixture_tokens, graph_spec, weights
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 
-from custom_ops.geometry import GEOMETRIES
-from custom_ops.gpu.target import compiling_for, gpu_targets
-from custom_ops.weights import gemv
-from exporter.compiler.trace import lower, make_kv, runnable
-from exporter.tools.synth import write_synthetic
+from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.weights import gemv
+from kiln.exporter.compiler.trace import lower, make_kv, runnable
+from kiln.exporter.tools.synth import write_synthetic
 from tests.custom_ops.interpret import interpreted
 from tests.timeline import GREEDY, graph_spec, weights
 

@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-import custom_ops.ops  # noqa: F401
-import passes.edit as edit
-from custom_ops.attention.flash import attend
-from custom_ops.tq4 import codec
-from exporter.compiler.torch_private import fake_export
-from exporter.compiler.trace import lower, make_kv, runnable, trace
-from exporter.errors import KilnError
-from exporter.model.caches import kv_plan
-from passes import chunked_lm_head, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
-from passes.edit import PassError
-from passes.pipeline import PIPELINE, run_pipeline
-from passes.records import Lowered, PassOptions, PassReport
-from passes.verifier import verify
+from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.attention.flash import attend
+from kiln.custom_ops.tq4 import codec
+from kiln.exporter.compiler.torch_private import fake_export
+from kiln.exporter.compiler.trace import lower, make_kv, runnable, trace
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import kv_plan
+from kiln.passes import chunked_lm_head, edit, free_kv_buffers, index_copy, kv_len, own_matmul, turboquant
+from kiln.passes.edit import PassError
+from kiln.passes.pipeline import PIPELINE, run_pipeline
+from kiln.passes.records import Lowered, PassOptions, PassReport
+from kiln.passes.verifier import verify
 from tests.custom_ops import tq4_cache
 from tests.timeline import FIXTURES, GREEDY, graph_spec, weights
 
@@ -288,7 +287,7 @@ def test_what_is_missed_is_an_error_or_told(monkeypatch):
     def part(lowered, options):
         return PassReport("part", "applied", take["places"])
 
-    monkeypatch.setattr("passes.pipeline.PIPELINE", (("part", part),))
+    monkeypatch.setattr("kiln.passes.pipeline.PIPELINE", (("part", part),))
     program, expected = trace(graph_spec(WIDE), "decode", "cpu"), {"part": {"blk.1.attention": "", "blk.5.attention": "V is F16"}}
     missed = "pass part rewrote 1 of 2 places; not blk.5.attention (V is F16)"
     with pytest.raises(PassError, match=re.escape(missed + "; --allow-unfused exports the model as it is, slower")):
@@ -417,7 +416,7 @@ class TestVerifier:
 
 
 def test_a_broken_pass_is_named(monkeypatch):
-    import passes.pipeline as pipeline
+    from kiln.passes import pipeline
 
     def broken(lowered, options):
         node = next(n for n in lowered.program.graph.nodes if edit.is_call(n, kiln.sample.default))

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.compiler.package import write_package
-from exporter.compiler.workers import take
+from kiln.exporter.compiler.package import write_package
+from kiln.exporter.compiler.workers import take
 
 KILN_RUN = Path(os.environ.get("KILN_RUN", Path(sys.executable).parent / "kiln-run"))  # named where it is built with sanitizers
 VOCAB, WIDTH, WINDOW, MAX_SEQ, CHUNK = 61, 8, 4, 24, 12
@@ -64,7 +64,7 @@ def compile_toy(path: Path, device: str) -> None:
 
 
 def _compile_entry(entry: str, device: str, work: str) -> str:
-    from exporter.compiler import torch_private
+    from kiln.exporter.compiler import torch_private
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = work
     options = torch_private.inductor_options(None, entry)

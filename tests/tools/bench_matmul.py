@@ -28,14 +28,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from custom_ops.gpu.launch import kernel
-from custom_ops.gpu.target import GpuTarget, compiling_for, gpu_targets
-from custom_ops.weights import linear, matmul
-from custom_ops.weights.dequantize import kiln_dequantize
-from custom_ops.weights.layouts import LAYOUTS
-from custom_ops.weights.matmul import MatmulTile
-from custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
-from custom_ops.weights.packed import format_constants
+from kiln.custom_ops.gpu.launch import kernel
+from kiln.custom_ops.gpu.target import GpuTarget, compiling_for, gpu_targets
+from kiln.custom_ops.weights import linear, matmul
+from kiln.custom_ops.weights.dequantize import kiln_dequantize
+from kiln.custom_ops.weights.layouts import LAYOUTS
+from kiln.custom_ops.weights.matmul import MatmulTile
+from kiln.custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
+from kiln.custom_ops.weights.packed import format_constants
 
 SHAPES = ((16384, 5376), (5376, 8192), (21504, 5376), (5376, 21504), (18432, 5376), (5376, 16384))  # (N, K)
 FIRST = SHAPES[:2]  # on which the field is narrowed
@@ -118,7 +118,7 @@ class Product:
 
 def compile_one(product: Product) -> tuple[Product, str, int]:
     """In a worker, into the cache: (product, what is wrong, bytes of shared memory)."""
-    from exporter.compiler.torch_private import cubin_resources
+    from kiln.exporter.compiler.torch_private import cubin_resources
 
     try:
         compiled = product.compiled()
@@ -231,7 +231,7 @@ def clocks() -> str:
 
 def packed_weights() -> list[list[tuple]]:
     """Random packed weights of LAYERS, each read from memory."""
-    from custom_ops.bench.cases import packed
+    from kiln.custom_ops.bench.cases import packed
 
     generator = torch.Generator("cuda").manual_seed(3)
     return [[(block_type, n, k, *packed(block_type, n, k, generator)) for block_type, n, k in layer] for layer in LAYERS]

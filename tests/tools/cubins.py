@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-from custom_ops.gpu.cubin import images
+from kiln.custom_ops.gpu.cubin import images
 
 
 def cubins(package: Path) -> dict[str, list[bytes]]:

@@ -24,13 +24,13 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from exporter.artifact.weights import write_weights
-from exporter.errors import KilnError
-from exporter.source.chat import render_chat
-from exporter.source.gguf import open_gguf
-from exporter.source.plan import ReadOptions, read_plan, survey
-from exporter.source.tokenizer import read_tokenizer
-from exporter.tools.synth import write_synthetic
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.errors import KilnError
+from kiln.exporter.source.chat import render_chat
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.plan import ReadOptions, read_plan, survey
+from kiln.exporter.source.tokenizer import read_tokenizer
+from kiln.exporter.tools.synth import write_synthetic
 
 CPU_SECONDS = 10.0  # of one input; the largest legal one takes a twentieth
 MEMORY = 12 << 30  # of address space: more is a MemoryError, which is a finding
@@ -257,7 +257,7 @@ def check_template(template: str) -> None:
 
 def check_text(data: bytes) -> None:
     """--text of `kiln eval`: UTF-8 text as it is, or one line."""
-    from exporter.measure.evaluate import _read_text
+    from kiln.exporter.measure.evaluate import _read_text
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "t.txt"

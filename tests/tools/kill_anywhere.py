@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.artifact.verify import verify
-from exporter.errors import KilnError
+from kiln.exporter.artifact.verify import verify
+from kiln.exporter.errors import KilnError
 
 ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "gemma4-tiny-dense.gguf"
@@ -35,8 +35,8 @@ RUN_PHASES = {"loading": "", "generating": None}
 BEGIN_ANOTHER = """
 import sys
 from pathlib import Path
-from exporter.artifact.output import check_output, staged
-from exporter.temporary import working_folder
+from kiln.exporter.artifact.output import check_output, staged
+from kiln.exporter.temporary import working_folder
 try:
     with working_folder(), staged(check_output(Path(sys.argv[1]), force=True)):
         raise StopIteration

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.measure.bench import add_costs, ceilings_of
+from kiln.exporter.measure.bench import add_costs, ceilings_of
 
 ROOT = Path(__file__).parents[2]
 VOCAB = ROOT / "tests" / "fixtures" / "gemma4-vocab.gguf"

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.artifact.load import load_weights
-from exporter.tools.synth import write_synthetic
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.tools.synth import write_synthetic
 from tests.timeline import graph_spec
 from tests.tools.rebuild import complete
 

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from exporter.artifact.manifest import file_records, weights_record
-from exporter.artifact.weights import write_weights
-from exporter.source.plan import read_plan
+from kiln.exporter.artifact.manifest import file_records, weights_record
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.source.plan import read_plan
 
 
 def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:

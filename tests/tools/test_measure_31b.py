@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.measure.runner import runner
+from kiln.exporter.measure.runner import runner
 from tests.timeline import FIXTURES
 from tests.tools import measure_31b
 

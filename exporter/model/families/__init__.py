@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from custom_ops.geometry import Geometry
-from exporter.model.records import ModelConfig
+from kiln.custom_ops.geometry import Geometry
+from kiln.exporter.model.records import ModelConfig
 
 if TYPE_CHECKING:
-    from exporter.source.fields import Fields
+    from kiln.exporter.source.fields import Fields
 
 
 @dataclass(frozen=True)

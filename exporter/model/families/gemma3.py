@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
-from custom_ops.geometry import Geometry
-from exporter.model.families import Family
-from exporter.model.records import Attention, Dense, Layer, ModelConfig, Rope
-from exporter.source.fields import Fields
+from kiln.custom_ops.geometry import Geometry
+from kiln.exporter.model.families import Family
+from kiln.exporter.model.records import Attention, Dense, Layer, ModelConfig, Rope
+from kiln.exporter.source.fields import Fields
 
 THETA_FULL, THETA_SLIDING = 1e6, 1e4
 LAYERS_27B = 62  # its scores are scaled by the hidden size over the heads, which no key says

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from custom_ops.geometry import Geometry
-from exporter.model.families import Family
-from exporter.model.records import Attention, Dense, Layer, ModelConfig, Rope
-from exporter.source.fields import Fields
+from kiln.custom_ops.geometry import Geometry
+from kiln.exporter.model.families import Family
+from kiln.exporter.model.records import Attention, Dense, Layer, ModelConfig, Rope
+from kiln.exporter.source.fields import Fields
 
 THETA = 1e4
 DIVISORS = "rope_freqs.weight"
