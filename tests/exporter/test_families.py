@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFValueType
-
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
 from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
@@ -20,6 +19,7 @@ from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from kiln.passes import edit
+
 from tests.conftest import kiln
 from tests.exporter import plain_forward
 from tests.gguf_files import rewrite
@@ -141,7 +141,7 @@ def test_the_whole_decode_is_fused_for_a_gpu(preset: str, turboquant: bool, tmp_
 
 
 @pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(m, marks=pytest.mark.nightly) for m in MODELS[1:])], ids=lambda m: m.name)
-def test_compiled_and_played(model: Model, files: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_compiled_and_played(model: Model, files: Path, tmp_path: Path) -> None:
     """AOTInductor's code in the runner: a batch, then token by token."""
     runner = pytest.importorskip("kiln")
     path = model_file(model, files)
