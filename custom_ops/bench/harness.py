@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import triton
-
 from kiln.custom_ops.attention import flash, prepare, sliding_decode
 from kiln.custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
 from kiln.custom_ops.bench.cases import (
@@ -33,14 +32,17 @@ from kiln.custom_ops.bench.cases import (
     sample_case,
 )
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
-from kiln.custom_ops.step import add_norm, sample
+from kiln.custom_ops.experts import linear as expert_linear
+from kiln.custom_ops.experts import route
+from kiln.custom_ops.step import add_norm, gate, sample
 from kiln.custom_ops.tq4 import attention, codec, decode, prefill
 from kiln.custom_ops.weights import embedding, gemv, linear, matmul
 
 COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
-LAUNCHING = (prepare, flash, gemv, matmul, add_norm, embedding, linear, sample, sliding_decode, codec, attention, decode, prefill)
+LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode, codec,
+             attention, decode, prefill)  # fmt: skip
 SEED = 1
 
 

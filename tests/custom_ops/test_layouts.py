@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack, unpack
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -132,7 +131,7 @@ def test_every_fixture_tensor(path: Path) -> None:
     assert tensors
     for tensor in tensors:
         block_type = tensor.tensor_type.name
-        rows = np.asarray(tensor.data)
+        rows = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])  # of a stack of matrices, too
         blocks = rows.reshape(rows.shape[0], -1, LAYOUTS[block_type].block_bytes)
         words, halves = pack(block_type, blocks)
         np.testing.assert_array_equal(unpack(block_type, words, halves), blocks)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
 from kiln.exporter import build
 from kiln.exporter.artifact.memory import memory_plan
 from kiln.exporter.cli import main
@@ -21,6 +20,7 @@ from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools.synth import write_synthetic
+
 from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
@@ -117,7 +117,7 @@ def test_kv_cache(tmp_path, options, cache):
 
 def test_keys_that_do_not_fit_float16(tmp_path):
     """Where 16 bits are asked for: a norm's weight times the root of the head size may be too large, a little less is not."""
-    head_dim = min(layer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
+    head_dim = min(layer.mixer.head_dim for layer in from_gguf(open_gguf(TINY)).layers)
 
     def export(weight, *options):
         norm = np.ones(head_dim, np.float32)

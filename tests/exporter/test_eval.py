@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 from random import Random
 
+import kiln as kiln_package
 import pytest
 import torch
 from click.testing import CliRunner
-
-import kiln as kiln_package
 from kiln.custom_ops.tq4 import codec
 from kiln.exporter.cli import main
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure import evaluate as ev
 from kiln.exporter.measure import players as pl
 from kiln.exporter.source.plan import read_plan
+
 from tests.conftest import kiln
 from tests.timeline import FIXTURES, TOLERANCE, fixture_logits, fixture_tokens
 
@@ -266,9 +266,8 @@ def test_missing_packages(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(KilnError, match="--plot needs matplotlib"):  # before the file, which is not there, is opened
         ev.evaluate(ev.EvalOptions(tmp_path / "none.gguf", ("needle",), picture=tmp_path / "x.png"))
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(KilnError, match="needs the package tokenizers"):
-        pl.gguf_text(read_plan(GGUF))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # which nothing needs
+    assert pl.gguf_text(read_plan(GGUF)) is not None
     monkeypatch.setitem(sys.modules, "kiln._runtime", None)
     for name in kiln_package.__all__:
         monkeypatch.delitem(vars(kiln_package), name, raising=False)

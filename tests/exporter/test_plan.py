@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType, GGUFValueType
-
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.artifact.load import load_weights
 from kiln.exporter.artifact.weights import write_weights
@@ -27,6 +26,7 @@ from kiln.exporter.source import gguf as reader
 from kiln.exporter.source.config import families, from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import ReadOptions, read_plan, survey
+
 from tests.exporter.test_gguf import split
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 
@@ -189,7 +189,7 @@ def test_every_key_of_the_list_is_applied_harmless_or_refused(tmp_path: Path) ->
     table = families()["gemma4"]
     applied = {spec["key"] for spec in table["keys"].values()} | set(table["same"]) | {"gemma4.vocab_size"}
     keys = [k for k in gemma_keys() if k not in applied and not k.startswith(tuple(table["harmless"]["prefixes"]))]
-    assert len(gemma_keys()) > 100 and len(keys) > 80
+    assert len(gemma_keys()) > 100 and len(keys) > 70
     path = rewrite(tmp_path / "m.gguf", set_keys={key: (F32, 7.5) for key in keys})
     found = survey(path)
     experts = [k for k in keys if k.startswith("gemma4.expert_")]

@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 
 import triton
-
 from kiln.custom_ops.gpu.cubin import images
 
 
@@ -37,7 +36,7 @@ def cuobjdump(image: bytes, option: str) -> str:
 
 def architecture(image: bytes) -> str:
     """`sm_90`, as cuobjdump reads it."""
-    return re.search(r"sm_\d+", cuobjdump(image, "-elf"))[0]
+    return "sm_" + re.search(r"sm[_=](\d+)", cuobjdump(image, "-elf"))[1]
 
 
 def registers(image: bytes) -> dict[str, int]:
