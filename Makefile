@@ -166,7 +166,7 @@ fuzz: $(SETUP)
 	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P 2 -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
 	  -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -artifact_prefix="$$top/tests/corpus/{}/" found/{} "$$top/tests/corpus/{}" >{}.log 2>&1 \
 	  && echo "{}: $$(grep "^Done" {}.log)" || { tail -n 40 {}.log; exit 255; }'
-	FUZZ_SECONDS=$(FUZZ_SECONDS) "$$PY" -m tests.tools.fuzz_python
+	printf '%s\n' gguf template text tokenizer | xargs -P 2 -I{} "$$PY" -m tests.tools.fuzz_python --seconds $(FUZZ_SECONDS) --target {}
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

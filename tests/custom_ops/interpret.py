@@ -1,6 +1,7 @@
 """Kernels under Triton's interpreter, on CPU tensors: in a process of its own, for the mode is chosen when Triton is imported.
 
-A test module names its kernel tests `interpreted_*` and runs them all by `test_kernels_interpreted = interpreted(__file__)`.
+A test module names its kernel tests `interpreted_*` and runs them all by `test_kernels_interpreted = interpreted(__file__)`, those that are
+marked nightly by `test_more_kernels_interpreted = pytest.mark.nightly(interpreted(__file__, "nightly"))`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 
-def interpreted(file: str) -> Callable[[], None]:
-    """A test that runs the functions `interpreted_*` of a test module under the interpreter."""
+def interpreted(file: str, marked: str = "not nightly") -> Callable[[], None]:
+    """A test that runs the functions `interpreted_*` of a test module that are `marked` so, under the interpreter."""
 
     def test() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=interpreted_*", file]
+        options = ("-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=interpreted_*", "-m", marked)
+        command = [sys.executable, "-m", "pytest", *options, file]
         result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 import triton
-
 from kiln.custom_ops.geometry import MEASURED
 from kiln.custom_ops.gpu.target import compiling_for, current_target, gpu_targets
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig, launch
 from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize
+
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_kernel_resources import compile_case
 from tests.custom_ops.test_linear import random_weight, random_x, relative_error
 
 test_kernels_interpreted = interpreted(__file__)
+test_more_kernels_interpreted = pytest.mark.nightly(interpreted(__file__, "nightly"))
+RARE = ("Q4_1", "Q5_1", "Q5_K", "IQ4_XS", "Q2_K", "Q3_K")  # whose forms are those of others; at night
 
 if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
@@ -204,7 +206,7 @@ def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0, warps: i
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
-@pytest.mark.parametrize("block_type", TYPES)
+@pytest.mark.parametrize("block_type", [pytest.param(t, marks=pytest.mark.nightly) if t in RARE else t for t in TYPES])
 def interpreted_gemv(block_type: str, monkeypatch) -> None:
     """A slice that starts and ends inside blocks of rows, 70 rows: a full program and a masked one; several splits."""
     words, halves, matrix = random_weight(block_type, 90, 256)
@@ -246,8 +248,9 @@ def interpreted_several_tokens(block_type: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("block_type, groups",
-                         [("Q4_K", 1), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 2), ("Q6_K", 4), ("Q5_1", 1), ("Q8_0", 4),
-                         ("IQ4_XS", 4), ("Q3_K", 4), ("Q2_K", 4), ("MXFP4", 1)])  # fmt: skip
+                         [("Q4_K", 1), ("Q4_K", 4), ("Q6_K", 2), ("Q8_0", 4), ("MXFP4", 1),
+                          *(pytest.param(t, n, marks=pytest.mark.nightly)
+                            for t, n in (("Q5_K", 4), ("Q6_K", 4), ("Q5_1", 1), ("IQ4_XS", 4), ("Q3_K", 4), ("Q2_K", 4)))])  # fmt: skip
 def interpreted_groups(block_type: str, groups: int, monkeypatch) -> None:
     """However many groups a lane takes at a time: 4 of a block of 256 are half of it."""
     words, halves, matrix = random_weight(block_type, 64, 256)

@@ -51,6 +51,8 @@ MODELS = (
 )  # fmt: skip
 models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
+BY_DAY = ("qwen3-tiny", "llama-tiny", "qwen3moe-tiny", "gemma4-tiny-moe")  # a form each; the others at night
+
 
 def model_file(model: Model, directory: Path) -> Path:
     """Of a fixture a copy without its tokenizer: it is driven by token ids."""
@@ -104,7 +106,8 @@ def programs(spec, state, make):
     return start
 
 
-@models
+@pytest.mark.parametrize("model", [m if m.name in BY_DAY else pytest.param(m, marks=pytest.mark.nightly) for m in MODELS],
+                         ids=lambda model: model.name)  # fmt: skip
 def test_exported_and_after_every_pass(model: Model, files: Path) -> None:
     """As it is traced; with the passes of the CPU, the head cut in small pieces; with those of a GPU, three bytes an activation."""
     path = model_file(model, files)
