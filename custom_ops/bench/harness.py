@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+
 from kiln.custom_ops.attention import flash, prepare, sliding_decode
 from kiln.custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
 from kiln.custom_ops.bench.cases import (

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch.library import triton_op
+
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_grouped_matmul, kiln_pair_order
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
@@ -22,7 +24,6 @@ from kiln.custom_ops.weights.gemv import COUNTERS, fix, launch
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.linear import MAX_GEMV_TOKENS, MAX_SCRATCH_BYTES, dequantized
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
-from torch.library import triton_op
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)

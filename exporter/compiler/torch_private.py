@@ -46,6 +46,7 @@ from pathlib import Path
 import sympy
 import torch
 import triton
+
 from kiln.custom_ops.gpu.target import KIB, GpuTarget
 from kiln.exporter.compiler import package
 from kiln.exporter.compiler.host import MARCH, cuda_home

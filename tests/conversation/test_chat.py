@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from random import Random
 
-import kiln
 import numpy as np
 import pytest
+
+import kiln
 from kiln.exporter.conversation.chat import Chat, Options
 from kiln.exporter.conversation.parser import Delta
 from kiln.exporter.conversation.player import Dialect, Player
@@ -24,7 +25,6 @@ from kiln.exporter.conversation.prompt import Prompt, common
 from kiln.exporter.conversation.request import RequestError
 from kiln.exporter.conversation.terminal import Printer, interruptible, shown
 from kiln.exporter.errors import KilnError
-
 from tests.conftest import shared
 
 TEMPLATE = """{{ bos_token }}

@@ -6,13 +6,13 @@ import json
 from random import Random
 from typing import Any
 
-import kiln
 import pytest
+
+import kiln
 from kiln.exporter.conversation.markup import Markup
 from kiln.exporter.conversation.parser import CALL, CONTENT, PARTIAL, REASONING, Delta, Message, Parser
 from kiln.exporter.conversation.template import Template
 from kiln.exporter.conversation.vocabulary import Vocabulary
-
 from tests.timeline import FIXTURES
 
 FIXTURE = json.loads((FIXTURES / "parse_cases.json").read_text())

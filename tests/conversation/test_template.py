@@ -9,13 +9,13 @@ import signal
 from typing import Any
 
 import pytest
+
 from kiln.exporter.conversation.markup import Markup, without_thoughts
 from kiln.exporter.conversation.prompt import Prompt, render_prompt
 from kiln.exporter.conversation.request import RequestError, read_request
 from kiln.exporter.conversation.template import Template
 from kiln.exporter.conversation.vocabulary import Vocabulary
 from kiln.exporter.source.renderer import Renderer, TemplateError
-
 from tests.conversation.conftest import TOKENS
 
 CALL = {

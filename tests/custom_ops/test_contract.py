@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import triton
 import triton.language as tl
+
 from kiln.custom_ops.cases import KernelCase, all_cases
 from kiln.custom_ops.gpu import contract, cubin
 from kiln.custom_ops.gpu.early import Waiting, after_waiting, wait_for_earlier_kernels, waiting_kernels
 from kiln.custom_ops.gpu.target import gpu_targets
-
 from tests.custom_ops.test_kernel_resources import compile_case
 
 TARGETS = ("sm_90", "sm_100", "sm_120")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import triton
+
 from kiln.custom_ops.geometry import MEASURED
 from kiln.custom_ops.gpu.target import compiling_for, current_target, gpu_targets
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig, launch
 from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize
-
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.test_kernel_resources import compile_case
 from tests.custom_ops.test_linear import random_weight, random_x, relative_error

@@ -12,15 +12,15 @@ from multiprocessing import get_context
 import pytest
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from kiln.custom_ops.cases import KernelCase, all_cases
 from kiln.custom_ops.gpu import contract
 from kiln.custom_ops.gpu.target import KIB, GpuTarget, gpu_targets
 from kiln.custom_ops.tq4 import attention, codec
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.compiler.torch_private import cubin_resources
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from tests.tools.cubins import cuobjdump
 
 TARGETS = gpu_targets()

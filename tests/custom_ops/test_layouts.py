@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack, unpack
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

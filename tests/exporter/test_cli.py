@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from kiln.exporter import build
 from kiln.exporter.artifact.memory import memory_plan
 from kiln.exporter.cli import main
@@ -20,7 +21,6 @@ from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools.synth import write_synthetic
-
 from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
@@ -28,8 +30,6 @@ from kiln.exporter.source.weights import derived_constants
 from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from kiln.passes import edit
 from kiln.passes.records import Lowered, PassOptions
-from torch import Tensor
-
 from tests.gguf_files import rewrite
 from tests.timeline import CHUNK, FIXTURES, GREEDY, feed, fixture_logits, fixture_tokens, graph_spec, weights, worst
 

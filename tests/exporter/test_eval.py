@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 from random import Random
 
-import kiln as kiln_package
 import pytest
 import torch
 from click.testing import CliRunner
+
+import kiln as kiln_package
 from kiln.custom_ops.tq4 import codec
 from kiln.exporter.cli import main
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure import evaluate as ev
 from kiln.exporter.measure import players as pl
 from kiln.exporter.source.plan import read_plan
-
 from tests.conftest import kiln
 from tests.timeline import FIXTURES, TOLERANCE, fixture_logits, fixture_tokens
 

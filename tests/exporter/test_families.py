@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFValueType
+
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
 from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
@@ -19,7 +20,6 @@ from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from kiln.passes import edit
-
 from tests.conftest import kiln
 from tests.exporter import plain_forward
 from tests.gguf_files import rewrite

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType, GGUFValueType
+
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.artifact.load import load_weights
 from kiln.exporter.artifact.weights import write_weights
@@ -26,7 +27,6 @@ from kiln.exporter.source import gguf as reader
 from kiln.exporter.source.config import families, from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import ReadOptions, read_plan, survey
-
 from tests.exporter.test_gguf import split
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 

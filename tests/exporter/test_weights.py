@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
+
 from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, unpack
 from kiln.exporter.artifact import weights
 from kiln.exporter.artifact.load import load_weights
@@ -24,7 +25,6 @@ from kiln.exporter.source.gguf import GGUFFile, open_gguf
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.source.weights import WeightPlan, constants, weight_bytes
 from kiln.exporter.tools.synth import write_synthetic
-
 from tests.gguf_files import FIXTURES, WIDE, rewrite
 
 MODELS = sorted(p for p in FIXTURES.glob("*.gguf") if "vocab" not in p.name)

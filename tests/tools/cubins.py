@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import triton
+
 from kiln.custom_ops.gpu.cubin import images
 
 

@@ -99,7 +99,7 @@ class Outcome:
     output: str
 
     def clean(self, number: int) -> bool:
-        """A shell shows 128 + number for both codes; the negative one is that of a Python that has let go of its handlers, at its very end."""
+        """A shell shows 128 + number for both codes; the negative one is of a Python that has let go of its handlers, at its end."""
         expected = (0,) if self.finished else (-number,) if number == signal.SIGKILL else (128 + number, -number)
         return self.code in expected and not self.files and not self.processes and self.whole
 
