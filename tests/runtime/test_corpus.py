@@ -36,4 +36,4 @@ def test_the_driver_finds_a_planted_fault_and_keeps_the_input(targets, tmp_path)
     (found,) = tmp_path.iterdir()
     assert result.returncode != 0 and found.read_bytes().startswith(b"kiln")
     assert "heap-buffer-overflow" in result.stderr or "insufficient space" in result.stderr  # whichever sanitizer is first
-    assert subprocess.run([targets / "fuzz_planted", found], capture_output=True).returncode != 0
+    assert subprocess.run([targets / "fuzz_planted", found], capture_output=True, cwd=tmp_path).returncode != 0
