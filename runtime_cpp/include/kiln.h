@@ -78,9 +78,9 @@ typedef enum kiln_encoding {
   KILN_MARKUP = 3 /* BOS, and the text with special tokens recognized: never for what a user wrote */
 } kiln_encoding;
 
-/* Token ids of `bytes` bytes of text. *count is their number, also where `capacity` is too small for them, which is KILN_FAILED; with `ids`
- * NULL and `capacity` 0 they are only counted. */
-kiln_status kiln_encode(const kiln_model* model, const char* text, size_t bytes, kiln_encoding how, int64_t* ids, size_t capacity, size_t* count);
+/* Token ids of `bytes` bytes of text; how: a kiln_encoding. *count is their number, also where `capacity` is too small for them, which is
+ * KILN_FAILED; with `ids` NULL and `capacity` 0 they are only counted. */
+kiln_status kiln_encode(const kiln_model* model, const char* text, size_t bytes, int how, int64_t* ids, size_t capacity, size_t* count);
 
 /* Text of ids, and a NUL behind it that *bytes does not count; bytes that are no UTF-8 become U+FFFD, control tokens nothing. Sizes as above:
  * with `text` NULL and `capacity` 0 only *bytes is set, and capacity must be more than it. */

@@ -131,7 +131,7 @@ std::string_view text_of(const char* text, size_t bytes) { return bytes ? std::s
 
 std::vector<int64_t> ids_of(const int64_t* ids, size_t count) { return count ? std::vector<int64_t>(needed(ids, "ids"), ids + count) : std::vector<int64_t>(); }
 
-std::vector<int64_t> encoded(const kiln::Model& model, std::string_view text, kiln_encoding how) {
+std::vector<int64_t> encoded(const kiln::Model& model, std::string_view text, int how) {
   switch (how) {
     case KILN_CHAT: return model.encode_prompt(text);
     case KILN_TEXT: return model.encode_prompt(text, true);
@@ -205,7 +205,7 @@ kiln_status kiln_model_describe(const kiln_model* handle, kiln_model_info* info)
   });
 }
 
-kiln_status kiln_encode(const kiln_model* handle, const char* text, size_t bytes, kiln_encoding how, int64_t* ids, size_t capacity, size_t* count) {
+kiln_status kiln_encode(const kiln_model* handle, const char* text, size_t bytes, int how, int64_t* ids, size_t capacity, size_t* count) {
   return guarded("kiln_encode", [&] {
     const auto model = models().get(handle);
     needed(count, "count");
