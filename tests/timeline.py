@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from kiln.exporter.artifact.load import load_weights
 from kiln.exporter.artifact.weights import write_weights
-from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.trace import ENTRIES, GraphSpec, lower, make_kv, runnable
+from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
@@ -65,3 +67,33 @@ def all_ways(start: Callable[[], tuple[Callable, Callable]], tokens: torch.Tenso
 
 def worst(rows: dict[int, torch.Tensor], reference: torch.Tensor) -> float:
     return max((logits - reference[position]).abs().max().item() for position, logits in rows.items())
+
+
+def programs(spec: GraphSpec, state: dict[str, torch.Tensor], make: Callable) -> Callable:
+    """`start` over the graphs that `make(entry)` gives; caches are fresh at each start and shared by the two graphs."""
+    graphs = {entry: make(entry) for entry in ENTRIES}
+
+    def start():
+        kv = make_kv(kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options))
+        with torch.no_grad():
+            return tuple(runnable(graphs[entry], {**state, **kv}) for entry in ENTRIES)
+
+    return start
+
+
+class _Stop(Exception):
+    pass
+
+
+def lowered_to(spec: GraphSpec, entry: str, last: str):
+    """The graph for the CPU right after pass `last`."""
+    kept = {}
+
+    def after(name, program):
+        if name == last:
+            kept["program"] = program
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        lower(spec, entry, "cpu", after=after)
+    return kept["program"]

@@ -17,11 +17,10 @@ from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
 from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.memory import memory_plan
-from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
+from kiln.exporter.compiler.trace import ENTRIES, lower, trace
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure.players import AllPositionsSpec
 from kiln.exporter.model import decoder
-from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.records import ModelConfig, cache_specs
 from kiln.exporter.source.config import check_tensors, expected_tensors, from_gguf
 from kiln.exporter.source.gguf import open_gguf
@@ -31,7 +30,7 @@ from kiln.exporter.tools.synth import synth_plan, write_synthetic
 from kiln.passes import edit
 from kiln.passes.records import Lowered, PassOptions
 from tests.gguf_files import rewrite
-from tests.timeline import CHUNK, FIXTURES, GREEDY, feed, fixture_logits, fixture_tokens, graph_spec, weights, worst
+from tests.timeline import CHUNK, FIXTURES, GREEDY, feed, fixture_logits, fixture_tokens, graph_spec, lowered_to, programs, weights, worst
 
 KILN = torch.ops.kiln
 TINY, WIDE = "gemma4-tiny-edge", "gemma4-tiny-edge-wide-Q4_K_M"
@@ -68,17 +67,6 @@ def test_eager(name: str, states) -> None:
         check(name, start)
 
 
-def programs(spec, state: dict[str, Tensor], make: Callable) -> Callable:
-    """`start` over the graphs that `make(entry)` gives; caches are fresh at each start and shared by the two graphs."""
-    graphs = {entry: make(entry) for entry in ENTRIES}
-
-    def start():
-        kv = make_kv(kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options))
-        return tuple(runnable(graphs[entry], {**state, **kv}) for entry in ENTRIES)
-
-    return start
-
-
 @functools.cache
 def lowered(name: str, entry: str, **options: Any) -> Lowered:
     """After all passes of the CPU."""
@@ -86,24 +74,6 @@ def lowered(name: str, entry: str, **options: Any) -> Lowered:
 
 
 SMALL_HEAD, FUSED = {"materialized_head_budget": 64 << 10}, {"decode_bytes": 3, "materializes_head": False}
-
-
-class Stop(Exception):
-    pass
-
-
-def lowered_to(spec, entry: str, last: str):
-    """The graph right after pass `last`."""
-    kept = {}
-
-    def after(name, program):
-        if name == last:
-            kept["program"] = program
-            raise Stop
-
-    with pytest.raises(Stop):
-        lower(spec, entry, "cpu", after=after)
-    return kept["program"]
 
 
 @pytest.mark.parametrize("last", ["", "all", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("index_copy", "kv_len",

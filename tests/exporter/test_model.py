@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kiln.exporter.compiler.trace import ENTRIES, lower, make_kv, runnable, trace
-from kiln.exporter.model.caches import kv_plan
-from tests.timeline import FIXTURES, TOLERANCE, all_ways, fixture_logits, fixture_tokens, graph_spec, weights, worst
+from kiln.exporter.compiler.trace import trace
+from tests.timeline import FIXTURES, TOLERANCE, all_ways, fixture_logits, fixture_tokens, graph_spec, lowered_to, programs, weights, worst
 
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
 
@@ -37,18 +36,6 @@ def test_eager(state):
         check(start)
 
 
-def programs(spec, state, make):
-    """`start` over the graphs that `make(entry)` gives; caches are fresh at each start and shared by the two graphs."""
-    graphs = {entry: make(entry) for entry in ENTRIES}
-
-    def start():
-        kv = make_kv(kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options))
-        with torch.no_grad():
-            return tuple(runnable(graphs[entry], {**state, **kv}) for entry in ENTRIES)
-
-    return start
-
-
 def test_exported(state):
     spec = graph_spec(TINY)
     with torch.no_grad():
@@ -60,23 +47,8 @@ def test_after_each_pass(state, last):
     """The graph as it is right after pass `last`; turboquant is off, the head is cut in small pieces."""
     spec = graph_spec(TINY, materialized_head_budget=64 << 10)
 
-    class Stop(Exception):
-        pass
-
-    def make(entry):
-        kept = {}
-
-        def after(name, program):
-            if name == last:
-                kept["program"] = program
-                raise Stop
-
-        with pytest.raises(Stop):
-            lower(spec, entry, "cpu", after=after)
-        return kept["program"]
-
     with torch.no_grad():
-        check(programs(spec, state, make))
+        check(programs(spec, state, lambda entry: lowered_to(spec, entry, last)))
 
 
 @pytest.mark.parametrize("mix", ["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"])
