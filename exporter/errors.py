@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST = 2000  # of a line, in characters; a GGUF name may have 65,535 bytes
+
 
 def printable(text: str) -> str:
-    """Names come from files of strangers: line ends and what would steer a terminal are escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Names come from files of strangers: line ends and what would steer a terminal are escaped, a long text loses its middle."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -13,9 +13,10 @@ from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.step import add_norm
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.gemv import GLU_ROWS, fix, glu_fits
-from tests.custom_ops import test_gemv, test_tq4_decode
 from tests.custom_ops.interpret import interpreted
-from tests.custom_ops.test_linear import random_weight
+from tests.custom_ops.tq4 import test_tq4_decode
+from tests.custom_ops.weights import test_gemv
+from tests.custom_ops.weights.test_linear import random_weight
 
 test_kernels_interpreted = interpreted(__file__)
 

@@ -17,12 +17,12 @@ from kiln.custom_ops.step.sample import CHUNK
 from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.weights import gemv
 from kiln.custom_ops.weights.fixed_point import dequantize, quantize
-from tests.custom_ops import tq4_cache
+from tests.custom_ops.attention.test_prepare import Inputs, rings
 from tests.custom_ops.interpret import interpreted
-from tests.custom_ops.test_linear import random_weight
-from tests.custom_ops.test_prepare import Inputs, rings
-from tests.custom_ops.test_sample import arguments
-from tests.custom_ops.test_tq4_decode import EXACT_WINDOW, SLOTS, cache, projections
+from tests.custom_ops.step.test_sample import arguments
+from tests.custom_ops.tq4 import tq4_cache
+from tests.custom_ops.tq4.test_tq4_decode import EXACT_WINDOW, SLOTS, cache, projections
+from tests.custom_ops.weights.test_linear import random_weight
 
 test_kernels_interpreted = interpreted(__file__)
 

@@ -74,7 +74,7 @@ def test_keys(maker: data.Maker) -> None:
 
 
 def test_divergence() -> None:
-    """Against distributions written down, see tests/exporter/test_eval.py; both directions differ."""
+    """Against distributions written down, see tests/exporter/measure/test_eval.py; both directions differ."""
     half, quarter = torch.tensor([[[0.5, 0.5]] * 2]).log(), torch.tensor([[[0.25, 0.75]] * 2]).log()
     found = study.divergence(half, quarter, torch.tensor([[0, 1]]))
     assert found["kl_exact_tq4"] == pytest.approx(0.143841, abs=1e-5) and found["kl_tq4_exact"] == pytest.approx(0.130812, abs=1e-5)

@@ -20,7 +20,7 @@ from kiln.exporter.tools import synth
 from kiln.passes import edit, fuse_decode
 from kiln.passes.records import Lowered, PassOptions
 from kiln.passes.verifier import verify
-from tests.custom_ops.test_linear import random_weight
+from tests.custom_ops.weights.test_linear import random_weight
 from tests.timeline import FIXTURES, GREEDY, WINDOW, fixture_tokens, graph_spec, weights
 
 aten, kiln = torch.ops.aten, torch.ops.kiln

@@ -20,7 +20,7 @@ from kiln.passes.edit import PassError
 from kiln.passes.pipeline import PIPELINE, run_pipeline
 from kiln.passes.records import Lowered, PassOptions, PassReport
 from kiln.passes.verifier import verify
-from tests.custom_ops import tq4_cache
+from tests.custom_ops.tq4 import tq4_cache
 from tests.timeline import FIXTURES, GREEDY, graph_spec, weights
 
 aten, kiln = torch.ops.aten, torch.ops.kiln

@@ -88,7 +88,7 @@ def case(tmp_path) -> Case:
 @pytest.fixture
 def cpu(toy, device):
     if device != "cpu":
-        pytest.skip("the CPU's package; a GPU's is played by tests/exporter/test_gpu_artifact.py")
+        pytest.skip("the CPU's package; a GPU's is played by tests/exporter/artifact/test_gpu_artifact.py")
     return toy
 
 

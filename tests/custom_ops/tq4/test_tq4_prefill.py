@@ -1,0 +1,112 @@
+"""Prefill over a TQ4 cache in pieces, under Triton's interpreter, against float64 loops over the decoded vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.tq4 import attention, prefill
+from kiln.custom_ops.tq4.prefill import PrefillTile
+from tests.custom_ops.attention.test_attention_kernels import error, random
+from tests.custom_ops.interpret import interpreted
+from tests.custom_ops.tq4 import tq4_cache
+
+test_kernels_interpreted = interpreted(__file__)
+
+if triton.knobs.runtime.interpret:
+    torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
+
+SM_90 = gpu_targets()["sm_90"]
+SMALL = PrefillTile(rows=16, keys=16, warps=4, stages=2, piece=64)
+
+
+def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int = 32,
+            limit: float = 1e-3) -> None:
+    """Queries at positions first.. of a cache of k and v, all as float16, garbage beyond them: the result is exact to `limit`."""
+    q, k, v = (x.to(torch.float16) for x in (q, k, v))
+    pos = torch.arange(first, first + q.shape[0])
+    with pytest.MonkeyPatch.context() as patch, compiling_for(SM_90):
+        patch.setitem(prefill.PIECE_TILES, (SM_90.sm, q.shape[2]), tile)
+        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, exact_window), pos, None)
+    assert error(out, tq4_cache.exact(q, k, v, first, exact_window)) < limit
+
+
+def check(tile: PrefillTile, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int, size: float = 1.0,
+          exact_window: int = 32) -> None:
+    generator = torch.Generator().manual_seed(first + tokens)
+    end = first + tokens
+    q, k, v = (random(generator, torch.float32, n, h, dim) for n, h in ((tokens, heads), (end, kv_heads), (end, kv_heads)))
+    k = k * torch.linspace(0.1, 2, end)[:, None, None]  # scales that differ from key to key
+    v = v * torch.linspace(3, 0.2, end)[:, None, None] * size
+    compare(tile, q, k, v, slots, first, exact_window)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 2), (0, 17), (0, 33), (5, 2), (31, 2), (31, 33), (32, 2), (82, 17), (96, 2), (94, 2),
+                                           (95, 3), (158, 4), (120, 70), (0, 110)])  # fmt: skip
+def interpreted_chunks_across_pieces(first: int, tokens: int) -> None:
+    """Where codes begin, and before, at and across the ends of pieces; the cache has a whole number of pieces, or one of 64 and a rest."""
+    check(SMALL, 64, 4, 2, 224, first, tokens)
+    check(SMALL, 64, 3, 1, 201, first, tokens)
+
+
+def interpreted_exact_windows() -> None:
+    """As long as a piece, longer, and longer than the cache."""
+    for exact_window in (64, 96, 224):
+        for first, tokens in ((0, 70), (exact_window - 1, 3), (150, 40)):
+            check(SMALL, 64, 2, 1, max(192, first + tokens), first, tokens, exact_window=exact_window)
+
+
+@pytest.mark.parametrize("rows, keys", [(32, 16), (32, 32), (16, 64)])
+def interpreted_blocks_of_any_shape(rows: int, keys: int) -> None:
+    tile = PrefillTile(rows=rows, keys=keys, warps=4, stages=2, piece=64)
+    check(tile, 64, 4, 2, 200, 100, 45)
+    check(tile, 64, 4, 2, 40, 7, 33)
+
+
+def interpreted_many_pieces() -> None:
+    """Errors of the state between pieces would add up: 16 pieces."""
+    check(SMALL, 64, 2, 1, 1056, 1042, 3)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e4])
+def interpreted_small_and_large_values(size: float) -> None:
+    check(SMALL, 64, 2, 1, 128, 90, 5, size)
+
+
+def interpreted_a_query_of_zeros() -> None:
+    """It has no scale; every key weighs the same."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (random(generator, torch.float32, n, h, 64) for n, h in ((5, 2), (130, 1), (130, 1)))
+    q[1, 0] = 0
+    compare(SMALL, q, k, v, 192, 125)
+
+
+@pytest.mark.parametrize("strong", [{3: 4}, {70: 4}, {140: 4}, {175: 4}, {3: 3, 70: 4}, {70: 4, 140: 3}, {3: 4, 175: 3}])
+def interpreted_scores_beyond_the_resolution_of_float32(strong: dict[int, float]) -> None:
+    """One key takes all the weight, in the first piece, a middle one, the last or the exact window, with or without a runner-up."""
+    generator = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(180, 1, 64, generator=generator) for _ in range(2))
+    q = torch.randn(2, 2, 64, generator=generator)
+    for place, factor in strong.items():
+        k[place] = q[0, 0] * factor
+    compare(SMALL, q, k, v, 240, 178, limit=4e-3)  # scores of hundreds: float16 queries move them by hundredths
+
+
+@pytest.mark.parametrize("rows, keys", sorted({(tile.rows, tile.keys) for tile in prefill.PIECE_TILES.values()}))
+def interpreted_every_tile_of_the_table(rows: int, keys: int) -> None:
+    check(PrefillTile(rows, keys, 8, 2), 512, 4, 1, 150, 120, 19)
+
+
+def test_a_piece_is_no_larger_than_the_cache() -> None:
+    assert prefill.piece_slots(SMALL, 1000) == 64
+    assert prefill.piece_slots(PrefillTile(16, 16, 4, 2), 150) == 192
+    assert prefill.piece_slots(PrefillTile(16, 16, 4, 2), 131072) == 16384
+
+
+def test_tiles_fit_the_piece() -> None:
+    """Blocks of keys must be whole in a decompressed block, and decompressed blocks in a piece."""
+    for tile in prefill.PIECE_TILES.values():
+        assert prefill.DECOMPRESS_ROWS % tile.keys == 0 and tile.piece % prefill.DECOMPRESS_ROWS == 0
+        assert tile.rows % prefill.RESTORED.value == 0

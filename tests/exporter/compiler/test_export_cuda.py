@@ -1,0 +1,185 @@
+"""Compiling for GPUs that are not there: a complete artifact, code of the right architecture, nothing else in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kiln.custom_ops.gpu import contract
+from kiln.custom_ops.gpu.cubin import kernels, parameters
+from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.artifact.verify import verify
+from kiln.exporter.measure.runner import runner
+from kiln.exporter.tools.synth import write_synthetic
+from tests.conftest import kiln
+from tests.tools.cubins import architecture, cubins, registers
+
+KILN_RUN = Path(runner())
+TARGETS = ("sm_90", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A small model with all layer kinds, real head sizes and head ratios, at 131,072 tokens with TurboQuant; weights stay in its file."""
+    root = tmp_path_factory.mktemp("it's \"cuda\" (ö) $HOME")  # a compiler's command is made of such paths, see test_paths
+    (root / "tmp").mkdir()
+    write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    targets = [word for target in TARGETS for word in ("--target", target)]
+    context = ("--max-seq-len", "131072", "--turboquant", "--weights", "gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(root / "tmp"))
+        result = kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", *targets, *context)
+    assert {entry.name for entry in root.iterdir()} == {"tmp", "model.gguf", "artifact"} and not list((root / "tmp").iterdir())
+    print(result.stderr)
+    return root / "artifact", result.stderr
+
+
+def test_the_artifact_is_complete_and_has_nothing_twice(export):
+    artifact, _ = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    names = {"manifest.json", "weights.safetensors", "tokenizer.json", *(f"model.{t}.pt2" for t in TARGETS)}
+    assert {f.name for f in artifact.iterdir()} == names
+    assert [(t["target"], t["device"], t["compute_capability"]) for t in record["targets"]] == [
+        ("sm_90", "cuda", [9, 0]),
+        ("sm_120", "cuda", [12, 0]),
+    ]
+    assert record["activation_dtype"] == "bfloat16" and record["kv_cache"] == "tq4"
+    weights = (artifact / "weights.safetensors").stat().st_size
+    total = sum(f.stat().st_size for f in artifact.iterdir())
+    kv = sum(b["bytes"] for b in record["kv"])
+    assert kv > 200 << 20 and total < 60 << 20 and weights < 8192, "cache bytes or weights were packed"
+
+
+def test_the_kernels_that_pack_are_there(export):
+    """For the target, with the arguments that the runner gives: ten and two null pointers."""
+    artifact, _ = export
+    verify(artifact)
+    for target in json.loads((artifact / "manifest.json").read_text())["targets"]:
+        with zipfile.ZipFile(artifact / target["file"]) as package:
+            for plane in ("words", "halves"):
+                image = package.read(target["packing"][plane]["file"])
+                assert architecture(image) == target["target"] and kernels(image) == [target["packing"][plane]["kernel"]]
+                sizes = [p.end - p.begin for p in parameters(image, "kiln_pack_plane")]
+                assert sizes == [8] * 4 + [4] * 6 + [8] * 2
+                sizes = {"threads": 128, "rows": 128, "units": 4}
+                assert target["packing"][plane].items() >= sizes.items()
+
+
+def test_code_of_the_right_architecture(export):
+    artifact, _ = export
+    for target in TARGETS:
+        images = cubins(artifact / f"model.{target}.pt2")
+        assert set(images) == {"prefill", "decode"}
+        for entry, found in images.items():
+            assert len(found) > 20, entry
+            assert {architecture(image) for image in found[:: len(found) // 4]} == {target}
+    assert not set(images["decode"]) & set(cubins(artifact / "model.sm_90.pt2")["decode"])
+
+
+def test_products_have_the_registers_that_were_asked_for(export):
+    """Left alone the assembler takes 40 - 52 of them, and loads late."""
+    artifact, _ = export
+    images = cubins(artifact / "model.sm_90.pt2")["decode"]
+    found = [count for image in images for name, count in registers(image).items() if name.startswith("kiln_gemv")]
+    assert len(found) > 3 and min(found) >= 60 and max(found) <= GemvConfig().registers, found
+
+
+def test_memory_constants_and_paths(export):
+    artifact, log = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    constants = len(record["constants"]) + len(record["kv"])
+    assert len(re.findall(rf"\b{constants} constants", log)) == 2 * len(TARGETS), "constants were merged or lost"
+    assert float(re.search(r"peak memory of one process ([\d.]+) GiB", log)[1]) < 3
+    for target in TARGETS:
+        package = (artifact / f"model.{target}.pt2").read_bytes()
+        assert b"kiln-work-" not in package and b"site-packages/torch" not in package
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_that_may_start_early_wait(export, target):
+    """In the machine code of the decode package: what the export has checked itself, and that there is something to check."""
+    artifact, _ = export
+    waits = json.loads((artifact / "manifest.json").read_text())["entry_points"]["decode"]["waits"]
+    images = cubins(artifact / f"model.{target}.pt2")["decode"]
+    found = [name for image in images for name in kernels(image) if name.startswith(tuple(waits))]
+    assert {re.sub(r"_\d+$", "", name) for name in found} == {
+        "kiln_gemv", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge", "kiln_tq4_prepare", "kiln_tq4_decode",
+        "kiln_tq4_merge"}  # fmt: skip
+    for image in images:
+        assert contract.check(image) == []
+
+
+def test_passes(export):
+    artifact, _ = export
+    record = json.loads((artifact / "manifest.json").read_text())
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])
+    assert [t["shortfalls"] for t in record["targets"]] == [[], []] and "sm_90" not in record["targets"][0]["borrowed"]
+    status = {p["name"]: p["status"] for p in record["passes"]}
+    assert status == {
+        "index_copy": "applied",
+        "turboquant": "applied",
+        "kv_len": "applied",
+        "chunked_lm_head": "not needed",  # the kernels read the packed head
+        "fuse_decode": "applied",
+        "own_matmul": "off",
+        "free_kv_buffers": "applied",
+    }
+
+
+@pytest.fixture(scope="module")
+def fake_gpu(tmp_path_factory):
+    """Runs kiln-run over a driver and a cublasLt that only check what they are asked (fake_cuda.c); gives its result and what was left."""
+    folder = tmp_path_factory.mktemp("fake")
+    source = Path(__file__).parents[2] / "runtime" / "fake_cuda.c"
+    for name, flags in (("libcuda.so.1", ["-DDRIVER"]), ("libcublasLt.so.13", [])):
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", *flags, source, "-o", folder / name], check=True)
+    fakes = {"LD_LIBRARY_PATH": str(folder), "KILN_CUBLASLT": str(folder / "libcublasLt.so.13"), "FAKE_CUDA_REPORT": str(folder / "report")}
+
+    def run(artifact: Path, *arguments: object, **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
+        (folder / "report").unlink(missing_ok=True)
+        command = [str(KILN_RUN), str(artifact), "--weights", str(artifact.parent / "model.gguf"), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | fakes | environment)
+        return result, json.loads((folder / "report").read_text())
+
+    return run
+
+
+LEFT = ("bytes", "streams", "events", "graphs", "modules", "handles", "ranges")
+
+
+def test_it_plays_on_a_driver_without_a_gpu(export, fake_gpu):
+    """Contexts, streams, captures, addresses and shapes of matmuls are right, and nothing is left behind; kernels do nothing here."""
+    artifact, _ = export
+    tokens = ",".join(map(str, range(2, 60)))
+    for arguments in ((), ("--no-graph",), ("--device", "cuda:1"), ("--prefill-chunk", 1)):
+        result, left = fake_gpu(artifact, "--tokens", tokens, "--max-new-tokens", 5, "--no-eog", "--json", "--memory", *arguments)
+        assert result.returncode == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert len(record["tokens"]) == 5 and record["device"] == ("cuda:1" if "cuda:1" in arguments else "cuda:0")
+        assert not any(left[what] for what in LEFT), left
+        assert (left["replays"] > 0) == ("--no-graph" not in arguments) and left["launches"] > 40
+        assert record["memory"]["total"] <= left["most"] + (1 << 20)
+
+
+def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):
+    artifact, _ = export
+    for environment, message in (
+        ({"FAKE_CUDA": "broken"}, "no usable GPU: the NVIDIA driver does not start: fake error"),
+        ({"FAKE_CUDA_WITHOUT": "cuMemMap"}, "the NVIDIA driver has no cuMemMap of CUDA 10.2; update it"),
+    ):
+        result, left = fake_gpu(artifact, "--tokens", "5,6", **environment)
+        assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert not any(left[what] for what in LEFT), left
+    # Without cublasLt: a clear line where a prompt needs it, and nothing where our own kernels multiply.
+    used = tmp_path / "used"
+    fake_gpu(artifact, "--tokens", "5,6", FAKE_CUBLASLT_USED=str(used))
+    result, _ = fake_gpu(artifact, "--tokens", "5,6", KILN_CUBLASLT="/nowhere/libcublasLt.so")
+    assert result.returncode == used.exists() and ("name the file libcublasLt.so.13 in KILN_CUBLASLT" in result.stderr) == used.exists()
+    result, _ = fake_gpu(artifact, "--tokens", "5,6", "--max-new-tokens", 2, FAKE_CUDA_WITHOUT="cuGraphGetEdges")
+    assert result.returncode == 0 and "note: no early launch in the decode graph" in result.stderr
