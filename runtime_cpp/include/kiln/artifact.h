@@ -38,7 +38,10 @@ struct ConstantSpec : TensorSpec {
 
 struct KvSpec : TensorSpec {
   int64_t layer = 0;
-  bool ring = false;  // a sliding layer's ring, else a global layer's cache
+  bool ring = false;   // a sliding layer's ring, else a global layer's cache
+  int64_t window = 0;  // of a ring: how many of the newest positions a token needs, its own included
+
+  bool forgets() const { return ring; }  // a chunk of tokens overwrites what an earlier position needs
 };
 
 // A kernel of a GPU's package that packs blocks of any type into one plane: docs/ARTIFACT.md says what it is given.
