@@ -135,7 +135,7 @@ def test_passes(export):
 
 @pytest.fixture(scope="module")
 def fake_gpu(tmp_path_factory):
-    """Runs kiln-run, or a program, over a driver and a cublasLt that only check what they are asked (fake_cuda.c): its result, what was left."""
+    """Runs kiln-run, or a program, over a driver and a cublasLt that only check what they are asked: its result, and what was left."""
     folder = tmp_path_factory.mktemp("fake")
     source = Path(__file__).parents[2] / "runtime" / "fake_cuda.c"
     for name, flags in (("libcuda.so.1", ["-DDRIVER"]), ("libcublasLt.so.13", [])):
