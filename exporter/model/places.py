@@ -21,7 +21,8 @@ EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gate
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
-    caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
+    indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
+    caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
