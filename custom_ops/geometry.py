@@ -79,7 +79,7 @@ class Geometry:
     shared_kv: int = 0  # layers, the last ones, that read the keys and values of earlier ones
     shared_ffn: int = 0  # inner size of those layers; 0: that of the others
     experts: tuple[int, int, int] | None = None  # in every layer: how many, how many a token takes, their inner size; ffn is beside them
-    delta: tuple[int, int, int, int, int] | None = None  # of the other layers: key heads, value heads, their sizes, taps; full ones are gated
+    delta: tuple[int, int, int, int, int] | None = None  # of the other layers: key heads, value heads, sizes, taps; full ones are gated
     rotary: int = 0  # dimensions of a head that turn; 0: all
 
     @property
@@ -148,8 +148,8 @@ def _geometry(name: str, row: dict[str, Any]) -> Geometry:
     full = row["layers"] // row["full_every"]
     sliding = Heads(**row["sliding"], layers=row["layers"] - full) if "sliding" in row else None
     heads = {"sliding": sliding, "full": Heads(**row["full"], layers=full), "window": row.get("window", 0)}
-    tuples = {field: tuple(row[field]) for field in ("experts", "delta", "suppress_tokens") if field in row}
-    return Geometry(**{"name": name, **row, **heads, **tuples})
+    tuples: dict[str, Any] = {field: tuple(row[field]) for field in ("experts", "delta", "suppress_tokens") if field in row}
+    return Geometry(**({"name": name} | row | heads | tuples))
 
 
 GEOMETRIES = {

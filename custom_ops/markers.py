@@ -29,8 +29,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, dtype: to
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
     """Rotate the halves of the last axis, or with `neighbours` its even elements against the odd ones, and multiply by `scale`.
 
-    x [T, heads, D]; cos, sin [T, R / 2] float32: the first R dimensions turn, what is left stays. The result has the first of each pair before all of the second, whichever the pairs were:
-    queries and keys in the same order have the same products.
+    x [T, heads, D]; cos, sin [T, R / 2] float32: the first R dimensions turn, the others stay. The result has the first of each pair before
+    all of the second, whichever the pairs were: queries and keys in the same order have the same products.
     """
     xf, turned = x.float(), 2 * cos.shape[-1]
     head = xf if turned == x.shape[-1] else xf[..., :turned]

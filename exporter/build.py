@@ -96,7 +96,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     cpu = targets == ("cpu",)
     rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
     if rule is not None and not cpu:
-        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, for which there is no GPU kernel yet; export it for --target cpu")
+        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, which has no GPU kernel yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -139,7 +139,7 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
             if spec.options.turboquant and cache.kind == "global":
                 check_dim(cache.head_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
-            if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
+            if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
     except ValueError as e:
         raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e

@@ -29,7 +29,7 @@ def longest(tokens: int | torch.SymInt) -> int:
 
 
 def inverse(a: torch.Tensor) -> torch.Tensor:
-    """(I + a)^-1 of strictly lower triangular a [batch, n, n], n a power of two: by halves, which loses no digits as powers of `a` would."""
+    """(I + a)^-1 of strictly lower triangular a [batch, n, n], n a power of two: by halves, for powers of `a` would lose all digits."""
     n = a.shape[-1]
     found = torch.zeros_like(a) + torch.eye(n, dtype=a.dtype, device=a.device)
     size = 1

@@ -23,7 +23,8 @@ def keep(state: torch.Tensor, pos: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def heads(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: torch.Tensor, a: torch.Tensor, dt_bias: torch.Tensor,
-          conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor, key_heads: int, eps: float):  # fmt: skip
+          conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor, key_heads: int, eps: float
+          ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Queries and keys [T, V, dk], values [T, V, dv], log decays and betas [T, V], float32; writes the convolution's state.
 
     The convolution's inputs are kept as they come, before its SiLU. Queries and keys have length 1, queries times dk^-1/2.
@@ -49,14 +50,15 @@ def _unit(x: torch.Tensor, eps: float) -> torch.Tensor:
 def check(op: str, u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: torch.Tensor, a: torch.Tensor, dt_bias: torch.Tensor,
           conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor, key_heads: int) -> None:  # fmt: skip
     """ValueError where a shape or dtype does not fit."""
-    if delta_state.dim() != 4 or conv_state.dim() != 3 or delta_state.dtype != torch.float32 or conv_state.dtype != torch.float32:
-        raise ValueError(f"{op}: states are {conv_state.dtype} {tuple(conv_state.shape)} and {delta_state.dtype} {tuple(delta_state.shape)}; "
-                         "expected float32 [2, taps - 1, C] and [2, V, dk, dv]")  # fmt: skip
+    shapes = f"{tuple(conv_state.shape)} and {tuple(delta_state.shape)}"
+    if (conv_state.dim(), delta_state.dim(), conv_state.dtype, delta_state.dtype) != (3, 4, torch.float32, torch.float32):
+        dtypes = f"{conv_state.dtype} and {delta_state.dtype}"
+        raise ValueError(f"{op}: states are {shapes} of {dtypes}; expected [2, taps - 1, C] and [2, V, dk, dv] of float32")
     slots, value_heads, key_dim, value_dim = delta_state.shape
     channels = 2 * key_heads * key_dim + value_heads * value_dim
     if slots != STATE_SLOTS or value_heads % key_heads or tuple(conv_state.shape)[::2] != (STATE_SLOTS, channels):
-        raise ValueError(f"{op}: states {tuple(conv_state.shape)} and {tuple(delta_state.shape)} do not fit {key_heads} key heads; expected "
-                         f"[2, taps - 1, {channels}] and a multiple of the key heads")  # fmt: skip
+        expected = f"[2, taps - 1, {channels}] and value heads that are a multiple of them"
+        raise ValueError(f"{op}: states {shapes} do not fit {key_heads} key heads; expected {expected}")
     taps = conv_state.shape[1] + 1
     for name, x, last in (("u", u, channels), ("alpha", alpha, value_heads), ("beta", beta, value_heads)):
         if x.dim() != 2 or x.shape[1] != last:

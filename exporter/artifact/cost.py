@@ -15,8 +15,8 @@ from kiln.exporter.source.weights import WeightPlan, constants, plan_constants
 def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
     """weight_bytes: constants that a decode step reads; one row of an embedding that is no head, of experts those that are used.
 
-    token_flops: operations of the matmuls and delta rules of one token, the head's apart, which are head_flops. attention: operations of a query for each
-    key that it sees, by the window that bounds them. readers: of a cache, how many layers read it, where it is not one.
+    token_flops: operations of the matmuls and delta rules of one token, the head's apart, which are head_flops. attention: operations of a
+    query for each key that it sees, by the window that bounds them. readers: of a cache, how many layers read it, where it is not one.
     """
     used = {f"blk.{layer.index}.": (layer.ffn.used, layer.ffn.count) for layer in config.layers if isinstance(layer.ffn, Experts)}
     skipped = token_flops = head_flops = 0

@@ -84,7 +84,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """A gated delta rule: a state [value_heads, key_dim, value_dim] and the last `taps` - 1 inputs of a causal convolution over all channels.
+    """A gated delta rule: a state [value_heads, key_dim, value_dim] and the last `taps` - 1 inputs of a causal convolution.
 
     Value head v takes the key and query of head v mod key_heads. The head's output is normed with a weight, then gated by SiLU.
     """

@@ -212,7 +212,8 @@ def _skipped(config: ModelConfig, expected: Container[str]) -> set[str]:
     layered = [name for name, spec in table["layer_tensors"].items() if spec.get("may_be_unused")]
     drafting = [*table["layer_tensors"], *table.get("draft_tensors", ())]
     blocks = range(len(config.layers), len(config.layers) + config.draft_blocks)
-    names |= {f"blk.{layer.index}.{name}" for layer in config.layers for name in layered} | {f"blk.{i}.{name}" for i in blocks for name in drafting}
+    names |= {f"blk.{layer.index}.{name}" for layer in config.layers for name in layered}
+    names |= {f"blk.{i}.{name}" for i in blocks for name in drafting}
     return {name for name in names if name not in expected}
 
 

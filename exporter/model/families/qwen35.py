@@ -8,7 +8,7 @@ from typing import Any
 from kiln.custom_ops.geometry import Geometry
 from kiln.exporter.model.families import Family
 from kiln.exporter.model.records import Attention, DeltaNet, Dense, Experts, Layer, ModelConfig, Rope
-from kiln.exporter.source.fields import Fields
+from kiln.exporter.source.fields import Fields, as_integer, shown
 
 THETA = 1e7
 
@@ -38,8 +38,9 @@ def read_layers(fields: Fields, count: int, ffn: Ffn) -> tuple[Layer, ...]:
         fields.fail(fields.key("taps"), "is 1; a convolution of 2 taps or more was expected")
     rope = Rope("", fields.number("rope_theta"), fields.integer("rotary_dim"))
     sections = fields.raw("rope_sections")[1]
-    if not isinstance(sections, list) or not all(isinstance(n, int) and n >= 0 for n in sections) or sum(sections or [rope.size // 2]) != rope.size // 2:
-        fields.fail(fields.key("rope_sections"), f"is {sections}, which leaves some of {rope.size // 2} pairs as they are", "that is not supported")
+    pairs = rope.size // 2
+    if not isinstance(sections, list) or any(as_integer(n) is None for n in sections) or (sections and sum(sections) != pairs):
+        fields.fail(fields.key("rope_sections"), f"is {shown(sections)}: {pairs} pairs turn, and it must name them all")
     mixer = attention(rope, fields.integer("num_heads"), fields.integer("num_kv_heads"), fields.integer("head_dim"))
     return tuple(Layer(i, rule if recurrent[i] else mixer, ffn(i)) for i in range(count))
 

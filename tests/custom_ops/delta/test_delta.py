@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"given": replace(tokens, beta=tokens.beta[:, 1:])}, r"beta is \(3, 5\); expected \[T, 6\]"),
         ({"given": replace(tokens, a=tokens.a.half())}, r"a is torch.float16 \(6,\); expected float32 \[6\]"),
         ({"given": replace(tokens, conv=tokens.conv[1:])}, r"conv is torch.float32 .* expected float32"),
-        ({"delta": delta.bfloat16()}, r"states are torch.float32 .* and torch.bfloat16"),
+        ({"delta": delta.bfloat16()}, r"states are .* of torch.float32 and torch.bfloat16"),
         ({"delta": delta[:1]}, r"states .* do not fit 2 key heads"),
         ({"delta": delta[:, :5]}, r"states .* do not fit 2 key heads"),
         ({"pos": pos.int()}, r"pos is torch.int32 \(3,\); expected int64 \[T\]"),
