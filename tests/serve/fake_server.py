@@ -142,6 +142,8 @@ class FakeServer:
                 delta = {"content": part} if isinstance(part, str) else part
                 _event(writer, {"choices": [{"index": 0, "delta": delta}]})
                 await writer.drain()
+            if answer.cut:
+                await asyncio.sleep(0.1)  # a reader drops what it has not taken yet when a connection breaks
             if answer.late_error:
                 _event(writer, _error(answer.late_error, "server_error"))
             elif not answer.cut and answer.raw is None:
@@ -149,7 +151,8 @@ class FakeServer:
                 if answer.usage and (request.get("stream_options") or {}).get("include_usage"):
                     prompt = answer.prompt_tokens or len(json.dumps(request["messages"])) // 4
                     usage = {"prompt_tokens": prompt, "completion_tokens": len(answer.parts), "total_tokens": prompt + len(answer.parts)}
-                    _event(writer, {"choices": [], "usage": usage | {"prompt_tokens_details": {"cached_tokens": min(answer.cached, prompt)}}})
+                    usage |= {"prompt_tokens_details": {"cached_tokens": min(answer.cached, prompt)}}
+                    _event(writer, {"choices": [], "usage": usage})
             if not answer.cut:
                 _chunk(writer, b"data: [DONE]\n\n")
                 writer.write(b"0\r\n\r\n")

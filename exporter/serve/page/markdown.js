@@ -101,16 +101,23 @@ function link(url, children, shown) {
 
 /** `(target "title")` at `at` -> [target, where it ends], or null. */
 function destination(text, at) {
-  const found = /\(\s{0,9}(?:<([^<>\n]{0,2000})>|([^\s<>]{0,2000}?))(?:\s{1,9}(?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?\s{0,9}\)/y;
-  found.lastIndex = at;
-  let match = found.exec(text);
-  if (!match) return null;
-  let target = match[1] ?? match[2], end = found.lastIndex;
-  while (match[1] === undefined && text[end] === ")" && target.split("(").length > target.split(")").length) {  // a(b) within
-    target += ")";
-    end += 1;
+  let begin = at + 1, end, target;
+  while (/\s/.test(text[begin] ?? "") && begin < at + 10) begin += 1;
+  if (text[begin] === "<") {
+    end = text.slice(begin, begin + 2000).search(/[>\n]/) + begin;
+    if (text[end] !== ">") return null;
+    target = text.slice(begin + 1, end++);
+  } else {
+    let depth = 0;
+    for (end = begin; end < text.length && end < begin + 2000 && !/[\s<>]/.test(text[end]); end += 1) {
+      depth += text[end] === "(" ? 1 : text[end] === ")" ? -1 : 0;
+      if (depth < 0) break;
+    }
+    target = text.slice(begin, end);
   }
-  return [target, end];
+  const rest = /(?:\s{1,9}(?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?\s{0,9}\)/y;
+  rest.lastIndex = end;
+  return rest.test(text) ? [target, rest.lastIndex] : null;
 }
 
 /** Where each run of backticks begins, by the length of the run. */
@@ -169,7 +176,7 @@ export function inline(text) {
     } else if (c === "`") {
       let length = 1;
       while (text[at + length] === "`") length += 1;
-      const places = runs.get(length);
+      const places = runs.get(length) ?? [];  // none: an escaped one was the first of the run
       while (places.length && places[places.length - 1] <= at) places.pop();
       const end = places.pop();
       if (end === undefined) {
@@ -357,7 +364,7 @@ function list(lines, at, depth) {
       } else if (empty || begins(line) || ITEM.test(line)) break;
       inside.push(line.slice(Math.min(width, indent(line))));
     }
-    if (empty && at < lines.length && ITEM.test(lines[at])) loose = true;
+    if (empty && ITEM.exec(lines[at] ?? "")?.[2].endsWith(kind)) loose = true;
     const task = /^\[([ xX])\] /.exec(inside[0]);
     if (task) inside[0] = inside[0].slice(4);
     const box = task && h("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", "aria-label": task[1] === " " ? "not done" : "done" });
@@ -418,7 +425,7 @@ export class Rendering {
     this.tail = [];
   }
 
-  /** What the last line may still become is open: nothing is settled by it. */
+  /** What the last line may still become is open, and a table begins a line before it is seen: nothing is settled by either. */
   update(text) {
     if (text === this.text) return;
     if (!text.startsWith(this.text)) {
@@ -439,7 +446,7 @@ export class Rendering {
         at = end;
       }
     }
-    const open = Math.max(found.findLastIndex(([, at]) => at < lines.length - 1), 0);
+    const open = Math.max(found.findLastIndex(([, at]) => at < lines.length - 2), 0);
     this.tail = found.slice(open).map(([node]) => node);
     this.element.append(...found.map(([node]) => node));
     if (found.length) this.settled += raw.slice(0, found[open][1]).reduce((sum, line) => sum + line.length + 1, 0);

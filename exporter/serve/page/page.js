@@ -97,7 +97,7 @@ function list() {
 function remove(conversation) {
   running.get(conversation.id)?.abort.abort();
   const kept = current(conversation.id) ?? conversation;
-  store.discard(conversation.id);
+  store.discard(conversation);
   if (conversation.id === open.id) begin();
   else list();
   toast(`Deleted: ${store.title(kept).slice(0, 40)}`, "Undo", () => { keep(kept); choose(kept.id); });
@@ -220,6 +220,7 @@ async function answer(conversation, parent) {
   let due = 0, timer = 0, kept = performance.now();
   const paint = () => {
     timer = 0;
+    if (running.get(conversation.id)?.answer !== message) return;  // it ended while this waited for its frame
     const began = performance.now();
     if (conversation === open) {
       views.get(message.id)?.update(true);
@@ -236,7 +237,7 @@ async function answer(conversation, parent) {
     await complete(request(conversation, history), sessionStorage.getItem("kiln.key"), abort.signal, message, changed);
     message.calls = message.calls.filter((call) => call.function.name);
   } catch (error) {
-    if (error.name === "AbortError") message.finish = "stopped";
+    if (abort.signal.aborted) message.finish = "stopped";
     else {
       message.error = error instanceof ServerError ? error.message : `The page failed: ${error.message}`;
       if (error.retry) message.error += ` It may be asked again in ${error.retry} s.`;
@@ -421,8 +422,10 @@ addEventListener("storage", (event) => {  // another tab has written
   else list();
 });
 addEventListener("pagehide", () => {
-  for (const { conversation, answer: message } of running.values()) {
-    try { store.save({ ...conversation, nodes: conversation.nodes.map((n) => (n === message ? { ...n, finish: n.finish || "stopped" } : n)) }); } catch { /* nobody is left to tell */ }
+  for (const { abort, conversation, answer: message } of running.values()) {
+    message.finish = "stopped";
+    abort.abort();
+    try { store.save(conversation); } catch { /* nobody is left to tell */ }
   }
 });
 

@@ -42,12 +42,12 @@ export async function models(key) {
 
 /** The data of each event of a stream, as it comes: lines end in \n, \r\n or \r, comments are skipped. */
 export async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader(), decoder = new TextDecoder();
   let rest = "", data = [];
   try {
     for (;;) {
       const { value, done } = await reader.read();
-      rest += done ? "\n\n" : value;  // an event that nothing ends is one
+      rest += done ? `${decoder.decode()}\n\n` : decoder.decode(value, { stream: true });  // an event that nothing ends is one
       const lines = rest.split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {

@@ -6,11 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "exporter/serve/page"
+PAGE = Path(__file__).parents[3] / "exporter/serve/page"
 FILES = {path.name: path.read_text() for path in PAGE.iterdir()}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
 # What makes HTML or code of a text.
-SINKS = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|srcdoc|createContextualFragment|setHTML")
+SINKS = re.compile(r"(?:inner|outer|set|insertAdjacent)HTML|document\.write|\beval\b|new Function|DOMParser|srcdoc|ContextualFragment")
 
 
 class Tags(HTMLParser):
