@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ class Answer:
     """What is streamed: deltas, or texts that are content, `gap` seconds apart, the first after `first` seconds.
 
     status: an error instead, with `error` as its message. cut: the connection is closed after the last delta. late_error: an error event
-    there. prompt_tokens: None counts four characters of the messages a token, at most `cached` of which are told as cached.
+    there. prompt_tokens: None counts four characters of the messages a token, at most `cached` of which are told as cached. tokens: of the
+    answer; None: one a part.
     """
 
     parts: Sequence[str | dict[str, Any]] = ()
@@ -36,6 +38,7 @@ class Answer:
     usage: bool = True
     prompt_tokens: int | None = None
     cached: int = 0
+    tokens: int | None = None
     raw: bytes | None = None  # the stream's bytes as they are, after its header
 
 
@@ -46,6 +49,7 @@ class FakeServer:
         self.answer, self.page, self.context, self.key = answer, page, context, key
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.times: list[float] = []  # when each question came, by time.perf_counter
         self.cancelled = 0  # answers whose reader went away
         self.at_once = self.most_at_once = 0
 
@@ -103,6 +107,7 @@ class FakeServer:
         if path == "/v1/chat/completions" and method == "POST":
             request = json.loads(body)
             self.requests.append(request)
+            self.times.append(time.perf_counter())
             answer = self.answer(request)
             if answer.status != 200:
                 await asyncio.sleep(answer.first)
@@ -149,8 +154,9 @@ class FakeServer:
             elif not answer.cut and answer.raw is None:
                 _event(writer, {"choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish}]})
                 if answer.usage and (request.get("stream_options") or {}).get("include_usage"):
-                    prompt = answer.prompt_tokens or len(json.dumps(request["messages"])) // 4
-                    usage = {"prompt_tokens": prompt, "completion_tokens": len(answer.parts), "total_tokens": prompt + len(answer.parts)}
+                    prompt = answer.prompt_tokens or sum(len(m["content"]) for m in request["messages"]) // 4
+                    tokens = len(answer.parts) if answer.tokens is None else answer.tokens
+                    usage = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
                     usage |= {"prompt_tokens_details": {"cached_tokens": min(answer.cached, prompt)}}
                     _event(writer, {"choices": [], "usage": usage})
             if not answer.cut:
