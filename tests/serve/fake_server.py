@@ -45,8 +45,9 @@ class Answer:
 class FakeServer:
     """`with FakeServer(page=folder) as server`: listens on 127.0.0.1 in a thread of its own. `answer(request)` makes the answer."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Answer], page: Path | None = None, context: int | None = 4096, key: str = ""):
-        self.answer, self.page, self.context, self.key = answer, page, context, key
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer], page: Path | None = None, context: int | None = 4096, key: str = "",
+                 name: str = "fake-model"):  # fmt: skip
+        self.answer, self.page, self.context, self.key, self.name = answer, page, context, key, name
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.times: list[float] = []  # when each question came, by time.perf_counter
@@ -103,7 +104,7 @@ class FakeServer:
             return self._send(writer, 401, _error("a key is needed", "invalid_api_key"))
         if path == "/v1/models":
             limit = {"max_model_len": self.context} if self.context else {}
-            return self._send(writer, 200, {"object": "list", "data": [{"id": "fake-model", "object": "model", **limit}]})
+            return self._send(writer, 200, {"object": "list", "data": [{"id": self.name, "object": "model", **limit}]})
         if path == "/v1/chat/completions" and method == "POST":
             request = json.loads(body)
             self.requests.append(request)

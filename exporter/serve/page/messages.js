@@ -1,6 +1,7 @@
 // One message on the page. A view is made once and brought up to date while its message grows.
 
-import { Rendering, copyButton, h, icon, plain } from "./markdown.js";
+import { Rendering } from "./markdown.js";
+import { copyButton, h, icon, plain } from "./nodes.js";
 import { versions } from "./store.js";
 
 const seconds = (ms) => (ms < 9950 ? (ms / 1000).toFixed(1) : Math.round(ms / 1000).toLocaleString("en")) + " s";

@@ -1,7 +1,7 @@
 // The page: conversations at the side, the open one in the middle, and its answers as they come.
 
-import { h, icon } from "./markdown.js";
 import { view } from "./messages.js";
+import { h, icon } from "./nodes.js";
 import * as store from "./store.js";
 import { ServerError, complete, models } from "./stream.js";
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,28 @@ def test_markdown(opened: Any) -> None:
     assert re.sub(r"<(\w+)[^>]*>", r"<\1>", table) == (
         "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><code>x|y</code></td></tr></tbody></table></div><p>2</p>"
     )
+
+
+CODE = [
+    ("python", 'def f(): # "b"\n """c\n# d"""\n return 1.5', ["word:def", 'comment:# "b"', 'string:"""c\n# d"""', "word:return", "number:1.5"]),
+    ("rust", "fn f<'a>(x: &'a str) -> char { 'x' } // y", ["word:fn", "word:str", "string:'x'", "comment:// y"]),
+    ("js", "const s = `a ${b}`; /* open", ["word:const", "string:`a ${b}`", "comment:/* open"]),
+    ("SQL", "SELECT a -- b\nfrom c", ["word:SELECT", "comment:-- b", "word:from"]),
+    ("nothing", "def f(): # x", []),
+]
+
+
+def test_code_is_coloured_and_stays_what_it_is(opened: Any) -> None:
+    page = opened()
+    code = """({coloured}, text, name) => { const e = document.createElement('div'); e.append(...coloured(text, name));
+      return [e.textContent, [...e.querySelectorAll('span')].map((s) => `${s.className.slice(5)}:${s.textContent}`)]; }"""
+    for name, text, expected in CODE:
+        assert from_script(page, "highlight.js", code, text, name) == [text, expected], name
+    for unit in ('"', "'", "`", '"""', "/*", "//", "#", "<!--", "\\", "1", "a.", "--"):
+        for name in ("python", "js", "rust", "html", "sql"):
+            text = unit * (19_000 // len(unit))
+            began = time.monotonic()
+            assert from_script(page, "highlight.js", code, text, name)[0] == text and time.monotonic() - began < 3, (unit, name)
 
 
 def test_every_split_gives_the_same(opened: Any) -> None:

@@ -278,6 +278,7 @@ def test_contrast(opened: Any) -> None:
 
     pairs = [["text", "ground"], ["text", "bubble"], ["accent", "ground"], ["accent-text", "accent"], ["error", "error-ground"]]
     pairs += [["soft", ground] for ground in ("ground", "side", "raised", "sunken")]
+    pairs += [[colour, "sunken"] for colour in ("text", "comment", "string", "number", "word")]
     code = """(pairs) => pairs.map((pair) => pair.map((name) => { const e = document.createElement('i'); e.style.color = `var(--${name})`;
       document.body.append(e); const found = getComputedStyle(e).color; e.remove(); return found; }))"""
     for scheme in ("light", "dark"):
