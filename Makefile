@@ -161,19 +161,20 @@ tidy: build
 	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
 	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/src/*/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
 
-# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
+# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two to a core at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
 FUZZ_SECONDS ?= 60
+FUZZ_AT_ONCE ?= $(shell echo $$((2 * $$(nproc))))
 FUZZED = $(filter $(basename $(notdir $(wildcard runtime_cpp/fuzz/*.cpp))), $(notdir $(wildcard tests/corpus/*)))
 LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
 FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
 fuzz: $(SETUP)
 	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp/fuzz -B "$$BUILD/fuzz" -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
 	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/fuzz"
-	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P 2 -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
+	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P $(FUZZ_AT_ONCE) -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
 	  -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -artifact_prefix="$$top/tests/corpus/{}/" found/{} "$$top/tests/corpus/{}" >{}.log 2>&1 \
 	  && echo "{}: $$(grep "^Done" {}.log)" || { tail -n 40 {}.log; exit 255; }'
-	printf '%s\n' gguf template text tokenizer | xargs -P 2 -I{} "$$PY" -m tests.tools.fuzz_python --seconds $(FUZZ_SECONDS) --target {}
+	printf '%s\n' gguf template text tokenizer | xargs -P $(FUZZ_AT_ONCE) -I{} "$$PY" -m tests.tools.fuzz_python --seconds $(FUZZ_SECONDS) --target {}
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

@@ -13,6 +13,20 @@ Activation = Literal["gelu_tanh", "silu"]
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """A context that was lengthened by YaRN (arXiv:2309.00071): only pairs that turn slowly are slowed by the rope's factor.
+
+    context: positions before. Pairs with `fast` turns or more in it keep their speed, those with `slow` or fewer take all of the factor,
+    between the two it changes evenly from pair to pair. magnitude: of the turned queries and of the turned keys.
+    """
+
+    context: int
+    fast: float
+    slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary embedding: pair d of a head turns by position * base^(-2d / size) / factor, over the tensor `divisors` where one is named.
 
@@ -26,6 +40,12 @@ class Rope:
     factor: float = 1.0
     divisors: str | None = None
     neighbours: bool = False
+    yarn: Yarn | None = None
+
+    @property
+    def scores(self) -> float:
+        """What scores grow by where a whole head turns."""
+        return self.yarn.magnitude**2 if self.yarn else 1.0
 
     @property
     def constant(self) -> str:

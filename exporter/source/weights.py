@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, floor, log, pi, prod
 
 import numpy as np
 
 from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import KilnError
-from kiln.exporter.model.records import ModelConfig
+from kiln.exporter.model.records import ModelConfig, Rope
 from kiln.exporter.source.config import expected_tensors
 from kiln.exporter.source.gguf import GGUFFile
 
@@ -122,11 +122,24 @@ def vector(gguf: GGUFFile, name: str) -> np.ndarray:
     return raw.view("<f4" if block_type == "F32" else "<f2").astype(np.float32)
 
 
+def _frequencies(rope: Rope) -> np.ndarray:
+    """Radians a position of each pair, float64 [size / 2], before divisors."""
+    inv_freq = float(rope.base) ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size)
+    if rope.yarn is None:
+        return inv_freq / rope.factor
+    # the pair that makes so many turns in the context, and its neighbours outwards
+    turns = (rope.yarn.fast, rope.yarn.slow)
+    first, last = (rope.size * log(rope.yarn.context / (n * 2 * pi)) / (2 * log(rope.base)) for n in turns)
+    first, last = max(floor(first), 0), min(ceil(last), rope.size - 1)
+    slowed = np.clip((np.arange(rope.size // 2) - first) / max(last - first, 0.001), 0, 1)
+    return inv_freq * (1 - slowed) + inv_freq / rope.factor * slowed
+
+
 def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarray]:
     """`rope_inv_freq*` float32 [size / 2] and `suppress_tokens` int64, by name. A pair whose divisor says "off" gets exactly 0."""
     derived: dict[str, np.ndarray] = {}
     for name, rope in config.ropes.items():
-        inv_freq = float(rope.base) ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size) / rope.factor
+        inv_freq = _frequencies(rope)
         if rope.divisors:
             divisor = vector(gguf, rope.divisors).astype(np.float64)
             if not (divisor > 0).all():  # also false for NaN
