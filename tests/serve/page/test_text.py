@@ -140,7 +140,7 @@ def test_markdown(opened: Any) -> None:
 
 
 CODE = [
-    ("python", 'def f(): # "b"\n """c\n# d"""\n return 1.5', ["word:def", 'comment:# "b"', 'string:"""c\n# d"""', "word:return", "number:1.5"]),
+    ("python", 'if a: # "b"\n """c\n# d"""\n return 1.5', ["word:if", 'comment:# "b"', 'string:"""c\n# d"""', "word:return", "number:1.5"]),
     ("rust", "fn f<'a>(x: &'a str) -> char { 'x' } // y", ["word:fn", "word:str", "string:'x'", "comment:// y"]),
     ("js", "const s = `a ${b}`; /* open", ["word:const", "string:`a ${b}`", "comment:/* open"]),
     ("SQL", "SELECT a -- b\nfrom c", ["word:SELECT", "comment:-- b", "word:from"]),
