@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build wheels tarball demo demo-real test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo demo-real test test-page nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -95,7 +95,14 @@ PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
 test: DIST = loadfile
 test: build lint
-	"$$PY" -m pytest -m "not gpu and not nightly" $(PARALLEL) $(KILN_PYTEST)
+	"$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
+
+# The page of kiln serve in a headless Chromium of the system, and its pictures in docs/captures; Playwright is installed where it is not there
+test-page: $(SETUP)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "no Chromium is installed: apt-get install chromium" >&2; exit 1; }
+	"$$PY" -c 'import playwright' 2>/dev/null || $(PIP) install playwright
+	"$$PY" -m pytest tests/serve/page $(KILN_PYTEST)
+	"$$PY" -m tests.tools.capture_page "$$BUILD/captures"
 
 # ruff, and mypy over the rooms that pyproject.toml lists
 lint: $(SETUP)
