@@ -105,7 +105,7 @@ class Chat:
     def _answer(self, messages: list[dict[str, Any]], show: Callable[[Delta], None]) -> Message:
         options, session = self.options, self.player.session
         request = self.request(messages)
-        prompt = self.dialect.prompt(request)
+        prompt = self.dialect.prompt(request, cuts=self.player.store is not None)
         parser = self.dialect.parser(prompt, request, options.stop)
         session.set_sampling(options.temperature, options.top_k, options.top_p, options.seed)
         self.last = self.player.answer(prompt, parser, options.max_new_tokens or self.player.max_seq_len, show)

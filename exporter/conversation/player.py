@@ -80,8 +80,8 @@ class Turn:
 class Player:
     """`session`: a `kiln.Session` at position 0 that nobody else uses. store: a `kiln.SnapshotStore`, which others may use as well.
 
-    A prompt is read in pieces that end at cuts, where a snapshot is kept. What is used again stood at the end of a piece or behind a step,
-    so an answer's bits are those of a session that reads the same pieces from position 0.
+    With a store a prompt is read in pieces that end at cuts, where a snapshot is kept. What is used again stood at the end of a piece or
+    behind a step, so an answer's bits are those of a session that reads the same pieces from position 0.
     """
 
     def __init__(self, session: Any, max_seq_len: int, store: Any = None):
@@ -159,12 +159,11 @@ class Player:
         return turn
 
     def _read(self, prompt: Prompt, ids: list[int], start: int) -> None:
-        for end in stops(prompt.cuts, start, len(ids)):
+        for end in stops(prompt.cuts, start, len(ids)) if self.store else ():
             self.session.prefill(ids[start:end])
             start = end
             self._ends.append(end)
-            if self.store:
-                self.store.take(self.session, self.conversation)
+            self.store.take(self.session, self.conversation)
         self.session.prefill(ids[start:])
         self._stepped = len(ids)
 

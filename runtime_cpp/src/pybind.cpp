@@ -101,6 +101,7 @@ py::dict memory(const Session& session) {
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
   out["kv_global"] = m.kv_global;
+  out["kv_state"] = m.kv_state;
   out["activations"] = m.activations;
   out["graph"] = m.graph;
   out["other"] = m.other;
@@ -223,7 +224,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("earliest", &Session::earliest, "The first position, but for 0, that rewind() can go back to.")
       .def("save", [](const Session& s, const std::filesystem::path& path) { s.save(path.string()); }, py::arg("path"), ReleaseGil(),
            "Writes all that is needed to go on to a file, whole or not at all.")
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, activations, graph, other, total.")
+      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
 

@@ -42,13 +42,13 @@ class SnapshotStore {
  public:
   struct Counts {
     uint64_t device_bytes = 0, host_bytes = 0;  // of what is kept now; never above the budgets
-    int64_t kept = 0, hits = 0, misses = 0, evicted = 0, moved = 0, refused = 0;  // moved: to the host; refused: larger than the budgets
+    int64_t kept = 0, hits = 0, misses = 0, evicted = 0, moved = 0, refused = 0;  // moved: to the host; refused: larger than the budgets, or than the memory
   };
 
   // On the CPU everything counts as the host's.
   SnapshotStore(uint64_t device_budget, uint64_t host_budget) : device_{device_budget}, host_{host_budget} {}
 
-  // Takes a snapshot of the session as it stands and keeps it for `conversation`, once room is made. False: it is larger than the budgets.
+  // Takes a snapshot of the session as it stands and keeps it for `conversation`, once room is made. False: there is no such room.
   bool take(Session& session, const std::string& conversation, bool whole = false);
   // The longest one whose tokens `ids` begins with, one of `ids` at least being left, and that `session` can go on from; it is `conversation`'s from
   // now on. Null: there is none.

@@ -122,7 +122,7 @@ void Session::Impl::rewind(int64_t to) {
   if (to == position) return;
   if (to < 0 || to > position) fail("rewind to ", to, ": the session is at position ", position);
   if (to != 0 && to < earliest())
-    fail("rewind to ", to, " from ", position, ": its rings have lost what lay before position ", earliest(), "; take a snapshot where it is to come back to, or begin at 0");
+    fail("rewind to ", to, " from ", position, ": its rings and states have lost what lay before position ", earliest(), "; take a snapshot where it is to come back to, or begin at 0");
   if (to == 0) begin_anew();
   stand_at(to, -1, false, {});
 }

@@ -49,8 +49,12 @@ bool SnapshotStore::make_room(uint64_t device_bytes, uint64_t host_bytes) {
       continue;
     }
     make_room(0, bytes);
-    add(moved.snapshot->to_host(), moved.conversation, moved.used);
-    ++counts_.moved;
+    try {
+      add(moved.snapshot->to_host(), moved.conversation, moved.used);
+      ++counts_.moved;
+    } catch (const Error&) {  // the host has less than the budget says
+      ++counts_.evicted;
+    }
   }
   while (!host_.fits(host_bytes)) {
     auto entry = oldest(false);
@@ -74,12 +78,22 @@ bool SnapshotStore::take(Session& session, const std::string& conversation, bool
     if (e.snapshot->position() == session.position() && (e.snapshot->whole() || !whole) && session.stands_at(*e.snapshot)) return touch(e, conversation), true;
   const bool gpu = session.model().target().cuda;
   conversations_[conversation] = ++clock_;  // those that go are another's first
-  bool host = !gpu, room = gpu && make_room(copies, rest);
-  if (!room) host = true, room = make_room(0, copies + rest);
-  if (room) add(session.snapshot({whole, host}), conversation, clock_);
-  if (!room) ++counts_.refused;
+  std::shared_ptr<const Snapshot> taken;
+  auto take_to = [&](bool host) {
+    if (!make_room(host ? 0 : copies, host ? copies + rest : rest)) return;
+    try {
+      taken = session.snapshot({whole, host});
+    } catch (const Error&) {  // there is less memory than the budget says
+    }
+  };
+  if (gpu) take_to(false);
+  if (!taken) take_to(true);
+  if (taken)
+    add(taken, conversation, clock_);
+  else
+    ++counts_.refused;
   if (std::none_of(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.conversation == conversation; })) conversations_.erase(conversation);
-  return room;
+  return taken != nullptr;
 }
 
 std::shared_ptr<const Snapshot> SnapshotStore::longest(const Session& session, const std::vector<int64_t>& ids, const std::string& conversation) {
