@@ -54,6 +54,7 @@ def artifact(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def model(artifact: Path) -> kiln.Model:
+    kiln.set_threads(1)  # for a model this small two only wait for each other
     return kiln.Model(str(artifact))
 
 
