@@ -346,9 +346,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
     try:
-        from kiln.exporter.serve.served import Settings
         from kiln.exporter.serve.server import loopback, read_keys
         from kiln.exporter.serve.server import serve as run_server
+        from kiln.exporter.serve.settings import Settings
     except ImportError as e:
         raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
     settings = Settings(

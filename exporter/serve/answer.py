@@ -6,16 +6,30 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from kiln.exporter.conversation.markup import Markup
 from kiln.exporter.conversation.parser import REASONING, Delta, Message, Parser
-from kiln.exporter.serve.engine import Job, Outcome, Sampling
+from kiln.exporter.conversation.vocabulary import Vocabulary
+from kiln.exporter.serve.engine import Engine, Job, Outcome, Sampling
+from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem
-from kiln.exporter.serve.rows import Likely, Rows
-from kiln.exporter.serve.steer import Calling, Steer, bars
+from kiln.exporter.serve.rows import Likely, Rows, likely
+from kiln.exporter.serve.settings import Settings
+from kiln.exporter.serve.steer import Calling, Lexicon, Steer, bars
 
-if TYPE_CHECKING:
-    from kiln.exporter.serve.served import Served
+
+class Around(Protocol):
+    """What an answer needs of the artifact that is served."""
+
+    vocabulary: Vocabulary
+    markup: Markup
+    lexicon: Lexicon
+    control: frozenset[int]
+    max_seq_len: int
+    engine: Engine
+    metrics: Metrics
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,6 @@ class Choice:
         return deltas
 
     def score(self, row: Any, i: int) -> None:
-        from kiln.exporter.serve.rows import likely
-
         ids = self.job.ids
         if i + 1 < len(ids):
             self.scored.append(likely(row, ids[i + 1], self.answer.wishes.top or 0))
@@ -149,7 +161,7 @@ def _problem(outcome: Outcome) -> Problem:
 class Answer:
     """The choices of one request. Belongs to one task; only `put` may be called from other threads."""
 
-    def __init__(self, served: Served, wishes: Wishes, prompt: tuple[int, ...]):
+    def __init__(self, served: Around, wishes: Wishes, prompt: tuple[int, ...]):
         self.served, self.wishes, self.prompt = served, wishes, prompt
         self.choices: list[Choice] = []
         self._loop = asyncio.get_running_loop()

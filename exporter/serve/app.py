@@ -163,7 +163,7 @@ def application(served: Served, folder: Path = PAGE) -> Starlette:
         if file is None:
             if http.url.path == "/":
                 return PlainTextResponse("Kiln serves a model here: POST /v1/chat/completions, GET /v1/models\n")
-            raise HTTPException(404)
+            raise HTTPException(405 if http.url.path.removeprefix("/v1") in POSTS else 404)
         headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
         return FileResponse(file, headers=headers, media_type=mimetypes.guess_type(file.name)[0] or "application/octet-stream")
 

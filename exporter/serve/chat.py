@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -11,8 +12,9 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from kiln.exporter.conversation.parser import CONTENT, REASONING, Delta, Message
+from kiln.exporter.conversation.request import Request
 from kiln.exporter.serve import asks
-from kiln.exporter.serve.answer import Answer, Choice, Event
+from kiln.exporter.serve.answer import Answer, Choice, Event, Wishes
 from kiln.exporter.serve.fields import Fields
 from kiln.exporter.serve.problem import unsupported, wrong
 from kiln.exporter.serve.rows import Likely
@@ -25,15 +27,15 @@ async def chat(served: Served, http: Http) -> Response:
     model = served.model(fields.text("model"))
     stream = fields.flag("stream")
     options = fields.object("stream_options") or Fields({})
-    answer = await _answer(fields, served)
-    shape = _Shape(fields, served, model, answer, options.flag("include_usage"), options.flag("continuous_usage_stats"))
+    shape = _Shape(fields, served, model, options.flag("include_usage"), options.flag("continuous_usage_stats"))
+    shape.answer = answer = await served.converse(*_asked(fields, served))  # the last thing that may be refused
     if stream:
         return openai_stream(served, [answer], shape.stream())
     await present(http, [answer], shape.collect())
     return Json(shape.whole())
 
 
-async def _answer(fields: Fields, served: Served) -> Answer:
+def _asked(fields: Fields, served: Served) -> tuple[Request, Wishes]:
     for name, why in (("functions", "give tools"), ("function_call", "give tool_choice"), ("audio", "this model writes text")):
         fields.refuse(name, why)
     fields.refuse("modalities", "this model writes text", ["text"])
@@ -52,7 +54,7 @@ async def _answer(fields: Fields, served: Served) -> Answer:
     names = [tool["function"]["name"] for tool in request.tools]
     calling, shown = asks.calling(fields.body.get("tool_choice"), names)
     if not shown:
-        request = asks.conversation(served, fields.body.get("messages"), None, variables, True, going_on)
+        request = dataclasses.replace(request, tools=())
     most = [n for n in (fields.whole(name, 1, asks.MOST) for name in ("max_completion_tokens", "max_tokens")) if n is not None]
     top = fields.whole("top_logprobs", 0, asks.LOGPROBS)
     logprobs = fields.flag("logprobs")
@@ -69,7 +71,7 @@ async def _answer(fields: Fields, served: Served) -> Answer:
         budget=fields.whole("thinking_token_budget", 0, asks.MOST),
         schema=schema,
     )
-    return await served.converse(request, wishes)
+    return request, wishes
 
 
 def logprob(served: Served, likely: Likely) -> dict[str, Any]:
@@ -90,8 +92,10 @@ def call_record(delta: Delta) -> dict[str, Any]:
 class _Shape:
     """An answer as OpenAI's objects."""
 
-    def __init__(self, fields: Fields, served: Served, model: str, answer: Answer, usage: bool, every: bool):
-        self.served, self.answer, self.usage, self.every = served, answer, usage, every
+    answer: Answer
+
+    def __init__(self, fields: Fields, served: Served, model: str, usage: bool, every: bool):
+        self.served, self.usage, self.every = served, usage, every
         self.thoughts = fields.flag("include_reasoning", True)
         self.with_ids = fields.flag("return_token_ids")
         self.head = {

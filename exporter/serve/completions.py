@@ -40,7 +40,7 @@ async def completions(served: Served, http: Http) -> Response:
     if stream and wishes.score:
         raise unsupported("echo", "with logprobs it does not go with stream")
     options = fields.object("stream_options") or Fields({})
-    usage = options.flag("include_usage")
+    usage, with_ids = options.flag("include_usage"), fields.flag("return_token_ids")
     if wishes.score:  # the first choice reads the logits behind every id of the prompt; the others need not
         answers = await served.write(prompts, wishes)
         for answer in answers:
@@ -48,7 +48,7 @@ async def completions(served: Served, http: Http) -> Response:
                 choice.job.score = None
     else:
         answers = await served.write(prompts, wishes)
-    shape = _Shape(served, model, answers, echo, usage, fields.flag("return_token_ids"))
+    shape = _Shape(served, model, answers, echo, usage, with_ids)
     if stream:
         return openai_stream(served, answers, shape.stream())
     await present(http, answers, shape.collect())
@@ -208,5 +208,3 @@ async def detokenize(served: Served, http: Http) -> Response:
     found = asks.ids(fields, "tokens", served, 1 << 20)
     text = await served.aside(served.tokenizer.decode, list(found), False)
     return Json({"prompt": text, "content": text})
-
-

@@ -38,9 +38,10 @@ async def messages(served: Served, http: Http) -> Response:
         asks.sampling(fields, served, 1.0), most=most, stop=asks.stops(fields, "stop_sequences"), parallel=parallel, calling=calling,
         budget=_budget(thinking, most), salt=fields.text("cache_salt") or "",
     )  # fmt: skip
+    stream = fields.flag("stream")
     answer = await served.converse(request, wishes)
     shape = _Shape(model, answer)
-    if fields.flag("stream"):
+    if stream:
 
         def failed(problem: Problem) -> bytes:
             return sse(problem.anthropic(), "error")
@@ -76,21 +77,23 @@ def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, b
     if choice is not None:
         said = choice.choice("type", ("auto", "any", "tool", "none"))
         converted = {"auto": "auto", "any": "required", "none": "none"}.get(
-            said or "", {"type": "function", "name": choice.text("name")}  # type: ignore[arg-type]
+            said or "",
+            {"type": "function", "name": choice.text("name")},  # type: ignore[arg-type]
         )
         parallel = not choice.flag("disable_parallel_tool_use")
-    names = [tool["function"]["name"] for tool in tools]
-    calling, seen = asks.calling(converted, names)
     listed = fields.items("messages", served.settings.messages)
-    if listed is None:
-        raise wrong("messages", "a list of messages was expected")
+    if not listed:
+        raise wrong("messages", "a list of messages was expected, of one at least")
     history, origin = _history(fields, listed)
     last = history[-1] if history else {}
     going_on = last.get("role") == "assistant" and not last.get("tool_calls")
     try:
-        request = asks.conversation(served, history, tools if seen else None, variables, True, going_on)
+        request = asks.conversation(served, history, tools, variables, True, going_on)
     except Problem as problem:  # of the converted messages: the client numbers its own
         raise Problem(400, _numbered(problem.message, origin), _numbered(problem.param or "", origin)) from None
+    calling, seen = asks.calling(converted, [tool["function"]["name"] for tool in request.tools])
+    if not seen:
+        request = dataclasses.replace(request, tools=())
     return request, calling if request.tools else None, parallel
 
 

@@ -37,12 +37,13 @@ async def responses(served: Served, http: Http) -> Response:
     reasoning = fields.object("reasoning") or Fields({}, "reasoning")
     variables = asks.variables(fields, served, asks.effort(reasoning, "effort", served), "reasoning.effort")
     history = _history(fields, served)
-    names = [tool["function"]["name"] for tool in tools]
-    calling, seen = asks.calling(fields.body.get("tool_choice"), names)
     try:
-        request = asks.conversation(served, history, tools if seen else None, variables)
+        request = asks.conversation(served, history, tools, variables)
     except Problem as problem:
         raise Problem(400, problem.message.replace("messages", "input"), (problem.param or "").replace("messages", "input")) from None
+    calling, seen = asks.calling(fields.body.get("tool_choice"), [tool["function"]["name"] for tool in request.tools])
+    if not seen:
+        request = dataclasses.replace(request, tools=())
     text = fields.object("text")
     include = fields.items("include", 64) or []
     top = fields.whole("top_logprobs", 0, asks.LOGPROBS)
@@ -51,9 +52,10 @@ async def responses(served: Served, http: Http) -> Response:
         top=(top or 0) if top or LOGPROBS in include else None, parallel=fields.flag("parallel_tool_calls", True),
         calling=calling if request.tools else None, schema=asks.schema(text.object("format") if text else None),
     )  # fmt: skip
+    stream = fields.flag("stream")
     answer = await served.converse(request, wishes)
     shape = _Shape(served, fields, model, answer)
-    if fields.flag("stream"):
+    if stream:
         return Stream(served, [answer], shape.stream(), b": ping\n\n", shape.failed)
     await present(http, [answer], shape.collect())
     return Json(shape.record())

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,36 +21,12 @@ from kiln.exporter.serve.answer import Answer, Wishes
 from kiln.exporter.serve.engine import Busy, Closed, Engine, Steps
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
+from kiln.exporter.serve.settings import Settings
 from kiln.exporter.serve.steer import Lexicon
 from kiln.exporter.serve.timelines import Timeline
 
 T = TypeVar("T")
 CONTROL = 3  # a token's type in GGUF
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the operator says. Sizes in bytes, times in seconds; timeout 0: none."""
-
-    names: tuple[str, ...] = ("kiln",)
-    any_model: bool = False
-    sessions: int = 1
-    queue: int = 64
-    chunk: int = 0  # ids of a prompt between two steps of others; 0: the artifact's
-    timeout: float = 0.0
-    drain: float = 10.0
-    body: int = 16 << 20
-    messages: int = 10_000
-    tools: int = 256
-    depth: int = 100
-    keys: tuple[bytes, ...] = ()
-    origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] | None = None  # of the Host header; None: any
-    metrics_prefix: str = "kiln"
-    reasoning_field: str = "reasoning_content"
-    think: bool | None = None  # where a request does not say; None: as the template does
-    ping: float = 10.0
-    log: bool = False
 
 
 class Served:
@@ -169,9 +144,7 @@ class Served:
         try:
             self.engine.submit(jobs)
         except Busy:
-            raise Problem(
-                429, "too many requests wait already; try again later", None, "queue_full", {"retry-after": "1"}
-            ) from None
+            raise Problem(429, "too many requests wait already; try again later", None, "queue_full", {"retry-after": "1"}) from None
         except Closed as e:
             raise Problem(503, f"the model cannot be used any more: {e}" if str(e) else "the server is shutting down") from None
         return answers

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 
 from kiln.exporter.errors import KilnError
 from kiln.exporter.serve.app import application
-from kiln.exporter.serve.served import Served, Settings
+from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.settings import Settings
 
 FLUSH = 5  # seconds in which ended streams reach their clients
 LEAST_KEY = 8  # characters

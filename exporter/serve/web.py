@@ -16,7 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 from kiln.exporter.serve.answer import Answer
 from kiln.exporter.serve.fields import Fields, read_json
 from kiln.exporter.serve.problem import Problem
-from kiln.exporter.serve.served import Served, Settings
+from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger("kiln.serve")

@@ -18,8 +18,9 @@ import uvicorn
 import kiln
 from kiln.exporter.serve.app import PAGE, application
 from kiln.exporter.serve.engine import Busy, Job, Outcome
-from kiln.exporter.serve.served import Served, Settings
+from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.server import config, listen
+from kiln.exporter.serve.settings import Settings
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.tokenizer import read_tokenizer
 from tests.conftest import shared

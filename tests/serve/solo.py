@@ -11,7 +11,12 @@ import kiln
 
 
 def write(
-    model: kiln.Model, ids: Sequence[int], most: int, chunk: int, sampling: tuple[float, int, float, int] = (0.0, 0, 1.0, 0), eog: bool = True
+    model: kiln.Model,
+    ids: Sequence[int],
+    most: int,
+    chunk: int,
+    sampling: tuple[float, int, float, int] = (0.0, 0, 1.0, 0),
+    eog: bool = True,
 ) -> list[int]:
     """Tokens, an end token included."""
     session = kiln.Session(model, prefill_chunk=chunk)

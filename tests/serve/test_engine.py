@@ -104,7 +104,11 @@ def test_the_host_chooses_by_the_operators_rule() -> None:
         row[random.integers(0, 512, 40)] = row[3]  # ties
         row[random.integers(0, 512, 20)] = -np.inf
         temperature, top_p = float(random.choice([0, 0.3, 1, 1.7])), float(random.choice([0.1, 0.8, 0.95, 1]))
-        top_k, seed, position = int(random.choice([0, 1, 7, 64, 600])), int(random.integers(-(1 << 62), 1 << 62)), int(random.integers(0, 1 << 17))
+        top_k, seed, position = (
+            int(random.choice([0, 1, 7, 64, 600])),
+            int(random.integers(-(1 << 62), 1 << 62)),
+            int(random.integers(0, 1 << 17)),
+        )
         given = [torch.tensor([x], dtype=t) for x, t in (
             (temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32), (seed, torch.int64), (position, torch.int64),
         )]  # fmt: skip

@@ -14,7 +14,9 @@ from tests.serve.conftest import KEY, Script
 
 CALL, CALLED, QUOTE, RESPONSE, THOUGHT, THOUGHT_OVER, END = 48, 49, 52, 50, 100, 101, 106
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
-TOOLS: list[Any] = [{"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}} for name in ("weather", "time")]
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}} for name in ("weather", "time")
+]
 TOOLS_A: list[Any] = [{"name": t["function"]["name"], "description": "d", "input_schema": PARAMETERS} for t in TOOLS]
 TOOLS_R: list[Any] = [{"type": "function", "strict": False, **t["function"]} for t in TOOLS]
 ASK: list[Any] = [{"role": "user", "content": "How is the weather in Porto?"}]
@@ -89,7 +91,12 @@ def test_a_named_call_must_come(client: openai.OpenAI, script: Script, thinks: t
     script.will_say(*thinks, " I", "city:", QUOTE, "Porto", QUOTE, "}", CALLED, RESPONSE)
     choice: Any = {"type": "function", "function": {"name": "weather"}}
     found = client.chat.completions.create(
-        model="gemma", messages=ASK, tools=TOOLS, tool_choice=choice, reasoning_effort="high" if thinks else "none", extra_body={"return_token_ids": True}
+        model="gemma",
+        messages=ASK,
+        tools=TOOLS,
+        tool_choice=choice,
+        reasoning_effort="high" if thinks else "none",
+        extra_body={"return_token_ids": True},
     ).choices[0]
     assert found.message.tool_calls and found.message.tool_calls[0].function.name == "weather" and not found.message.content
     assert json.loads(found.message.tool_calls[0].function.arguments) == {"city": "Porto"} and found.finish_reason == "tool_calls"
@@ -102,14 +109,21 @@ def test_a_named_call_must_come(client: openai.OpenAI, script: Script, thinks: t
 def test_some_call_must_come(client: openai.OpenAI, script: Script) -> None:
     """Of several tools: after the marker only tokens that spell a name may be chosen."""
     script.will_say(END, "call:time{city:", QUOTE, "Porto", QUOTE, "}", CALLED, RESPONSE)
-    found = client.chat.completions.create(model="gemma", messages=ASK, tools=TOOLS, tool_choice="required", extra_body={"return_token_ids": True})
+    found = client.chat.completions.create(
+        model="gemma", messages=ASK, tools=TOOLS, tool_choice="required", extra_body={"return_token_ids": True}
+    )
     assert found.choices[0].token_ids[0] == CALL and script.engine.jobs[-1].choose
     assert [c.function.name for c in found.choices[0].message.tool_calls or ()] == ["time"]
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="gemma", messages=ASK, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}})
+        client.chat.completions.create(
+            model="gemma", messages=ASK, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}}
+        )
     assert error.value.param == "tool_choice"
     script.will_say("x", END)
-    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "time"}}]}}
+    allowed: Any = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "time"}}]},
+    }
     free = client.chat.completions.create(model="gemma", messages=ASK, tools=TOOLS, tool_choice=allowed)
     assert free.choices[0].message.content == "x" and script.engine.jobs[-1].choose
 
@@ -123,7 +137,11 @@ def test_thoughts(client: openai.OpenAI, script: Script) -> None:
         assert message.content == "Sunny." and hasattr(message, "reasoning_content") is not hidden
         assert found.usage and found.usage.completion_tokens_details.reasoning_tokens > 3
     script.will_say(*THINKS, "Sunny.", END)
-    chunks = list(client.chat.completions.create(model="gemma", messages=ASK, stream=True, extra_body={"chat_template_kwargs": {"enable_thinking": True}}))
+    chunks = list(
+        client.chat.completions.create(
+            model="gemma", messages=ASK, stream=True, extra_body={"chat_template_kwargs": {"enable_thinking": True}}
+        )
+    )
     assert "".join(getattr(c.choices[0].delta, "reasoning_content", "") for c in chunks) == "Let me see."
     script.will_say("Sunny.", END)
     client.chat.completions.create(model="gemma", messages=ASK, reasoning_effort="none")
@@ -143,11 +161,15 @@ def test_a_budget_of_thoughts(client: openai.OpenAI, script: Script, budget: int
 def test_a_message_goes_on(client: openai.OpenAI, script: Script) -> None:
     history = [*ASK, {"role": "assistant", "content": "The weather in"}]
     script.will_say(" Porto is fine.", END)
-    found = client.chat.completions.create(model="gemma", messages=history, extra_body={"continue_final_message": True, "add_generation_prompt": False})
+    found = client.chat.completions.create(
+        model="gemma", messages=history, extra_body={"continue_final_message": True, "add_generation_prompt": False}
+    )
     assert found.choices[0].message.content == " Porto is fine."
     assert script.engine.jobs[-1].ids == ids(script, history, continue_final=True)
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="gemma", messages=history, extra_body={"continue_final_message": True, "add_generation_prompt": True})
+        client.chat.completions.create(
+            model="gemma", messages=history, extra_body={"continue_final_message": True, "add_generation_prompt": True}
+        )
     assert error.value.param == "continue_final_message"
 
 
@@ -220,7 +242,12 @@ def test_messages_round_trip(claude: anthropic.Anthropic, script: Script) -> Non
         final = stream.get_final_message()
     assert text == "21 degrees." and final.stop_reason == "end_turn" and final.usage.output_tokens > 2
     function = {"name": "weather", "arguments": use.input}
-    turn = {"role": "assistant", "content": "Let me ask.", "reasoning_content": "Let me see.", "tool_calls": [{"id": use.id, "function": function}]}
+    turn = {
+        "role": "assistant",
+        "content": "Let me ask.",
+        "reasoning_content": "Let me see.",
+        "tool_calls": [{"id": use.id, "function": function}],
+    }
     assert script.engine.jobs[-1].ids == ids(script, [*ASK, turn, {"role": "tool", "tool_call_id": use.id, "content": "21"}], TOOLS, True)
     counted = claude.messages.count_tokens(model="gemma", messages=history, tools=TOOLS_A, thinking=thinking)
     assert counted.input_tokens == len(script.engine.jobs[-1].ids)

@@ -18,7 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kiln.exporter.serve.served import Served, Settings
+from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.settings import Settings
 from tests.serve.conftest import QUEUE, SESSIONS, Running, Script, running
 
 LONG = {"prompt": [2, 40, 41], "max_tokens": 90, "ignore_eos": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -60,7 +61,10 @@ def test_before_it_begins_and_after(real: Running) -> None:
     """Half a request, a request that nobody waits for, and one whose reader stops: the sessions are free again, and answer."""
     for cut in (20, 150, None):
         raw = json.dumps(LONG | {"stream": True}).encode()
-        whole = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+        whole = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw)
+            + raw
+        )
         with socket.create_connection(real.url.removeprefix("http://").rsplit(":", 1), 10) as client:  # type: ignore[arg-type]
             client.sendall(whole[:cut])
     for until in (b"", b"ping", b"text"):

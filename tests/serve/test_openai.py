@@ -63,16 +63,18 @@ def test_choices_have_seeds_of_their_own(client: openai.OpenAI, real: Running, m
 
 def test_a_prompt_that_goes_on_is_not_read_again(client: openai.OpenAI, model: kiln.Model) -> None:
     ids = [2, *range(30, 60)]
-    first = client.completions.create(model="small", prompt=ids, max_tokens=5, temperature=0, extra_body={"return_token_ids": True, "ignore_eos": True})
+    first = client.completions.create(
+        model="small", prompt=ids, max_tokens=5, temperature=0, extra_body={"return_token_ids": True, "ignore_eos": True}
+    )
     longer = [*ids, *first.choices[0].token_ids, 70, 71, 72]
     again = client.completions.create(model="small", prompt=longer, max_tokens=5, temperature=0, extra_body={"return_token_ids": True})
     assert again.usage.prompt_tokens_details.cached_tokens == len(ids) + 4  # the token written last was not fed
     assert again.choices[0].token_ids == solo.write(model, longer, 5, 16)
-    salted = client.completions.create(
-        model="small", prompt=[*longer, 5], max_tokens=1, temperature=0, extra_body={"cache_salt": "mine"}
-    )
+    salted = client.completions.create(model="small", prompt=[*longer, 5], max_tokens=1, temperature=0, extra_body={"cache_salt": "mine"})
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
-    parted = client.completions.create(model="small", prompt=[*longer[:10], 9, 9], max_tokens=3, temperature=0, extra_body={"return_token_ids": True})
+    parted = client.completions.create(
+        model="small", prompt=[*longer[:10], 9, 9], max_tokens=3, temperature=0, extra_body={"return_token_ids": True}
+    )
     assert parted.usage.prompt_tokens_details.cached_tokens == 0
     assert parted.choices[0].token_ids == solo.write(model, [*longer[:10], 9, 9], 3, 16)
 
@@ -137,7 +139,10 @@ def test_what_is_chosen_on_the_host(client: openai.OpenAI, model: kiln.Model) ->
     assert tokens(extra_body={"min_p": 1.0}, temperature=1, seed=4, top_p=1) == plain  # what is as likely as the best
     ends = tokens(logit_bias={"6": 100})
     assert ends == [6]
-    assert tokens(logit_bias={"6": 100}, extra_body={"min_tokens": 3})[-1] == 6 and len(tokens(logit_bias={"6": 100}, extra_body={"min_tokens": 3})) == 4
+    assert (
+        tokens(logit_bias={"6": 100}, extra_body={"min_tokens": 3})[-1] == 6
+        and len(tokens(logit_bias={"6": 100}, extra_body={"min_tokens": 3})) == 4
+    )
     assert tokens(logit_bias={"6": 100}, extra_body={"ignore_eos": True}) == [6] * 12
     assert tokens(extra_body={"stop_token_ids": [plain[0]]}) == plain[:1]
 
@@ -145,7 +150,9 @@ def test_what_is_chosen_on_the_host(client: openai.OpenAI, model: kiln.Model) ->
 def test_stop_texts(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="small", messages=HI, seed=1, max_tokens=20, **extra()).choices[0].message.content
     stop = whole[5:7]
-    found = client.chat.completions.create(model="small", messages=HI, seed=1, max_tokens=20, stop=["never there", stop], **extra()).choices[0]
+    found = client.chat.completions.create(
+        model="small", messages=HI, seed=1, max_tokens=20, stop=["never there", stop], **extra()
+    ).choices[0]
     assert found.message.content == whole[: whole.index(stop)] and (found.finish_reason, found.stop_reason) == ("stop", stop)
 
 
