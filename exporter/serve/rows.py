@@ -19,6 +19,7 @@ from kiln.exporter.serve.engine import Sampling
 
 Row = Any  # numpy float32 [V]
 _MASS_ONE = float(1 << 40)
+_FURTHEST = 28.0  # nats below the best, of a token that may still be chosen
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def _hash(x: Row) -> Row:
     return x ^ (x >> np.uint32(15))
 
 
-def _noise(seed: int, position: int, tokens: int) -> Row:
-    """32 random bits for each token id, of the same values as `noise_bits` of the operator."""
+def _noise(seed: int, position: int, ids: Row) -> Row:
+    """32 random bits for each of the token ids, of the same values as `noise_bits` of the operator."""
     with np.errstate(over="ignore"):
         key = _hash(np.array([(seed & 0xFFFFFFFF) ^ 0x1E3779B9], np.uint32))
         key = _hash(key ^ np.uint32(seed >> 32 & 0xFFFFFFFF))
         key = _hash(key ^ np.uint32(position & 0xFFFFFFFF))
-        return _hash(_hash(np.arange(tokens, dtype=np.uint32) ^ key) ^ key)
+        return _hash(_hash(ids.astype(np.uint32) ^ key) ^ key)
 
 
 def sample(row: Row, sampling: Sampling, position: int, min_p: float = 0.0) -> int:
@@ -62,22 +63,23 @@ def sample(row: Row, sampling: Sampling, position: int, min_p: float = 0.0) -> i
     if sampling.temperature <= 0:
         return int(row.argmax())
     rate = np.float32(1.0) / np.float32(sampling.temperature)
-    with np.errstate(invalid="ignore"):
-        scaled = (row - best) * rate
+    if 0 < sampling.top_k < len(row):
+        ids = np.flatnonzero(row >= np.partition(row, -sampling.top_k)[-sampling.top_k])
+    else:  # what is further away has no mass, and no noise makes it win
+        ids = np.flatnonzero((row - best) * rate > np.float32(-_FURTHEST))
+    row = row[ids]
+    scaled = (row - best) * rate
     ordered = np.sort(row)[::-1]
-    kept = ordered >= ordered[sampling.top_k - 1] if 0 < sampling.top_k < len(row) else np.ones(len(row), bool)
     mass = (np.exp((ordered - best) * rate) * np.float32(_MASS_ONE)).astype(np.int64)
-    mass[~kept] = 0
     if sampling.top_p < 1:
         target = max(int(mass.sum() * np.float64(np.float32(sampling.top_p))), 1)
-        kept &= np.cumsum(mass) - mass < target
-    cut = ordered[kept].min()
-    uniform = ((_noise(sampling.seed, position, len(row)) >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
-    score = scaled - np.log(-np.log(uniform))
-    allowed = row >= cut
+        ordered = ordered[np.cumsum(mass) - mass < target]
+    allowed = row >= ordered[-1]
     if min_p > 0:
         allowed &= scaled >= np.log(np.float32(min_p))
-    return int(np.where(allowed & np.isfinite(row), score, -np.inf).argmax())
+    uniform = ((_noise(sampling.seed, position, ids) >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    score = scaled - np.log(-np.log(uniform))
+    return int(ids[np.where(allowed & np.isfinite(row), score, -np.inf).argmax()])
 
 
 @dataclass
