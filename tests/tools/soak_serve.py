@@ -1,8 +1,8 @@
 """Random clients against a server: python -m tests.tools.soak_serve ARTIFACT --minutes 120 [--clients 8] [--sessions 2]
 
-Each asks, streams, reads slowly, leaves at some stage, sends what is wrong or too long, or goes on where an earlier answer ended. Every answer
-that is completed must be, token for token, that of a session which has the model for itself. At the end nothing may be in work, and the
-server's memory may have grown by 5 % at most since a fifth of the time had passed.
+Each asks, streams, reads slowly, leaves at some stage, sends what is wrong or too long, or goes on where an earlier answer ended. Every
+answer that is completed must be, token for token, that of a session which has the model for itself. At the end nothing may be in work, and
+the server's memory may have grown by 5 % at most since a fifth of the time had passed.
 """
 
 from __future__ import annotations
