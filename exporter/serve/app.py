@@ -32,7 +32,7 @@ log = logging.getLogger("kiln.serve")
 PAGE = Path(__file__).with_name("page")
 OPEN = {"/health", "/health/live"}  # without a key
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 

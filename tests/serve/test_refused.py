@@ -254,5 +254,5 @@ def test_the_page(tmp_path: Path, script: Script) -> None:
     assert client.get("/").text == "<html>page</html>" and client.get("/assets/page.js").headers["content-type"].startswith(
         "text/javascript"
     )
-    assert client.get("/").headers["content-security-policy"].startswith("default-src 'self'")
+    assert client.get("/").headers["content-security-policy"].startswith("default-src 'none'")
     assert client.get("/../secret.txt").status_code in (401, 404) and client.get("/v1/models").status_code == 401
