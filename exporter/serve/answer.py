@@ -173,7 +173,7 @@ class Answer:
         steer = None
         if wishes.calling or wishes.budget is not None or grammar is not None:
             parts = (parser, served.vocabulary, served.markup, served.lexicon, tools)
-            steer = Steer(*parts, wishes.calling, wishes.budget, grammar)
+            steer = Steer(*parts, wishes.calling, wishes.budget, grammar, self._may_think())
         sampling = Sampling(wishes.sampling.temperature, wishes.sampling.top_k, wishes.sampling.top_p, _seed(wishes.sampling.seed, index))
         rows = None
         if wishes.on_host or (steer and steer.needs_rows):
@@ -193,6 +193,14 @@ class Answer:
         choice.job = job
         self.choices.append(choice)
         return job
+
+    def _may_think(self) -> bool:
+        """Whether the model may begin a thought: it has markers, and the prompt's last turn closed none."""
+        thoughts, special = self.served.markup.thoughts, self.served.vocabulary.special
+        if thoughts is None:
+            return False
+        last = next((i for i in reversed(self.prompt) if i == special[thoughts.close] or i in self.served.vocabulary.ends), -1)
+        return last != special[thoughts.close]
 
     def put(self, event: Event | Problem) -> None:
         try:

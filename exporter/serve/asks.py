@@ -154,8 +154,8 @@ def _named(inner: Any, names: Sequence[str], field: str) -> str:
     return name
 
 
-def schema(format_: Fields | None) -> Any:
-    """response_format -> the JSON schema of the content, None: any text."""
+def schema(format_: Fields | None, tools: bool) -> Any:
+    """response_format -> the JSON schema of the content, None: any text. tools: some may be called."""
     if format_ is None:
         return None
     kind = format_.choice("type", ("text", "json_object", "json_schema"))
@@ -163,4 +163,12 @@ def schema(format_: Fields | None) -> Any:
         raise wrong(format_.name("type"), "is missing")
     if kind == "text":
         return None
-    raise unsupported(format_.name("type"), f"{kind} needs a grammar, which this server does not have yet; 'text' is")
+    if tools:
+        raise unsupported(format_.name("type"), f"{kind} does not go with tools; give tool_choice 'none', or leave one of them out")
+    if kind == "json_object":
+        return {"type": "object"}
+    inner = format_.object("json_schema") or format_  # beside the type in responses and messages
+    given = inner.object("schema")
+    if given is None:
+        raise wrong(inner.name("schema"), "is missing")
+    return dict(given.body)

@@ -60,7 +60,7 @@ def _asked(fields: Fields, served: Served) -> tuple[Request, Wishes]:
     logprobs = fields.flag("logprobs")
     if top and not logprobs:
         raise wrong("top_logprobs", "needs logprobs: true")
-    schema = asks.schema(fields.object("response_format"))
+    schema = asks.schema(fields.object("response_format"), bool(request.tools))
     wishes = asks.wishes(
         fields,
         served,

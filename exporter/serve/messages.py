@@ -34,9 +34,11 @@ async def messages(served: Served, http: Http) -> Response:
         raise wrong("max_tokens", "is missing")
     request, calling, parallel = _request(fields, served)
     thinking = fields.object("thinking")
+    output = fields.object("output_config")
     wishes = Wishes(
         asks.sampling(fields, served, 1.0), most=most, stop=asks.stops(fields, "stop_sequences"), parallel=parallel, calling=calling,
         budget=_budget(thinking, most), salt=fields.text("cache_salt") or "",
+        schema=asks.schema(output.object("format") if output else None, bool(request.tools)),
     )  # fmt: skip
     stream = fields.flag("stream")
     answer = await served.converse(request, wishes)
@@ -62,8 +64,6 @@ def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, b
     """-> the conversation, what may be called, whether more than once."""
     for name in ("mcp_servers", "container"):
         fields.refuse(name, "this server does not take it", [], {})
-    if (output := fields.object("output_config")) is not None:
-        output.refuse("format", "it needs a grammar, which this server does not have yet")
     if (management := fields.object("context_management")) is not None:
         for edit in management.items("edits", 16) or []:
             if not isinstance(edit, dict) or edit.get("keep") != "all":

@@ -50,7 +50,7 @@ async def responses(served: Served, http: Http) -> Response:
     wishes = Wishes(
         asks.sampling(fields, served), most=fields.whole("max_output_tokens", 1, asks.MOST),
         top=(top or 0) if top or LOGPROBS in include else None, parallel=fields.flag("parallel_tool_calls", True),
-        calling=calling if request.tools else None, schema=asks.schema(text.object("format") if text else None),
+        calling=calling if request.tools else None, schema=asks.schema(text.object("format") if text else None, bool(request.tools)),
     )  # fmt: skip
     stream = fields.flag("stream")
     answer = await served.converse(request, wishes)

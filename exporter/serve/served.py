@@ -19,6 +19,7 @@ from kiln.exporter.conversation.vocabulary import vocabulary
 from kiln.exporter.errors import KilnError
 from kiln.exporter.serve.answer import Answer, Wishes
 from kiln.exporter.serve.engine import Busy, Closed, Engine, Steps
+from kiln.exporter.serve.grammar import Grammars
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.settings import Settings
@@ -41,7 +42,7 @@ class Served:
         self.vocabulary = self.dialect.vocabulary if self.dialect else vocabulary(tokenizer, directory / record["file"], record["eog"])
         self.markup = self.dialect.markup if self.dialect else Markup()
         self.lexicon = Lexicon(self.vocabulary, len(tokenizer))
-        self.tokenizer_path = directory / record["file"]
+        self.grammars = Grammars(directory / record["file"], self.vocabulary, self.lexicon.size)
         self.control = frozenset(self.vocabulary.special.values())
         self.samples = any(v["name"] == "temperature" for v in manifest["entry_points"]["decode"]["inputs"])
         self.fingerprint = f"kiln-{manifest['weights']['header']['sha256'][:12]}"
@@ -123,8 +124,11 @@ class Served:
         return self.begin(found)
 
     async def grammar(self, wishes: Wishes) -> Callable[[], Any]:
-        """Makes a grammar of each answer's own."""
-        return lambda: None
+        """Makes a grammar of each answer's own. Raises Problem for a schema that cannot be honoured."""
+        if wishes.schema is None:
+            return lambda: None
+        text = await self.aside(self.grammars.check, wishes.schema, "response_format")
+        return lambda: self.grammars.make(text)
 
     def begin(self, wanted: Sequence[tuple[Wishes, tuple[int, ...], Parser, tuple[str, ...], Callable[[], Any]]]) -> list[Answer]:
         """Submits choices, neighbours of one prompt to one `Answer`; all or none. Raises Problem."""

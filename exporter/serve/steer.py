@@ -63,7 +63,8 @@ class Calling:
 class Steer:
     """One answer's. `replacement` and `taken` are called for each token in turn; `allowed` before it is chosen.
 
-    budget: ids of the thoughts, None: no limit. calling: None where there are no tools. grammar: a `Grammar` of the content, or None.
+    budget: ids of the thoughts, None: no limit. calling: None where there are no tools. grammar: a `Grammar` of the content, or None; with
+    one, may_think says whether a thought may come before it.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class Steer:
         calling: Calling | None = None,
         budget: int | None = None,
         grammar: Any = None,
+        may_think: bool = False,
     ):
         self._parser, self._vocabulary, self._markup, self._lexicon = parser, vocabulary, markup, lexicon
-        self._budget, self._thought, self._grammar = budget, 0, grammar
+        self._budget, self._thought, self._grammar, self._may_think = budget, 0, grammar, may_think
         special = vocabulary.special
         self._open = special[markup.calls.open] if markup.calls else -1
         self._thoughts = (special[markup.thoughts.open], special[markup.thoughts.close]) if markup.thoughts else (-1, -1)
@@ -97,7 +99,7 @@ class Steer:
         if self._one:
             return self._one.allowed()
         if self._grammar is not None and self._parser.within == CONTENT:
-            return self._grammar.allowed(() if self._begun else self._thoughts[:1])
+            return self._grammar.allowed(() if self._begun or not self._may_think else self._thoughts[:1])
         if self._grammar is not None and self._parser.within == REASONING:
             return self._grammar.within_a_thought(self._thoughts[1])
         return None

@@ -107,7 +107,7 @@ WRONG: list[tuple[str, str, Any]] = [  # (address, field, a value that is refuse
         "tool_choice": [3, {"type": "x"}, {"type": "any"}, {"type": "tool", "name": "g"}, {}],
         "thinking": [3, {"type": "enabled"}, {"type": "enabled", "budget_tokens": 3}, {"type": "enabled", "budget_tokens": 5000},
             {"type": "x"}],
-        "mcp_servers": [[{}]], "container": ["x"], "output_config": [{"format": {"type": "json_schema"}}],
+        "mcp_servers": [[{}]], "container": ["x"], "output_config": [3, {"format": {"type": "json_schema"}}],
         "context_management": [{"edits": [{"type": "clear_tool_uses_20250919"}]}],
     }.items() for value in values),
     *(("/tokenize", name, value) for name, values in {"prompt": [None, 3], "messages": [3, []],
