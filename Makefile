@@ -100,7 +100,7 @@ serve-demo: build
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
 PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist $(DIST)" || echo "note: no pytest-xdist: one worker" >&2)
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
-test: DIST = loadfile
+test: DIST = loadfile --no-loadscope-reorder
 test: build lint
 	"$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
 
