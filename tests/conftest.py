@@ -20,6 +20,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files of minutes go first: one that came last would leave the other workers with nothing to do.
+SLOW = (
+    "exporter/compiler/test_export_cuda.py", "custom_ops/gpu/test_kernel_resources.py", "custom_ops/weights/test_gemv.py",
+    "exporter/model/test_families.py", "passes/test_fuse_decode.py", "exporter/model/test_edge.py", "exporter/test_paths.py",
+    "custom_ops/tq4/test_tq4_prefill.py", "custom_ops/step/test_sample.py", "custom_ops/attention/test_attention_kernels.py",
+    "exporter/measure/test_eval.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {Path(__file__).parent / name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
 @pytest.fixture(autouse=True)
 def gpu_memory_returned(request: pytest.FixtureRequest):
     """Workers share the GPU: what a test no longer uses, torch may not keep."""

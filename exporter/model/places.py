@@ -10,18 +10,20 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.fixed_point import GROUP
 from kiln.custom_ops.weights.gemv import glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
+from kiln.exporter.model.records import DeltaNet, Experts, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
+DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules are", "gated attention is", "a shared expert's gate is"))
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
-    caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
+    indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
+    caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
     fused = _fused(config, plan) if options.decode_bytes and entry == "decode" else {}
     routers = {place.replace(".experts", ".ffn_gate_inp") for place, kept in fused.items() if place.endswith(".experts") and not kept}
     found: Expected = {
@@ -78,7 +80,9 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
 
     for layer in config.layers:
         at = f"blk.{layer.index}"
-        projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
+        delta = isinstance(layer.mixer, DeltaNet)
+        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
         alone = ffn is not None and ffn.shared is None  # no network that takes every token
@@ -86,13 +90,16 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         found |= {
             f"{at}.attn_norm": floats(projections),
             f"{at}.ffn_norm": (kept or "") if alone else floats(gates),
-            f"{at}.attention": floats([f"{at}.attn_output"]),
         }
+        if delta:
+            found[f"{at}.delta"] = DELTA
+        else:
+            found[f"{at}.attention"] = GATED if layer.mixer.gated else floats([f"{at}.attn_output"])
         if ffn is not None:
             places = ("experts", *(("pre_ffw_norm_2",) if ffn.own_input else ()))
             if ffn.branch_norms and ffn.shared:
                 places += ("post_ffw_norm_1", "post_ffw_norm_2")
-            found |= {f"{at}.{place}": kept or "" for place in places}
+            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": SHARED} if ffn.shared_gated else {})
         if not alone:
             found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:
