@@ -57,7 +57,6 @@ struct Session::Impl {
     written = std::max<int64_t>(written, position);
   }
   void needs_history() const;
-  void begin_anew();
   void stand_at(int64_t to, int64_t next_token, bool was_handed_out, std::vector<float> row);
   // f(spec, cache, offset, bytes) for what goes into a copy of the session at `at`: of the caches that forget their past, or of those that do not.
   template <typename F>

@@ -88,16 +88,8 @@ void Session::Impl::restore(const Snapshot& snapshot) {
     });
   timeline->synchronize();  // the snapshot and the other session may go now
   if (!shares) lineage = from.past, pretended = false;
-  if (to == 0) begin_anew();
   written = to;
   stand_at(to, from.next, from.handed_out, from.logits);
-}
-
-// At position 0 nothing of a ring is needed, and what is no ring is zero.
-void Session::Impl::begin_anew() {
-  written = 0;
-  for (const KvSpec& k : shared.artifact.kv)
-    if (k.forgets() && !k.ring) timeline->zero(kv.at(k.name));
 }
 
 // The caches are those of `to` positions; `row`: logits of the last, where somebody has them.
@@ -123,7 +115,7 @@ void Session::Impl::rewind(int64_t to) {
   if (to < 0 || to > position) fail("rewind to ", to, ": the session is at position ", position);
   if (to != 0 && to < earliest())
     fail("rewind to ", to, " from ", position, ": its rings and states have lost what lay before position ", earliest(), "; take a snapshot where it is to come back to, or begin at 0");
-  if (to == 0) begin_anew();
+  if (to == 0) written = 0;  // nothing of the caches is needed
   stand_at(to, -1, false, {});
 }
 
