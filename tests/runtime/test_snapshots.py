@@ -462,6 +462,7 @@ def test_in_another_process(artifacts, name, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [held, tokens, hashlib.sha256(b"".join(r.tobytes() for r in rows)).hexdigest()]
     filled = sum(k["bytes"] for k in model.manifest["kv"])
     assert moved.stat().st_size < filled + 100_000 and os.listdir(tmp_path) == ["moved"]
+    assert moved.stat().st_mode & 0o777 == 0o600  # what was said is in it
 
 
 def test_files_that_are_refused(toy, copy, tmp_path: Path) -> None:
