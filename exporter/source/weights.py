@@ -12,7 +12,7 @@ from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model.records import ModelConfig, Rope
-from kiln.exporter.source.config import expected_tensors
+from kiln.exporter.source.config import expected_tensors, tensor_spec
 from kiln.exporter.source.gguf import GGUFFile
 
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
@@ -22,6 +22,7 @@ _FUSIONS = (
     ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
     ("attn_qk", ("attn_q", "attn_k")),
     ("ffn_gate_up", ("ffn_gate", "ffn_up")),
+    ("ffn_gate_up", ("ffn_gate_shexp", "ffn_up_shexp")),  # of a network beside experts
 )
 
 
@@ -68,8 +69,9 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
     for name, shape in expected.items():
         if name in done:
             continue
-        at = name.rfind(".", 0, name.rfind(".")) + 1 if name.startswith("blk.") else 0
+        at, spec = name.index(".", len("blk.")) + 1 if name.startswith("blk.") else 0, tensor_spec(config, name)
         prefix, target = name[:at], name[at:].removesuffix(".weight").replace(".", "_")  # "ffn_gate_inp.scale" is ffn_gate_inp_scale
+        target = spec.get("as", target)
         sources: tuple[str, ...] = (name,)
         for fused, parts in _FUSIONS:
             names = tuple(f"{prefix}{part}.weight" for part in parts)
@@ -77,8 +79,8 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
                 target, sources = fused, names
                 break
         done.update(sources)
-        if len(shape) == 1:
-            plan.append(WeightPlan(prefix + target, "F32", shape[0], 0, sources))
+        if len(shape) == 1 or "flat" in spec:
+            plan.append(WeightPlan(prefix + target, "F32", prod(shape), 0, sources))
         else:
             rows, stack = sum(prod(expected[s][:-1]) for s in sources), prod(shape[:-2])
             plan.append(WeightPlan(prefix + target, gguf.tensors[name].type, rows, shape[-1], sources, stack))
