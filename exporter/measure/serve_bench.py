@@ -135,18 +135,15 @@ class Level:
         await _together([user() for _ in range(users)])
 
     async def open(self, rate: float) -> None:
-        """Conversations begin at times of a Poisson process, whatever has become of those before."""
-        chance, begin, at = random.Random(f"{self.load.seed} arrivals {rate}"), time.perf_counter(), 0.0
+        """Conversations begin at times of a Poisson process that has just so many in its time, whatever has become of those before."""
+        chance, begin, count = random.Random(f"{self.load.seed} arrivals {rate}"), time.perf_counter(), self.load.conversations
 
         async def arrive(number: int, when: float) -> None:
             await asyncio.sleep(max(begin + when - time.perf_counter(), 0))
             self.late.append(time.perf_counter() - begin - when)
             await self.conversation(number)
 
-        times = []
-        for _ in range(self.load.conversations):
-            times.append(at)
-            at += chance.expovariate(rate)
+        times = sorted(chance.uniform(0, count / rate) for _ in range(count))
         await _together([arrive(i, when) for i, when in enumerate(times) if when <= (self.load.seconds or math.inf)])
 
     def record(self) -> dict[str, Any]:

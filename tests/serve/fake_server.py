@@ -102,6 +102,8 @@ class FakeServer:
         """Whether the connection may be used again."""
         if path.startswith("/v1/") and self.key and headers.get("authorization") != f"Bearer {self.key}":
             return self._send(writer, 401, _error("a key is needed", "invalid_api_key"))
+        if path == "/health":
+            return self._send(writer, 200, {"status": "ok"})
         if path == "/v1/models":
             limit = {"max_model_len": self.context} if self.context else {}
             return self._send(writer, 200, {"object": "list", "data": [{"id": self.name, "object": "model", **limit}]})
