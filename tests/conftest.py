@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,15 @@ import pytest
 import torch
 
 from tests.timeline import FIXTURES
+
+TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + message['content'] | trim + '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|turn>model\\n' + ('' if enable_thinking else '<|channel>thought\\n<channel|>') }}
+{%- endif %}
+"""
 
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the background: commands would inherit it
@@ -41,6 +51,14 @@ def gpu_memory_returned(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matmuls so small that they wait longer for a second thread than they take."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
 
 
 def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -110,3 +128,17 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
         else:
             found[name] = shared(tmp_path_factory, f"artifact-{name}", export(name))
     return found
+
+
+@pytest.fixture(scope="session")
+def talking(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain artifact with a chat template."""
+
+    def make(path: Path) -> None:
+        shutil.copytree(artifacts["plain"], path)
+        (path / "chat_template.jinja").write_text(TEMPLATE)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["chat"] = {"prefix": "<bos><|turn>user\n", "suffix": "<turn|>\n<|turn>model\n", "tokens": {"bos_token": "<bos>"}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return shared(tmp_path_factory, "artifact-that-talks", make)

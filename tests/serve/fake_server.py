@@ -87,7 +87,7 @@ class FakeServer:
             while line := await reader.readline():
                 method, path, _ = line.decode().split()
                 headers = {}
-                while (entry := (await reader.readline()).decode().strip()):
+                while entry := (await reader.readline()).decode().strip():
                     name, _, value = entry.partition(":")
                     headers[name.lower()] = value.strip()
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
@@ -125,9 +125,7 @@ class FakeServer:
         writer.write(f"HTTP/1.1 {status} X\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n" + data)
         return True
 
-    async def _stream(
-        self, request: dict[str, Any], answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
+    async def _stream(self, request: dict[str, Any], answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.at_once += 1
         self.most_at_once = max(self.at_once, self.most_at_once)
         gone = asyncio.ensure_future(reader.read(1))  # nothing more is sent, so this ends when the reader leaves

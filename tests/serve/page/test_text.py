@@ -131,7 +131,7 @@ def test_markdown(opened: Any) -> None:
     code = "({Rendering}, text) => { const e = document.createElement('div'); new Rendering(e).update(text); return e.innerHTML; }"
     for text, expected in MARKDOWN:
         assert from_script(page, "markdown.js", code, text) == expected, text
-    link = from_script(page, "markdown.js", code, "[a](https://x.example/a_(b) \"t\"), https://y.example/c_d_e. <https://z.example>")
+    link = from_script(page, "markdown.js", code, '[a](https://x.example/a_(b) "t"), https://y.example/c_d_e. <https://z.example>')
     assert re.findall(r'href="([^"]*)"', link) == ["https://x.example/a_(b)", "https://y.example/c_d_e", "https://z.example/"]
     table = from_script(page, "markdown.js", code, "a | b\n---|--:\n1 | `x\\|y`\n2")
     assert re.sub(r"<(\w+)[^>]*>", r"<\1>", table) == (

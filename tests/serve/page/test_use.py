@@ -271,6 +271,7 @@ def test_names_and_keys(opened: Any, script: Script) -> None:
 
 def test_contrast(opened: Any) -> None:
     """WCAG AA, 4.5 to 1, for the text colours on their grounds, light and dark."""
+
     def luminance(colour: str) -> float:
         parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
