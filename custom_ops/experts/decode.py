@@ -18,7 +18,7 @@ from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
+from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, usual_targets
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 from kiln.custom_ops.weights.gemv import GLU_ENDS, glu_fits, terms_of
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
@@ -152,6 +152,6 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                     constants |= {"PAIRS": USED, "SQUARES": normed}
                     fn, own = kiln_chosen_sum, {"halves": half, "weights": "*fp32", "out": "*fp32"}
                 options = {"num_warps": warps, "maxnreg": launched["REGISTERS"]}
-                cases.append(KernelCase(f"{name} {block_type} {n}x{k}", fn, shared | own, constants, options, usual_targets(block_type),
-                                        ("n", "k")))
+                targets = usual_targets(block_type) if normed and size > 96 else RARE_TARGETS
+                cases.append(KernelCase(f"{name} {block_type} {n}x{k}", fn, shared | own, constants, options, targets, ("n", "k")))
     return cases
