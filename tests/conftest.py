@@ -55,6 +55,14 @@ def gpu_memory_returned(request: pytest.FixtureRequest):
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matmuls so small that they wait longer for a second thread than they take."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
 def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """The command as a user runs it."""
     result = subprocess.run([sys.executable, "-m", "exporter", *map(str, arguments)], capture_output=True, text=True)

@@ -12,19 +12,12 @@ from torch.export import Dim
 from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
 from kiln.custom_ops.delta import rule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 1e-6
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, TAPS = 2, 6, 16, 8, 4  # three value heads a key head: which go together matters
 CHANNELS = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
 LOSS = 3e-5  # of float32 sums within a block, beside outputs of about 1; the scan over blocks loses no more
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matmuls this small wait longer for a second thread than they take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,12 @@ from tests.exporter.model.test_families import MODELS, Model, model_file
 from tests.exporter.model.test_mistakes import RIGHT, WRONG, miss
 from tests.timeline import feed, graph_spec, weights, worst
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DENSE, MOE = (next(m for m in MODELS if m.name == name) for name in ("qwen35-tiny-mtp", "qwen35moe-tiny-mtp"))
 SMALL = 2e-3  # of what is hardly more than rounding
 HEADS, SIZE, TURNED = 2, 32, 8  # of the attention of both
 State = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matmuls this small wait longer for a second thread than they take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
