@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kiln.exporter.source.gguf import open_gguf
+from kiln.exporter.source.tokenizer import read_tokenizer
 from tests.timeline import FIXTURES
 
 TEMPLATE = """{{ bos_token }}
@@ -142,3 +144,17 @@ def talking(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         (path / "manifest.json").write_text(json.dumps(manifest))
 
     return shared(tmp_path_factory, "artifact-that-talks", make)
+
+
+def gemma4_vocabulary(factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, ...]]:
+    """The real vocabulary's tokenizer.json, and the ids that end a generation."""
+
+    def write(path: Path) -> None:
+        read = read_tokenizer(open_gguf(FIXTURES / "gemma4-vocab.gguf").metadata)
+        assert read
+        path.mkdir()
+        read.write(path / "tokenizer.json")
+        (path / "ends.json").write_text(json.dumps(list(read.ends)))
+
+    folder = shared(factory, "gemma4-vocabulary", write)
+    return folder / "tokenizer.json", tuple(json.loads((folder / "ends.json").read_text()))

@@ -152,6 +152,19 @@ class Steps:
     # ---- the thread ----
 
     def _run(self) -> None:
+        try:
+            self._rounds()
+        except Exception as e:  # a mistake of this file: nobody may wait for ever
+            log.exception("the engine stopped")
+            with self._changed:
+                self.broken = f"the engine stopped: {type(e).__name__}"
+                left = [*(row.job for row in self._rows), *self._waiting]
+                self._rows.clear()
+                self._waiting.clear()
+            for job in left:
+                self._tell(job, Outcome("error", self.broken))
+
+    def _rounds(self) -> None:
         turn = 0
         while True:
             with self._changed:
@@ -193,9 +206,10 @@ class Steps:
 
     def _admit(self) -> None:
         while self._waiting and self._idle:
-            job = self._waiting.popleft()
+            job = self._waiting[0]
             timeline = chosen(self._idle, job.ids, job.salt)
             self._idle.remove(timeline)
+            self._waiting.popleft()
             job.started = time.monotonic()
             self._rows.append(_Row(job, timeline, -1))
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-_TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+_TOKENS = (16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000)
 
 
 class Metrics:

@@ -66,9 +66,15 @@ class Served:
             model = kiln.Model(str(directory), device=device, threads=count)
             kiln.set_threads(count)
             chunk = min(settings.chunk or model.prefill_chunk, model.prefill_chunk)
-            timelines = [Timeline(kiln.Session(model, prefill_chunk=chunk)) for _ in range(settings.sessions)]
         except kiln.Error as e:
             raise KilnError(str(e)) from e
+        timelines: list[Timeline] = []
+        try:
+            while len(timelines) < settings.sessions:
+                timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk)))
+        except kiln.Error as e:
+            fewer = f" for session {len(timelines) + 1} of {settings.sessions}; give --sessions {len(timelines)}" if timelines else ""
+            raise KilnError(f"{e}{fewer}") from e
         engine = Steps(timelines, settings.queue, chunk, model.max_seq_len)
         try:
             return cls(directory, manifest, model.tokenizer, model.max_seq_len, engine, settings)

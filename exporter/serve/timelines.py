@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kiln.exporter.conversation.prompt import common
-
 
 class Timeline:
     """`session`: a `kiln.Session` at position 0 that nobody else uses. salt: prompts of another one may not share what is cached."""
@@ -15,15 +13,10 @@ class Timeline:
         self.session, self.salt, self.last_used = session, "", 0.0
         self.known: list[int] = []  # ids given to the session, of which it holds the first `session.position`
 
-    @property
-    def held(self) -> list[int]:
-        """The ids whose keys and values the caches hold."""
-        return self.known[: self.session.position]
-
     def shared(self, ids: Sequence[int], salt: str) -> int:
         """Ids of a prompt that need not be evaluated again: all that the caches hold, where the prompt begins with it, else none."""
         held = self.session.position
-        return held if self.salt == salt and held < len(ids) and common(self.held, ids) == held else 0
+        return held if self.salt == salt and held < len(ids) and self.known[:held] == list(ids[:held]) else 0
 
     def begin(self, ids: Sequence[int], salt: str) -> int:
         """-> the position at which the prompt is to be read on."""

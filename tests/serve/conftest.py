@@ -21,9 +21,7 @@ from kiln.exporter.serve.engine import Busy, Job, Outcome
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.server import config, listen
 from kiln.exporter.serve.settings import Settings
-from kiln.exporter.source.gguf import open_gguf
-from kiln.exporter.source.tokenizer import read_tokenizer
-from tests.conftest import shared
+from tests.conftest import gemma4_vocabulary, shared
 from tests.timeline import FIXTURES
 
 KEY = "a-key-of-the-tests"
@@ -139,21 +137,20 @@ class Script(Running):
 @pytest.fixture(scope="session")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a server reads of an artifact of Gemma 4 besides code and weights."""
-    read = read_tokenizer(open_gguf(FIXTURES / "gemma4-vocab.gguf").metadata)
-    assert read
+    tokenizer, ends = gemma4_vocabulary(tmp_path_factory)
 
     def write(path: Path) -> None:
         path.mkdir()
-        read.write(path / "tokenizer.json")
+        (path / "tokenizer.json").hardlink_to(tokenizer)
         (path / "chat_template.jinja").write_text((FIXTURES / "gemma4-chat-template.jinja").read_text())
         inputs = [{"name": name} for name in ("tokens", "pos", "temperature", "top_k", "top_p", "seed")]
         manifest = {
-            "tokenizer": {"file": "tokenizer.json", "bos": 2, "eog": read.ends},
+            "tokenizer": {"file": "tokenizer.json", "bos": 2, "eog": ends},
             "chat": {"tokens": {"bos_token": "<bos>"}},
             "entry_points": {"decode": {"inputs": inputs}},
             "weights": {"header": {"sha256": "0" * 64}},
         }
-        (path / "manifest.json").write_text(json.dumps(manifest, default=list))
+        (path / "manifest.json").write_text(json.dumps(manifest))
 
     return shared(tmp_path_factory, "gemma4-to-serve", write)
 

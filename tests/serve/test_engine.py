@@ -175,6 +175,17 @@ def test_what_fails_is_that_jobs_alone(engine: Steps, model: kiln.Model) -> None
     assert again.wait() == solo.write(model, prompt(5), 6, CHUNK, (1.0, 0, 1.0, 2), eog=False)
 
 
+def test_a_mistake_of_the_engine_is_told(model: kiln.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Steps([Timeline(kiln.Session(model, prefill_chunk=CHUNK))], 8, CHUNK, MOST)
+    monkeypatch.setattr("kiln.exporter.serve.engine.chosen", lambda *given: 1 / 0)
+    jobs = [Waiting(prompt(5), 4) for _ in range(3)]
+    engine.submit([w.job for w in jobs])
+    assert all(w.done.wait(10) for w in jobs) and jobs[0].outcome.why == "error" and "ZeroDivisionError" in engine.broken
+    with pytest.raises(Closed):
+        engine.submit([Waiting(prompt(5), 1).job])
+    engine.close()
+
+
 def test_closing_ends_every_job(model: kiln.Model) -> None:
     engine = Steps([Timeline(kiln.Session(model, prefill_chunk=CHUNK))], 8, CHUNK, MOST)
     jobs = [Waiting(prompt(5), 80) for _ in range(4)]

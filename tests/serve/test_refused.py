@@ -236,6 +236,7 @@ def test_hosts(real: Running) -> None:
 
 def test_metrics(script: Script, real: Running) -> None:
     httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    httpx.get(f"{script.url}/v1/models")
     text = httpx.get(f"{real.url}/metrics").text
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total", "generation_tokens_total",
                  "request_success_total", "time_to_first_token_seconds_bucket", "prefix_cache_hits_total"):  # fmt: skip
