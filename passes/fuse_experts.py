@@ -97,7 +97,7 @@ def _experts(down: Node) -> _Experts | None:
     activated, *down_weight, down_type, chosen, count = down.args
     activation = next((name for name, op in GATED.items() if edit.is_call(activated, op.default)), None)
     gates = activation and _gates(*activated.args)
-    if not gates or gates[0].args[4:] != (chosen, count):
+    if not gates or gates[0].args[4:] != (chosen, count) or chosen.meta["val"].shape[0] != 1:
         return None
     given, *weight, block_type, _, _ = gates[0].args
     other = gates[1].args[1:3] if len(gates) > 1 else (None, None)

@@ -11,25 +11,17 @@ from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_chosen_sum
-from kiln.custom_ops.experts.linear import chosen_rows
+from kiln.custom_ops.experts.linear import chosen_launch, chosen_rows
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
+from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, usual_targets
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words
-from kiln.custom_ops.weights.gemv import GLU_ENDS, glu_fits, launch, terms_of
+from kiln.custom_ops.weights.gemv import GLU_ENDS, glu_fits, terms_of
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
-
-CONSTANTS = ("GROUPS", "ROWS", "SHARES", "EVEN", "EARLY", "REGISTERS", "TOGETHER")  # of `gemv.launch`, that both kernels take
-
-
-def _launched(block_type: str, pairs: int, n: int, k: int, gated: bool, target: GpuTarget) -> tuple[dict, int, int]:
-    """`gemv.launch` of the pairs."""
-    constants, splits, warps = launch(block_type, pairs, n, k, target, gated=gated)
-    return {name: constants[name] for name in CONSTANTS}, splits, warps
 
 
 def _check_counters(op: str, counters: torch.Tensor, needed: int) -> None:
@@ -79,7 +71,7 @@ def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_wo
         y = torch.cat([chosen_rows(given, *part, block_type, chosen, count) for part in parts], 2)[0]  # type: ignore[arg-type]
         gate, value = (y if squares is None else y * root(squares, k, eps)).chunk(2, dim=-1)
         return fixed_point.quantize(GATED[activation](gate, value), terms)
-    constants, splits, warps = _launched(block_type, used, 2 * size, k, True, current_target())
+    constants, splits, warps = chosen_launch(block_type, used, 2 * size, k, current_target(), gated=True)
     grid = (2 * size // constants["ROWS"], splits, used)
     _check_counters("expert_glu", counters, grid[0] * used)
     partials = torch.empty((splits, used, 2 * size), dtype=torch.float32, device=x.device)
@@ -103,7 +95,7 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
         y = chosen_rows(fixed_point.dequantize(x).unsqueeze(0), words, halves, block_type, chosen, count)
         total = (y * weights.unsqueeze(-1)).sum(1)
         return total, (total * total).sum(1)
-    constants, splits, warps = _launched(block_type, used, n, k, False, current_target())
+    constants, splits, warps = chosen_launch(block_type, used, n, k, current_target())
     grid = (triton.cdiv(n, constants["ROWS"]), splits, used)
     _check_counters(op, counters, grid[0])
     partials = torch.empty((splits, used, n), dtype=torch.float32, device=x.device)
@@ -148,7 +140,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for size, hidden, activation, apart, normed, gates, downs in SHAPES:
         for name, types, n, k in (("expert_glu", gates, 2 * size, hidden), ("expert_sum", downs, hidden, size)):
             for block_type in types:
-                launched, _, warps = _launched(block_type, USED, n, k, n == 2 * size, target)
+                launched, _, warps = chosen_launch(block_type, USED, n, k, target, gated=n == 2 * size)
                 rows = EXPERTS * n // (2 if apart and n == 2 * size else 1)
                 constants = format_constants(block_type) | launched | {"stride": rows, "halves_stride": rows, "TERMS": 2}
                 half = halves_pointer(block_type)
@@ -160,6 +152,6 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                     constants |= {"PAIRS": USED, "SQUARES": normed}
                     fn, own = kiln_chosen_sum, {"halves": half, "weights": "*fp32", "out": "*fp32"}
                 options = {"num_warps": warps, "maxnreg": launched["REGISTERS"]}
-                cases.append(KernelCase(f"{name} {block_type} {n}x{k}", fn, shared | own, constants, options, usual_targets(block_type),
-                                        ("n", "k")))
+                targets = usual_targets(block_type) if normed and size > 96 else RARE_TARGETS
+                cases.append(KernelCase(f"{name} {block_type} {n}x{k}", fn, shared | own, constants, options, targets, ("n", "k")))
     return cases

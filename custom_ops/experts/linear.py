@@ -27,6 +27,7 @@ from kiln.custom_ops.weights.packed import check_weight, format_constants, halve
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)
+LAUNCHED = ("GROUPS", "ROWS", "SHARES", "EVEN", "EARLY", "REGISTERS", "TOGETHER")
 PLAIN = {"APART": False, "COUNT": 0, "PAD": 1, "EPS": 0.0}  # of `kiln_chosen_gemv`: one matrix, no norm before it
 
 
@@ -122,6 +123,12 @@ def float_reference(x: torch.Tensor, w: torch.Tensor, chosen: torch.Tensor, coun
 # ---- kernels ----
 
 
+def chosen_launch(block_type: str, pairs: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
+    """`gemv.launch` of the pairs, with the constants that the kernels of chosen rows take."""
+    constants, splits, warps = launch(block_type, pairs, n, k, target, gated=gated)
+    return {name: constants[name] for name in LAUNCHED}, splits, warps
+
+
 def grouped_constants(dtype: torch.dtype, n: int, k: int, experts: int, shared: int,
                       transposed: bool) -> tuple[dict[str, int | bool], Tile]:
     """Constants of `kiln_grouped_matmul` for a piece of `experts` experts, and its tile."""
@@ -154,7 +161,7 @@ def _gemv(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type
     (tokens, used), k, n = chosen.shape, x.shape[2], words.shape[2] // count
     pairs, terms = tokens * used, TERMS[x.dtype]
     fixed = fix(x.flatten(0, 1), terms)
-    constants, splits, warps = launch(block_type, pairs, n, k, current_target())
+    constants, splits, warps = chosen_launch(block_type, pairs, n, k, current_target())
     grid = (triton.cdiv(n, constants["ROWS"]), splits, pairs)
     alone = splits == 1 and x.dtype == torch.float32
     partials = torch.empty((splits, pairs, n), dtype=torch.float32, device=x.device)
@@ -227,7 +234,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     integers = dict.fromkeys(("n", "k", "splits"), "i32")
     for n, k, shared, types in SIZES:
         for block_type in types:
-            launched, _, warps = launch(block_type, USED, n, k, target)
+            launched, _, warps = chosen_launch(block_type, USED, n, k, target)
             constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), EXPERTS * n)
             constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared} | PLAIN
             packed = dict.fromkeys(("words", "up_words"), "*i32") | dict.fromkeys(("halves", "up_halves"), halves_pointer(block_type))

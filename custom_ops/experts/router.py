@@ -20,6 +20,7 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
 from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.block_types import RARE_TARGETS
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,5 +157,6 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         squares = torch.empty(triton.cdiv(d, PIECE))
         constants, warps = _constants(d, squares, whole, experts, used, True, whole, 2, target)
         constants |= {"FACTOR": d**-0.5 if whole else 1.0, "EPS": EPS}
-        cases.append(KernelCase(f"choose_experts {used} of {experts} by {d}", kiln_choose_experts, types, constants, {"num_warps": warps}))
+        cases.append(KernelCase(f"choose_experts {used} of {experts} by {d}", kiln_choose_experts, types, constants, {"num_warps": warps},
+                                None if whole else RARE_TARGETS))
     return cases

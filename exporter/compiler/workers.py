@@ -90,7 +90,7 @@ def results(workers: Sequence[Worker]) -> Iterator[Any]:
     for worker in workers:
         while worker not in found:
             for connection in wait(list(left)):
-                answered = left.pop(connection)  # type: ignore[arg-type,call-overload]
+                answered = left.pop(connection)  # type: ignore[call-overload]
                 found[answered] = answered.result()
         yield found[worker]
 

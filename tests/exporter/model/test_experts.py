@@ -12,6 +12,7 @@ from gguf import GGUFValueType
 
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.exporter.artifact.cost import cost
+from kiln.exporter.build import check_places
 from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model.records import Dense, Experts
@@ -165,7 +166,12 @@ def test_what_keeps_experts_from_their_kernels_is_named(name: str, tmp_path: Pat
     found = next(r for r in fused.reports if r.name == "fuse_decode").missed
     layers = range(len(graph_spec(path).config.layers))
     assert list(found) == [f"blk.{i}.{part} ({why.replace('blk.0', f'blk.{i}')})" for i in layers for part in missed]
-    assert missed or difference(path, tmp_path) < 2e-5
+    if missed:
+        with pytest.raises(KilnError, match=f"decode: pass fuse_decode does not rewrite .*blk.0.experts .{why}.*--allow-unfused"):
+            check_places(graph_spec(path, decode_bytes=3))
+    else:
+        check_places(graph_spec(path, decode_bytes=3))
+        assert difference(path, tmp_path) < 2e-5
 
 
 def difference(path: Path, directory: Path) -> float:
