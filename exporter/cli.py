@@ -244,6 +244,15 @@ def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, s
     return add
 
 
+def snapshot_budgets(command: Any) -> Any:
+    """The options of what is kept to be used again."""
+    for where, default in (("host", 4.0), ("device", 4.0)):
+        what = f"GiB of the {'GPU' if where == 'device' else 'host'} that snapshots of what was read may take."
+        size = click.FloatRange(0, 1 << 20)
+        command = click.option(f"--snapshot-{where}-gib", type=size, default=default, show_default=True, help=what)(command)
+    return command
+
+
 @click.command(name="run")
 @click.argument("artifact", type=PATH)
 @click.option("--prompt", metavar="TEXT", help="The user's turn.")
@@ -280,10 +289,17 @@ def converse(
 @click.option(
     "--messages", type=PATH, metavar="FILE.json", help="Go on with this conversation: saved by /save, or a JSON list of messages."
 )
+@click.option(
+    "--session-dir", type=PATH, metavar="DIR", help="With /save, keep what was computed here as well, and go on from it with /load."
+)
+@snapshot_budgets
 @sampling(1.0, 64, 0.95, None, "random")
 def chat(
     artifact: Path,
     messages: Path | None,
+    session_dir: Path | None,
+    snapshot_device_gib: float,
+    snapshot_host_gib: float,
     system: str | None,
     think: bool,
     seed: int | None,
@@ -296,7 +312,8 @@ def chat(
     from kiln.exporter.conversation.chat import Options
 
     options["seed"] = terminal.random_seed() if seed is None else seed
-    opened = terminal.open_chat(artifact, device, threads, Options(**options))
+    budgets = (snapshot_device_gib, snapshot_host_gib)
+    opened = terminal.open_chat(artifact, device, threads, Options(**options), budgets, session_dir)
     try:
         terminal.begin(opened, messages, system, think, asks=False)
         terminal.talk(opened)
