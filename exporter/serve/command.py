@@ -18,6 +18,8 @@ from kiln.exporter.parameters import PATH
 @click.option("--sessions", type=click.IntRange(1, 1024), default=1, show_default=True, help="Answers at once, each with its caches.")
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
 @click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
+@click.option("--snapshot-device-gib", type=click.FloatRange(0), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
+@click.option("--snapshot-host-gib", type=click.FloatRange(0), default=0.0, help="The same of the host; on the CPU the only one.")
 @click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
 @click.option("--drain", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
 @click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
@@ -37,7 +39,8 @@ from kiln.exporter.parameters import PATH
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
     artifact: Path, host: str, port: int, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
-    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, log_requests: bool, device: str, threads: int | None,
+    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
+    snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
@@ -53,6 +56,7 @@ def serve(
         keys=read_keys(api_keys) if api_keys else (),
         origins=cors_origins,
         hosts=("localhost", "127.0.0.1", "::1", *(h.lower() for h in allow_host)) if loopback(host) else None,
+        snapshots=(int(snapshot_device_gib * (1 << 30)), int(snapshot_host_gib * (1 << 30))),
         body=max_body_mib << 20,
         log=log_requests,
         **options,
