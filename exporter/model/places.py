@@ -16,7 +16,7 @@ from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
 EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gates
-DELTA, GATED = "gated delta rules are not fused yet", "gated attention is not fused yet"
+DELTA, GATED = "gated delta rules are not fused with their neighbours yet", "gated attention is not fused yet"
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
