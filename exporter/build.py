@@ -24,19 +24,19 @@ from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
 from kiln.exporter.compiler.host import check_gpu_tools
 from kiln.exporter.compiler.torch_private import check_versions
-from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.trace import ENTRIES, GraphSpec
 from kiln.exporter.compiler.workers import none_left
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import check_supported
-from kiln.exporter.model.places import needed_tables
+from kiln.exporter.model.places import expected_places, needed_tables
 from kiln.exporter.model.records import DeltaNet, cache_specs
 from kiln.exporter.progress import bar, say, size_text
 from kiln.exporter.source.plan import ModelPlan, key_factors
 from kiln.exporter.source.weights import weight_bytes
 from kiln.exporter.temporary import working_folder
-from kiln.passes.records import PassOptions
+from kiln.passes.records import UNFUSED, PassOptions, first_of
 
 GIB = 2**30
 PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most
@@ -163,6 +163,7 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
         say(note)
     print_plan(spec, options, targets)
     check_tables(spec, targets)
+    check_places(spec)
     note_borrowed(targets)
     try:
         copied = 0 if options.weights == "gguf" else weight_bytes(spec.config, spec.plan)
@@ -222,6 +223,19 @@ def check_tables(spec: GraphSpec, targets: tuple[str, ...]) -> None:
     """KilnError where the kernels have no configuration for one of the model's head sizes."""
     if targets != ("cpu",) and spec.model_dtype != torch.float32 and (gaps := lacking(needed_tables(spec.config, spec.options))):
         raise KilnError(f"no kernel is configured for this model's head sizes: {', '.join(gaps)}; add entries there (see make tune)")
+
+
+def check_places(spec: GraphSpec) -> None:
+    """KilnError where a pass is known to miss a place: of all that is expected, what has a reason to be missed.
+
+    What keeps the pass from one of a matrix's places keeps it from the matrix, so none is told in vain. The passes would find out, too, but
+    after the weights were packed.
+    """
+    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
+    for entry in () if spec.options.allow_unfused else ENTRIES:
+        for name, places in expected_places(spec.config, spec.plan, kv, spec.options, entry).items():
+            if missed := [f"{place} ({why})" for place, why in places.items() if why]:
+                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {UNFUSED}")
 
 
 def note_borrowed(targets: tuple[str, ...]) -> None:

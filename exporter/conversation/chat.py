@@ -10,9 +10,10 @@ from typing import Any
 
 from kiln.exporter.conversation.parser import Delta, Message
 from kiln.exporter.conversation.player import Dialect, Player, Turn
+from kiln.exporter.conversation.prompt import Prompt
 from kiln.exporter.conversation.request import Request, RequestError, read_request
 from kiln.exporter.errors import KilnError
-from kiln.exporter.files import replacing
+from kiln.exporter.files import replacing, short
 
 FORMAT = 1  # of saved conversations
 MAX_FILE = 64 << 20  # bytes of one
@@ -76,6 +77,7 @@ class Chat:
     think: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: Turn | None = None
+    session_dir: Path | None = None  # where /save and /load keep what was computed
 
     def request(self, messages: list[dict[str, Any]], tools: Any = None) -> Request:
         whole = ([{"role": "system", "content": self.system}] if self.system else []) + messages
@@ -103,7 +105,7 @@ class Chat:
     def _answer(self, messages: list[dict[str, Any]], show: Callable[[Delta], None]) -> Message:
         options, session = self.options, self.player.session
         request = self.request(messages)
-        prompt = self.dialect.prompt(request, cuts=False)
+        prompt = self.dialect.prompt(request, cuts=self.player.store is not None)
         parser = self.dialect.parser(prompt, request, options.stop)
         session.set_sampling(options.temperature, options.top_k, options.top_p, options.seed)
         self.last = self.player.answer(prompt, parser, options.max_new_tokens or self.player.max_seq_len, show)
@@ -112,14 +114,48 @@ class Chat:
             self.messages = [*messages, message.record()]
         return message
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> str:
+        """-> what to add to the news."""
         record = {"kiln_chat": FORMAT, "system": self.system, "think": self.think, "messages": self.messages}
         with replacing(path, "the conversation") as f:
             f.write((json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+        if not self.session_dir or not self.messages:
+            return ""
+        kept = self._session_file(path)
+        try:
+            self.session_dir.mkdir(parents=True, exist_ok=True)
+            tokens = self.player.go_back(self._next_prompt().ids)
+            self.player.session.save(kept)
+        except OSError as e:
+            raise KilnError(f"{kept}: cannot save the session: {e.strerror}") from e
+        except self._kiln_error() as e:
+            raise KilnError(str(e)) from e
+        return f"; {tokens} tokens need not be evaluated again"
 
-    def load(self, path: Path) -> None:
-        """Raises KilnError, and changes nothing, where the file holds no conversation that this model takes."""
+    def load(self, path: Path) -> str:
+        """-> what to add to the news. Raises KilnError, and changes nothing, where the file holds no conversation that this model takes."""
         self.take(read_conversation(path), str(path))
+        self.player.begin()
+        if not self.session_dir or not (kept := self._session_file(path)).exists():
+            return ""
+        try:
+            return f"; {self.player.resume(kept)} tokens need not be evaluated again"
+        except self._kiln_error() as e:
+            return f"; it will be evaluated anew: {e}"
+
+    def _session_file(self, path: Path) -> Path:
+        assert self.session_dir
+        return self.session_dir / f"{short(path.name)}.session"
+
+    @staticmethod
+    def _kiln_error() -> type[Exception]:
+        import kiln
+
+        return kiln.Error
+
+    def _next_prompt(self) -> Prompt:
+        """As the conversation will go on, for all that is known of it."""
+        return self.dialect.prompt(self.request([*self.messages, {"role": "user", "content": "?"}]))
 
     def take(self, record: dict[str, Any], name: str) -> None:
         try:
@@ -138,7 +174,7 @@ class Chat:
         most = self.player.max_seq_len
         if not self.messages and not self.system:
             return f"no tokens yet, of {most}"
-        prompt = self.dialect.prompt(self.request([*self.messages, {"role": "user", "content": "?"}]))
+        prompt = self._next_prompt()
         cuts = ", ".join(f"{at} ({'/'.join(why)})" for at, why in prompt.cuts.items())
         return (
             f"{len(prompt.ids)} tokens with the next message still to come, of {most}; the caches hold {len(self.player.held)}\n"
@@ -168,13 +204,14 @@ class Chat:
             return None
         if name == "new":
             self.messages = []
+            self.player.begin()
             return "a new conversation"
         if name in ("save", "load"):
             if not rest:
                 raise KilnError(f"/{name} needs the name of a file")
             path = Path(rest).expanduser()
-            self.save(path) if name == "save" else self.load(path)
-            return f"{'saved to' if name == 'save' else 'loaded'} {path}: {len(self.messages)} messages"
+            said = self.save(path) if name == "save" else self.load(path)
+            return f"{'saved to' if name == 'save' else 'loaded'} {path}: {len(self.messages)} messages{said}"
         if name == "tokens":
             return self.tokens()
         if name == "speed":

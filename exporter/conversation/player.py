@@ -1,9 +1,9 @@
-"""A conversation's prompts and answers over one `kiln.Session`: what its caches hold is used again where the next prompt begins with it."""
+"""Conversations' prompts and answers over one `kiln.Session`: what was computed for a beginning of a prompt is used again."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,22 @@ class Dialect:
         """Raises RequestError."""
         return render_prompt(self.template, request, self.markup.thoughts, cuts)
 
-    def parser(self, prompt: Prompt, request: Request, stop: Sequence[str] = ()) -> Parser:
+    def parser(self, prompt: Prompt, request: Request, stop: Sequence[str] = (), parallel: bool = True) -> Parser:
         if request.pending:
             raise RequestError("messages", f"the call {request.pending[0][:40]!r} has no result yet; add a message of role 'tool'")
-        return Parser(self.vocabulary, self.markup, prompt.ids, request.tools, stop)
+        return Parser(self.vocabulary, self.markup, prompt.ids, request.tools, stop, parallel)
 
     def close(self) -> None:
         self.template.close()
 
 
+KEPT = frozenset(("system", "turn", "call"))  # cuts at which later prompts part as a rule
+WORTH = 256  # ids since the stop before for which a snapshot is taken at any other cut
+
+
 @dataclass
 class Turn:
-    """One answer's figures. reused: ids of the prompt that the caches held. parted: where their ids left the prompt's, None: nowhere."""
+    """One answer's figures. reused: ids of the prompt that were not computed again. parted: where the caches left it, or None."""
 
     prompt: int
     reused: int
@@ -68,22 +72,58 @@ class Turn:
         lines = f"prompt {self.prompt} tokens: {self.reused} reused, {read} evaluated in {self.reading:.2f} s"
         lines += f" ({read / self.reading:.1f} tok/s)" if self.reading > 0 else ""
         if self.parted is not None:
-            lines += f"\nthe caches held {self.held} tokens and part from this prompt after {self.parted}: all of it was evaluated again"
+            lines += f"\nthe caches held {self.held} tokens and parted from this prompt after {self.parted}"
         lines += f"\nanswer {self.new} tokens in {self.writing:.2f} s"
         return lines + (f" ({(self.new - 1) / self.writing:.1f} tok/s)" if self.new > 1 and self.writing > 0 else "")
 
 
 class Player:
-    """`session`: a `kiln.Session` at position 0 that nobody else uses."""
+    """`session`: a `kiln.Session` at position 0 that nobody else uses. store: a `kiln.SnapshotStore`, which others may use as well.
 
-    def __init__(self, session: Any, max_seq_len: int):
-        self.session, self.max_seq_len = session, max_seq_len
-        self._known: list[int] = []  # ids given to the session, of which it holds the first `session.position`
+    With a store a prompt is read in pieces that end at cuts, where a snapshot is kept. What is used again stood at the end of a piece or
+    behind a step, so an answer's bits are those of a session that reads the same pieces from position 0.
+    """
+
+    def __init__(self, session: Any, max_seq_len: int, store: Any = None):
+        self.session, self.max_seq_len, self.store = session, max_seq_len, store
+        self.conversation = "0"  # whose snapshots the next are; the store lets go of whole conversations
+        self._ends: list[int] = []  # of the pieces in which the caches were read
+        self._stepped = max_seq_len + 1  # from here on each position is the end of a step
 
     @property
     def held(self) -> list[int]:
         """The ids whose keys and values the caches hold."""
-        return self._known[: self.session.position]
+        return self.session.tokens
+
+    def begin(self) -> None:
+        """Another conversation."""
+        self.conversation = str(int(self.conversation) + 1)
+
+    def resume(self, path: Path) -> int:
+        """Goes on from a saved session -> its position. Raises kiln.Error, and changes nothing, where it cannot."""
+        self.session.restore(path)
+        self._ends, self._stepped = [self.session.position], self.max_seq_len + 1
+        if self.store:
+            self.store.take(self.session, self.conversation)
+        return self.session.position
+
+    def go_back(self, ids: Sequence[int]) -> int:
+        """Brings the session to the longest beginning of `ids` that it need not compute again, less than all -> its length."""
+        held = self.held
+        same = common(held, ids)
+        usable = min(same, len(ids) - 1)
+        ends = [end for end in self._ends if end <= usable]
+        at = usable if usable in (self._stepped, len(held)) or usable > self._stepped else ends[-1] if ends else 0
+        self._stepped = self.max_seq_len + 1
+        at = at if at >= self.session.earliest else 0
+        found = self.store.longest(self.session, list(ids), self.conversation) if self.store else None
+        if found is not None and found.position > at:
+            self.session.restore(found)
+            self._ends = [found.position]
+            return found.position
+        self.session.rewind(at)
+        self._ends = [*(end for end in ends if end < at), at]
+        return at
 
     def answer(self, prompt: Prompt, parser: Parser, most: int, show: Callable[[Delta], None] = lambda delta: None) -> Turn:
         """Reads the prompt and writes an answer of at most `most` tokens, which ends up in `parser.message`.
@@ -97,14 +137,11 @@ class Player:
             raise KilnError(f"the conversation has {len(ids)} tokens, the artifact takes {self.max_seq_len}; shorten it or begin a new one")
         held = self.held
         same = common(held, ids)
-        extends = same == len(held) and same < len(ids)
-        turn = Turn(len(ids), same if extends else 0, len(held), None if extends else same)
+        turn = Turn(len(ids), 0, len(held), None if same == len(held) and same < len(ids) else same)
         start = time.monotonic()
         try:
-            if not extends:
-                self.session.reset()
-            self._known = ids[:]
-            self.session.prefill(ids[turn.reused :])
+            turn.reused = self.go_back(ids)
+            self._read(prompt, ids, turn.reused)
             turn.reading = time.monotonic() - start
             start = time.monotonic()
             self._write(turn, parser, most, show)
@@ -112,6 +149,7 @@ class Player:
             turn.stopped = "interrupted"
         except kiln.Error as e:
             self.session.reset()
+            self._ends = []
             raise KilnError(str(e)) from e
         if not turn.reading:
             turn.reading, start = time.monotonic() - start, time.monotonic()
@@ -120,12 +158,31 @@ class Player:
             show(delta)
         return turn
 
+    def _read(self, prompt: Prompt, ids: list[int], start: int) -> None:
+        for end in stops(prompt.cuts, start, len(ids)) if self.store else ():
+            self.session.prefill(ids[start:end])
+            start = end
+            self._ends.append(end)
+            self.store.take(self.session, self.conversation)
+        self.session.prefill(ids[start:])
+        self._stepped = len(ids)
+
     def _write(self, turn: Turn, parser: Parser, most: int, show: Callable[[Delta], None]) -> None:
         def took(token: int) -> bool:
-            self._known.append(token)
             turn.new += 1
             for delta in parser.push([token]):
                 show(delta)
             return not parser.ended
 
         turn.stopped = self.session.generate(most, took)[1]
+
+
+def stops(cuts: Mapping[int, Sequence[str]], start: int, end: int) -> list[int]:
+    """Where reading ids [start, end) is worth a stop: there a later prompt may part, and one id at least is left to compute."""
+    found: list[int] = []
+    for cut, why in cuts.items():
+        at = min(cut, end - 1)
+        last = found[-1] if found else start
+        if last < at and (not KEPT.isdisjoint(why) or at - last >= WORTH):
+            found.append(at)
+    return found

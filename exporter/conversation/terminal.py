@@ -87,8 +87,11 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def open_chat(artifact: Path, device: str, threads: int | None, options: Options) -> Chat:
-    """Loads an artifact. Raises KilnError."""
+def open_chat(
+    artifact: Path, device: str, threads: int | None, options: Options, budgets: tuple[float, float] = (0, 0),
+    session_dir: Path | None = None,
+) -> Chat:  # fmt: skip
+    """Loads an artifact. budgets: of snapshots on the device and on the host, in GiB. Raises KilnError."""
     from kiln.exporter.artifact.manifest import read_manifest
 
     manifest = read_manifest(artifact)
@@ -103,7 +106,8 @@ def open_chat(artifact: Path, device: str, threads: int | None, options: Options
         model = kiln.Model(str(artifact), device=device, threads=count)
         kiln.set_threads(count)
         dialect = Dialect(artifact, manifest, model.tokenizer)
-        return Chat(dialect, Player(kiln.Session(model), model.max_seq_len), options)
+        store = kiln.SnapshotStore(*(int(gib * (1 << 30)) for gib in budgets)) if any(budgets) else None
+        return Chat(dialect, Player(kiln.Session(model), model.max_seq_len, store), options, session_dir=session_dir)
     except kiln.Error as e:
         raise KilnError(str(e)) from e
 

@@ -23,7 +23,7 @@ WORDS = """the of and to in is that it was for on are with they be at one have t
 all there when up use your how said an each she which do their time if will way about many then them write would like so these her long
 make thing see him two has look more day could go come did number sound no most people my over know water than call first who may down side
 been now find""".split()
-LATE = 0.020  # seconds that a request may leave after its time before the client is called the bottleneck
+LATE = 0.010  # seconds that the measuring side may be late in one of a hundred cases before a note says that it is too slow
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ async def _calibrated(client: Client, model: str, load: Load) -> Prompts:
 
 
 class Level:
-    """One load: its answers by turn, and how late its requests left."""
+    """One load: its answers by turn, how late its requests left, and how late this process was to do what was due."""
 
     def __init__(self, client: Client, model: str, prompts: Prompts, load: Load, name: str):
         self.client, self.model, self.prompts, self.load, self.name = client, model, prompts, load, name
         self.answers: list[list[Answer]] = [[] for _ in range(load.turns)]
         self.late: list[float] = []
+        self.lag: list[float] = []
         prefix = random.Random(f"{load.seed} {time.time_ns()} {name}")  # of this level alone: an earlier one would have warmed it
         self.system = prompts.text(load.shared_prefix, prefix) if load.shared_prefix else ""
         self.salt = time.time_ns()
@@ -135,19 +136,23 @@ class Level:
         await _together([user() for _ in range(users)])
 
     async def open(self, rate: float) -> None:
-        """Conversations begin at times of a Poisson process, whatever has become of those before."""
-        chance, begin, at = random.Random(f"{self.load.seed} arrivals {rate}"), time.perf_counter(), 0.0
+        """Conversations begin at times of a Poisson process that has just so many in its time, whatever has become of those before."""
+        chance, begin, count = random.Random(f"{self.load.seed} arrivals {rate}"), time.perf_counter(), self.load.conversations
 
         async def arrive(number: int, when: float) -> None:
             await asyncio.sleep(max(begin + when - time.perf_counter(), 0))
             self.late.append(time.perf_counter() - begin - when)
             await self.conversation(number)
 
-        times = []
-        for _ in range(self.load.conversations):
-            times.append(at)
-            at += chance.expovariate(rate)
+        times = sorted(chance.uniform(0, count / rate) for _ in range(count))
         await _together([arrive(i, when) for i, when in enumerate(times) if when <= (self.load.seconds or math.inf)])
+
+    async def watch(self) -> None:
+        """Until cancelled: a sleep of 10 ms that takes longer is time that every figure of that moment may hold too much."""
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(0.01)
+            self.lag.append(max(time.perf_counter() - begin - 0.01, 0))
 
     def record(self) -> dict[str, Any]:
         """What its users saw. Rates are over the time from the first request to the end of the last answer."""
@@ -163,7 +168,7 @@ class Level:
             "token_ms": _spread([t for a in good if (t := a.token_time) is not None]),
             "answer_ms": _spread([a.end - a.sent for a in good]), "prompt_tokens": sum(a.prompt for a in good),
             "output_tokens": sum(a.tokens for a in good), "cached_tokens": sum(a.cached for a in good),
-            "goodput_s": len(within) / seconds, "good_share": len(within) / len(asked),
+            "goodput_s": len(within) / seconds, "good_share": len(within) / len(asked), "lag_ms": _spread(self.lag),
         }  # fmt: skip
         if self.late:
             found["late_ms"] = _spread(self.late)
@@ -201,7 +206,9 @@ async def measure(
         prompts = await _calibrated(client, name, load)
         for kind, value in [*(("users", n) for n in users), *(("rate", r) for r in rates)]:
             level = Level(client, name, prompts, load, f"{kind} {value}")
+            watch = asyncio.create_task(level.watch())
             await (level.closed(int(value)) if kind == "users" else level.open(value))
+            watch.cancel()
             record = {kind: value} | level.record()
             if not record["completed"]:
                 raise KilnError(f"{client.base}: no request of {kind} {value} was answered: {next(iter(record['errors']))}")
@@ -217,8 +224,9 @@ def notes(record: dict[str, Any]) -> list[str]:
         name = _name(level)
         for error, count in level["errors"].items():
             found.append(f"{name}: {count} of {level['requests']} requests failed: {error}")
-        if (late := (level.get("late_ms") or {}).get("p99") or 0) > LATE * 1e3:
-            found.append(f"{name}: requests left up to {late:.0f} ms late (p99): the measuring side was too slow for this rate")
+        for key, what in (("late_ms", "requests left"), ("lag_ms", "answers were read")):
+            if (late := (level.get(key) or {}).get("p99") or 0) > LATE * 1e3:
+                found.append(f"{name}: {what} up to {late:.0f} ms late (p99): this process has too little of its machine for this load")
         asked = record["load"]["output_tokens"] * level["completed"]
         if level["output_tokens"] < 0.9 * asked:
             found.append(f"{name}: answers had {level['output_tokens']} of {asked} tokens asked for: the server ends them earlier")

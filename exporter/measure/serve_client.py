@@ -64,7 +64,7 @@ class Client:
         except ImportError:
             raise KilnError("kiln bench-serve needs aiohttp: pip install 'kiln-export[serve]'") from None
         self._aiohttp, self.base, self._timeout = aiohttp, base(url), timeout
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
@@ -93,10 +93,10 @@ class Client:
     async def answer(self, request: dict[str, Any]) -> Answer:
         """Streams one answer to its end. What goes wrong is told in it."""
         assert self._session
-        body = request | {"stream": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()  # before the clock starts
         answer = Answer(time.perf_counter())
         try:
-            async with self._session.post(f"{self.base}/chat/completions", json=body) as response:
+            async with self._session.post(f"{self.base}/chat/completions", data=body) as response:
                 if response.status != 200:
                     answer.error = _said(response.status, await response.text())
                 else:

@@ -3,9 +3,9 @@
  * Results. Each function that can fail returns a kiln_status. Where it is not KILN_OK, kiln_error() has one line that says what, where and
  * what to do, and nothing was written through the pointers that were given, unless said otherwise below.
  *
- * Handles. A kiln_model and a kiln_session are names, not addresses: a NULL, freed, foreign or made-up one is KILN_MISUSED, never a crash. A
- * session keeps its model alive; the two may be freed in any order, and while a call is using them: the handle is gone at once, the
- * memory when the last call and the last session end.
+ * Handles. A kiln_model, a kiln_session and a kiln_snapshot are names, not addresses: a NULL, freed, foreign or made-up one is KILN_MISUSED,
+ * never a crash. A session and a snapshot keep their model alive; they may be freed in any order, and while a call is using them: the handle
+ * is gone at once, the memory when the last call and the last session end.
  *
  * Threads. Every function may be called from any thread. A model is immutable: any number of threads may use it and open sessions over it.
  * A session is one call's at a time: a second one meanwhile, from another thread or from its own callback, is KILN_FAILED and changes
@@ -25,6 +25,7 @@ extern "C" {
 
 typedef struct kiln_model kiln_model;
 typedef struct kiln_session kiln_session;
+typedef struct kiln_snapshot kiln_snapshot;
 
 typedef enum kiln_status {
   KILN_OK = 0,
@@ -130,6 +131,41 @@ kiln_status kiln_position(const kiln_session* session, int64_t* position);
 
 /* Empties the caches. */
 kiln_status kiln_reset(kiln_session* session);
+
+/* The tokens in the caches; sizes as for kiln_encode. */
+kiln_status kiln_tokens(const kiln_session* session, int64_t* ids, size_t capacity, size_t* count);
+
+/* ---- going back, and going on elsewhere ---- */
+
+/* Forgets the tokens from `position` on: 0, or *earliest .. the session's position. Elsewhere the caches have lost what a token there needs, which is
+ * KILN_FAILED. The next token must be given. */
+kiln_status kiln_rewind(kiln_session* session, int64_t position);
+kiln_status kiln_earliest(const kiln_session* session, int64_t* earliest);
+
+#define KILN_WHOLE 1 /* any session of the model can go on from it, whatever becomes of the one that it was taken from */
+#define KILN_HOST 2  /* its copies lie in memory of the host, also where the session is a GPU's */
+
+/* The session as it stands; flags: 0, or a sum of those above. Immutable; any thread may use it. Without KILN_WHOLE it has copies of what a session
+ * forgets on its way, and shares the rest with the session. What goes on from it equals, bit for bit, what would have gone on then. */
+kiln_status kiln_snapshot_take(const kiln_session* session, int flags, kiln_snapshot** snapshot);
+kiln_status kiln_snapshot_free(kiln_snapshot* snapshot);
+
+typedef struct kiln_snapshot_info {
+  size_t size; /* set by the caller */
+  int64_t position;
+  uint64_t device_bytes; /* of a GPU's memory */
+  uint64_t host_bytes;
+  int whole;
+} kiln_snapshot_info;
+
+kiln_status kiln_snapshot_describe(const kiln_snapshot* snapshot, kiln_snapshot_info* info);
+
+/* Goes on from a snapshot. KILN_FAILED, and nothing changes, where what it shares has been overwritten. */
+kiln_status kiln_restore(kiln_session* session, const kiln_snapshot* snapshot);
+
+/* The same by a file, which appears whole or not at all, and is refused where a byte, the artifact, its weights or the target differ. */
+kiln_status kiln_session_save(const kiln_session* session, const char* path);
+kiln_status kiln_session_load(kiln_session* session, const char* path);
 
 #ifdef __cplusplus
 }

@@ -10,7 +10,7 @@
 
 #include "compiled/host.h"
 #include "kiln.h"
-#include "kiln/session.h"
+#include "kiln/snapshot.h"
 
 namespace {
 
@@ -97,6 +97,11 @@ auto& models() {
 
 auto& sessions() {
   static auto* table = new Table<kiln::Session, kiln_session>("kiln_session");
+  return *table;
+}
+
+auto& snapshots() {
+  static auto* table = new Table<const kiln::Snapshot, kiln_snapshot>("kiln_snapshot");
   return *table;
 }
 
@@ -299,4 +304,69 @@ kiln_status kiln_position(const kiln_session* handle, int64_t* position) {
 
 kiln_status kiln_reset(kiln_session* handle) {
   return guarded("kiln_reset", [&] { sessions().get(handle)->reset(); });
+}
+
+kiln_status kiln_tokens(const kiln_session* handle, int64_t* ids, size_t capacity, size_t* count) {
+  return guarded("kiln_tokens", [&] {
+    const auto session = sessions().get(handle);
+    needed(count, "count");
+    give(session->tokens(), ids, capacity, count, 0, "ids");
+  });
+}
+
+kiln_status kiln_rewind(kiln_session* handle, int64_t position) {
+  return guarded("kiln_rewind", [&] { sessions().get(handle)->rewind(position); });
+}
+
+kiln_status kiln_earliest(const kiln_session* handle, int64_t* earliest) {
+  return guarded("kiln_earliest", [&] {
+    const auto session = sessions().get(handle);
+    *needed(earliest, "earliest") = session->earliest();
+  });
+}
+
+kiln_status kiln_snapshot_take(const kiln_session* handle, int flags, kiln_snapshot** snapshot) {
+  return guarded("kiln_snapshot_take", [&] {
+    const auto session = sessions().get(handle);
+    needed(snapshot, "snapshot");
+    if (flags & ~(KILN_WHOLE | KILN_HOST)) misused("flags is ", flags, ", must be a sum of KILN_WHOLE and KILN_HOST");
+    *snapshot = snapshots().add(session->snapshot({(flags & KILN_WHOLE) != 0, (flags & KILN_HOST) != 0}));
+  });
+}
+
+kiln_status kiln_snapshot_free(kiln_snapshot* snapshot) {
+  return guarded("kiln_snapshot_free", [&] { snapshots().free(snapshot); });
+}
+
+kiln_status kiln_snapshot_describe(const kiln_snapshot* handle, kiln_snapshot_info* info) {
+  return guarded("kiln_snapshot_describe", [&] {
+    const auto snapshot = snapshots().get(handle);
+    kiln_snapshot_info found = options_of(needed(info, "info"));
+    found.position = snapshot->position();
+    found.device_bytes = snapshot->device_bytes();
+    found.host_bytes = snapshot->host_bytes();
+    found.whole = snapshot->whole();
+    std::memcpy(static_cast<void*>(info), &found, std::min(info->size, sizeof(found)));
+  });
+}
+
+kiln_status kiln_restore(kiln_session* handle, const kiln_snapshot* snapshot) {
+  return guarded("kiln_restore", [&] {
+    const auto session = sessions().get(handle);
+    session->restore(*snapshots().get(snapshot));
+  });
+}
+
+kiln_status kiln_session_save(const kiln_session* handle, const char* path) {
+  return guarded("kiln_session_save", [&] {
+    const auto session = sessions().get(handle);
+    session->save(needed(path, "path"));
+  });
+}
+
+kiln_status kiln_session_load(kiln_session* handle, const char* path) {
+  return guarded("kiln_session_load", [&] {
+    const auto session = sessions().get(handle);
+    session->load(needed(path, "path"));
+  });
 }

@@ -3,20 +3,28 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <chrono>
+#include <filesystem>
 
 #include "compiled/host.h"
-#include "kiln/session.h"
+#include "kiln/draft.h"
+#include "kiln/snapshot.h"
 
 namespace py = pybind11;
 using kiln::Model;
 using kiln::Session;
+using kiln::Snapshot;
+using kiln::SnapshotStore;
 using kiln::Tokenizer;
 
 namespace {
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+// pybind11's holder takes no const; nothing that is bound writes to it.
+std::shared_ptr<Snapshot> shared(std::shared_ptr<const Snapshot> s) { return std::const_pointer_cast<Snapshot>(std::move(s)); }
 
 kiln::ParseSpecial parse_mode(bool parse_special) { return parse_special ? kiln::ParseSpecial::All : kiln::ParseSpecial::None; }
 
@@ -165,6 +173,15 @@ PYBIND11_MODULE(_runtime, m) {
       .def("encode_prompt", [](const Model& model, const std::string& text, bool raw) { return model.encode_prompt(text, raw); }, py::arg("text"),
            py::arg("raw") = false, "Token ids of one user turn in the chat template, or of BOS and the text.");
 
+  py::class_<Snapshot, std::shared_ptr<Snapshot>>(m, "Snapshot", "A session as it stood at a position, to go on from. Immutable.")
+      .def_property_readonly("position", &Snapshot::position)
+      .def_property_readonly("tokens", &Snapshot::tokens, "The tokens that the caches held.")
+      .def_property_readonly("whole", &Snapshot::whole, "Any session of the model can go on from it.")
+      .def_property_readonly("on_device", &Snapshot::on_device)
+      .def_property_readonly("device_bytes", &Snapshot::device_bytes)
+      .def_property_readonly("host_bytes", &Snapshot::host_bytes)
+      .def("to_host", [](const Snapshot& s) { return shared(s.to_host()); }, ReleaseGil(), "The same with its copies in pinned memory of the host.");
+
   py::class_<Session>(m, "Session")
       .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
              auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
@@ -195,7 +212,52 @@ PYBIND11_MODULE(_runtime, m) {
           }, "For measurements: name -> (address on the device, bytes) of each cache.")
       .def("pretend", &Session::pretend, py::arg("position"), ReleaseGil(), "For measurements: goes on at `position`, over the caches as they are.")
       .def("reset", &Session::reset, ReleaseGil())
+      .def_property_readonly("tokens", &Session::tokens, "The tokens in the caches.")
+      .def("snapshot", [](const Session& s, bool whole, bool host) { return shared(s.snapshot({whole, host})); }, py::arg("whole") = false,
+           py::arg("host") = false, ReleaseGil(), "The session as it stands. whole: to outlive what the session does next to its past.")
+      .def("snapshot_bytes", &Session::snapshot_bytes, py::arg("whole") = false, ReleaseGil(), "Of the copies of a snapshot that is taken now.")
+      .def("restore", &Session::restore, py::arg("snapshot"), ReleaseGil(), "Goes on from a snapshot of this session or another one of the model.")
+      .def("restore", [](Session& s, const std::filesystem::path& path) { s.load(path.string()); }, py::arg("path"), ReleaseGil(),
+           "Goes on from a saved session.")
+      .def("can_restore", &Session::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another session.")
+      .def("rewind", &Session::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
+      .def_property_readonly("earliest", &Session::earliest, "The first position, but for 0, that rewind() can go back to.")
+      .def("save", [](const Session& s, const std::filesystem::path& path) { s.save(path.string()); }, py::arg("path"), ReleaseGil(),
+           "Writes all that is needed to go on to a file, whole or not at all.")
       .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
+
+  py::class_<SnapshotStore>(m, "SnapshotStore", "Snapshots of many conversations within budgets of bytes; the one used least recently goes first.")
+      .def(py::init<uint64_t, uint64_t>(), py::arg("device_bytes"), py::arg("host_bytes"))
+      .def("take", &SnapshotStore::take, py::arg("session"), py::arg("conversation"), py::arg("whole") = false, ReleaseGil(),
+           "Keeps a snapshot of the session as it stands. False: it is larger than the budgets.")
+      .def("longest", [](SnapshotStore& store, const Session& session, const std::vector<int64_t>& ids, const std::string& conversation) {
+            return shared(store.longest(session, ids, conversation));
+          }, py::arg("session"), py::arg("ids"), py::arg("conversation"), ReleaseGil(),
+           "The longest whose tokens `ids` begins with and goes on from, and that the session can restore; None: there is none.")
+      .def("forget", &SnapshotStore::forget, py::arg("conversation"), ReleaseGil())
+      .def("counts", [](const SnapshotStore& store) {
+            const SnapshotStore::Counts c = store.counts();
+            py::dict out;
+            for (auto [name, value] : {std::pair("device_bytes", static_cast<int64_t>(c.device_bytes)), {"host_bytes", static_cast<int64_t>(c.host_bytes)},
+                                       {"kept", c.kept}, {"hits", c.hits}, {"misses", c.misses}, {"evicted", c.evicted}, {"moved", c.moved}, {"refused", c.refused}})
+              out[name] = value;
+            return out;
+          }, "device_bytes, host_bytes, kept; hits, misses, evicted, moved (to the host), refused.");
+
+  py::class_<kiln::NgramDrafter>(m, "NgramDrafter", "Drafts what followed where the longest suffix of the text occurred before.")
+      .def(py::init<int64_t, int64_t>(), py::arg("shortest") = 2, py::arg("longest") = 8)
+      .def("append", &kiln::NgramDrafter::append, py::arg("tokens"))
+      .def("cut", &kiln::NgramDrafter::cut, py::arg("length"))
+      .def("draft", &kiln::NgramDrafter::draft, py::arg("most"))
+      .def("__len__", &kiln::NgramDrafter::length);
+  py::class_<kiln::Acceptance>(m, "Acceptance", "How many of a step's drafts were right, and how many are worth drafting next.")
+      .def(py::init<int64_t>(), py::arg("most"))
+      .def_static("agreed", &kiln::Acceptance::agreed, py::arg("drafts"), py::arg("written"))
+      .def("took", &kiln::Acceptance::took, py::arg("drafted"), py::arg("accepted"))
+      .def("worth", &kiln::Acceptance::worth)
+      .def_property_readonly("steps", &kiln::Acceptance::steps)
+      .def_property_readonly("tried", &kiln::Acceptance::tried)
+      .def_property_readonly("right", &kiln::Acceptance::right);
 }

@@ -1,5 +1,5 @@
 // kiln-threads ARTIFACT [DEVICE] [THREADS SESSIONS ROUNDS] [alive]: sessions made, used by turns and destroyed from many threads; every answer
-// must be the one a session alone gives, also after calls that callbacks ended. With `alive` a thread's sessions of a round live at once and are stepped by turns.
+// must be the one a session alone gives, also after calls that callbacks ended, and from snapshots. With `alive` a thread's sessions of a round live at once and are stepped by turns.
 // See `make sanitize-cpu` and tests/tools/gpu_smoke.py.
 #include <atomic>
 #include <cstdio>
@@ -10,11 +10,13 @@
 #include <thread>
 #include <vector>
 
-#include "kiln/session.h"
+#include "kiln/snapshot.h"
 
 namespace {
 
 using Tokens = std::vector<int64_t>;
+
+constexpr uint64_t kStoreBytes = 1 << 20;
 
 Tokens prompt(const kiln::Model& model, int which) {
   Tokens tokens;
@@ -90,6 +92,29 @@ Tokens disturbed_answer(const std::shared_ptr<const kiln::Model>& model, int whi
   return tokens;
 }
 
+// The answer of a session that went astray and came back, or of another one, which goes on from its caches or from the store's.
+Tokens answer_from_snapshots(const std::shared_ptr<const kiln::Model>& model, int which, kiln::SnapshotStore& store) {
+  const kiln::SessionOptions options = short_chunks(*model);
+  const Tokens fed = prompt(*model, which);
+  const std::string name = std::to_string(which % 5);
+  kiln::Session first(model, options), second(model, options);
+  first.prefill(fed);
+  const auto snapshot = first.snapshot();
+  store.take(first, name, true);
+  first.generate(2, [](int64_t) { return true; }, false);
+  kiln::Session& taker = which % 2 ? first : second;
+  Tokens further = fed;
+  further.push_back(1);
+  const auto kept = store.longest(taker, further, name);
+  taker.restore(which % 3 && kept && kept->position() == static_cast<int64_t>(fed.size()) ? *kept : *snapshot);
+  demand(taker.tokens() == fed, "a restored session has other tokens");
+  const auto counts = store.counts();
+  demand(counts.device_bytes + counts.host_bytes <= kStoreBytes, "the store is above its budget");
+  Tokens tokens;
+  taker.generate(steps(*model), [&](int64_t token) { return tokens.push_back(token), true; }, false);
+  return tokens;
+}
+
 std::atomic<int> wrong{0};
 std::mutex mutex;
 
@@ -156,13 +181,15 @@ int run(int argc, char** argv) {
     right.push_back(answer(model, i));
     if (!alive) right_disturbed.push_back(answer(model, i, short_chunks(*model)));
   }
+  kiln::SnapshotStore store(model->target().cuda ? kStoreBytes / 2 : 0, model->target().cuda ? kStoreBytes / 2 : kStoreBytes);
   for (int round = 0; round < rounds; ++round) {
     if (!alive) {
       std::atomic<int> next{0};
       on_threads(threads, [&](int) {
         for (int i; (i = next++) < sessions;) {
-          bool calm = (round + i) % 3 != 0;
-          expect(calm ? answer(model, i) : disturbed_answer(model, i), (calm ? right : right_disturbed)[static_cast<size_t>(i)], i);
+          const int how = (round + i) % 4;
+          expect(how > 1 ? answer(model, i) : how ? answer_from_snapshots(model, i, store) : disturbed_answer(model, i),
+                 (how > 1 ? right : right_disturbed)[static_cast<size_t>(i)], i);
         }
       });
       continue;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kiln.custom_ops import ops  # noqa: F401
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter.build import check_places
 from kiln.exporter.compiler.torch_private import fake_export
 from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.errors import KilnError
@@ -190,6 +192,9 @@ def test_variations(name: str, tmp_path, monkeypatch) -> None:
         counted = f"pass fuse_decode rewrote {report(fused).matches} of {report(fused).expected} places; not"
         with pytest.raises(KilnError, match=counted):
             lower(graph_spec(path, decode_bytes=3), "decode", "cpu")
+    with pytest.raises(KilnError, match="decode: pass fuse_decode does not rewrite blk") if told else nullcontext():
+        check_places(graph_spec(path, decode_bytes=3))  # before anything is traced
+    check_places(graph_spec(path, decode_bytes=3, allow_unfused=True))
     assert count(fused.program, kiln.quantized_linear.default) == 0
     for op, number in left.items():
         assert count(fused.program, getattr(kiln, op).default) == number

@@ -84,7 +84,7 @@ def refused(lib: c.CDLL, status: int, expected: int, *words: str) -> None:
 def test_exports() -> None:
     """The functions of the header and nothing else: a process may hold another C++ library, torch among them."""
     shown = subprocess.run(["nm", "-D", "--defined-only", library_path()], capture_output=True, text=True, check=True).stdout
-    assert {line.split()[-1] for line in shown.splitlines()} == declared() and len(declared()) == 18
+    assert {line.split()[-1] for line in shown.splitlines()} == declared() and len(declared()) == 27
     needed = subprocess.run(["readelf", "-d", library_path()], capture_output=True, text=True, check=True).stdout
     libraries = re.findall(r"NEEDED.*\[(\S+?)\.so", needed)
     sanitized = {"libasan", "libubsan"} if "libasan" in libraries else set()
@@ -175,6 +175,48 @@ def test_bad_values(lib, toy, device, tmp_path) -> None:
     thread.join()
     assert others == [b""]
     assert lib.kiln_session_free(session) == OK and lib.kiln_model_free(model) == OK
+
+
+class SnapshotInfo(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("position", c.c_int64), ("device_bytes", c.c_uint64), ("host_bytes", c.c_uint64), ("whole", c.c_int)]
+
+
+def test_going_back_and_on(lib, toy, device, tmp_path) -> None:
+    """Snapshots, rewinding and files, as the module has them; bad handles and values are told and change nothing."""
+    model = load(lib, toy, device)
+    session, other, snapshot, whole = opened(lib, model), opened(lib, model), c.c_void_p(), c.c_void_p()
+    assert prefill(lib, session, PROMPT)[0] == OK
+    assert lib.kiln_snapshot_take(session, 0, c.byref(snapshot)) == lib.kiln_snapshot_take(session, 3, c.byref(whole)) == OK
+    info = SnapshotInfo(c.sizeof(SnapshotInfo))
+    theirs = kiln.Session(kiln.Model(str(toy), device=device))
+    theirs.prefill(PROMPT)
+    for handle, is_whole in ((snapshot, False), (whole, True)):
+        same = theirs.snapshot(whole=is_whole, host=is_whole)
+        assert lib.kiln_snapshot_describe(handle, c.byref(info)) == OK
+        assert (info.position, info.whole) == (len(PROMPT), is_whole)
+        assert (info.device_bytes, info.host_bytes) == (same.device_bytes, same.host_bytes)
+    right = generate(lib, session, 5)
+    assert lib.kiln_session_save(session, str(tmp_path / "s").encode()) == OK
+    further = generate(lib, session, 3)
+    for taker in (other, session):  # a session that has loaded another past cannot give its own any more
+        assert lib.kiln_restore(taker, snapshot) == OK and generate(lib, taker, 5) == right
+        assert lib.kiln_session_load(taker, str(tmp_path / "s").encode()) == OK and generate(lib, taker, 3) == further
+    earliest, count, ids = c.c_int64(), c.c_size_t(), (c.c_int64 * MAX_SEQ)()
+    assert lib.kiln_tokens(session, ids, c.c_size_t(MAX_SEQ), c.byref(count)) == OK and list(ids[: count.value])[: len(PROMPT)] == PROMPT
+    assert lib.kiln_earliest(session, c.byref(earliest)) == OK and earliest.value == count.value - 1
+    refused(lib, lib.kiln_rewind(session, c.c_int64(5)), FAILED, "rewind to 5", f"before position {earliest.value}")
+    assert lib.kiln_rewind(session, c.c_int64(0)) == OK and prefill(lib, session, PROMPT[:3])[0] == OK
+    refused(lib, lib.kiln_restore(session, snapshot), FAILED, "has overwritten")
+    assert lib.kiln_restore(session, whole) == OK and generate(lib, session, 5) == right
+    refused(lib, lib.kiln_snapshot_take(session, 4, c.byref(snapshot)), MISUSED, "flags is 4")
+    refused(lib, lib.kiln_snapshot_take(session, 0, None), MISUSED, "snapshot is NULL")
+    refused(lib, lib.kiln_restore(session, session), MISUSED, "not a kiln_snapshot")
+    refused(lib, lib.kiln_restore(snapshot, whole), MISUSED, "not a kiln_session")
+    refused(lib, lib.kiln_session_load(session, None), MISUSED, "path is NULL")
+    refused(lib, lib.kiln_session_load(session, str(tmp_path).encode()), FAILED, "not a regular file")
+    assert lib.kiln_session_free(session) == lib.kiln_session_free(other) == lib.kiln_model_free(model) == OK
+    assert lib.kiln_snapshot_free(snapshot) == lib.kiln_snapshot_free(whole) == OK
+    refused(lib, lib.kiln_snapshot_describe(whole, c.byref(info)), MISUSED, "not a kiln_snapshot, or one that was freed")
 
 
 def test_a_callback_that_uses_its_session(lib, toy, device) -> None:

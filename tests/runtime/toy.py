@@ -46,7 +46,8 @@ class Toy(torch.nn.Module):
         fresh = (held >= first).unsqueeze(1)
         self.ring.copy_(torch.where(fresh, x[(held - first).clamp(min=0)].to(torch.bfloat16), self.ring))
         past = (torch.arange(MAX_SEQ, device=pos.device) <= last).float() / self.decay
-        h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * self.ring.float().sum(0)
+        recent = (held >= 0).float().unsqueeze(1) * self.ring.float()  # a slot that the session has not come to counts for nothing
+        h = (self.cache * past.unsqueeze(1)).sum(0) + 3 * recent.sum(0)
         logits = torch.tanh(h @ self.head.float() / 64).unsqueeze(0)  # [1, VOCAB]
         shift = torch.where(temperature > 0, seed + top_k + (top_p * 0).long(), 0)
         return torch.where(logits.amax().isfinite(), (logits.argmax(-1) + shift) % VOCAB, -1), logits

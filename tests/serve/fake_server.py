@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
 
 @dataclass
@@ -48,6 +47,10 @@ class FakeServer:
     def __init__(self, answer: Callable[[dict[str, Any]], Answer], page: Path | None = None, context: int | None = 4096, key: str = "",
                  name: str = "fake-model"):  # fmt: skip
         self.answer, self.page, self.context, self.key, self.name = answer, page, context, key, name
+        if page:
+            from kiln.exporter.serve.app import POLICY
+
+            self.policy = POLICY
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.times: list[float] = []  # when each question came, by time.perf_counter
@@ -87,7 +90,7 @@ class FakeServer:
             while line := await reader.readline():
                 method, path, _ = line.decode().split()
                 headers = {}
-                while (entry := (await reader.readline()).decode().strip()):
+                while entry := (await reader.readline()).decode().strip():
                     name, _, value = entry.partition(":")
                     headers[name.lower()] = value.strip()
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
@@ -102,6 +105,8 @@ class FakeServer:
         """Whether the connection may be used again."""
         if path.startswith("/v1/") and self.key and headers.get("authorization") != f"Bearer {self.key}":
             return self._send(writer, 401, _error("a key is needed", "invalid_api_key"))
+        if path == "/health":
+            return self._send(writer, 200, {"status": "ok"})
         if path == "/v1/models":
             limit = {"max_model_len": self.context} if self.context else {}
             return self._send(writer, 200, {"object": "list", "data": [{"id": self.name, "object": "model", **limit}]})
@@ -116,7 +121,7 @@ class FakeServer:
             return await self._stream(request, answer, reader, writer)
         file = self.page / (path.lstrip("/") or "index.html") if self.page else None
         if file and file.is_file() and file.parent == self.page:
-            return self._send(writer, 200, file.read_bytes(), {"Content-Type": TYPES[file.suffix], "Content-Security-Policy": POLICY})
+            return self._send(writer, 200, file.read_bytes(), {"Content-Type": TYPES[file.suffix], "Content-Security-Policy": self.policy})
         return self._send(writer, 404, _error(f"nothing at {path}", "not_found"))
 
     def _send(self, writer: asyncio.StreamWriter, status: int, body: Any, headers: dict[str, str] | None = None) -> bool:
@@ -125,9 +130,7 @@ class FakeServer:
         writer.write(f"HTTP/1.1 {status} X\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n" + data)
         return True
 
-    async def _stream(
-        self, request: dict[str, Any], answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
+    async def _stream(self, request: dict[str, Any], answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.at_once += 1
         self.most_at_once = max(self.at_once, self.most_at_once)
         gone = asyncio.ensure_future(reader.read(1))  # nothing more is sent, so this ends when the reader leaves

@@ -192,7 +192,7 @@ log.addEventListener("scroll", () => {
 
 function request(conversation, history) {
   const o = conversation.options;
-  const found = { model: (served.find((m) => m.id === o.model) ?? served[0])?.id ?? o.model, messages: history.map(store.wire) };
+  const found = { model: (served.find((m) => m.id === o.model) ?? served[0])?.id ?? o.model, messages: store.wire(history) };
   if (o.system.trim()) found.messages.unshift({ role: "system", content: o.system });
   for (const name of ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"]) if (o[name] !== null) found[name] = o[name];
   const stop = o.stop.split("\n").filter(Boolean);
@@ -283,13 +283,18 @@ const actions = {
 
 function send() {
   const content = question.value;
-  if (!content.trim() || running.has(open.id)) return;
+  if (!content.trim() || running.has(open.id)) return undefined;
   const last = store.path(open).at(-1);
+  const wanting = document.querySelector(".call textarea");
+  if (last?.calls?.length && wanting) {
+    toast("The model waits for what its tools gave: send the results first, empty ones if there are none");
+    return wanting.focus();
+  }
   if (last?.error && !last.content && !last.reasoning) store.remove(open, last);
   const asked = store.add(open, open.leaf, { role: "user", content });
   question.value = "";
   grow();
-  answer(open, asked.id);
+  return answer(open, asked.id);
 }
 
 const stop = () => running.get(open.id)?.abort.abort();

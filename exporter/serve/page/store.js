@@ -153,7 +153,7 @@ export const exported = (conversations) => ({ kiln_page: FORMAT, conversations }
 /** What `kiln chat --messages` and `/load` take: the branch that is shown. */
 export const exportedChat = (conversation) => ({
   kiln_chat: FORMAT, system: conversation.options.system || null, think: conversation.options.think,
-  messages: path(conversation).filter((n) => !n.error || n.content).map(wire),
+  messages: wire(path(conversation)),
 });
 
 /** A file's text -> its conversations, under new names where a name is taken. Throws an error that says what is wrong. */
@@ -180,8 +180,19 @@ export function imported(source) {
   throw new Error("the file holds no conversations: an export of this page, of kiln chat, or a list of messages was expected");
 }
 
-/** A message as the server takes it. */
-export function wire(n) {
+/** Messages as the server takes them. An answer that never began is left out, and the questions around it are one: templates refuse two. */
+export function wire(messages) {
+  const found = [];
+  for (const n of messages) {
+    if (n.role === "assistant" && !n.content && !n.calls?.length) continue;
+    const last = found.at(-1);
+    if (n.role === "user" && last?.role === "user") last.content += `\n\n${n.content}`;
+    else found.push(one(n));
+  }
+  return found;
+}
+
+function one(n) {
   if (n.role === "tool") return { role: "tool", tool_call_id: n.tool_call_id, content: n.content };
   if (n.role === "user") return { role: "user", content: n.content };
   const found = { role: "assistant", content: n.content };

@@ -41,6 +41,7 @@ struct KvSpec : TensorSpec {
   int64_t layer = 0;
   bool ring = false;   // a sliding layer's ring, else a global layer's cache or a state
   bool state = false;  // replaced by every step, kept twice: it can be stepped back by the one step that was just made, and no further
+  int64_t window = 0;  // of a ring: how many of the newest positions a token needs, its own included
 
   bool forgets() const { return ring || state; }  // a chunk of tokens overwrites what an earlier position needs
 };

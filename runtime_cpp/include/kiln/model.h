@@ -38,6 +38,8 @@ class Model {
   std::string device() const;  // "cpu", "cuda:0"
   int64_t vocab_size() const;  // of the logits
   bool is_eog(int64_t token) const;
+  // Of the artifact and, where the weights come from a GGUF file, of that: what saved sessions are held against. A SHA-256 in hex.
+  const std::string& identity() const;
 
   // For measurements: where each constant lies on the device.
   struct WeightMemory {

@@ -35,6 +35,13 @@ struct MemoryReport {  // bytes
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 
+class Snapshot;
+
+struct SnapshotOptions {
+  bool whole = false;  // with everything that another session, or this one once it has overwritten its past, needs to go on from it
+  bool host = false;   // its copies in pinned memory of the host
+};
+
 // One timeline over a model: its own KV caches and position; several sessions never share state. A second call at the same time, from another
 // thread or from inside a callback, is an Error; position(), cache_memory() and early_launches() may be asked at any time.
 class Session {
@@ -57,6 +64,26 @@ class Session {
 
   int64_t position() const;  // tokens in the caches
   void reset();              // empties the caches: position 0
+  std::vector<int64_t> tokens() const;  // [position()], those in the caches
+
+  // The session as it stands. What goes on from it later equals, bit for bit, what would have gone on now. Bits depend on the tokens and on
+  // where the pieces ended in which they were read, so a run from position 0 equals it where its pieces end there too.
+  std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const;
+  uint64_t snapshot_bytes(bool whole = false) const;  // of the copies that a snapshot taken now would have
+  // Goes on from a snapshot of this session or of another one over the same model. Error, and nothing changes, where the caches that it shares
+  // by position have been overwritten here, and are not to be had from the session that it was taken from.
+  void restore(const Snapshot& snapshot);
+  bool can_restore(const Snapshot& snapshot) const;
+  bool stands_at(const Snapshot& snapshot) const;  // position and caches are the snapshot's
+
+  // Forgets the tokens from `position` on. Legal are 0 and earliest() .. position(): a ring has lost what was overwritten. The next token must be given.
+  void rewind(int64_t position);
+  int64_t earliest() const;
+
+  // The filled part of the caches and all else that snapshot() has, with checksums; the file appears whole or not at all.
+  void save(const std::string& path) const;
+  // Goes on from a saved session. Error, and nothing changes, where the file is damaged, or of another artifact, target or weights.
+  void load(const std::string& path);
 
   void set_sampling(const Sampling& sampling);  // Error on values out of range
 
@@ -84,9 +111,10 @@ class Session {
   int64_t early_launches() const;  // kernels of the decode graph that start early
   const Model& model() const;
 
- private:
   struct Impl;
-  std::unique_ptr<Impl> impl_;
+
+ private:
+  std::shared_ptr<Impl> impl_;
 };
 
 }  // namespace kiln

@@ -202,6 +202,10 @@ void Artifact::read_manifest() {
       std::string kind = string_at(k, "kind");
       if (kind != "ring" && kind != "global" && kind != "state") fail("kv '", spec.name, "': unknown kind '", kind, "'");
       spec.ring = kind == "ring";
+      if (spec.ring && !spec.shape.empty()) {  // no more slots than its window, unless told
+        spec.window = k.find("window") ? int_at(k, "window", 1) : spec.shape[0];
+        if (spec.window > spec.shape[0]) fail("kv '", spec.name, "': a window of ", spec.window, " in ", spec.shape[0], " slots");
+      }
       spec.state = kind == "state";
       if (spec.state && (spec.shape.empty() || spec.shape[0] != kStateSlots))
         fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), "; a state is kept ", kStateSlots, " times");

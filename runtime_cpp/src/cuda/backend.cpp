@@ -85,7 +85,11 @@ class CudaTimeline : public Timeline {
     std::memcpy(&word, &value, sizeof word);
     driver().check(driver().set_words(at(t), word, 1, stream()), "cannot write to the GPU");
   }
-  void copy(const Tensor& to, const Tensor& from) override { driver().check(driver().copy(at(to), at(from), to.bytes(), stream()), "cannot copy on the GPU"); }
+  void copy(const Tensor& to, const Tensor& from) override {
+    if (!from.device.cuda) return write(to, from.data());
+    if (!to.device.cuda) return driver().check(driver().copy_to_host(to.data(), at(from), from.bytes(), stream()), "cannot copy from the GPU");
+    driver().check(driver().copy(at(to), at(from), to.bytes(), stream()), "cannot copy on the GPU");
+  }
   void write(const Tensor& to, const void* from) override {  // the driver has copied pageable memory when it returns
     driver().check(driver().copy_to_device(at(to), from, to.bytes(), stream()), "cannot copy to the GPU");
   }
@@ -170,6 +174,20 @@ class CudaBackend : public Backend {
   }
 
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CudaTimeline>(gpu_, modules_); }
+
+  Tensor keep(uint64_t bytes, bool host) const override {
+    const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
+    return host ? Tensor::make(std::make_shared<PinnedMemory>(gpu_), {}, Scalar::U8, shape)
+                : Tensor::make(std::make_shared<DeviceMemory>(gpu_), device(), Scalar::U8, shape);
+  }
+  Tensor to_host(const Tensor& kept) const override {
+    Tensor copy = keep(kept.bytes(), true);
+    Current current(*gpu_);
+    OwnStream own;
+    driver().check(driver().copy_to_host(copy.data(), address(kept.data()), kept.bytes(), own.stream), "cannot copy from the GPU");
+    driver().check(driver().stream_wait(own.stream), "the GPU failed");
+    return copy;
+  }
 
  private:
   std::shared_ptr<const Gpu> gpu_;

@@ -115,19 +115,31 @@ void DevicePool::release(void* data, uint64_t bytes) noexcept {
   free_.emplace_hint(next, offset, bytes);
 }
 
-PinnedBuffer::PinnedBuffer(const cuda::Gpu& gpu, uint64_t bytes) : gpu_(gpu) {
-  Current current(gpu_);
+namespace {
+
+void* pin(const cuda::Gpu& gpu, uint64_t bytes) {
+  Current current(gpu);
   Among others;
-  driver().check(driver().host_alloc(&data, bytes, 0), "cannot allocate pinned host memory");
+  void* data = nullptr;
+  driver().check(driver().host_alloc(&data, std::max<uint64_t>(bytes, 1), 0), "cannot allocate pinned host memory");
+  return data;
 }
 
-PinnedBuffer::~PinnedBuffer() {
+void unpin(const cuda::Gpu& gpu, void* data) noexcept {
   try {
-    Current current(gpu_);
+    Current current(gpu);
     Among others;
     driver().host_free(data);
-  } catch (const Error&) {
+  } catch (const Error&) {  // the driver is gone: so is the memory
   }
 }
+
+}  // namespace
+
+void* PinnedMemory::allocate(uint64_t bytes) { return pin(*gpu_, bytes); }
+void PinnedMemory::release(void* data, uint64_t) noexcept { unpin(*gpu_, data); }
+
+PinnedBuffer::PinnedBuffer(const cuda::Gpu& gpu, uint64_t bytes) : data(pin(gpu, bytes)), gpu_(gpu) {}
+PinnedBuffer::~PinnedBuffer() { unpin(gpu_, data); }
 
 }  // namespace kiln

@@ -43,7 +43,17 @@ class DevicePool : public Memory {
   std::map<uint64_t, uint64_t> mapping_;  // offset -> bytes of each piece of memory
 };
 
-// Host memory that the GPU copies from and to by itself.
+// Host memory that the GPU copies from and to by itself: an allocation of the driver's for each tensor, or one buffer.
+class PinnedMemory : public Memory {
+ public:
+  explicit PinnedMemory(std::shared_ptr<const cuda::Gpu> gpu) : gpu_(std::move(gpu)) {}
+  void* allocate(uint64_t bytes) override;
+  void release(void* data, uint64_t bytes) noexcept override;
+
+ private:
+  std::shared_ptr<const cuda::Gpu> gpu_;
+};
+
 class PinnedBuffer {
  public:
   PinnedBuffer(const cuda::Gpu& gpu, uint64_t bytes);

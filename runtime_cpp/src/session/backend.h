@@ -40,7 +40,7 @@ class Timeline {
   virtual void fill(const Tensor& scalar, int64_t value) = 0;         // one int64 or int32
   virtual void fill(const Tensor& scalar, float value) = 0;           // one float32
   virtual void fill_low(const Tensor& scalar, uint32_t value) = 0;    // one int64 whose upper half is 0 already
-  virtual void copy(const Tensor& to, const Tensor& from) = 0;        // of one size
+  virtual void copy(const Tensor& to, const Tensor& from) = 0;        // of one size; either may be of pinned host memory (Backend::keep)
   virtual void write(const Tensor& to, const void* from) = 0;         // from the host, which may change it afterwards
   virtual void read(void* to, const Tensor& from) = 0;                // to the host; waits
 
@@ -83,6 +83,10 @@ class Backend {
   // uint8 [weights.bytes()] on the device: tensors of GGUF files, packed on the way. `loader` is the package's kernels for that, on a GPU.
   virtual Tensor load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
+  // uint8 [bytes] that outlive every timeline, and that any thread may release: on the device, or pinned on the host. On the CPU both are one.
+  virtual Tensor keep(uint64_t bytes, bool host) const = 0;
+  // A copy of such bytes of a GPU, on the host.
+  virtual Tensor to_host(const Tensor& kept) const = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend();

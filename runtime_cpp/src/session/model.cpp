@@ -7,6 +7,7 @@
 #include "cpu/ops.h"
 #include "artifact/file.h"
 #include "artifact/raw_weights.h"
+#include "artifact/sha256.h"
 #include "session/model_impl.h"
 
 namespace kiln {
@@ -86,6 +87,22 @@ std::unique_ptr<RawWeights> open_weights(const Artifact& artifact, const LoadOpt
   return weights;
 }
 
+// SHA-256 of the manifest, which has those of all else; and of the beginnings and ends of all tensors that are not in the artifact.
+std::string identity_of(const Artifact& artifact, const RawWeights* raw) {
+  constexpr uint64_t kSample = 4096;
+  std::string text = sha256(artifact.manifest.data(), artifact.manifest.size());
+  if (!raw) return text;
+  for (const RawWeights::Piece& p : raw->pieces()) {
+    const uint64_t bytes = p.rows * p.row_bytes, some = std::min(bytes, kSample);
+    std::string sample(2 * some, '\0');
+    p.file->read(p.offset, some, sample.data(), 1);
+    p.file->read(p.offset + bytes - some, some, sample.data() + some, 1);
+    text += sha256(sample.data(), sample.size());
+  }
+  for (const RawWeights::Made& m : raw->made()) text += sha256(m.bytes.data(), m.bytes.size());
+  return sha256(text.data(), text.size());
+}
+
 }  // namespace
 
 std::string gigabytes(uint64_t bytes) {
@@ -111,6 +128,7 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   if (options.verify) artifact.verify(options.threads);
   std::unique_ptr<RawWeights> raw = open_weights(artifact, options);
 
+  impl->identity = identity_of(artifact, raw.get());
   for (const ValueSpec& v : artifact.entry("decode").outputs)
     if (v.name == "logits") impl->vocab_size = v.shape.empty() ? 0 : v.shape.back();
   if (impl->vocab_size <= 0) fail(directory, "/manifest.json: decode's logits have no vocabulary size");
@@ -154,6 +172,7 @@ const Tokenizer& Model::tokenizer() const {
 const TargetSpec& Model::target() const { return *impl_->target; }
 std::string Model::device() const { return impl_->backend->device().str(); }
 int64_t Model::vocab_size() const { return impl_->vocab_size; }
+const std::string& Model::identity() const { return impl_->identity; }
 bool Model::is_eog(int64_t token) const {
   const auto& spec = impl_->artifact.tokenizer;
   return spec && std::find(spec->eog.begin(), spec->eog.end(), token) != spec->eog.end();

@@ -18,6 +18,7 @@ struct Model::Impl {
   std::unique_ptr<Backend> backend;
   std::optional<Tokenizer> tokenizer;
   int64_t vocab_size = 0;
+  std::string identity;
   Tensor blob;                                        // uint8, all weights
   std::unordered_map<std::string, Tensor> constants;  // views of blob, by fully qualified name
 };

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "artifact/gguf_map.h"
+#include "session/slots.h"
 
 namespace kiln {
 
@@ -44,10 +45,9 @@ int64_t product(const std::vector<int64_t>& shape, size_t from, size_t to) {
 
 // The lowest position below `positions` whose entry in the cache is not finite, or -1.
 int64_t first_bad_position(const KvSpec& spec, int64_t max_seq_len, const Exponent& e, Timeline& timeline, const Tensor& cache, int64_t positions) {
-  // [.., slots, ..]: a ring's come first; a global cache has one for every position.
-  auto dim = spec.ring ? size_t{0} : static_cast<size_t>(std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) - spec.shape.begin());
-  const int64_t heads = product(spec.shape, 0, dim), slots = spec.shape[dim], width = product(spec.shape, dim + 1, spec.shape.size());
-  const int64_t used = std::min(slots, positions), oldest = positions - used;
+  const Slots layout(spec, max_seq_len);
+  const int64_t heads = layout.outer, slots = layout.slots, width = static_cast<int64_t>(layout.width / e.bytes);
+  const int64_t used = layout.used(positions), oldest = positions - used;
   std::vector<char> host;
   int64_t found = -1;
   for (int64_t head = 0; head < heads && width > 0; ++head)

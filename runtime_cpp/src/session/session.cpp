@@ -1,14 +1,11 @@
-#include "kiln/session.h"
+#include "session/session_impl.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <exception>
 #include <numeric>
-#include <set>
 #include <tuple>
 
-#include "compiled/compiled_model.h"
 #include "session/not_finite.h"
 
 namespace kiln {
@@ -22,90 +19,6 @@ constexpr std::pair<const char*, Scalar> kValues[] = {{"tokens", Scalar::I64}, {
 bool has_input(const EntryPoint& point, const char* name) {
   return std::any_of(point.inputs.begin(), point.inputs.end(), [&](const ValueSpec& v) { return v.name == name; });
 }
-
-}  // namespace
-
-struct Session::Impl {
-  Impl(std::shared_ptr<const Model> m, const SessionOptions& options);
-  ~Impl();
-
-  int64_t append(const std::vector<int64_t>& tokens);
-  int64_t step();
-  int64_t step(int64_t token);
-  Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog);
-  void reset();
-  void set_sampling(const Sampling& sampling);
-
-  void make_caches();
-  void bind_constants();
-  void warm_up(const SessionOptions& options);
-  void check_tokens(const std::vector<int64_t>& tokens) const;
-  CompiledModel::Output run_prefill(const int64_t* tokens, int64_t n);
-  void prefill_chunk(const int64_t* tokens, int64_t n);
-  void run_step();
-  void launch();
-  void next_step() { launch(), timeline->send(values.at("tokens")), take_next(1); }
-  void take_next(int64_t unread);
-  template <typename F>
-  auto all_or_nothing(F&& f) -> decltype(f());
-  void zero_caches() {
-    for (auto& [name, cache] : kv) timeline->zero(cache);
-  }
-  const std::vector<float>& host_logits();
-  void forget_step() { in_step = copied = false, logits.reset(); }  // what the device has of it is not what next and position say
-  void took_logits() {
-    if (sink) sink(host_logits());
-  }
-
-  std::shared_ptr<const Model> model;
-  const Model::Impl& shared;
-  int64_t chunk = 0;
-  std::unique_ptr<Timeline> timeline;
-  Surroundings prefill_surroundings, decode_surroundings;
-  TensorMap kv;      // by fully qualified name
-  TensorMap values;  // inputs of the decode step at fixed addresses: tokens [1], pos [1], the sampling inputs [1]
-  std::unique_ptr<CompiledModel> prefill, decode;
-
-  Tensor logits;        // [1, V] of the last run
-  Tensor graph_logits;  // the graph's own output; undefined: there is no graph
-  std::vector<float> logits_copy;
-  bool copied = false;
-
-  std::atomic<int64_t> position{0};  // tokens in the caches
-  int64_t next = -1;        // sampled, not fed yet; -1: none, or not a number
-  bool handed_out = false;  // generate() has given `next` to its caller
-  bool in_step = false;     // the device's tokens hold `next`
-  std::function<void(const std::vector<float>&)> sink;
-  std::function<void()> look;  // Session::set_look
-  mutable std::atomic<bool> busy{false};
-};
-
-namespace {
-
-// What every call of a session runs under: it alone, on its device.
-class Turn {
- public:
-  Turn(std::atomic<bool>& busy, Timeline& timeline) : busy_(busy), timeline_(timeline) {
-    if (busy_.exchange(true))
-      fail("the session is in use: by another thread, or this is a call from inside its own callback; give each thread a session of its own");
-    try {
-      timeline_.enter();
-    } catch (...) {
-      busy_ = false;
-      throw;
-    }
-  }
-  ~Turn() {
-    timeline_.leave();
-    busy_ = false;
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  std::atomic<bool>& busy_;
-  Timeline& timeline_;
-};
 
 }  // namespace
 
@@ -204,7 +117,7 @@ CompiledModel::Output Session::Impl::run_prefill(const int64_t* tokens, int64_t 
 
 void Session::Impl::prefill_chunk(const int64_t* tokens, int64_t n) {
   CompiledModel::Output out = run_prefill(tokens, n);
-  position += n;
+  wrote(tokens, n);
   logits = out.logits;
   copied = false;
   timeline->copy(values.at("tokens"), out.token);
@@ -229,20 +142,20 @@ void Session::Impl::launch() {
     timeline->replay(), logits = graph_logits;
   else
     run_step();
-  ++position;
+  wrote(&next, 1);
   copied = false;
   try {
     took_logits();
   } catch (...) {  // as if the step had not run: its cache entry is written again by the next one
-    --position;
+    lineage.cut(--position);
     forget_step();
     throw;
   }
 }
 
 const std::vector<float>& Session::Impl::host_logits() {
-  if (!logits.defined()) fail("no logits: nothing has run, or the last step was discarded");
   if (!copied) {
+    if (!logits.defined()) fail("no logits: nothing has run, or the last step was discarded");
     if (!logits.dense()) fail("internal error: logits with gaps");
     logits_copy.resize(static_cast<size_t>(logits.numel()));
     timeline->read(logits_copy.data(), logits);
@@ -265,7 +178,7 @@ const char* stop_name(Stop stop) {
 // it is copied before, and so is a state. (A step overwrites only what is out of every later window, and writes a state beside the one before it.)
 template <typename F>
 auto Session::Impl::all_or_nothing(F&& f) -> decltype(f()) {
-  const int64_t before = position, next_before = next;
+  const int64_t before = position, next_before = next, written_before = written;
   const bool handed_out_before = handed_out;
   TensorMap rings;
   if (sink)
@@ -276,6 +189,8 @@ auto Session::Impl::all_or_nothing(F&& f) -> decltype(f()) {
   } catch (...) {
     if (before == 0) zero_caches();
     for (const auto& [name, copy] : rings) timeline->copy(kv.at(name), copy);
+    if (before == 0 || !rings.empty()) written = written_before;
+    lineage.cut(before);
     position = before, next = next_before, handed_out = handed_out_before;
     forget_step();
     throw;
@@ -317,6 +232,7 @@ void Session::Impl::take_next(int64_t unread) {
   handed_out = false;
   if (next >= 0) return;
   for (int64_t i = 1; i < unread; ++i, --position) timeline->receive();
+  lineage.cut(position);
   next = -1;
   forget_step();
   timeline->fill(values.at("tokens"), int64_t{0});  // fill_low() would leave the upper half of -1
@@ -360,6 +276,7 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
   auto discard = [&] {
     if (!unread) return;
     for (; unread; --unread, --position) timeline->receive();
+    lineage.cut(position);
     // The steps' cache entries lie at positions >= position, which the next tokens overwrite. A state is kept twice, for there is one such step.
     forget_step();
   };
@@ -392,6 +309,7 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
       unread = 0;  // where take_next() throws there is none left
       take_next(waiting);
       unread = waiting - 1;
+      if (unread && !pretended) lineage.name(position - unread, next);  // a step that was queued has fed it already
       if (look) look();
     }
   } catch (...) {
@@ -404,10 +322,10 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
 
 void Session::Impl::reset() {
   zero_caches();
-  position = 0;
-  next = -1;
-  in_step = handed_out = copied = false;
-  logits.reset();
+  lineage.cut(0);
+  pretended = false;
+  written = 0;
+  stand_at(0, -1, false, {});
 }
 
 void Session::Impl::set_sampling(const Sampling& sampling) {
@@ -424,7 +342,7 @@ void Session::Impl::set_sampling(const Sampling& sampling) {
   timeline->fill(values.at("seed"), sampling.seed);
 }
 
-Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options) : impl_(std::make_unique<Impl>(std::move(model), options)) {}
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options) : impl_(std::make_shared<Impl>(std::move(model), options)) {}
 Session::~Session() = default;
 
 int64_t Session::prefill(const std::vector<int64_t>& tokens) {
@@ -475,6 +393,8 @@ void Session::pretend(int64_t position) {
   Turn turn(impl_->busy, *impl_->timeline);
   if (position < 0 || position > impl_->shared.artifact.max_seq_len)
     fail("position ", position, ": the artifact holds ", impl_->shared.artifact.max_seq_len, " tokens");
+  impl_->lineage.cut(0);
+  impl_->pretended = true;
   impl_->position = position;
   impl_->next = 0;
   impl_->in_step = impl_->handed_out = false;

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -134,16 +135,17 @@ def test_passes(export):
 
 @pytest.fixture(scope="module")
 def fake_gpu(tmp_path_factory):
-    """Runs kiln-run over a driver and a cublasLt that only check what they are asked (fake_cuda.c); gives its result and what was left."""
+    """Runs kiln-run, or a program, over a driver and a cublasLt that only check what they are asked: its result, and what was left."""
     folder = tmp_path_factory.mktemp("fake")
     source = Path(__file__).parents[2] / "runtime" / "fake_cuda.c"
     for name, flags in (("libcuda.so.1", ["-DDRIVER"]), ("libcublasLt.so.13", [])):
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", *flags, source, "-o", folder / name], check=True)
     fakes = {"LD_LIBRARY_PATH": str(folder), "KILN_CUBLASLT": str(folder / "libcublasLt.so.13"), "FAKE_CUDA_REPORT": str(folder / "report")}
 
-    def run(artifact: Path, *arguments: object, **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
+    def run(artifact: Path, *arguments: object, program: str = "", **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
         (folder / "report").unlink(missing_ok=True)
-        command = [str(KILN_RUN), str(artifact), "--weights", str(artifact.parent / "model.gguf"), *map(str, arguments)]
+        start = [sys.executable, "-c", program, artifact] if program else [KILN_RUN, artifact, "--weights"]
+        command = list(map(str, [*start, artifact.parent / "model.gguf", *arguments]))
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | fakes | environment)
         return result, json.loads((folder / "report").read_text())
 
@@ -165,6 +167,51 @@ def test_it_plays_on_a_driver_without_a_gpu(export, fake_gpu):
         assert not any(left[what] for what in LEFT), left
         assert (left["replays"] > 0) == ("--no-graph" not in arguments) and left["launches"] > 40
         assert record["memory"]["total"] <= left["most"] + (1 << 20)
+
+
+SNAPSHOTS = """
+import sys
+import kiln
+
+model = kiln.Model(sys.argv[1], device="cuda:1", weights=sys.argv[2])
+a, b = (kiln.Session(model, prefill_chunk=64) for _ in range(2))
+a.prefill(range(2, 60))
+kept = [a.snapshot(whole=w, host=h) for w in (False, True) for h in (False, True)]
+assert [s.on_device for s in kept] == [True, False] * 2 and kept[1].host_bytes == kept[0].host_bytes + kept[0].device_bytes
+for snapshot in [*kept, *(s.to_host() for s in kept if s.on_device)]:
+    for taker in (a, b):
+        taker.restore(snapshot)
+        assert taker.tokens == [*range(2, 60)]
+        taker.prefill([7, 8])
+        a.restore(kept[1])
+    b.reset()
+a.save(sys.argv[3])
+b.restore(sys.argv[3])
+assert b.tokens == a.tokens
+on_device, on_host = 2 * kept[2].device_bytes, 3 * kept[3].host_bytes
+store = kiln.SnapshotStore(on_device, on_host)
+for i in range(8):
+    a.rewind(0)
+    a.prefill([i + 2, *range(9, 66)])
+    assert store.take(a, str(i % 3), whole=True)
+    counts = store.counts()
+    assert 0 < counts["device_bytes"] <= on_device and counts["host_bytes"] <= on_host
+assert counts["moved"] == 6 and counts["evicted"] > 0
+found = [store.longest(b, [i + 2, *range(9, 67)], "x") for i in range(8)]
+assert [s.on_device for s in found[-2:]] == [True, True] and not any(s and s.on_device for s in found[:-2])
+for snapshot in found:
+    if snapshot:
+        b.restore(snapshot)
+        b.prefill([5])
+"""
+
+
+def test_snapshots_on_a_driver_without_a_gpu(export, fake_gpu, tmp_path):
+    """From the device to the host and back, between sessions and by a file: every copy lies in its caches, and nothing is left behind."""
+    artifact, _ = export
+    result, left = fake_gpu(artifact, tmp_path / "session", program=SNAPSHOTS)
+    assert result.returncode == 0, result.stderr
+    assert not any(left[what] for what in LEFT), left
 
 
 def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 
 import pytest
 
@@ -29,3 +30,16 @@ def test_failures_are_told() -> None:
         raising.result()
     with pytest.raises(KilnError, match="died with exit code 3"):
         dying.result()
+
+
+def test_results_come_in_order_and_a_failure_at_once() -> None:
+    some = [workers.Worker() for _ in range(2)]
+    for worker, numbers in zip(some, ((3, 4), (5, 12)), strict=True):
+        worker.start(math.hypot, *numbers)
+    assert list(workers.results(some)) == [5, 13]
+    working, raising = workers.Worker(), workers.Worker()
+    working.start(time.sleep, 600)
+    raising.start(math.sqrt, -1)
+    with workers.none_left(), pytest.raises(ValueError, match="math domain error|nonnegative"):
+        list(workers.results([working, raising]))
+    assert not working._process.is_alive()

@@ -107,7 +107,7 @@ def test_exported_and_after_every_pass(model: Model, files: Path) -> None:
     path = model_file(model, files)
     state = weights(path, files)
     cpu = graph_spec(path, materialized_head_budget=64 << 10)
-    gpu = graph_spec(path, decode_bytes=3, materializes_head=False, allow_unfused="moe" in model.name)
+    gpu = graph_spec(path, decode_bytes=3, materializes_head=False)
     with torch.no_grad():
         check(model, path, programs(cpu, state, lambda entry: trace(cpu, entry, "cpu")), 29)
         check(model, path, programs(cpu, state, lambda entry: lower(cpu, entry, "cpu").program), 29)
@@ -165,8 +165,7 @@ def test_on_a_gpu(model: Model, files: Path, tmp_path: Path) -> None:
     """bfloat16 activations, fused decode: no further from the reference than 1.2 times what eager bfloat16 is."""
     runner = pytest.importorskip("kiln")
     path = model_file(model, files)
-    unfused = ["--allow-unfused"] if "moe" in model.name else []  # experts are not fused yet
-    kiln("export", "--gguf", path, "--out", tmp_path / "out", "--target", "native", "--max-seq-len", 96, "--prefill-chunk", 96, *unfused)
+    kiln("export", "--gguf", path, "--out", tmp_path / "out", "--target", "native", "--max-seq-len", 96, "--prefill-chunk", 96)
     tokens, reference = model.reference(path)
     spec, state = graph_spec(path, dtype="bfloat16"), weights(path, files)
     decoder = spec.model()

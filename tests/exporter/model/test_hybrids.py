@@ -231,6 +231,32 @@ def test_a_generation_that_was_stopped_can_be_continued(session, played, files: 
     assert session.position == other.position == 24 and torch.equal(logits(session, last), logits(other, last))
 
 
+def test_snapshots_of_a_state(session, played, files: Path, tmp_path: Path) -> None:
+    """At odd and even positions, after chunks and after steps; in other sessions and from a file too."""
+    runner = pytest.importorskip("kiln")
+    tokens, _ = MOE.reference(model_file(MOE, files))
+    other = runner.Session(played)
+    for cut, steps in ((1, 0), (20, 0), (21, 0), (20, 3), (20, 4), (65, 1)):
+        for whole in (False, True):
+            session.rewind(0)
+            logits(session, tokens[:cut])
+            session.generate(steps + 1, stop_at_eog=False)
+            position = session.position
+            assert position == cut + steps and session.earliest == position
+            snapshot = session.snapshot(whole=whole)
+            session.save(tmp_path / "s")
+            right = logits(session, tokens[66:75])
+            right_next = session.decode()
+            for source in (snapshot, tmp_path / "s", snapshot):
+                for taker in (other, session):
+                    if taker is session and source is not snapshot:
+                        continue  # it would lose what the snapshot shares
+                    taker.restore(source)
+                    assert torch.equal(logits(taker, tokens[66:75]), right) and taker.decode() == right_next, (cut, steps, whole)
+    with pytest.raises(runner.Error, match="its rings and states have lost what lay before position"):
+        session.rewind(session.position - 1)
+
+
 def test_what_the_artifact_says_of_a_state(session, artifact: Path) -> None:
     manifest = read_manifest(artifact)
     states = [kv for kv in manifest["kv"] if kv["kind"] == "state"]

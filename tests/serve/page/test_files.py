@@ -6,6 +6,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from kiln.exporter.serve.app import POLICY, page_files
+
 PAGE = Path(__file__).parents[3] / "exporter/serve/page"
 FILES = {path.name: path.read_text() for path in PAGE.iterdir()}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
@@ -48,6 +50,7 @@ def test_nothing_from_elsewhere() -> None:
         assert not re.findall(r"url\(|@import|@font-face", text), name
         assert set(re.findall(r"https?://[\w.]+[\w/]*", text)) <= {"http://www.w3.org/2000/svg"}, name
     assert set(FILES) == {"index.html", "page.css", "icon.svg", *SCRIPTS}
+    assert set(page_files(PAGE)) == {"/", *(f"/{name}" for name in FILES)}
 
 
 def test_the_policy_of_the_page() -> None:
@@ -56,6 +59,15 @@ def test_the_policy_of_the_page() -> None:
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert rules["script-src"] == rules["style-src"] == rules["connect-src"] == "'self'" and "unsafe" not in str(policy)
     assert rules["require-trusted-types-for"] == "'script'"
+
+
+def test_the_policy_of_the_server() -> None:
+    """Nothing more than the page's own, and nothing that the page needs is missing; who may frame it only a header can say."""
+    own = next(given["content"] for _, given in TAGS if given.get("http-equiv") == "Content-Security-Policy")
+    header, page = (dict(rule.strip().partition(" ")[::2] for rule in str(text).split(";")) for text in (POLICY, own))
+    assert header["frame-ancestors"] == "'none'" and "unsafe" not in POLICY
+    for name in ("default-src", "script-src", "style-src", "img-src", "connect-src", "base-uri", "form-action"):
+        assert header[name] == page[name], name
 
 
 def test_parts_that_are_asked_for_are_there() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.serve.fake_server import Answer
-from tests.serve.page.conftest import SKY, Script, ask, from_script, need_browser
+from tests.serve.page.conftest import SKY, Script, ask, done, from_script, need_browser, until
 
 need_browser()
 pytestmark = pytest.mark.browser
@@ -41,12 +41,19 @@ def hostile_is_harmless(page: Any) -> None:
 
 
 def test_hostile_text(opened: Any, script: Script) -> None:
-    calls = [{"tool_calls": [{"index": 0, "id": text, "function": {"name": text, "arguments": text}}]} for text in HOSTILE]
-    parts = [[{"reasoning_content": text}, call, *text] for text, call in zip(HOSTILE, calls, strict=True)]
-    script.answers = [Answer(part, finish="tool_calls") for part in parts]
+    functions = [{"index": i, "id": text, "function": {"name": text, "arguments": text}} for i, text in enumerate(HOSTILE)]
+    script.answers = [Answer([{"tool_calls": [function]} for function in functions], finish="tool_calls")]
+    script.answers += [Answer([{"reasoning_content": text}, *text]) for text in HOSTILE]
     script.answers += [Answer(status=500, error=HOSTILE[1])]
     page = opened()
-    for text in [*HOSTILE, HOSTILE[1]]:
+    ask(page, "Call")
+    hostile_is_harmless(page)
+    for field, text in zip(page.locator(".call textarea").all(), HOSTILE, strict=True):
+        field.fill(text)
+    page.get_by_role("button", name="Send the results").click()
+    until(page, "document.querySelectorAll('article.answer').length === 2")
+    done(page)
+    for text in HOSTILE:
         ask(page, text)
         hostile_is_harmless(page)
     for summary in page.locator(".thought:not([hidden]) summary").all():
@@ -131,7 +138,7 @@ def test_markdown(opened: Any) -> None:
     code = "({Rendering}, text) => { const e = document.createElement('div'); new Rendering(e).update(text); return e.innerHTML; }"
     for text, expected in MARKDOWN:
         assert from_script(page, "markdown.js", code, text) == expected, text
-    link = from_script(page, "markdown.js", code, "[a](https://x.example/a_(b) \"t\"), https://y.example/c_d_e. <https://z.example>")
+    link = from_script(page, "markdown.js", code, '[a](https://x.example/a_(b) "t"), https://y.example/c_d_e. <https://z.example>')
     assert re.findall(r'href="([^"]*)"', link) == ["https://x.example/a_(b)", "https://y.example/c_d_e", "https://z.example/"]
     table = from_script(page, "markdown.js", code, "a | b\n---|--:\n1 | `x\\|y`\n2")
     assert re.sub(r"<(\w+)[^>]*>", r"<\1>", table) == (

@@ -117,6 +117,10 @@ def test_calls_are_shown_and_their_results_sent(opened: Any, server: FakeServer,
     ask(page, "Weather?")
     assert last(page).locator(".call strong").all_inner_texts() == ["weather", "weather"]
     assert json.loads(last(page).locator(".call pre").first.inner_text()) == {"city": "Lisbon"}
+    page.fill("#question", "Well?")
+    page.click("#send")
+    page.wait_for_selector(".toast")
+    assert "send the results first" in page.locator("#toasts").inner_text() and len(server.requests) == 1
     for i, text in enumerate(("sun", "rain")):
         last(page).locator(".call textarea").nth(i).fill(text)
     last(page).get_by_role("button", name="Send the results").click()
@@ -151,6 +155,21 @@ def test_settings_are_sent(opened: Any, server: FakeServer) -> None:
 
 
 # ---- what goes wrong ----
+
+
+def test_what_was_never_answered_is_asked_with_the_next(opened: Any, server: FakeServer, script: Script) -> None:
+    """Many templates refuse two questions in a row, and an empty answer is none."""
+    script.answers = [Answer(status=500, error="broken"), Answer(["never"], first=30), Answer(["Both."])]
+    page = opened()
+    ask(page, "First")
+    ask(page, "Second", wait=False)
+    page.wait_for_timeout(200)
+    page.click("#stop")
+    done(page)
+    ask(page, "Third")
+    assert [m["content"] for m in server.requests[1]["messages"]] == ["First\n\nSecond"]
+    assert server.requests[2]["messages"] == [{"role": "user", "content": "First\n\nSecond\n\nThird"}]
+    assert page.locator(".bubble").all_inner_texts() == ["First", "Second", "Third"] and answered(page) == "Both."
 
 
 @pytest.mark.parametrize(
@@ -271,6 +290,7 @@ def test_names_and_keys(opened: Any, script: Script) -> None:
 
 def test_contrast(opened: Any) -> None:
     """WCAG AA, 4.5 to 1, for the text colours on their grounds, light and dark."""
+
     def luminance(colour: str) -> float:
         parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]

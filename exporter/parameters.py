@@ -1,0 +1,43 @@
+"""Types of the command's parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class UserPath(click.Path):
+    """A path as a shell hands it over: `--out=~/model` arrives with its tilde."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # nobody's home; no path at all, which is told where it is opened
+            return path.expanduser() if str(path).startswith("~") and not path.exists() else path
+        return path
+
+
+PATH = UserPath(path_type=Path)
+
+
+class Numbers(click.ParamType):
+    """`1,4,8`: numbers above 0, separated by commas."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]):
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = [self.kind(part) for part in value.split(",")]
+        except ValueError:
+            found = []
+        if not found or not all(0 < number < float("inf") for number in found):
+            self.fail(f"{value!r} is not a list of {'whole ' if self.kind is int else ''}numbers above 0 like 1,4,8", param, ctx)
+        return found

@@ -1,0 +1,123 @@
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "compiled/compiled_model.h"
+#include "kiln/session.h"
+#include "kiln/snapshot.h"
+#include "session/lineage.h"
+#include "session/model_impl.h"
+#include "session/slots.h"
+
+namespace kiln {
+
+struct Session::Impl {
+  Impl(std::shared_ptr<const Model> m, const SessionOptions& options);
+  ~Impl();
+
+  int64_t append(const std::vector<int64_t>& tokens);
+  int64_t step();
+  int64_t step(int64_t token);
+  Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog);
+  void reset();
+  void rewind(int64_t to);
+  int64_t earliest() const;
+  std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options, std::weak_ptr<Impl> self);
+  uint64_t kept_bytes(bool whole) const;
+  void restore(const Snapshot& snapshot);
+  void save(const std::string& path);
+  void load(const std::string& path);
+  void set_sampling(const Sampling& sampling);
+
+  void make_caches();
+  void bind_constants();
+  void warm_up(const SessionOptions& options);
+  void check_tokens(const std::vector<int64_t>& tokens) const;
+  CompiledModel::Output run_prefill(const int64_t* tokens, int64_t n);
+  void prefill_chunk(const int64_t* tokens, int64_t n);
+  void run_step();
+  void launch();
+  void next_step() { launch(), timeline->send(values.at("tokens")), take_next(1); }
+  void take_next(int64_t unread);
+  template <typename F>
+  auto all_or_nothing(F&& f) -> decltype(f());
+  void zero_caches() {
+    for (auto& [name, cache] : kv) timeline->zero(cache);
+  }
+  const std::vector<float>& host_logits();
+  void forget_step() { in_step = copied = false, logits.reset(); }  // what the device has of it is not what next and position say
+  void wrote(const int64_t* tokens, int64_t n) {
+    if (!pretended) lineage.write(position, tokens, n);
+    position += n;
+    written = std::max<int64_t>(written, position);
+  }
+  void needs_history() const;
+  void stand_at(int64_t to, int64_t next_token, bool was_handed_out, std::vector<float> row);
+  // f(spec, cache, offset, bytes) for what goes into a copy of the session at `at`: of the caches that forget their past, or of those that do not.
+  template <typename F>
+  void pieces(int64_t at, bool forgetful, F&& f) const {
+    for (const KvSpec& k : shared.artifact.kv)
+      if (k.forgets() == forgetful)
+        Slots(k, shared.artifact.max_seq_len).pieces(at, [&](uint64_t offset, uint64_t bytes) { f(k, kv.at(k.name), offset, bytes); });
+  }
+  void took_logits() {
+    if (sink) sink(host_logits());
+  }
+
+  std::shared_ptr<const Model> model;
+  const Model::Impl& shared;
+  int64_t chunk = 0;
+  std::unique_ptr<Timeline> timeline;
+  Surroundings prefill_surroundings, decode_surroundings;
+  TensorMap kv;      // by fully qualified name
+  TensorMap values;  // inputs of the decode step at fixed addresses: tokens [1], pos [1], the sampling inputs [1]
+  std::unique_ptr<CompiledModel> prefill, decode;
+
+  Tensor logits;        // [1, V] of the last run
+  Tensor graph_logits;  // the graph's own output; undefined: there is no graph
+  std::vector<float> logits_copy;
+  bool copied = false;
+
+  std::atomic<int64_t> position{0};  // tokens in the caches
+  int64_t next = -1;        // sampled, not fed yet; -1: none, or not a number
+  bool handed_out = false;  // generate() has given `next` to its caller
+  bool in_step = false;     // the device's tokens hold `next`
+  std::function<void(const std::vector<float>&)> sink;
+  std::function<void()> look;  // Session::set_look
+  Lineage lineage;         // of the caches by position, which may reach further than `position`
+  int64_t written = 0;     // positions below it have been written to the rings as they are now
+  bool pretended = false;  // Session::pretend: nobody knows what the caches hold
+  mutable std::atomic<bool> busy{false};
+};
+
+// What every call of a session runs under: it alone, on its device.
+class Turn {
+ public:
+  Turn(std::atomic<bool>& busy, Timeline& timeline) : busy_(busy), timeline_(timeline) {
+    if (busy_.exchange(true))
+      fail("the session is in use: by another thread, or this is a call from inside its own callback; give each thread a session of its own");
+    try {
+      timeline_.enter();
+    } catch (...) {
+      busy_ = false;
+      throw;
+    }
+  }
+  ~Turn() {
+    timeline_.leave();
+    busy_ = false;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+  Timeline& timeline_;
+};
+
+}  // namespace kiln

@@ -1,0 +1,21 @@
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "session/session_impl.h"
+
+namespace kiln {
+
+struct Snapshot::State {
+  std::shared_ptr<const Model> model;
+  Lineage past;
+  Mark mark;
+  bool whole = false;
+  int64_t next = -1;
+  bool handed_out = false;
+  std::vector<float> logits;                 // of the last position; empty: nobody had them
+  Tensor copies;                             // uint8: of the rings, then of the others if whole, in the manifest's order
+  std::weak_ptr<Session::Impl> source;       // whose row has the others
+};
+
+}  // namespace kiln
