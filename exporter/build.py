@@ -96,7 +96,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     cpu = targets == ("cpu",)
     rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
     if rule is not None and not cpu:
-        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, which has no GPU kernel yet; give --target cpu")
+        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, whose kernels ran on no GPU yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"

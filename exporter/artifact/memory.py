@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kiln.exporter.compiler.trace import GraphSpec
 from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.records import DeltaNet
 from kiln.exporter.source.weights import weight_bytes
 
 
@@ -35,6 +36,8 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
     if ple := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept
         per_token += len(spec.config.layers) * ple.size * (4 + 4 + 2 * dtype.itemsize)
+    rules = [layer.mixer for layer in spec.config.layers if isinstance(layer.mixer, DeltaNet)]
+    per_token += max((m.token_scratch for m in rules), default=0)
     return MemoryPlan(
         weights=weights,
         kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),
