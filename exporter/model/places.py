@@ -19,13 +19,13 @@ EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gate
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
-    """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
+    """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill", "decode", "decode_4"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
     caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
-        "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
+        "kv_len": dict.fromkeys(full if options.kv_len and not entry.startswith("decode_") else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
         "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
         "fuse_decode": _fused(config, plan) if options.decode_bytes and entry == "decode" else {},
