@@ -28,8 +28,8 @@ class PassOptions:
     @property
     def spare_slots(self) -> int:
         """Of a ring, beyond its window w. A step of M tokens writes positions p .. p + M - 1 before its first attends to p - w + 1, which
-        takes M - 1. A second may be queued behind it, up to p + 2M - 1, when the host keeps the first's one token alone and goes on at p + 1,
-        which attends to p + 2 - w: w + 2M - 2 slots keep that.
+        takes M - 1. A second may be queued behind it, up to p + 2M - 1, when the host keeps one token alone and goes on at p + 1, which
+        attends to p + 2 - w: w + 2M - 2 slots keep that.
         """
         return 2 * (self.decode_rows[-1] - 1)
 

@@ -127,7 +127,7 @@ def _position(write: Node, cache: Node) -> list[Node] | None:
 
 
 def _only_write(cache: Node, readers: list[Node]) -> Node | None:
-    """The one index_copy_ along dimension 0 that fills `cache`, or a view of it, when nothing but it and, after it, the readers touch it."""
+    """The one index_copy_ along dimension 0 that fills `cache`, or a view of it, when nothing but it and, later, the readers touch it."""
     views = [u for u in cache.users if edit.is_call(u, aten.view.default)]
     touching = {u for node in (cache, *views) for u in node.users} - set(views)
     writes = [u for u in touching if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]

@@ -1,4 +1,4 @@
-"""TQ4 for a step of M tokens, each of one of B timelines whose caches lie side by side: what `tq4_write` and `tq4_attention` do for one token."""
+"""TQ4 for a step of M tokens, each of one of B timelines whose caches lie side by side: as `tq4_write` and `tq4_attention` of one token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def tq4_write_rows(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch
                    v: torch.Tensor, pos: torch.Tensor, row: torch.Tensor) -> None:
     """Encode a step's keys and values into the caches of their rows, in place, at their positions.
 
-    k_codes, v_codes int16 [B, KV, S, D/4]; k_scales, v_scales float16 [B, KV, S]; k, v [M, KV, D]; pos, row [M] int64. Tokens of one row and
-    position must be the same. Raises ValueError when the dimensions do not fit.
+    k_codes, v_codes int16 [B, KV, S, D/4]; k_scales, v_scales float16 [B, KV, S]; k, v [M, KV, D]; pos, row [M] int64. Tokens of one row
+    and position must be the same. Raises ValueError when the dimensions do not fit.
     """
     _check("tq4_write_rows", k, k_codes)
     check_rows("tq4_write_rows", k.shape[0], pos, row)
@@ -40,9 +40,9 @@ def tq4_rows(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_c
              k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, row: torch.Tensor, exact_window: int) -> torch.Tensor:
     """`tq4_attention` of each token to the caches of its row, which hold the step's keys and values already.
 
-    q [M, H, D]; codes and scales as `tq4_write_rows`; k_exact, v_exact [B, R, KV, D] in q's dtype: slot s of a row holds its latest position
-    p with p % R == s; R is no less than exact_window + M - 1; pos, row [M] int64. Returns [M, H, D] in q's dtype. ValueError when the
-    dimensions do not fit.
+    q [M, H, D]; codes and scales as `tq4_write_rows`; k_exact, v_exact [B, R, KV, D] in q's dtype: slot s of a row holds its latest
+    position p with p % R == s; R is no less than exact_window + M - 1; pos, row [M] int64. Returns [M, H, D] in q's dtype. ValueError when
+    the dimensions do not fit.
     """
     _check("tq4_rows", q, k_codes)
     check_rows("tq4_rows", q.shape[0], pos, row)

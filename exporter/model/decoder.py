@@ -342,7 +342,7 @@ class Decoder(nn.Module):
     lead: tuple[int, ...] = ()  # of the caches' shapes, before one timeline's
 
     def __init__(self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype,
-                 cache_dtype: torch.dtype | None = None, options: PassOptions = PassOptions()):  # fmt: skip
+                 cache_dtype: torch.dtype | None = None, options: PassOptions | None = None):  # fmt: skip
         super().__init__()
         check_supported(config)
         self.config, self.dtype = config, dtype
@@ -354,7 +354,7 @@ class Decoder(nn.Module):
         self.blk = nn.ModuleList()
 
         def make(cache: CacheSpec) -> Cache:
-            return CACHES[cache.kind](cache, max_seq_len, cache_dtype or dtype, options, self.lead)
+            return CACHES[cache.kind](cache, max_seq_len, cache_dtype or dtype, options or PassOptions(), self.lead)
 
         for layer in config.layers:
             source = None if layer.mixer.kv_from is None else self.blk[layer.mixer.kv_from].mix
