@@ -2,6 +2,8 @@
 
 from kiln.custom_ops import markers  # noqa: F401
 from kiln.custom_ops.attention import global_attention, prepare, row_attention, sliding_attention, sliding_decode  # noqa: F401
+from kiln.custom_ops.delta import chunk  # noqa: F401
+from kiln.custom_ops.delta import step as delta_step  # noqa: F401
 from kiln.custom_ops.experts import linear as expert_linear  # noqa: F401
 from kiln.custom_ops.experts import route  # noqa: F401
 from kiln.custom_ops.step import add_norm, gate, sample  # noqa: F401

@@ -31,7 +31,7 @@ from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import check_supported
 from kiln.exporter.model.places import needed_tables
-from kiln.exporter.model.records import cache_specs
+from kiln.exporter.model.records import DeltaNet, cache_specs
 from kiln.exporter.progress import bar, say, size_text
 from kiln.exporter.source.plan import ModelPlan, key_factors
 from kiln.exporter.source.weights import weight_bytes
@@ -97,6 +97,9 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
+    rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
+    if rule is not None and not cpu:
+        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, which has no GPU kernel yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -109,6 +112,8 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     if not cpu and options.decode_rows != (1,):
         raise KilnError("--decode-rows: steps of several tokens have no GPU kernels yet; give --target cpu, or leave it away")
+    if options.decode_rows != (1,) and any(cache.kind == "state" for cache in cache_specs(config)):
+        raise KilnError(f"--decode-rows: {config.name} has layers with a state, which takes one token after the other; leave it away")
     spec = GraphSpec(
         cache=options.cache,
         config=config,
@@ -155,7 +160,7 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
             if spec.options.turboquant and cache.kind == "global":
                 check_dim(cache.head_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
-            if buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
+            if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
     except ValueError as e:
         raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e
@@ -263,9 +268,11 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     kept += [f"the newest {spec.options.residual_length} of the global layers"] if spec.options.turboquant else []
     print(f"KV ring     {size_text(memory.kv_ring):>11}  ({' and '.join(kept) or 'none'}, {cache})")
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
+    if memory.kv_state:
+        print(f"state       {size_text(memory.kv_state):>11}  (of any context, before and after a step, float32)")
     if spec.options.rows > 1 or spec.options.spare_slots:
-        each = (memory.kv_ring + memory.kv_global) // spec.options.rows
+        each = (memory.kv_ring + memory.kv_global + memory.kv_state) // spec.options.rows
         steps = ", ".join(map(str, spec.options.decode_rows))
-        print(f"rows        {spec.options.rows:>11}  (timelines of {size_text(each)} each, in both of the above; steps of {steps} tokens)")
+        print(f"rows        {spec.options.rows:>11}  (timelines of {size_text(each)} each, in all of the above; steps of {steps} tokens)")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

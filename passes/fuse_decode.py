@@ -335,8 +335,8 @@ class _Rotated:
 
 
 def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default):
-        return None
+    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
+        return None  # a part of the head turns, which no kernel does
     found = _Rotated(node)
     return None if found.eps is not None and found.weight is None else found
 

@@ -59,7 +59,8 @@ def quantization(spec: GraphSpec) -> list[dict]:
     return rows
 
 
-def kv_record(kv: KVBuffer) -> dict:
+def kv_record(kv: KVBuffer, window: int | None = None) -> dict:
+    """Of one timeline. window: of a ring that has more slots."""
     return {
         "name": kv.name,
         "layer": kv.layer,
@@ -67,7 +68,15 @@ def kv_record(kv: KVBuffer) -> dict:
         "dtype": dtype_name(kv.dtype),
         "shape": list(kv.shape),
         "bytes": kv.nbytes,
+        **({"window": window} if window is not None and window < kv.shape[0] else {}),
     }
+
+
+def _window(spec: GraphSpec, kv: KVBuffer) -> int | None:
+    """Of a ring, how many of the newest positions a token needs."""
+    if kv.kind != "ring":
+        return None
+    return spec.options.residual_length if kv.name.endswith("_exact") else spec.config.attentions[kv.layer].window
 
 
 def target_record(compiled: CompiledTarget) -> dict:
@@ -110,7 +119,6 @@ def write_manifest(
         "max_seq_len": spec.max_seq_len,
         "prefill_chunk": spec.prefill_chunk,
         **({"rows": spec.options.rows} if spec.options.rows > 1 else {}),
-        **({"spare_slots": spec.options.spare_slots} if spec.options.spare_slots else {}),
         "activation_dtype": spec.activation_dtype,
         "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
         "residual_length": spec.options.residual_length if spec.options.turboquant else None,
@@ -119,7 +127,7 @@ def write_manifest(
         "entry_points": entry_points(spec, waits),
         "quantization": quantization(spec),
         "constants": records,
-        "kv": [kv_record(b) for b in kv],
+        "kv": [kv_record(b, _window(spec, b)) for b in kv],
         "weights": weights_record(directory / "weights.safetensors", records) | ({"gguf": gguf} if gguf else {}),
         "files": file_records(directory),
         "tokenizer": tokenizer,

@@ -9,19 +9,21 @@ import torch
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
+from kiln.exporter.model.records import DeltaNet, Experts, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
 EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gates
+DELTA, GATED = "gated delta rules are not fused yet", "gated attention is not fused yet"
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill", "decode", "decode_4"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
-    caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
+    indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
+    caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
@@ -76,14 +78,19 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
 
     for layer in config.layers:
         at = f"blk.{layer.index}"
-        projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
+        delta = isinstance(layer.mixer, DeltaNet)
+        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         alone = layer.index in experts and experts[layer.index].shared is None  # no network that takes every token
         found |= {
             f"{at}.attn_norm": floats(projections),
-            f"{at}.ffn_norm": EXPERTS if alone else floats(gates),
-            f"{at}.attention": floats([f"{at}.attn_output"]),
+            f"{at}.ffn_norm": EXPERTS if alone or (layer.index in experts and not experts[layer.index].own_input) else floats(gates),
         }
+        if delta:
+            found[f"{at}.delta"] = DELTA
+        else:
+            found[f"{at}.attention"] = GATED if layer.mixer.gated else floats([f"{at}.attn_output"])
         if layer.index in experts:
             found[f"{at}.experts"] = EXPERTS
         if not alone:
