@@ -1,8 +1,8 @@
 """Attention of M tokens, each of one of B timelines whose caches lie side by side, in the order of a step of one token.
 
 All of a step's keys are in the caches before any of its tokens attends: token i attends to token j of the same step iff they are of one
-row and pos[j] <= pos[i]. The plain form adds up what `sliding_attention` and `global_attention` add up for one token, in the same order of keys,
-so that a token's result is theirs bit for bit, whatever tokens come with it.
+row and pos[j] <= pos[i]. The plain form adds up what `sliding_attention` and `global_attention` add up for one token, in the same order of
+keys, so that a token's result is theirs bit for bit, whatever tokens come with it.
 """
 
 from __future__ import annotations

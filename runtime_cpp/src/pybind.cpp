@@ -20,6 +20,8 @@ using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 kiln::ParseSpecial parse_mode(bool parse_special) { return parse_special ? kiln::ParseSpecial::All : kiln::ParseSpecial::None; }
 
+}  // namespace
+
 py::array_t<float> to_numpy(const std::vector<float>& row) {
   try {
     return py::array_t<float>(static_cast<py::ssize_t>(row.size()), row.data());
@@ -28,6 +30,8 @@ py::array_t<float> to_numpy(const std::vector<float>& row) {
     throw py::import_error("logits are numpy arrays, and numpy is not installed: pip install kiln-runtime[numpy]");
   }
 }
+
+namespace {
 
 std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
                                   const std::optional<std::string>& weights) {
@@ -87,8 +91,9 @@ void set_logits_sink(Session& session, py::object sink) {
   });
 }
 
-py::dict memory(const Session& session) {
-  kiln::MemoryReport m = session.memory();
+}  // namespace
+
+py::dict memory_of(const kiln::MemoryReport& m) {
   py::dict out;
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
@@ -101,7 +106,7 @@ py::dict memory(const Session& session) {
   return out;
 }
 
-}  // namespace
+void bind_batch(py::module_& m);  // pybind_batch.cpp
 
 PYBIND11_MODULE(_runtime, m) {
   kiln::share_libstdcxx();
@@ -195,7 +200,8 @@ PYBIND11_MODULE(_runtime, m) {
           }, "For measurements: name -> (address on the device, bytes) of each cache.")
       .def("pretend", &Session::pretend, py::arg("position"), ReleaseGil(), "For measurements: goes on at `position`, over the caches as they are.")
       .def("reset", &Session::reset, ReleaseGil())
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
+      .def("memory", [](const Session& s) { return memory_of(s.memory()); }, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
+  bind_batch(m);
 }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __path__ = extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
-    from kiln._runtime import Error, Model, Session, StreamDecoder, Tokenizer, __version__, set_threads
+    from kiln._runtime import Batch, Error, Model, Session, StreamDecoder, Tokenizer, __version__, set_threads
 
-__all__ = ["Error", "Model", "Session", "StreamDecoder", "Tokenizer", "__version__", "set_threads"]
+__all__ = ["Batch", "Error", "Model", "Session", "StreamDecoder", "Tokenizer", "__version__", "set_threads"]
 
 
 def __getattr__(name: str) -> Any:
