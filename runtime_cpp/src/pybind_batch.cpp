@@ -47,6 +47,11 @@ void bind_batch(py::module_& m) {
       .def("logits", [](const Batch& b, int64_t handle) { return to_numpy(b.logits(handle)); }, py::arg("handle"),
            "float32 [vocab_size] that the timeline's last token was sampled from; with keep_logits.")
       .def("memory", [](const Batch& b) { return memory_of(b.memory()); }, "As Session.memory(), the caches of all rows.")
+      .def("cache_memory", [](const Batch& b) {
+             py::dict out;
+             for (const auto& cache : b.cache_memory()) out[cache.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(cache.data), cache.bytes);
+             return out;
+           }, "For measurements: name -> (address on the device, bytes) of each cache, one row's behind the other's.")
       .def_property_readonly("rows", &Batch::rows)
       .def_property_readonly("active", &Batch::active);
 }

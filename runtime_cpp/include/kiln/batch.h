@@ -10,7 +10,8 @@
 namespace kiln {
 
 struct BatchOptions {
-  int64_t rows = 0;           // timelines at once, 1 .. those of the artifact; 0: the artifact's
+  // Timelines at once, 1 .. those of the artifact; 0: the artifact's. Fewer take less memory where the artifact has no steps of several tokens.
+  int64_t rows = 0;
   int64_t prefill_chunk = 0;  // as SessionOptions
   // How long prompts may keep those waiting that are written already, in milliseconds. At least one chunk is read between two steps: what bounds
   // the wait below a chunk's time is a shorter chunk.
@@ -56,6 +57,7 @@ class Batch {
   // Logits [vocab_size] that the timeline's last token was sampled from; with keep_logits.
   const std::vector<float>& logits(int64_t handle) const;
   MemoryReport memory() const;
+  std::vector<Session::CacheMemory> cache_memory() const;  // for measurements: those of all rows, one row's behind the other's
 
  private:
   struct Impl;

@@ -62,6 +62,8 @@ struct Batch::Impl {
   void read_chunk(int64_t row, std::vector<RowEvent>& events);
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
+  // Rows of the caches: an entry of several tokens may touch all that it was compiled for.
+  int64_t made() const { return shared.artifact.steps().empty() ? options.rows : shared.artifact.rows; }
   std::vector<int64_t> in_order(bool (Row::*which)() const) const;  // numbers of rows, the one that joined first first
   Row& row_of(int64_t handle);
 
@@ -71,7 +73,7 @@ struct Batch::Impl {
   int64_t chunk = 0;
   std::unique_ptr<Timeline> timeline;
   Surroundings prefill_surroundings, decode_surroundings;
-  TensorMap kv;  // [rows, ...] by fully qualified name
+  TensorMap kv;  // [made(), ...] by fully qualified name
   TensorMap prefill_values;  // the sampling inputs [1]
   std::vector<std::unique_ptr<CompiledModel>> prefills;  // of each row
   std::vector<std::unique_ptr<Step>> decodes;
@@ -126,13 +128,8 @@ Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
   make_caches();
   for (const ValueSpec& v : artifact.entry("prefill").inputs)
     if (v.name != "tokens" && v.name != "pos") prefill_values.emplace(v.name, timeline->make(scalar_of(v.dtype), {1}));
-  // An entry of several tokens is compiled for the artifact's rows: it reads and writes those that a step names, and no other.
   TensorMap tensors = shared.constants;
-  for (const KvSpec& k : artifact.kv) {
-    std::vector<int64_t> shape{artifact.rows};
-    shape.insert(shape.end(), k.shape.begin(), k.shape.end());
-    tensors[k.name] = Tensor::over(kv.at(k.name).data(), shared.backend->device(), scalar_of(k.dtype), shape);
-  }
+  for (const auto& [name, cache] : kv) tensors.emplace(name, cache);
   for (int64_t m : artifact.steps()) several.emplace(m, make_step("decode_" + std::to_string(m), m, tensors));
   if (timeline->asynchronous()) warm_up();
 }
@@ -149,13 +146,13 @@ Batch::Impl::~Impl() {
 void Batch::Impl::make_caches() {
   uint64_t need = 0;
   for (const KvSpec& k : shared.artifact.kv) need += k.bytes;
-  need *= rows.size();
+  need *= static_cast<uint64_t>(made());
   const uint64_t free = shared.backend->free_bytes();
   if (need > free)
-    fail("the KV caches of ", rows.size(), " rows for ", shared.artifact.max_seq_len, " tokens take ", gigabytes(need), " (", need, " bytes), ",
+    fail("the KV caches of ", made(), " rows for ", shared.artifact.max_seq_len, " tokens take ", gigabytes(need), " (", need, " bytes), ",
          shared.backend->device().str(), " has ", gigabytes(free), " (", free, " bytes) free; give fewer rows, or export with a smaller --max-seq-len");
   for (const KvSpec& k : shared.artifact.kv) {
-    std::vector<int64_t> shape{options.rows};
+    std::vector<int64_t> shape{made()};
     shape.insert(shape.end(), k.shape.begin(), k.shape.end());
     kv[k.name] = timeline->make(scalar_of(k.dtype), shape);
   }
@@ -412,12 +409,18 @@ const std::vector<float>& Batch::logits(int64_t handle) const {
   return row.logits;
 }
 
+std::vector<Session::CacheMemory> Batch::cache_memory() const {
+  std::vector<Session::CacheMemory> found;
+  for (const auto& [name, cache] : impl_->kv) found.push_back({name, cache.data(), cache.bytes()});
+  return found;
+}
+
 MemoryReport Batch::memory() const {
   const Impl& b = *impl_;
   Turn turn(b.busy, *b.timeline);
   MemoryReport report;
   for (const ConstantSpec& c : b.shared.artifact.constants) report.weights += c.bytes;
-  for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * b.rows.size();
+  for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * static_cast<uint64_t>(b.made());
   b.timeline->measure(report);
   return report;
 }
