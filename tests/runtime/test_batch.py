@@ -30,8 +30,8 @@ def artifact(tmp_path_factory) -> Path:
 
     def make(path: Path) -> None:
         gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
-        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", SLOTS, "--prefill-chunk", CHUNK, "--turboquant",
-                "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", ROWS)  # fmt: skip
+        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", SLOTS, "--prefill-chunk", CHUNK,
+                "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", ROWS)  # fmt: skip
 
     kept = os.environ.get("KILN_TEST_BATCH")
     return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)

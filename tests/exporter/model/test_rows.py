@@ -11,10 +11,10 @@ from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.model.caches import kv_plan
 from kiln.passes.records import PassOptions
 from tests.by_rows import by_rows
-from tests.timeline import FIXTURES, graph_spec, weights
+from tests.gguf_files import two_layers
+from tests.timeline import graph_spec, weights
 from tests.timelines import Schedule, check, sampling, solo
 
-TINY = FIXTURES / "gemma4-tiny-dense.gguf"  # 5 layers with a window of 16, 1 without
 SLOTS, ROWS, VOCAB = 40, 3, 512
 COUNTS = (2, 4, 8)
 
@@ -37,8 +37,9 @@ def poisoned(spec) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("options", [{}, {"turboquant": True, "residual_length": 12}], ids=["exact", "tq4"])
 def test_batch_invariance(options, tmp_path):
     """All M, any mix of timelines, drafts that are rejected; rings (16 and 12, with 14 spare slots) are passed more than once."""
-    spec = graph_spec(TINY, SLOTS, SLOTS, decode_rows=(1, *COUNTS), rows=ROWS, **options)
-    state = weights(TINY, tmp_path)
+    gguf = two_layers(tmp_path / "two.gguf")
+    spec = graph_spec(gguf, SLOTS, SLOTS, decode_rows=(1, *COUNTS), rows=ROWS, **options)
+    state = weights(gguf, tmp_path)
     rng = random.Random(3)
     timelines = [[rng.randrange(VOCAB) for _ in range(n)] for n in (SLOTS, 34, 21)]
     graphs = {entry: lower(spec, entry, "cpu").program for entry in spec.entries if entry != "prefill"}
