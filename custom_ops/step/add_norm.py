@@ -25,8 +25,9 @@ PIECE = 256  # elements of a program
 
 
 def root(squares: torch.Tensor, k: int, eps: float) -> torch.Tensor:
-    """1 / RMS of a row of k elements whose squares sum to the sum of `squares`."""
-    return torch.rsqrt(squares.sum() / k + eps)
+    """1 / RMS of a row of k elements whose squares sum to the sum of `squares` [P]; of rows, [T, P], one each, [T, 1]."""
+    sums = squares.sum() if squares.dim() == 1 else torch.stack([row.sum() for row in squares]).unsqueeze(1)
+    return torch.rsqrt(sums / k + eps)
 
 
 def reference(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
@@ -89,7 +90,7 @@ def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, 
 
 def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
     """COUNT and PAD of `load_root`; COUNT 0 without squares."""
-    count = 0 if squares is None else squares.shape[0]
+    count = 0 if squares is None else squares.shape[-1]
     return {"COUNT": count, "PAD": triton.next_power_of_2(max(count, 1))}
 
 
