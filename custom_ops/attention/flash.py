@@ -191,13 +191,19 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
 @triton.jit
 def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
+                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
     """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value unless a split has them already (OWN).
 
-    TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+    TERMS > 0: out_ptr is a row of H * D elements in fixed point. MANY, with OWN and TERMS: grid (heads, tokens), each token's parts apart.
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
+    if MANY:
+        token = tl.program_id(1)
+        pos_ptr += token
+        o_ptr += token * (SPLITS * HEADS * D)
+        ml_ptr += token * (SPLITS * HEADS * 2)
+        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4))
     dim = tl.arange(0, D)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
     active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
@@ -307,11 +313,11 @@ def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, d
                      has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
     """The constants of `kiln_flash_decode` and of `kiln_flash_merge`; own, terms: the latter's OWN and TERMS."""
     group = heads // kv_heads
-    splits = split_count(target, tile, kv_heads, slots)
+    splits = split_count(target, tile, kv_heads, min(slots, window) if window else slots)  # of a ring's spare slots none is attended to
     shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,
               "EARLY": early(target)}
     return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads)},
-            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms})
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms, "MANY": False})
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:
