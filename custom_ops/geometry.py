@@ -79,6 +79,8 @@ class Geometry:
     shared_kv: int = 0  # layers, the last ones, that read the keys and values of earlier ones
     shared_ffn: int = 0  # inner size of those layers; 0: that of the others
     experts: tuple[int, int, int] | None = None  # in every layer: how many, how many a token takes, their inner size; ffn is beside them
+    delta: tuple[int, int, int, int, int] | None = None  # of the other layers: key heads, value heads, sizes, taps; full ones are gated
+    rotary: int = 0  # dimensions of a head that turn; 0: all
 
     @property
     def form(self) -> dict[str, Any]:
@@ -96,13 +98,20 @@ class Geometry:
 
     def layer(self, i: int) -> dict[str, tuple[int, int]]:
         """Matrices of a layer, [n, k] by name; gate and up are always of one type, a full layer has no V of its own."""
+        if self.delta and not self.is_full(i):
+            return self._delta(*self.delta) | {"ffn_gate_up": (2 * self.ffn, self.hidden), "ffn_down": (self.hidden, self.ffn)}
         heads = self.full if self.is_full(i) or self.sliding is None else self.sliding
         q, kv = heads.queries * heads.dim, heads.kv * heads.dim
         own_v = {} if self.is_full(i) and not self.full_v else {"attn_v": (kv, self.hidden)}
         own = {} if self.shares(i) else {"attn_k": (kv, self.hidden), **own_v}
-        attention = {"attn_q": (q, self.hidden), **own, "attn_output": (self.hidden, q)}
+        attention = {"attn_q": (2 * q if self.delta else q, self.hidden), **own, "attn_output": (self.hidden, q)}
         third = {"inp_gate": (self.per_layer, self.hidden), "proj": (self.hidden, self.per_layer)} if self.per_layer else {}
         return attention | {"ffn_gate_up": (2 * self.ffn_of(i), self.hidden), "ffn_down": (self.hidden, self.ffn_of(i))} | third
+
+    def _delta(self, key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int) -> dict[str, tuple[int, int]]:
+        values, gates = value_heads * value_dim, {f"ssm_{name}": (value_heads, self.hidden) for name in ("alpha", "beta")}
+        first = {"attn_qkv": (2 * key_heads * key_dim + values, self.hidden), "attn_gate": (values, self.hidden)}
+        return first | gates | {"ssm_out": (self.hidden, values)}
 
     def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
         """Those of the layers, fused where their types agree as the packer does, then the head, which may be the embedding.
@@ -115,10 +124,11 @@ class Geometry:
         counts: Counter[tuple[str, str, int, int]] = Counter()
         for i in range(self.layers):
             left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
-            block_type = left["attn_q"][0]
+            block_type = left.get("attn_q", ("none",))[0]
             fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == block_type]
-            counts["attn_qkv" if len(fused) == 3 else "attn_qk" if len(fused) == 2 else "attn_q", block_type,
-                   sum(n for _, n, _ in fused), self.hidden] += 1  # fmt: skip
+            if fused:
+                counts["attn_qkv" if len(fused) == 3 else "attn_qk" if len(fused) == 2 else "attn_q", block_type,
+                       sum(n for _, n, _ in fused), self.hidden] += 1  # fmt: skip
             counts.update((name, *rest) for name, rest in left.items())
         last = Matrix(head.removesuffix(".weight"), types[head], self.vocab, self.hidden, 1)
         return (*(Matrix(*key, count) for key, count in counts.items()), last)
@@ -138,8 +148,8 @@ def _geometry(name: str, row: dict[str, Any]) -> Geometry:
     full = row["layers"] // row["full_every"]
     sliding = Heads(**row["sliding"], layers=row["layers"] - full) if "sliding" in row else None
     heads = {"sliding": sliding, "full": Heads(**row["full"], layers=full), "window": row.get("window", 0)}
-    experts = tuple(row["experts"]) if "experts" in row else None
-    return Geometry(**{"name": name, **row, **heads, "suppress_tokens": tuple(row.get("suppress_tokens", ())), "experts": experts})
+    tuples: dict[str, Any] = {field: tuple(row[field]) for field in ("experts", "delta", "suppress_tokens") if field in row}
+    return Geometry(**({"name": name} | row | heads | tuples))
 
 
 GEOMETRIES = {

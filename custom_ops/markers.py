@@ -29,13 +29,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, dtype: to
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
     """Rotate the halves of the last axis, or with `neighbours` its even elements against the odd ones, and multiply by `scale`.
 
-    x [T, heads, D]; cos, sin [T, D / 2] float32. The result has the first of each pair before all of the second, whichever the pairs were:
-    queries and keys in the same order have the same products.
+    x [T, heads, D]; cos, sin [T, R / 2] float32: the first R dimensions turn, the others stay. The result has the first of each pair before
+    all of the second, whichever the pairs were: queries and keys in the same order have the same products.
     """
-    xf = x.float()
-    a, b = (xf[..., 0::2], xf[..., 1::2]) if neighbours else xf.chunk(2, dim=-1)
+    xf, turned = x.float(), 2 * cos.shape[-1]
+    head = xf if turned == x.shape[-1] else xf[..., :turned]
+    a, b = (head[..., 0::2], head[..., 1::2]) if neighbours else head.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    left = () if turned == x.shape[-1] else (xf[..., turned:],)
+    y = torch.cat((a * cos - b * sin, b * cos + a * sin, *left), dim=-1)
     return (y if scale == 1 else y * scale).to(x.dtype)
 
 

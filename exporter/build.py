@@ -24,19 +24,19 @@ from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
 from kiln.exporter.compiler.host import check_gpu_tools
 from kiln.exporter.compiler.torch_private import check_versions
-from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.trace import ENTRIES, GraphSpec
 from kiln.exporter.compiler.workers import none_left
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import check_supported
-from kiln.exporter.model.places import needed_tables
-from kiln.exporter.model.records import cache_specs
+from kiln.exporter.model.places import expected_places, needed_tables
+from kiln.exporter.model.records import DeltaNet, cache_specs
 from kiln.exporter.progress import bar, say, size_text
 from kiln.exporter.source.plan import ModelPlan, key_factors
 from kiln.exporter.source.weights import weight_bytes
 from kiln.exporter.temporary import working_folder
-from kiln.passes.records import PassOptions
+from kiln.passes.records import UNFUSED, PassOptions, first_of
 
 GIB = 2**30
 PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most
@@ -94,6 +94,9 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
+    rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
+    if rule is not None and not cpu:
+        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, which has no GPU kernel yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -136,7 +139,7 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
             if spec.options.turboquant and cache.kind == "global":
                 check_dim(cache.head_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
-            if buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys or values, not the scales of their codes
+            if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
     except ValueError as e:
         raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e
@@ -160,6 +163,7 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
         say(note)
     print_plan(spec, options, targets)
     check_tables(spec, targets)
+    check_places(spec)
     note_borrowed(targets)
     try:
         copied = 0 if options.weights == "gguf" else weight_bytes(spec.config, spec.plan)
@@ -221,6 +225,19 @@ def check_tables(spec: GraphSpec, targets: tuple[str, ...]) -> None:
         raise KilnError(f"no kernel is configured for this model's head sizes: {', '.join(gaps)}; add entries there (see make tune)")
 
 
+def check_places(spec: GraphSpec) -> None:
+    """KilnError where a pass is known to miss a place: of all that is expected, what has a reason to be missed.
+
+    What keeps the pass from one of a matrix's places keeps it from the matrix, so none is told in vain. The passes would find out, too, but
+    after the weights were packed.
+    """
+    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
+    for entry in () if spec.options.allow_unfused else ENTRIES:
+        for name, places in expected_places(spec.config, spec.plan, kv, spec.options, entry).items():
+            if missed := [f"{place} ({why})" for place, why in places.items() if why]:
+                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {UNFUSED}")
+
+
 def note_borrowed(targets: tuple[str, ...]) -> None:
     """On stderr, for each target whose kernels are configured as another architecture's are."""
     for target in targets:
@@ -244,5 +261,7 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     kept += [f"the newest {spec.options.residual_length} of the global layers"] if spec.options.turboquant else []
     print(f"KV ring     {size_text(memory.kv_ring):>11}  ({' and '.join(kept) or 'none'}, {cache})")
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
+    if memory.kv_state:
+        print(f"state       {size_text(memory.kv_state):>11}  (of any context, before and after a step, float32)")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

@@ -315,6 +315,50 @@ def chat(
         opened.dialect.close()
 
 
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free, which is printed.")
+@click.option("--sessions", type=click.IntRange(1, 1024), default=1, show_default=True, help="Answers at once, each with its caches.")
+@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
+@click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
+@click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
+@click.option("--drain", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
+@click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
+@click.option("--any-model", is_flag=True, help="Answer to every name.")
+@click.option("--api-keys", type=PATH, metavar="FILE", help="Ask for a key of this file, which has one a line.")
+@click.option("--cors-origins", multiple=True, metavar="ORIGIN", help="Let pages of https://example.org ask; repeatable.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="On loopback, another Host header than localhost; repeatable.")
+@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Largest body of a request.")
+@click.option("--think/--no-think", default=None, help="Where a request does not say.  [default: as the chat template does]")
+@click.option(
+    "--reasoning-field", type=click.Choice(["reasoning_content", "reasoning"]), default="reasoning_content", show_default=True,
+    help="Where chat completions put thoughts.",
+)  # fmt: skip
+@click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
+@click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+def serve(
+    artifact: Path, host: str, port: int, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
+    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, log_requests: bool, device: str, threads: int | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
+    try:
+        from kiln.exporter.serve.server import loopback, read_keys
+        from kiln.exporter.serve.server import serve as run_server
+        from kiln.exporter.serve.settings import Settings
+    except ImportError as e:
+        raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
+    settings = Settings(
+        names=names or (artifact.resolve().name or "kiln",), chunk=prefill_chunk or 0, keys=read_keys(api_keys) if api_keys else (),
+        origins=cors_origins, hosts=("localhost", "127.0.0.1", "::1", *(h.lower() for h in allow_host)) if loopback(host) else None,
+        body=max_body_mib << 20, log=log_requests, **options,
+    )
+    run_server(artifact, host, port, device, threads, settings)
+
+
 @main.group()
 def cache() -> None:
     """Code that kiln run MODEL.gguf has compiled and kept."""
@@ -367,6 +411,68 @@ def bench(as_json: bool, **options: Any) -> None:
     with working_folder():
         record, text = measure(**options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
+
+
+class Numbers(click.ParamType):
+    """`1,4,8`: numbers above 0, separated by commas."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]):
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = [self.kind(part) for part in value.split(",")]
+        except ValueError:
+            found = []
+        if not found or not all(0 < number < float("inf") for number in found):
+            self.fail(f"{value!r} is not a list of {'whole ' if self.kind is int else ''}numbers above 0 like 1,4,8", param, ctx)
+        return found
+
+
+@main.command(name="bench-serve")
+@click.argument("url")
+@click.option("--users", type=Numbers(int), metavar="N,N,...", help="Closed loop: each of so many users asks again when answered.")
+@click.option("--rate", "rates", type=Numbers(float), metavar="R,R,...", help="Open loop: so many conversations a second begin (Poisson).")
+@click.option("--conversations", type=click.IntRange(1), default=32, show_default=True, help="At each load.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Begin none after so long, at each load.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of the first message; no two are alike.")
+@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
+@click.option("--shared-prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens of a system prompt that all share.")
+@click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="Requests of a conversation, each with all before it.")
+@click.option("--turn-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of each message after the first.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--ignore-eos/--no-ignore-eos", default=True, show_default=True, help="Ask for whole answers (an extension of most servers).")
+@click.option("--max-ttft-ms", type=click.FloatRange(0, min_open=True), help="Goodput: the first token within this.")
+@click.option("--max-token-ms", type=click.FloatRange(0, min_open=True), help="Goodput: a token of an answer, in the mean, within this.")
+@click.option("--max-gap-ms", type=click.FloatRange(0, min_open=True), help="Goodput: no gap between parts of an answer above this.")
+@click.option("--model", help="Its name.  [default: the first that the server lists]")
+@click.option("--key-file", type=PATH, help="A file with the key of the server.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds of a whole answer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
+@click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
+@click.option("--out", type=PATH, help="Write the record here, too.")
+@click.option("--plot", "picture", type=PATH, help="Draw throughput, first token and gaps against the load into this file.")
+def bench_serve(
+    url: str, users: list[int] | None, rates: list[float] | None, max_ttft_ms: float | None, max_token_ms: float | None,
+    max_gap_ms: float | None, model: str | None, key_file: Path | None, timeout: float, as_json: bool, out: Path | None,
+    picture: Path | None, **load: Any,
+) -> None:  # fmt: skip
+    """Measure any OpenAI-compatible server at URL under load: first token, gaps, tokens a second, goodput."""
+    from kiln.exporter.measure import serve_bench as sb
+
+    bounds = {"max_ttft": max_ttft_ms, "max_token_time": max_token_ms, "max_gap": max_gap_ms}
+    load |= {name: bound / 1e3 for name, bound in bounds.items() if bound is not None}
+    if users is None and rates is None:
+        users = [1, 4, 8]
+    with working_folder():
+        record, text = sb.bench_serve(url, sb.Load(**load), users or (), rates or (), model, key_file, timeout, out, picture)
+    click.echo(json.dumps(record, indent=1) if as_json else text)
+    for note in sb.notes(record):
+        click.echo(f"note: {note}", err=True)
 
 
 @main.command()

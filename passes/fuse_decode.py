@@ -14,11 +14,13 @@ from torch.fx import Node
 
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
-from kiln.passes import edit
+from kiln.passes import edit, fuse_experts
 from kiln.passes.edit import KILN
 from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
+WITH_SQUARES = {KILN.fixed_linear.default: KILN.fixed_linear_squares.default,  # a matmul -> the same, with sums of squares of its result
+                KILN.expert_sum.default: KILN.expert_sum_squares.default}  # fmt: skip
 VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 
 
@@ -28,12 +30,16 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     ep = lowered.program
     if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
         return PassReport("fuse_decode", "not needed", note="many tokens")
-    matmuls = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
-    if not matmuls:
+    packed = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default, KILN.expert_linear.default)]
+    if not packed:
         return PassReport("fuse_decode", "not needed", note="no weight is packed")
+    matmuls = [n for n in packed if edit.is_call(n, KILN.quantized_linear.default)]
     fuser = _Fuser(ep, options.decode_bytes)
-    for matmul in matmuls:
-        fuser.rewrite(matmul)
+    for matmul in packed:
+        if edit.is_call(matmul, KILN.expert_linear.default):
+            fuse_experts.rewrite(fuser, matmul)
+        else:
+            fuser.rewrite(matmul)
     fuser.drop_dead_matmuls()
     fuser.round_late()
     ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
@@ -47,6 +53,7 @@ class _Fuser:
         self.ep, self.terms = ep, terms
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
+        self.squares: dict[Node, Node] = {}  # the residual stream -> sums of its squares
         self.names = edit.states(ep)
         self.places: list[str] = []  # that were rewritten, by the names of weights and layers
         self.counts = {"norms": 0, "gated": 0, "sliding": 0, "global": 0, "conversions": 0}
@@ -74,10 +81,19 @@ class _Fuser:
         new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root)
         self.made.append(new)
         self.places.append(self.name(words))
-        dtype = matmul.meta["val"].dtype
-        rounded = new if dtype == torch.float32 else self.emit(matmul, aten.to.dtype, new, dtype)
+        self.replace_rounded(matmul, new)
+
+    def replace_rounded(self, old: Node, new: Node) -> None:
+        """`old`, of any dtype, by `new`, the same in float32."""
+        dtype = old.meta["val"].dtype
+        rounded = new if dtype == torch.float32 else self.emit(old, aten.to.dtype, new, dtype)
         self.float32[rounded] = new
-        edit.replace(self.ep, matmul, rounded)
+        edit.replace(self.ep, old, rounded)
+
+    def count(self, name: str, *weights: Node) -> None:
+        """What was rewritten once more, and the places of these weights."""
+        self.counts[name] = self.counts.get(name, 0) + 1
+        self.places += [self.name(weight) for weight in weights]
 
     def drop_dead_matmuls(self) -> None:
         for node in self.made:
@@ -131,9 +147,9 @@ class _Fuser:
     def with_squares(self, node: Node, before: Node) -> tuple[Node, Node]:
         """`node` in float32 and the sums of its squares, which a matmul leaves beside its result."""
         value = self.exact(node, before)
-        if not edit.is_call(value, KILN.fixed_linear.default):
+        if value.target not in WITH_SQUARES:
             return value, self.emit(before, aten.sum.dim_IntList, self.emit(before, aten.mul.Tensor, value, value), [1])
-        both = self.emit(value, KILN.fixed_linear_squares.default, *value.args)
+        both = self.emit(value, WITH_SQUARES[value.target], *value.args)
         return tuple(self.emit(value, operator.getitem, both, i) for i in range(2))
 
     # ---- values in fixed point ----
@@ -156,13 +172,13 @@ class _Fuser:
         y, weight, eps, _ = x.args
         if edit.is_call(y, aten.slice.Tensor) and y.meta["val"].shape == y.args[0].meta["val"].shape:
             y = y.args[0]
-        self.counts["norms"] += 1
-        self.places.append(self.name(weight))
+        self.count("norms", weight)
         return *(self.added(y, weight, eps, before) or self.unadded(y, weight, before)), eps
 
     def unadded(self, y: Node, weight: Node, before: Node) -> tuple[Node, Node]:
         both = self.emit(before, KILN.norm_fixed.default, self.exact(y, before), weight, self.terms)
-        return tuple(self.emit(before, operator.getitem, both, i) for i in range(2))
+        fixed, self.squares[y] = (self.emit(before, operator.getitem, both, i) for i in range(2))
+        return fixed, self.squares[y]
 
     def stream(self, x: Node, before: Node) -> tuple[Node] | None:
         """The residual stream as it is, with the branch that was added to it."""
@@ -175,15 +191,19 @@ class _Fuser:
         if added is None:
             return None
         stream, branch, post_weight, scale, eps = added
-        stream, squares = self.exact(stream, before), None
+        stream, op = self.exact(stream, before), KILN.add_norm.default
+        two = None if post_weight is None else fuse_experts.branches(branch, eps)
         if post_weight is None:
-            branch = self.exact(branch, before)
+            branches = [self.exact(branch, before), None]
+        elif two:
+            op, branches = KILN.add_norm_two.default, [part for value, own in two for part in (*self.with_squares(value, before), own)]
+            self.places += [self.name(own) for _, own in two]
         else:
-            self.places.append(self.name(post_weight))
-            branch, squares = self.with_squares(branch, before)
-        all_three = self.emit(before, KILN.add_norm.default, stream, branch, squares, post_weight, scale, weight, eps, self.terms)
-        self.float32[y], *fixed = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
-        return tuple(fixed)
+            branches = [*self.with_squares(branch, before)]
+        self.places += [] if post_weight is None else [self.name(post_weight)]
+        all_three = self.emit(before, op, stream, *branches, post_weight, scale, weight, eps, self.terms)
+        self.float32[y], fixed, self.squares[y] = (self.emit(before, operator.getitem, all_three, i) for i in range(3))
+        return fixed, self.squares[y]
 
     def gated(self, x: Node, before: Node) -> tuple[Node] | None:
         """activation(gate) * value of the halves of one matmul."""
@@ -335,8 +355,8 @@ class _Rotated:
 
 
 def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default):
-        return None
+    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
+        return None  # a part of the head turns, which no kernel does
     found = _Rotated(node)
     return None if found.eps is not None and found.weight is None else found
 

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from kiln.passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
 from kiln.passes.edit import PassError, finish
-from kiln.passes.records import Expected, Lowered, PassOptions, PassReport
+from kiln.passes.records import UNFUSED, Expected, Lowered, PassOptions, PassReport
 from kiln.passes.verifier import verify
 
 Pass = Callable[[Lowered, PassOptions], PassReport]
@@ -61,7 +61,7 @@ def _compare(report: PassReport, expected: dict[str, str], options: PassOptions)
     if unknown := set(report.places) - set(expected):
         raise PassError(f"pass {report.name} rewrote {', '.join(sorted(unknown))}, which the model is not expected to have")
     if report.missed and not options.allow_unfused:
-        raise PassError(f"{report.shortfall}; --allow-unfused exports the model as it is, slower")
+        raise PassError(f"{report.shortfall}; {UNFUSED}")
 
 
 def _dump(program: ExportedProgram, directory: Path | None, index: int, name: str) -> None:

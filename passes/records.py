@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +54,13 @@ def buffer(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> KVBuffer:
 Expected = dict[str, dict[str, str]]
 
 
+UNFUSED = "--allow-unfused exports the model as it is, slower"  # where a place was missed
+
+
+def first_of(places: Sequence[str]) -> str:
+    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+
+
 @dataclass
 class PassReport:
     """What one pass did to one graph. A place is a part of the model by its name, as `blk.3.attention`; `expected` ones are the model's."""
@@ -71,8 +79,8 @@ class PassReport:
     @property
     def shortfall(self) -> str:
         """One line where a place was missed, else ""."""
-        shown = ", ".join(self.missed[:8]) + (f" and {len(self.missed) - 8} more" if len(self.missed) > 8 else "")
-        return self.missed and f"pass {self.name} rewrote {self.expected - len(self.missed)} of {self.expected} places; not {shown}" or ""
+        counted = f"pass {self.name} rewrote {self.expected - len(self.missed)} of {self.expected} places"
+        return self.missed and f"{counted}; not {first_of(self.missed)}" or ""
 
     def to_dict(self) -> dict:
         return {"name": self.name, "status": self.status, "expected": self.expected, "matches": self.matches, "missed": list(self.missed),

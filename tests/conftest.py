@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,32 @@ import torch
 
 from tests.timeline import FIXTURES
 
+TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + message['content'] | trim + '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|turn>model\\n' + ('' if enable_thinking else '<|channel>thought\\n<channel|>') }}
+{%- endif %}
+"""
+
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the background: commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files of minutes go first: one that came last would leave the other workers with nothing to do.
+SLOW = (
+    "exporter/compiler/test_export_cuda.py", "custom_ops/gpu/test_kernel_resources.py", "custom_ops/weights/test_gemv.py",
+    "exporter/model/test_families.py", "passes/test_fuse_decode.py", "exporter/model/test_edge.py", "exporter/test_paths.py",
+    "custom_ops/tq4/test_tq4_prefill.py", "custom_ops/step/test_sample.py", "custom_ops/attention/test_attention_kernels.py",
+    "exporter/measure/test_eval.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {Path(__file__).parent / name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +51,14 @@ def gpu_memory_returned(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matmuls so small that they wait longer for a second thread than they take."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
 
 
 def kiln(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -96,3 +128,17 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
         else:
             found[name] = shared(tmp_path_factory, f"artifact-{name}", export(name))
     return found
+
+
+@pytest.fixture(scope="session")
+def talking(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain artifact with a chat template."""
+
+    def make(path: Path) -> None:
+        shutil.copytree(artifacts["plain"], path)
+        (path / "chat_template.jinja").write_text(TEMPLATE)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["chat"] = {"prefix": "<bos><|turn>user\n", "suffix": "<turn|>\n<|turn>model\n", "tokens": {"bos_token": "<bos>"}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return shared(tmp_path_factory, "artifact-that-talks", make)

@@ -9,28 +9,77 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kiln.custom_ops.gpu.early import after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.matmul_kernels import add_products
 
 
+@waits()
 @triton.jit
-def kiln_chosen_gemv(x, words, halves, chosen, partials, counters, out, n, k, splits, stride: tl.constexpr, halves_stride: tl.constexpr,
-                     BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
-                     SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
-                     GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, REGISTERS: tl.constexpr,
-                     TOGETHER: tl.constexpr, SHARED: tl.constexpr):
+def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
+                     halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
+                     HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
+                     END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
+                     EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
+                     COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr):
     """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. SHARED pairs have one row of x.
 
-    Grid (row blocks, splits, P). The rows are known only after the kernel that chose them, so nothing is read ahead of it.
+    Grid (row blocks, splits, P). APART: the first half of the rows is the expert's of `words`, the second its of `up_words`.
+    The rows are known only after the kernel that chose them, so nothing is read ahead of it.
     """
+    wait_for_earlier_kernels(EARLY)
+    x += after_waiting(0, EARLY)
     pair = tl.program_id(2).to(tl.int64)
     expert = tl.load(chosen + pair)
     X: tl.constexpr = 8 * TERMS + 4
     x += (pair // SHARED - pair) * (k // 32) * X
-    kiln_gemv(x, words + expert * n, halves + expert * n, partials, counters, out, partials, partials, n, k, splits, stride=stride,
-              halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES,
-              ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS, END=END, GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False,
-              REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=0, PAD=1, EPS=0.0, SQUARES=False)
+    if APART:
+        first = expert * (n // 2)
+        up = tl.program_id(0) >= tl.num_programs(0) // 2
+        words = tl.where(up, up_words + (first - n // 2), words + first)
+        halves = tl.where(up, up_halves + (first - n // 2), halves + first)
+    else:
+        words += expert * n
+        halves += expert * n
+    kiln_gemv(x, words, halves, partials, counters, out, squares, partials, n, k, splits, stride=stride, halves_stride=halves_stride,
+              BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES, ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS,
+              END=END, GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False, REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=COUNT,
+              PAD=PAD, EPS=EPS, SQUARES=False)
+
+
+@waits()
+@triton.jit
+def kiln_chosen_sum(x, words, halves, chosen, weights, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
+                    halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
+                    HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
+                    GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+                    REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
+    """out [n] = the sum over p of weights[p] times x[p] by the rows of expert chosen[p]. Grid (row blocks, splits, PAIRS).
+
+    partials [splits, PAIRS, n]; counters: int32 zeros, one for each row block, and zeros again at the end. The last program of a row block
+    adds up, in a fixed order; SQUARES: it leaves the sum of squares of its rows in `squares`.
+    """
+    kiln_chosen_gemv(x, words, halves, words, halves, chosen, partials, counters, out, out, n, k, splits, stride=stride,
+                     halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES,
+                     ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS, END="split", GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=EARLY,
+                     REGISTERS=REGISTERS, TOGETHER=TOGETHER, SHARED=1, APART=False, COUNT=0, PAD=1, EPS=0.0)
+    block = tl.program_id(0)
+    parts = splits * PAIRS
+    tl.debug_barrier()
+    if tl.atomic_add(counters + block, 1, sem="acq_rel") == parts - 1:
+        tl.debug_barrier()
+        tl.store(counters + block, 0)
+        rows = block * ROWS + tl.arange(0, ROWS)
+        total = tl.zeros((ROWS,), tl.float32)
+        for first in tl.range(0, parts, TOGETHER):
+            part = first + tl.arange(0, TOGETHER)
+            weight = tl.load(weights + part % PAIRS, part < parts, other=0.0)
+            keep = (part < parts)[:, None] & (rows < n)[None, :]
+            values = tl.load(partials + part.to(tl.int64)[:, None] * n + rows[None, :], keep, other=0.0, cache_modifier=".cg")
+            total += tl.sum(values * weight[:, None], 0)
+        tl.store(out + rows, total, rows < n)
+        if SQUARES:
+            tl.store(squares + block, tl.sum(total * total, 0))
 
 
 @triton.jit

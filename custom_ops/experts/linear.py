@@ -27,6 +27,7 @@ from kiln.custom_ops.weights.packed import check_weight, format_constants, halve
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)
+PLAIN = {"APART": False, "COUNT": 0, "PAD": 1, "EPS": 0.0}  # of `kiln_chosen_gemv`: one matrix, no norm before it
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,20 @@ def _is_few(x: torch.Tensor) -> bool:
     return isinstance(x.shape[0], int) and x.shape[0] <= MAX_GEMV_TOKENS
 
 
+def chosen_rows(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor,
+                count: int) -> torch.Tensor:
+    """`expert_linear` of a few tokens in plain torch, float32; only the chosen rows are dequantized."""
+    n, ids = words.shape[2] // count, chosen.flatten()
+    picked = (t.unflatten(2, (count, n)).index_select(2, ids).flatten(2) for t in (words, halves))
+    return _few(x, dequantize(block_type, *picked).view(x.shape[2], -1, n))
+
+
 def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor,
               count: int) -> torch.Tensor:
     """`expert_linear` in plain torch."""
-    n, k = words.shape[2] // count, x.shape[2]
     if _is_few(x):
-        ids = chosen.flatten()
-        picked = (t.unflatten(2, (count, n)).index_select(2, ids).flatten(2) for t in (words, halves))
-        return _few(x, dequantize(block_type, *picked).view(k, -1, n)).to(x.dtype)
+        return chosen_rows(x, words, halves, block_type, chosen, count).to(x.dtype)
+    n = words.shape[2] // count
 
     def piece(first: int, last: int) -> torch.Tensor:
         rows = slice(first * n, last * n)
@@ -148,15 +155,14 @@ def _gemv(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type
     pairs, terms = tokens * used, TERMS[x.dtype]
     fixed = fix(x.flatten(0, 1), terms)
     constants, splits, warps = launch(block_type, pairs, n, k, current_target())
-    del constants["EARLY"]
     grid = (triton.cdiv(n, constants["ROWS"]), splits, pairs)
     alone = splits == 1 and x.dtype == torch.float32
     partials = torch.empty((splits, pairs, n), dtype=torch.float32, device=x.device)
     out = partials if alone else torch.empty((pairs, n), dtype=x.dtype, device=x.device)
     counters = torch.zeros(max(COUNTERS, grid[0] * pairs), dtype=torch.int32, device=x.device)
     kernel(kiln_chosen_gemv, constants["REGISTERS"], x)[grid](
-        fixed, words, halves, chosen, partials, counters, out, n, k, splits, words.stride(1), halves.stride(1),
-        **format_constants(block_type), TERMS=terms, END="split" if alone else "sum", SHARED=used // x.shape[1], **constants,
+        fixed, words, halves, words, halves, chosen, partials, counters, out, partials, n, k, splits, words.stride(1), halves.stride(1),
+        **format_constants(block_type), TERMS=terms, END="split" if alone else "sum", SHARED=used // x.shape[1], **constants, **PLAIN,
         num_warps=warps)  # fmt: skip
     return out.view(tokens, used, n)
 
@@ -222,11 +228,11 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for n, k, shared, types in SIZES:
         for block_type in types:
             launched, _, warps = launch(block_type, USED, n, k, target)
-            launched.pop("EARLY")
             constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), EXPERTS * n)
-            constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared}
-            packed = {"words": "*i32", "halves": halves_pointer(block_type), "chosen": "*i64"}
-            signature = {"x": "*i32", **packed, "partials": "*fp32", "counters": "*i32", "out": "*bf16", **integers}
+            constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared} | PLAIN
+            packed = dict.fromkeys(("words", "up_words"), "*i32") | dict.fromkeys(("halves", "up_halves"), halves_pointer(block_type))
+            results = dict.fromkeys(("partials", "squares"), "*fp32") | {"counters": "*i32", "out": "*bf16"}
+            signature = {"x": "*i32", **packed, "chosen": "*i64", **results, **integers}
             cases.append(KernelCase(f"chosen_gemv {block_type} {n}x{k}", kiln_chosen_gemv, signature, constants,
                                     {"num_warps": warps, "maxnreg": launched["REGISTERS"]}, usual_targets(block_type), ("n", "k")))
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):

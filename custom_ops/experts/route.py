@@ -13,7 +13,8 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 
 MOST_EXPERTS = 1024  # a program has a token's whole row
-WARPS = 1
+COUNTED = tl.constexpr(256)  # experts of which each is compared with each; of more, the largest are found by turns
+WARPS = 4
 
 
 def reference(logits: torch.Tensor, used: int, renormalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,31 +33,41 @@ def reference(logits: torch.Tensor, used: int, renormalized: bool) -> tuple[torc
 
 
 @triton.jit
-def kiln_route(logits, chosen, weights, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, PADDED_USED: tl.constexpr,
-               RENORMALIZED: tl.constexpr):
+def choose(logits, factors, chosen, weights, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr):
+    """One token's choice: chosen [USED], weights [USED], each times the expert's element of factors [PADDED]."""
+    expert = tl.arange(0, PADDED)
+    here = expert < EXPERTS
+    x = tl.load(logits + expert, here, other=float("-inf"), cache_modifier=".cg")
+    p = tl.exp(x - tl.max(x, 0))
+    p /= tl.sum(p, 0)
+    # ordered as p is, of equal ones the lower number first, NaN before all: no two are equal
+    bits = (p.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    key = tl.where(here, (bits << 32) | (PADDED - expert), -1)
+    if PADDED <= COUNTED:  # an expert's slot is the number of those before it
+        slot = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
+    else:
+        slot = tl.zeros((PADDED,), tl.int32) + USED
+        for u in tl.static_range(USED):
+            first = key == tl.max(key, 0)
+            slot = tl.where(first, u, slot)
+            key = tl.where(first, -1, key)
+    taken = here & (slot < USED)
+    if RENORMALIZED:
+        p /= tl.sum(tl.where(taken, p, 0.0), 0)
+    tl.store(chosen + slot, expert.to(tl.int64), taken)
+    tl.store(weights + slot, p * factors, taken)
+
+
+@triton.jit
+def kiln_route(logits, chosen, weights, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr):
     """Grid (T)."""
     token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, PADDED)
-    x = tl.load(logits + token * EXPERTS + expert, expert < EXPERTS, other=float("-inf"))
-    p = tl.exp(x - tl.max(x, 0))
-    p = tl.where(expert < EXPERTS, p / tl.sum(p, 0), -1.0)
-    slot = tl.arange(0, PADDED_USED)
-    ids = tl.zeros((PADDED_USED,), tl.int32)
-    found = tl.zeros((PADDED_USED,), tl.float32)
-    for u in tl.static_range(USED):
-        one = tl.min(tl.where(p == tl.max(p, 0), expert, EXPERTS - 1), 0)
-        ids = tl.where(slot == u, one, ids)
-        found = tl.where(slot == u, tl.sum(tl.where(expert == one, p, 0.0), 0), found)
-        p = tl.where(expert == one, -1.0, p)
-    if RENORMALIZED:
-        found /= tl.sum(found, 0)
-    tl.store(chosen + token * USED + slot, ids.to(tl.int64), slot < USED)
-    tl.store(weights + token * USED + slot, found, slot < USED)
+    ones = tl.zeros((PADDED,), tl.float32) + 1.0
+    choose(logits + token * EXPERTS, ones, chosen + token * USED, weights + token * USED, EXPERTS, PADDED, USED, RENORMALIZED)
 
 
 def constants(experts: int, used: int, renormalized: bool) -> dict[str, int | bool]:
-    return {"EXPERTS": experts, "PADDED": triton.next_power_of_2(experts), "USED": used, "PADDED_USED": triton.next_power_of_2(used),
-            "RENORMALIZED": renormalized}
+    return {"EXPERTS": experts, "PADDED": triton.next_power_of_2(experts), "USED": used, "RENORMALIZED": renormalized}
 
 
 @triton_op("kiln::route", mutates_args=())

@@ -70,7 +70,7 @@ MOST_TOGETHER = 8  # tokens of a launch
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
-GLU_ROWS = 64  # gates of a program, at least; values never share one with them
+GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
 GLU_ENDS = {"gelu_tanh": "glu", "silu": "silu"}  # how the kernel ends, by the activation
 
 
@@ -79,7 +79,7 @@ def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, conf
     """(constants of `kiln_gemv` beside the format's, number of splits of K, warps)."""
     config = config or GEMV_CONFIGS[nearest(GEMV_CONFIGS, target)]
     if gated and n // 2 % config.rows:
-        config = replace(config, rows=GLU_ROWS)
+        config = replace(config, rows=math.gcd(n // 2, GLU_ROWS))
     groups = math.gcd(config.groups or LAYOUTS[block_type].gemv_groups, k // GROUP)
     steps, blocks = k // (GROUP * groups), triton.cdiv(n, config.rows) * tokens
     best = None
@@ -245,13 +245,13 @@ def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
               squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
     """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
 
-    activation: "gelu_tanh" or "silu". N / 2 is a multiple of 64. Raises ValueError when a shape or the activation does not fit.
+    activation: "gelu_tanh" or "silu". N / 2 is a multiple of 32. Raises ValueError when a shape or the activation does not fit.
     """
     _check("fixed_glu", x, words, halves, block_type, squares)
     if activation not in GLU_ENDS:
         raise ValueError(f"fixed_glu: activation {activation!r}; expected {' or '.join(GLU_ENDS)}")
     if not glu_fits(words.shape[2]):
-        raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GLU_ROWS}")
+        raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GROUP}")
     if not use_triton(x):
         gate, value = reference(x, words, halves, block_type, squares, eps).chunk(2, dim=-1)
         return fixed_point.quantize(GATED[activation](gate, value), terms_of(x))
@@ -260,7 +260,7 @@ def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
 
 def glu_fits(n: int) -> bool:
     """`fixed_glu` takes a matrix of n rows."""
-    return n % (2 * GLU_ROWS) == 0
+    return n % (2 * GROUP) == 0
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:

@@ -9,7 +9,8 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PER_LAYER_EMBEDDING, PER_LAYER_PROJECTION = "per_layer_token_embd.weight", "per_layer_model_proj.weight"  # the one is never quantized
-ROUTER = ".ffn_gate_inp.weight"  # what chooses experts is never quantized
+# Never quantized: what chooses experts, the gate of the network beside them, a convolution's taps.
+KEPT = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight", ".ssm_conv1d.weight")
 HEAD = "Q6_K"  # of the head, which may be the embedding, in a mix of fewer bits
 
 
@@ -36,7 +37,10 @@ def each(i: int, n: int) -> bool:
 
 @dataclass(frozen=True)
 class Mix:
-    """Types of a file: of most matrices, of the head (which may be the embedding), and of those that get more bits."""
+    """Types of a file: of most matrices, of the head (which may be the embedding), and of those that get more bits.
+
+    Matrices that are counted together are joined by "|".
+    """
 
     base: str
     file_type: str  # name in gguf.LlamaFileType
@@ -44,7 +48,7 @@ class Mix:
     promoted: tuple[tuple[str, Callable[[int, int], bool], str], ...] = ()  # (matrix, if the i-th of n such, type): the first that fits
 
 
-_K_M = tuple((name, more_bits, "Q6_K") for name in ("attn_v", "ffn_down", "ffn_down_exps"))
+_K_M = tuple((name, more_bits, "Q6_K") for name in ("attn_v|attn_qkv", "ffn_down", "ffn_down_exps", "ffn_down_shexp"))
 _Q3_K_M = (("attn_output", each, "Q4_K"), ("attn_v", first_two, "Q5_K"), ("attn_v", each, "Q4_K"), ("ffn_down", first_sixteenth, "Q5_K"),
            ("ffn_down", each, "Q4_K"))  # fmt: skip
 # attn_v of a model with 4 or more query heads for each KV head is Q4_K.
@@ -71,12 +75,13 @@ def block_types(mix: Mix, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, s
     promoted: dict[str, str] = {}
     head = (OUTPUT if OUTPUT in tensors else EMBEDDING, PER_LAYER_EMBEDDING)
     for stem, chosen, more in mix.promoted:
-        like = [name for name in tensors if name.endswith(f".{stem}.weight")]
+        ends = tuple(f".{name}.weight" for name in stem.split("|"))
+        like = [name for name in tensors if name.endswith(ends)]
         promoted = {name: more for i, name in enumerate(like) if chosen(i, len(like))} | promoted
     found = {}
     for name, shape in tensors.items():
         matrix = mix.head if name in head else promoted.get(name, mix.base)
-        block_type = "F32" if len(shape) < 2 or name.endswith(ROUTER) else matrix
+        block_type = "F32" if len(shape) < 2 or name.endswith(KEPT) else matrix
         if name == PER_LAYER_PROJECTION and mix.base in LAYOUTS:
             block_type = "BF16"  # as the file had it before
         layout = LAYOUTS.get(block_type)

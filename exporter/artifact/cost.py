@@ -8,15 +8,15 @@ from math import prod
 from typing import Any
 
 from kiln.custom_ops.dtypes import DTYPES
-from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
+from kiln.exporter.model.records import DeltaNet, Experts, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan, constants, plan_constants
 
 
 def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
     """weight_bytes: constants that a decode step reads; one row of an embedding that is no head, of experts those that are used.
 
-    token_flops: operations of the matmuls of one token, the head's apart, which are head_flops. attention: operations of a query for each
-    key that it sees, by the window that bounds them. readers: of a cache, how many layers read it, where it is not one.
+    token_flops: operations of the matmuls and delta rules of one token, the head's apart, which are head_flops. attention: operations of a
+    query for each key that it sees, by the window that bounds them. readers: of a cache, how many layers read it, where it is not one.
     """
     used = {f"blk.{layer.index}.": (layer.ffn.used, layer.ffn.count) for layer in config.layers if isinstance(layer.ffn, Experts)}
     skipped = token_flops = head_flops = 0
@@ -32,6 +32,7 @@ def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
             head_flops = 2 * p.N * p.K
         else:
             token_flops += 2 * p.N * p.K * share[0] // share[1]
+    token_flops += sum(layer.mixer.token_flops for layer in config.layers if isinstance(layer.mixer, DeltaNet))
     attention: Counter[int | None] = Counter()
     for mixer in config.attentions.values():
         attention[mixer.window] += 4 * mixer.q_dim

@@ -16,11 +16,12 @@ class MemoryPlan:
     weights: int
     kv_ring: int
     kv_global: int
+    kv_state: int
     activations: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_ring + self.kv_global + self.activations
+        return self.weights + self.kv_ring + self.kv_global + self.kv_state + self.activations
 
 
 def memory_plan(spec: GraphSpec) -> MemoryPlan:
@@ -38,5 +39,6 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
         weights=weights,
         kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),
         kv_global=sum(b.nbytes for b in kv if b.kind == "global"),
+        kv_state=sum(b.nbytes for b in kv if b.kind == "state"),
         activations=spec.prefill_chunk * per_token + scratch + 4 * spec.config.vocab_size,
     )

@@ -18,7 +18,7 @@ from kiln.custom_ops.weights.matmul import choosing
 from kiln.exporter.compiler.host import compile_failure
 from kiln.exporter.compiler.package import PackingKernel, declared_constants, write_package
 from kiln.exporter.compiler.trace import ENTRIES, GraphSpec, lower
-from kiln.exporter.compiler.workers import AT_ONCE, take
+from kiln.exporter.compiler.workers import AT_ONCE, results, take
 from kiln.exporter.errors import KilnError
 from kiln.passes import edit
 from kiln.passes.records import KVBuffer, PassReport
@@ -75,9 +75,9 @@ def compile_target(
             from kiln.exporter.compiler.packing_kernel import compile_packing
 
             kernels = compile_packing(target, work / f"{target}-packing")  # while the workers are at it
-        for worker in workers:
-            entries.append(worker.result())
-            done(entries[-1])
+        for found in results(workers):
+            entries.append(found)
+            done(found)
     _check(spec, entries)
     write_package(out, {e.entry: e.library for e in entries}, {k.record["file"]: k.image for k in kernels})
     return CompiledTarget(target, out, entries, kernels)

@@ -12,9 +12,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from kiln.exporter.errors import KilnError
@@ -81,6 +81,18 @@ class Worker:
         self.kill()
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"died with exit code {code}"
         return KilnError(f"a compiling process {how}; is there enough memory?")
+
+
+def results(workers: Sequence[Worker]) -> Iterator[Any]:
+    """Theirs, in their order. What one of them raises is raised at once, whatever the others are still at."""
+    left = {worker._connection: worker for worker in workers}
+    found: dict[Worker, Any] = {}
+    for worker in workers:
+        while worker not in found:
+            for connection in wait(list(left)):
+                answered = left.pop(connection)  # type: ignore[arg-type,call-overload]
+                found[answered] = answered.result()
+        yield found[worker]
 
 
 def prepare(count: int) -> None:

@@ -48,6 +48,11 @@ class _Node:
     items: list[_Node] | None = None
 
 
+def opening(syntax: str, name: str) -> str:
+    """What stands between a call's opening marker and its arguments, as templates write it."""
+    return {"fields": f"call:{name}{{", "json": f'\n{{"name": {json.dumps(name)}, "arguments": ', "tags": f"\n<function={name}>\n"}[syntax]
+
+
 def read_calls(syntax: str, segments: Segments, schemas: Schemas, closed: bool) -> list[Written]:
     """closed: a marker ended the call, and with it what is open; else the text ended. Raises Unreadable."""
     return _SYNTAXES[syntax](segments, schemas, closed)

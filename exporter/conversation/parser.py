@@ -118,6 +118,11 @@ class Parser:
         self._segments: list[str | None] = []
         self._prime(prompt)
 
+    @property
+    def within(self) -> str:
+        """What the next id is part of: content, reasoning or call."""
+        return self._state
+
     def push(self, ids: Iterable[int]) -> list[Delta]:
         """What is new with these ids; those behind the end are passed over."""
         for i in ids:

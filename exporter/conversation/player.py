@@ -41,10 +41,10 @@ class Dialect:
         """Raises RequestError."""
         return render_prompt(self.template, request, self.markup.thoughts, cuts)
 
-    def parser(self, prompt: Prompt, request: Request, stop: Sequence[str] = ()) -> Parser:
+    def parser(self, prompt: Prompt, request: Request, stop: Sequence[str] = (), parallel: bool = True) -> Parser:
         if request.pending:
             raise RequestError("messages", f"the call {request.pending[0][:40]!r} has no result yet; add a message of role 'tool'")
-        return Parser(self.vocabulary, self.markup, prompt.ids, request.tools, stop)
+        return Parser(self.vocabulary, self.markup, prompt.ids, request.tools, stop, parallel)
 
     def close(self) -> None:
         self.template.close()

@@ -36,7 +36,7 @@ def kv_bytes(manifest: dict, position: int) -> int:
     total, readers = 0, _cost(manifest)["readers"]
     for kv in manifest["kv"]:
         times = readers.get(kv["name"].rpartition(".")[0], 1)
-        if kv["kind"] == "state":  # all of it, at every step
+        if kv["kind"] == "state":  # of its two slots a step reads one and writes the other
             total += kv["bytes"] * times
             continue
         ring = kv["kind"] == "ring"

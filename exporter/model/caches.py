@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from kiln.custom_ops.delta.rule import STATE_SLOTS
 from kiln.exporter.model.records import CacheSpec, ModelConfig, cache_specs
 from kiln.passes.records import KVBuffer, PassOptions, buffer
+
+
+def state_buffers(cache: CacheSpec) -> list[KVBuffer]:
+    """Of a state: each part twice, before and after a step, so that a step that is discarded has changed nothing."""
+    return [buffer(f"blk.{cache.layer}.cache.{part}_state", torch.float32, (STATE_SLOTS, *shape)) for part, shape in cache.parts]
 
 
 def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype) -> list[KVBuffer]:
@@ -32,7 +38,9 @@ def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: 
     """Names, shapes and kinds; `dtype` of what is not quantized."""
     plan = []
     for cache in cache_specs(config):
-        if cache.kind == "global" and options.turboquant:
+        if cache.kind == "state":
+            plan += state_buffers(cache)
+        elif cache.kind == "global" and options.turboquant:
             plan += tq4_buffers(cache, max_seq_len, dtype, options)
         else:
             plan += exact_buffers(cache, max_seq_len, dtype)

@@ -9,66 +9,18 @@ constants carry the names of the file's tensors.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
-from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.markers import GATED
-from kiln.custom_ops.weights.layouts import LAYOUTS
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import Attention, CacheSpec, Dense, Experts, Layer, ModelConfig, cache_specs
+from kiln.exporter.model.delta import DeltaMixer
+from kiln.exporter.model.parts import Matrix, Norm, constant, vector
+from kiln.exporter.model.records import Attention, CacheSpec, DeltaNet, Dense, Experts, Layer, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
-
-
-def _constant(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
-class Matrix(nn.Module):
-    """One weight [N, K] of the plan: packed planes of a block type, or a float tensor."""
-
-    def __init__(self, plan: WeightPlan):
-        super().__init__()
-        self.block_type = plan.block_type
-        if plan.block_type in LAYOUTS:
-            layout = LAYOUTS[plan.block_type]
-            groups = plan.K // layout.block
-            self.words = _constant(groups, layout.words, plan.N, dtype=torch.int32)
-            self.halves = _constant(groups, layout.halves, plan.N, dtype=DTYPES[layout.halves_dtype].torch)
-        else:
-            self.weight = _constant(plan.N, plan.K, dtype=FLOATS[plan.block_type].torch)
-
-    def linear(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
-        if self.block_type in LAYOUTS:
-            return torch.ops.kiln.quantized_linear(x, self.words, self.halves, self.block_type)
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)  # a float weight is never rounded
-        return F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)
-
-    def chosen(self, x: Tensor, experts: Tensor, count: int) -> Tensor:  # [T, U or 1, K], numbers [T, U] -> [T, U, N / count]
-        if self.block_type in LAYOUTS:
-            return torch.ops.kiln.expert_linear(x, self.words, self.halves, self.block_type, experts, count)
-        return torch.ops.kiln.expert_matmul(x, self.weight, experts, count)
-
-    def rows(self, ids: Tensor) -> Tensor:  # [T] -> [T, K] float32
-        if self.block_type in LAYOUTS:
-            return torch.ops.kiln.quantized_embedding(ids, self.words, self.halves, self.block_type)
-        return F.embedding(ids.clamp(min=0), self.weight).float()  # -1: this step is queued behind one that found no token
-
-
-class Norm(nn.Module):
-    """RMSNorm in float32; the epsilon is inside the root, the weight is stored as it is (no +1)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = _constant(size, dtype=torch.float32)
-
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # [..., size] -> the same, in `dtype`
-        return torch.ops.kiln.rms_norm(x, self.weight, self.eps, dtype or x.dtype)
 
 
 class Cache(nn.Module):
@@ -118,6 +70,7 @@ class AttentionMixer:
                  source: AttentionMixer | None):  # fmt: skip
         self.at, self.index, self.mixer, self.eps, self.dtype = at, index, mixer, eps, dtype
         self.source, self.last = source, index == cache.readers[-1]
+        self.q_rows = mixer.q_dim * (2 if mixer.gated else 1)
         if mixer.q_norm == "weighted":
             at.attn_q_norm = Norm(mixer.head_dim, eps)
         if source is None and mixer.k_norm == "weighted":
@@ -126,17 +79,20 @@ class AttentionMixer:
             at.cache = CACHES[cache.kind](cache, max_seq_len, dtype)
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> q [T, H, hd], raw k and v [T, KV, hd]; V is the raw K where the model has no V of its own."""
+        """[T, D] -> q [T, H, hd], raw k and v [T, KV, hd]; V is the raw K where the model has no V of its own.
+
+        With a gate q is [T, H, 2 hd]: a head's query, then its gate.
+        """
         at, c = self.at, self.mixer
         if hasattr(at, "attn_qkv"):
-            q, k, v = at.attn_qkv.linear(h).split((c.q_dim, c.kv_dim, c.kv_dim), dim=-1)
+            q, k, v = at.attn_qkv.linear(h).split((self.q_rows, c.kv_dim, c.kv_dim), dim=-1)
         else:
             if hasattr(at, "attn_qk"):
-                q, k = at.attn_qk.linear(h).split((c.q_dim, c.kv_dim), dim=-1)
+                q, k = at.attn_qk.linear(h).split((self.q_rows, c.kv_dim), dim=-1)
             else:
                 q, k = at.attn_q.linear(h), at.attn_k.linear(h)
             v = at.attn_v.linear(h) if c.value == "own" else k
-        return q.unflatten(-1, (-1, c.head_dim)), k.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (-1, c.head_dim))
+        return q.unflatten(-1, (c.heads, -1)), k.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (-1, c.head_dim))
 
     def _normed(self, x: Tensor, kind: str | None, name: str) -> Tensor:
         """In the cache's dtype."""
@@ -154,7 +110,8 @@ class AttentionMixer:
         if c.kv_from is None:
             q, k, v = self.qkv(h)
         else:
-            q = at.attn_q.linear(h).unflatten(-1, (-1, c.head_dim))
+            q = at.attn_q.linear(h).unflatten(-1, (c.heads, -1))
+        q, gate = q.chunk(2, dim=-1) if c.gated else (q, None)
         q = self._rotated(self._normed(q, c.q_norm, "attn_q_norm"), cos, sin, c.scale)
         if c.kv_from is None:
             k = self._rotated(self._normed(k, c.k_norm, "attn_k_norm"), cos, sin, 1.0)
@@ -164,6 +121,8 @@ class AttentionMixer:
             k, v = kv[c.kv_from]
         cache = (self.source or self).at.cache
         out = cache.attend(q, k, v, pos, c.window, c.kv_from is None, self.last).flatten(1)
+        if gate is not None:
+            out = out * gate.flatten(1).float().sigmoid()
         return at.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
 
 
@@ -182,22 +141,18 @@ class DenseFfn:
         return at.ffn_down.linear(self.gated(gate, up))
 
 
-def _vector(size: int) -> nn.Module:
-    module = nn.Module()
-    module.weight = _constant(size, dtype=torch.float32)
-    return module
-
-
 class ExpertsFfn:
     """Some of many gated networks, chosen for each token in float32, and where the model has one, a network beside them."""
 
     def __init__(self, at: nn.Module, ffn: Experts, hidden: int, eps: float):
         self.at, self.ffn, self.eps, self.gated = at, ffn, eps, GATED[ffn.activation]
         self.shared = DenseFfn(at, ffn.shared) if ffn.shared else None
+        if ffn.shared_gated:
+            at.shared_gate = vector(hidden)
         if ffn.own_input:
-            at.ffn_gate_inp_scale = _vector(hidden)
+            at.ffn_gate_inp_scale = vector(hidden)
         if ffn.scaled:
-            at.ffn_down_exps_scale = _vector(ffn.count)
+            at.ffn_down_exps_scale = vector(ffn.count)
         names = (*(("pre_ffw_norm_2",) if ffn.own_input else ()), *(("post_ffw_norm_1", "post_ffw_norm_2") if ffn.branch_norms else ()))
         for name in names:
             setattr(at, name, Norm(hidden, eps))
@@ -214,6 +169,8 @@ class ExpertsFfn:
     def __call__(self, h: Tensor, x: Tensor) -> Tensor:
         at, count = self.at, self.ffn.count
         beside = self.shared(h, x) if self.shared else None
+        if beside is not None and self.ffn.shared_gated:
+            beside = (beside.float() * (h.float() * at.shared_gate.weight).sum(-1, keepdim=True).sigmoid()).to(h.dtype)
         if beside is not None and self.ffn.branch_norms:
             beside = at.post_ffw_norm_1(beside)
         chosen, weights = self.route(h, x)
@@ -247,18 +204,23 @@ class Block(nn.Module):
         for before, after in (("attn_norm", "post_attention_norm"), ("ffn_norm", "post_ffw_norm")):
             for name in (before, after) if layer.post_norms else (before,):
                 setattr(self, name, Norm(d, eps))
-        self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, max_seq_len, cache_dtype, source)
+        self.mix: AttentionMixer | DeltaMixer
+        if isinstance(layer.mixer, DeltaNet):
+            self.mix, self.table = DeltaMixer(self, layer.mixer, eps, cache), None
+        else:
+            self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, max_seq_len, cache_dtype, source)
+            self.table = layer.mixer.rope.constant
         self.ffn = ffn_of(self, layer.ffn, d, eps)
         if config.per_layer_embedding:
             self.gated, self.post_norm = GATED[config.per_layer_embedding.activation], Norm(d, eps)
         if layer.scaled:
             self.layer_output_scale = nn.Module()
-            self.layer_output_scale.weight = _constant(1, dtype=torch.float32)
+            self.layer_output_scale.weight = constant(1, dtype=torch.float32)
 
     def forward(
         self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]], kv: dict[int, tuple[Tensor, Tensor]], own: Tensor | None
     ) -> Tensor:  # [T, D] -> [T, D]; own [T, P]: the layer's values of a per-layer embedding
-        branch = self.mix(self.attn_norm(x), pos, *tables[self.layer.mixer.rope.constant], kv)
+        branch = self.mix(self.attn_norm(x), pos, *(() if self.table is None else (*tables[self.table], kv)))
         x = x + (self.post_attention_norm(branch) if self.layer.post_norms else branch)
         branch = self.ffn(self.ffn_norm(x), x)
         x = x + (self.post_ffw_norm(branch) if self.layer.post_norms else branch)
@@ -273,18 +235,12 @@ def check_supported(config: ModelConfig) -> None:
     """KilnError for what a record may say and no block computes yet."""
     for layer in config.layers:
         mixer, ffn, missing = layer.mixer, layer.ffn, ""
-        if not isinstance(mixer, Attention):
-            missing = f"a {type(mixer).__name__} mixer"
+        if ffn.activation not in GATED:
+            missing = f"activation {ffn.activation}"
+        elif isinstance(mixer, DeltaNet):
+            continue
         elif mixer.kv_from is not None and not _same_cache(config, layer.index, mixer.kv_from):
             missing = f"attention over the keys and values of layer {mixer.kv_from}, whose heads or window are others"
-        elif mixer.gated:
-            missing = "gated attention"
-        elif mixer.rope.size != mixer.head_dim:
-            missing = f"rotary embedding of {mixer.rope.size} of {mixer.head_dim} dimensions"
-        elif isinstance(ffn, Experts) and ffn.shared_gated:
-            missing = "a gated expert that every token takes"
-        elif ffn.activation not in GATED:
-            missing = f"activation {ffn.activation}"
         if missing:
             raise KilnError(f"{config.name}: layer {layer.index} has {missing}, which the decoder does not compute")
     if config.per_layer_embedding and config.per_layer_embedding.activation not in GATED:
@@ -324,7 +280,8 @@ class Decoder(nn.Module):
         caches = {reader: cache for cache in cache_specs(config) for reader in cache.readers}
         self.blk = nn.ModuleList()
         for layer in config.layers:
-            source = None if layer.mixer.kv_from is None else self.blk[layer.mixer.kv_from].mix
+            source = config.attentions[layer.index].kv_from if layer.index in config.attentions else None
+            source = None if source is None else self.blk[source].mix
             self.blk.append(Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], max_seq_len,
                                   cache_dtype or dtype, source))  # fmt: skip
         if config.per_layer_embedding:
@@ -332,9 +289,9 @@ class Decoder(nn.Module):
             self.per_layer_model_proj = Matrix(weights["per_layer_model_proj"])
             self.per_layer_proj_norm = Norm(config.per_layer_embedding.size, config.rms_norm_eps)
         for name, rope in config.ropes.items():
-            self.register_parameter(name, _constant(rope.size // 2, dtype=torch.float32))
+            self.register_parameter(name, constant(rope.size // 2, dtype=torch.float32))
         if config.suppress_tokens:
-            self.suppress_tokens = _constant(len(config.suppress_tokens), dtype=torch.int64)
+            self.suppress_tokens = constant(len(config.suppress_tokens), dtype=torch.int64)
 
     def rope_tables(self, pos: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """cos and sin [T, size / 2] by the names of the frequencies."""

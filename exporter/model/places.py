@@ -7,28 +7,32 @@ from collections.abc import Sequence
 import torch
 
 from kiln.custom_ops.weights.block_types import LAYOUTS
-from kiln.custom_ops.weights.gemv import GLU_ROWS, glu_fits
+from kiln.custom_ops.weights.fixed_point import GROUP
+from kiln.custom_ops.weights.gemv import glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import Experts, ModelConfig, cache_specs
+from kiln.exporter.model.records import DeltaNet, Experts, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
-EXPERTS = "experts are not fused yet"  # what chooses them, their norms and gates
+DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules are", "gated attention is", "a shared expert's gate is"))
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
     """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
-    caches = {b.name for cache in cache_specs(config) for b in exact_buffers(cache, 1, torch.float32)}
+    indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
+    caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
+    fused = _fused(config, plan) if options.decode_bytes and entry == "decode" else {}
+    routers = {place.replace(".experts", ".ffn_gate_inp") for place, kept in fused.items() if place.endswith(".experts") and not kept}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
         "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
-        "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
-        "fuse_decode": _fused(config, plan) if options.decode_bytes and entry == "decode" else {},
+        "own_matmul": dict.fromkeys([n for n in _floats(config, plan) if n not in routers] if options.matmul != "blas" else (), ""),
+        "fuse_decode": fused,
         "free_kv_buffers": dict.fromkeys((b.name for b in kv), ""),
     }
     return found
@@ -60,11 +64,11 @@ def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
 
 def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     """Every matmul, norm, residual addition, GELU and attention of a token. Without a packed matrix nothing is."""
-    matmuls = _matmuls(config, plan)
-    if not any(p.block_type in LAYOUTS for p in matmuls.values()):
+    matmuls, stacks = _matmuls(config, plan), {p.name: p for p in plan if p.stack > 1}
+    if not any(p.block_type in LAYOUTS for p in (*matmuls.values(), *stacks.values())):
         return {}
     experts = {layer.index: layer.ffn for layer in config.layers if isinstance(layer.ffn, Experts)}
-    routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and no part of what is fused
+    routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and part of the choice
     found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()
              if name not in routers or p.block_type in LAYOUTS}
     if found.get(PER_LAYER):
@@ -76,16 +80,26 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
 
     for layer in config.layers:
         at = f"blk.{layer.index}"
-        projections = [f"{at}.{n}" for n in ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")]
+        delta = isinstance(layer.mixer, DeltaNet)
+        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
-        alone = layer.index in experts and experts[layer.index].shared is None  # no network that takes every token
+        ffn = experts.get(layer.index)
+        alone = ffn is not None and ffn.shared is None  # no network that takes every token
+        kept = ffn and _experts(at, ffn, matmuls, stacks)
         found |= {
             f"{at}.attn_norm": floats(projections),
-            f"{at}.ffn_norm": EXPERTS if alone else floats(gates),
-            f"{at}.attention": floats([f"{at}.attn_output"]),
+            f"{at}.ffn_norm": (kept or "") if alone else floats(gates),
         }
-        if layer.index in experts:
-            found[f"{at}.experts"] = EXPERTS
+        if delta:
+            found[f"{at}.delta"] = DELTA
+        else:
+            found[f"{at}.attention"] = GATED if layer.mixer.gated else floats([f"{at}.attn_output"])
+        if ffn is not None:
+            places = ("experts", *(("pre_ffw_norm_2",) if ffn.own_input else ()))
+            if ffn.branch_norms and ffn.shared:
+                places += ("post_ffw_norm_1", "post_ffw_norm_2")
+            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": SHARED} if ffn.shared_gated else {})
         if not alone:
             found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:
@@ -96,10 +110,24 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
 
 
+def _experts(at: str, ffn: Experts, matmuls: dict[str, WeightPlan], stacks: dict[str, WeightPlan]) -> str:
+    """What may keep a layer's experts from their kernels."""
+    own = {name: p for name, p in stacks.items() if name.startswith(f"{at}.")}
+    types = [own[name].block_type for name in (f"{at}.ffn_gate_exps", f"{at}.ffn_up_exps") if name in own]
+    if router := matmuls.get(f"{at}.ffn_gate_inp"):
+        if router.block_type in LAYOUTS:
+            return f"{router.name} is {router.block_type}"
+    if found := [f"{name} is {p.block_type}" for name, p in own.items() if p.block_type not in LAYOUTS]:
+        return ", ".join(found)
+    if len(set(types)) > 1:
+        return f"gate is {types[0]}, up {types[1]}"
+    return "" if glu_fits(2 * ffn.size) else f"{ffn.size} rows are no multiple of {GROUP}"
+
+
 def _glu(at: str, matmuls: dict[str, WeightPlan]) -> str:
     together = matmuls.get(f"{at}.ffn_gate_up")
     if together is None:
         return f"gate is {matmuls[f'{at}.ffn_gate'].block_type}, up {matmuls[f'{at}.ffn_up'].block_type}"
     if together.block_type in LAYOUTS and not glu_fits(together.N):
-        return f"{together.N // 2} rows are no multiple of {GLU_ROWS}"
+        return f"{together.N // 2} rows are no multiple of {GROUP}"
     return ""

@@ -13,6 +13,20 @@ Activation = Literal["gelu_tanh", "silu"]
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """A context that was lengthened by YaRN (arXiv:2309.00071): only pairs that turn slowly are slowed by the rope's factor.
+
+    context: positions before. Pairs with `fast` turns or more in it keep their speed, those with `slow` or fewer take all of the factor,
+    between the two it changes evenly from pair to pair. magnitude: of the turned queries and of the turned keys.
+    """
+
+    context: int
+    fast: float
+    slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary embedding: pair d of a head turns by position * base^(-2d / size) / factor, over the tensor `divisors` where one is named.
 
@@ -26,6 +40,12 @@ class Rope:
     factor: float = 1.0
     divisors: str | None = None
     neighbours: bool = False
+    yarn: Yarn | None = None
+
+    @property
+    def scores(self) -> float:
+        """What scores grow by where a whole head turns."""
+        return self.yarn.magnitude**2 if self.yarn else 1.0
 
     @property
     def constant(self) -> str:
@@ -64,13 +84,30 @@ class Attention:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """A gated delta rule: a state [value_heads, key_dim, value_dim] and the last `taps` - 1 inputs, which cannot be stepped back."""
+    """A gated delta rule: a state [value_heads, key_dim, value_dim] and the last `taps` - 1 inputs of a causal convolution.
+
+    Value head v takes the key and query of head v mod key_heads. The head's output is normed with a weight, then gated by SiLU.
+    """
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
     taps: int
+
+    @property
+    def value_size(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys, values."""
+        return 2 * self.key_heads * self.key_dim + self.value_size
+
+    @property
+    def token_flops(self) -> int:
+        """Of one token: the convolution; the state's decay, what it says of the key, its change, what it says of the query."""
+        return 2 * self.taps * self.channels + 7 * self.value_heads * self.key_dim * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -139,7 +176,10 @@ class PerLayerEmbedding:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model. tied_head: the output matrix is the embedding. final_logit_softcapping: 0 where logits are as they are."""
+    """A model. tied_head: the output matrix is the embedding. final_logit_softcapping: 0 where logits are as they are.
+
+    draft_blocks: blocks behind the layers that predict further tokens, which are no layers.
+    """
 
     architecture: str
     name: str
@@ -153,6 +193,7 @@ class ModelConfig:
     final_logit_softcapping: float = 0.0
     per_layer_embedding: PerLayerEmbedding | None = None
     suppress_tokens: tuple[int, ...] = ()
+    draft_blocks: int = 0
 
     @property
     def attentions(self) -> dict[int, Attention]:
@@ -174,7 +215,7 @@ class CacheSpec:
     """What a layer keeps of earlier tokens. readers: the layers that read it, its own first.
 
     kind: "ring", a slot for each of the newest `window` positions; "global", one for every position; "state", which each token replaces
-    and nothing steps back.
+    and nothing steps back further than by the step just made. parts: what a state is made of, name and shape; float32.
     """
 
     layer: int
@@ -183,13 +224,17 @@ class CacheSpec:
     head_dim: int
     window: int | None
     readers: tuple[int, ...] = field(default=())
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def cache_specs(config: ModelConfig) -> tuple[CacheSpec, ...]:
-    attentions = config.attentions
-    return tuple(
-        CacheSpec(i, "ring" if mixer.window else "global", mixer.kv_heads, mixer.head_dim, mixer.window,
-                  (i, *(j for j, other in attentions.items() if other.kv_from == i)))
-        for i, mixer in attentions.items()
-        if mixer.kv_from is None
-    )  # fmt: skip
+    attentions, found = config.attentions, []
+    for layer in config.layers:
+        i, mixer = layer.index, layer.mixer
+        if isinstance(mixer, DeltaNet):
+            parts = (("conv", (mixer.taps - 1, mixer.channels)), ("delta", (mixer.value_heads, mixer.key_dim, mixer.value_dim)))
+            found.append(CacheSpec(i, "state", mixer.value_heads, mixer.value_dim, None, (i,), parts))
+        elif mixer.kv_from is None:
+            readers = (i, *(j for j, other in attentions.items() if other.kv_from == i))
+            found.append(CacheSpec(i, "ring" if mixer.window else "global", mixer.kv_heads, mixer.head_dim, mixer.window, readers))
+    return tuple(found)

@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Container
 from importlib import import_module
 from importlib.resources import files
+from math import prod
 from typing import Any
 
 from kiln.custom_ops.dtypes import FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import Problems
 from kiln.exporter.model.families import Family
-from kiln.exporter.model.records import Attention, Dense, Experts, Layer, ModelConfig
+from kiln.exporter.model.records import Attention, DeltaNet, Dense, Experts, Layer, ModelConfig
 from kiln.exporter.source.fields import Fields, as_integer, check_keys, shown
 from kiln.exporter.source.gguf import GGUFFile
 from kiln.exporter.source.identify import other_model
@@ -73,7 +74,11 @@ def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
     if count > MAX_LAYERS:
         fields.fail(table["keys"]["num_layers"]["key"], f"is {count}, more than any model has")
         return None
-    own = family(architecture).read(fields, count)
+    drafts = fields.integer("draft_blocks", zero=True) if "draft_blocks" in table["keys"] else 0
+    if drafts >= count:
+        fields.fail(table["keys"]["draft_blocks"]["key"], f"is {drafts} of {count} blocks: no layer is left", "give the whole model's file")
+        return None
+    own = family(architecture).read(fields, count - drafts)
     for key, field in table["same"].items():
         if key in metadata and fields.positive(key, metadata[key], int) != fields.integer(field):
             other = f"{table['keys'][field]['key']} is {fields.integer(field)}"
@@ -102,6 +107,7 @@ def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
         context_length=fields.integer("context_length"),
         tied_head="output.weight" not in gguf.tensors,
         suppress_tokens=tuple(dict.fromkeys(t for t in suppress if t is not None)),
+        draft_blocks=drafts,
         **own,
     )
     unique = list(dict.fromkeys(problems[before:]))  # a field that is read twice is told once
@@ -111,12 +117,16 @@ def read_config(gguf: GGUFFile, problems: list[str]) -> ModelConfig | None:
 
 def _first_odd_head(layers: tuple[Layer, ...]) -> list[str]:
     for layer in layers:
-        if not isinstance(mixer := layer.mixer, Attention):
+        if isinstance(mixer := layer.mixer, DeltaNet):
+            if mixer.value_heads % mixer.key_heads:
+                return [f"layer {layer.index} has {mixer.value_heads} value heads, no multiple of its {mixer.key_heads} key heads"]
             continue
         if mixer.heads % mixer.kv_heads:
             return [f"layer {layer.index} has {mixer.heads} heads, no multiple of its {mixer.kv_heads} key/value heads"]
         if mixer.head_dim % 2:
             return [f"layer {layer.index} has the odd head size {mixer.head_dim}; rotary embedding needs pairs"]
+        if mixer.rope.size % 2 or mixer.rope.size > mixer.head_dim:
+            return [f"layer {layer.index} turns {mixer.rope.size} of a head's {mixer.head_dim} dimensions; expected an even number of them"]
     return []
 
 
@@ -136,6 +146,9 @@ def _sizes(config: ModelConfig, layer: Layer | None) -> dict[str, int]:
     if layer and isinstance(mixer := layer.mixer, Attention):
         sizes |= {"head_dim": mixer.head_dim, "q_dim": mixer.q_dim * (2 if mixer.gated else 1), "kv_dim": mixer.kv_dim,
                   "out_dim": mixer.q_dim}  # fmt: skip
+    if layer and isinstance(mixer := layer.mixer, DeltaNet):
+        sizes |= {"channels": mixer.channels, "value_size": mixer.value_size, "value_heads": mixer.value_heads, "taps": mixer.taps,
+                  "value_dim": mixer.value_dim}  # fmt: skip
     if layer and isinstance(layer.ffn, Dense):
         sizes["ffn"] = layer.ffn.size
     if layer and isinstance(layer.ffn, Experts):
@@ -157,6 +170,7 @@ def _conditions(config: ModelConfig, layer: Layer | None) -> dict[str, bool]:
         attention = mixer if isinstance(mixer, Attention) else None
         found |= {
             "attention": attention is not None,
+            "delta": isinstance(mixer, DeltaNet),
             "own_kv": attention is not None and attention.kv_from is None,
             "own_v": attention is not None and attention.kv_from is None and attention.value == "own",
             "post_norms": layer.post_norms,
@@ -196,7 +210,18 @@ def _skipped(config: ModelConfig, expected: Container[str]) -> set[str]:
     table = families()[config.architecture]
     names = {name for name, spec in table["tensors"].items() if spec.get("may_be_unused")}
     layered = [name for name, spec in table["layer_tensors"].items() if spec.get("may_be_unused")]
-    return {name for name in names | {f"blk.{layer.index}.{name}" for layer in config.layers for name in layered} if name not in expected}
+    drafting = [*table["layer_tensors"], *table.get("draft_tensors", ())]
+    blocks = range(len(config.layers), len(config.layers) + config.draft_blocks)
+    names |= {f"blk.{layer.index}.{name}" for layer in config.layers for name in layered}
+    names |= {f"blk.{i}.{name}" for i in blocks for name in drafting}
+    return {name for name in names if name not in expected}
+
+
+def tensor_spec(config: ModelConfig, name: str) -> dict[str, Any]:
+    """What the family's table says of a tensor of a model or a layer; nothing of a fused one."""
+    table = families()[config.architecture]
+    _, _, own = name.split(".", 2) if name.startswith("blk.") else ("", "", name)
+    return table["layer_tensors" if name.startswith("blk.") else "tensors"].get(own, {})
 
 
 def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) -> list[str]:
@@ -208,13 +233,13 @@ def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) ->
     wrong_types: dict[tuple[str, bool], list[str]] = {}
     missing, misshapen = [], []
     for name, shape in expected.items():
-        info = gguf.tensors.get(name)
+        info, flat = gguf.tensors.get(name), len(shape) == 1 or "flat" in tensor_spec(config, name)
         if info is None:
             missing.append(f"tensor {name} is missing, expected with shape {list(shape)}; the file is incomplete")
-        elif info.shape != shape:
+        elif info.shape != shape and not (flat and prod(info.shape) == prod(shape) == max(info.shape)):
             misshapen.append(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)} by the metadata")
-        elif info.type not in (tuple(FLOATS) if len(shape) == 1 else (*LAYOUTS, *FLOATS)):
-            wrong_types.setdefault((info.type, len(shape) == 1), []).append(name)
+        elif info.type not in (tuple(FLOATS) if flat else (*LAYOUTS, *FLOATS)):
+            wrong_types.setdefault((info.type, flat), []).append(name)
         elif info.type in LAYOUTS and shape[-1] % LAYOUTS[info.type].block:
             layout = LAYOUTS[info.type]
             misshapen.append(f"tensor {name} has rows of {shape[-1]} elements; {layout.together} {info.type} blocks are packed as one, so "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kiln.exporter.model.records import Yarn
 from kiln.exporter.source.gguf import GGUFFile
 
 
@@ -75,11 +76,29 @@ class Fields:
         key_factor, factor = self.raw("rope_factor")
         if kind in ("none", ""):
             return 1.0
-        if kind != "linear":
-            self.fail(key, f"is {shown(kind)}: of the ways to scale rotary embedding only 'linear' is applied",
+        applied = ("linear", "yarn") if "rope_context" in self.keys else ("linear",)
+        if kind not in applied:
+            known = " and ".join(f"'{name}'" for name in applied) + (" are" if len(applied) > 1 else " is")
+            self.fail(key, f"is {shown(kind)}: of the ways to scale rotary embedding only {known} applied",
                       "use the file for the model's own context, without a longer one by scaling")  # fmt: skip
             return 1.0
         return self.positive(key_factor, factor, float) if factor else 1.0
+
+    def rope_scaling(self) -> dict[str, Any]:
+        """`factor` and `yarn` of a rope whose pairs are a whole head."""
+        factor, (_, kind) = self.rope_factor(), self.raw("rope_type")
+        growth = self.number("rope_magnitude", zero=True) or 1.0
+        if kind != "yarn" or factor == 1:
+            if growth != 1:
+                self.fail(self.key("rope_magnitude"), f"is {growth}: it is applied where {self.key('rope_type')} is 'yarn' alone")
+            return {"factor": factor}
+        if factor < 1:
+            self.fail(self.key("rope_factor"), f"is {factor}, but YaRN makes a context longer")
+        fast, slow = (self.number(f"rope_{name}") for name in ("fast", "slow"))
+        context = self.integer("rope_context", zero=True) or self.integer("context_length")
+        if fast <= slow:
+            self.fail(self.key("rope_fast"), f"is {fast}, no more than {self.key('rope_slow')}, {slow}")
+        return {"factor": factor, "yarn": Yarn(context, fast, slow, growth * (1 + 0.1 * math.log(max(factor, 1.0))))}
 
     def per_layer(self, field: str, count: int, zero: bool = False) -> list[int]:
         key, value = self.raw(field)

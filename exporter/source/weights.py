@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, floor, log, pi, prod
 
 import numpy as np
 
 from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import KilnError
-from kiln.exporter.model.records import ModelConfig
-from kiln.exporter.source.config import expected_tensors
+from kiln.exporter.model.records import ModelConfig, Rope
+from kiln.exporter.source.config import expected_tensors, tensor_spec
 from kiln.exporter.source.gguf import GGUFFile
 
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
@@ -22,6 +22,7 @@ _FUSIONS = (
     ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
     ("attn_qk", ("attn_q", "attn_k")),
     ("ffn_gate_up", ("ffn_gate", "ffn_up")),
+    ("ffn_gate_up", ("ffn_gate_shexp", "ffn_up_shexp")),  # of a network beside experts
 )
 
 
@@ -68,8 +69,9 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
     for name, shape in expected.items():
         if name in done:
             continue
-        at = name.rfind(".", 0, name.rfind(".")) + 1 if name.startswith("blk.") else 0
+        at, spec = name.index(".", len("blk.")) + 1 if name.startswith("blk.") else 0, tensor_spec(config, name)
         prefix, target = name[:at], name[at:].removesuffix(".weight").replace(".", "_")  # "ffn_gate_inp.scale" is ffn_gate_inp_scale
+        target = spec.get("as", target)
         sources: tuple[str, ...] = (name,)
         for fused, parts in _FUSIONS:
             names = tuple(f"{prefix}{part}.weight" for part in parts)
@@ -77,8 +79,8 @@ def plan_weights(config: ModelConfig, gguf: GGUFFile) -> list[WeightPlan]:
                 target, sources = fused, names
                 break
         done.update(sources)
-        if len(shape) == 1:
-            plan.append(WeightPlan(prefix + target, "F32", shape[0], 0, sources))
+        if len(shape) == 1 or "flat" in spec:
+            plan.append(WeightPlan(prefix + target, "F32", prod(shape), 0, sources))
         else:
             rows, stack = sum(prod(expected[s][:-1]) for s in sources), prod(shape[:-2])
             plan.append(WeightPlan(prefix + target, gguf.tensors[name].type, rows, shape[-1], sources, stack))
@@ -122,11 +124,24 @@ def vector(gguf: GGUFFile, name: str) -> np.ndarray:
     return raw.view("<f4" if block_type == "F32" else "<f2").astype(np.float32)
 
 
+def _frequencies(rope: Rope) -> np.ndarray:
+    """Radians a position of each pair, float64 [size / 2], before divisors."""
+    inv_freq = float(rope.base) ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size)
+    if rope.yarn is None:
+        return inv_freq / rope.factor
+    # the pair that makes so many turns in the context, and its neighbours outwards
+    turns = (rope.yarn.fast, rope.yarn.slow)
+    first, last = (rope.size * log(rope.yarn.context / (n * 2 * pi)) / (2 * log(rope.base)) for n in turns)
+    first, last = max(floor(first), 0), min(ceil(last), rope.size - 1)
+    slowed = np.clip((np.arange(rope.size // 2) - first) / max(last - first, 0.001), 0, 1)
+    return inv_freq * (1 - slowed) + inv_freq / rope.factor * slowed
+
+
 def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarray]:
     """`rope_inv_freq*` float32 [size / 2] and `suppress_tokens` int64, by name. A pair whose divisor says "off" gets exactly 0."""
     derived: dict[str, np.ndarray] = {}
     for name, rope in config.ropes.items():
-        inv_freq = float(rope.base) ** (-np.arange(0, rope.size, 2, dtype=np.float64) / rope.size) / rope.factor
+        inv_freq = _frequencies(rope)
         if rope.divisors:
             divisor = vector(gguf, rope.divisors).astype(np.float64)
             if not (divisor > 0).all():  # also false for NaN

@@ -26,7 +26,7 @@ from kiln.custom_ops.weights.mixes import MIXES, SYNTHETIC, block_types
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import replacing
 from kiln.exporter.model.records import ModelConfig
-from kiln.exporter.source.config import expected_tensors, families, family
+from kiln.exporter.source.config import expected_tensors, families, family, tensor_spec
 from kiln.exporter.source.gguf import open_gguf
 
 ALIGN = 32
@@ -52,7 +52,7 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
     count = model.layers if layers is None else layers
     if not 1 <= count <= model.layers:
         raise KilnError(f"preset {preset} has 1 to {model.layers} layers, {count} asked for")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=model.family,
         name=f"synthetic-{preset}" + (f"-{count}-layers" if count != model.layers else ""),
         vocab_size=model.vocab,
@@ -63,6 +63,9 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
         suppress_tokens=model.suppress_tokens,
         **family(model.family).synthetic(model, count),
     )
+    if not config.attentions:
+        raise KilnError(f"preset {preset} has its first attention in layer {model.full_every}; ask for as many layers or more")
+    return config
 
 
 def synth_plan(preset: str, mix: str, layers: int | None = None) -> list[Tensor]:
@@ -248,7 +251,7 @@ def _fill_blocks(block_type: str, blocks: np.ndarray, std: float) -> None:
 
 def _vector_mean(name: str, size: int, scale: float) -> tuple[float, float]:
     """(mean, relative spread) of a norm weight or layer scale; scale: of the scores."""
-    stem = name.split(".")[-2]
+    stem = name.rsplit(".", 1)[-1] if name.endswith("ssm_a") else name.split(".")[-2]
     if stem == "layer_output_scale":
         return 0.95, 0.05
     means = {
@@ -257,13 +260,18 @@ def _vector_mean(name: str, size: int, scale: float) -> tuple[float, float]:
         "attn_k_norm": sqrt(2 / sqrt(size) / scale),
         "post_attention_norm": 16.0,  # layers outweigh the embedding: else the tied head just repeats the input token
         "post_ffw_norm": 16.0,
+        "ssm_a": -0.2,  # what multiplies softplus of about 1.3: a token keeps three quarters of a state
         "ffn_gate_inp": 2 * sqrt(size),  # choices of experts that no rounding changes: the router divides by the root
     }
     return means.get(stem, 1.0), 0.1
 
 
-def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int, scale: float = 1.0) -> Iterator[np.ndarray]:
-    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes. scale: of the scores."""
+def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_bytes: int, scale: float = 1.0,
+            meaning: str | None = None) -> Iterator[np.ndarray]:  # fmt: skip
+    """A tensor's data, uint8, in runs of whole rows. The runs' length does not change the bytes. scale: of the scores.
+
+    meaning: what a norm is whose name says something else.
+    """
     if name == "rope_freqs.weight":
         size = shape[0]
         yield np.where(np.arange(size) < size // 4, 1.0, 1e30).astype("<f4").view(np.uint8)
@@ -281,7 +289,7 @@ def _pieces(name: str, shape: tuple[int, ...], block_type: str, seed: int, slab_
             continue
         uniform = raw.view("<i4").astype(np.float32) * np.float32(2.0**-31)  # -1 .. 1
         if len(shape) == 1:
-            mean, spread = _vector_mean(name, shape[0], scale)
+            mean, spread = _vector_mean(f"{meaning}.weight" if meaning else name, shape[0], scale)
             uniform = np.float32(mean) * (1 + np.float32(spread) * uniform)
         else:
             uniform *= np.float32(sqrt(3 / shape[-1]))
@@ -319,7 +327,7 @@ def write_synthetic(
 
         def write(tensor: Tensor, offset: int) -> None:
             nonlocal done
-            for piece in _pieces(*tensor, seed, slab_bytes, scale):
+            for piece in _pieces(*tensor, seed, slab_bytes, scale, tensor_spec(config, tensor[0]).get("as")):
                 view = memoryview(piece)  # type: ignore[arg-type]  # an array is a buffer
                 while view:
                     written = os.pwrite(f.fileno(), view, offset)

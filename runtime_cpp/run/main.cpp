@@ -77,6 +77,7 @@ struct Run {  // what one prompt gave
 std::string memory_json(const Session& session, const MemoryReport& m) {
   auto member = [](const char* name, uint64_t bytes) { return "\"" + std::string(name) + "\": " + std::to_string(bytes) + ", "; };
   return "\"memory\": {" + member("weights", m.weights) + member("kv_ring", m.kv_ring) + member("kv_global", m.kv_global) +
+         member("kv_state", m.kv_state) +
          member("activations", m.activations) + member("graph", m.graph) + member("other", m.other) + "\"total\": " + std::to_string(m.total()) + "}, " +
          member("memory_outside", m.outside) + "\"early_launches\": " + std::to_string(session.early_launches());
 }
@@ -84,6 +85,7 @@ std::string memory_json(const Session& session, const MemoryReport& m) {
 std::string memory_text(const Session& session, const MemoryReport& m) {
   auto gb = [](const char* name, uint64_t bytes) { return name + json_number(static_cast<double>(bytes) / 1e9, "%.3f") + " GB"; };
   std::string text = gb("memory: weights ", m.weights) + gb(", KV ring ", m.kv_ring) + gb(", KV global ", m.kv_global) +
+                     (m.kv_state ? gb(", state ", m.kv_state) : "") +
                      gb(", activations ", m.activations) + gb(", graph ", m.graph) + gb(", other ", m.other) + gb(", total ", m.total());
   if (session.model().target().cuda)
     text += gb("; beside it ", m.outside) + " of CUDA context, code and other processes\ndecode graph: " + std::to_string(session.early_launches()) +

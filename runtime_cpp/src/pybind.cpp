@@ -93,6 +93,7 @@ py::dict memory(const Session& session) {
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
   out["kv_global"] = m.kv_global;
+  out["kv_state"] = m.kv_state;
   out["activations"] = m.activations;
   out["graph"] = m.graph;
   out["other"] = m.other;
@@ -194,7 +195,7 @@ PYBIND11_MODULE(_runtime, m) {
           }, "For measurements: name -> (address on the device, bytes) of each cache.")
       .def("pretend", &Session::pretend, py::arg("position"), ReleaseGil(), "For measurements: goes on at `position`, over the caches as they are.")
       .def("reset", &Session::reset, ReleaseGil())
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, activations, graph, other, total.")
+      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
 }

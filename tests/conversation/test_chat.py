@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,31 +24,13 @@ from kiln.exporter.conversation.prompt import Prompt, common
 from kiln.exporter.conversation.request import RequestError
 from kiln.exporter.conversation.terminal import Printer, interruptible, shown
 from kiln.exporter.errors import KilnError
-from tests.conftest import shared
 
-TEMPLATE = """{{ bos_token }}
-{%- for message in messages %}
-{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + message['content'] | trim + '<turn|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|turn>model\\n' + ('' if enable_thinking else '<|channel>thought\\n<channel|>') }}
-{%- endif %}
-"""
 FIGURES = r"prompt \d+ tokens: (\d+) reused, (\d+) evaluated"
 
 
 @pytest.fixture(scope="module")
-def artifact(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' artifact of a small random model, with a chat template."""
-
-    def make(path: Path) -> None:
-        shutil.copytree(artifacts["plain"], path)
-        (path / "chat_template.jinja").write_text(TEMPLATE)
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest["chat"] = {"prefix": "<bos><|turn>user\n", "suffix": "<turn|>\n<|turn>model\n", "tokens": {"bos_token": "<bos>"}}
-        (path / "manifest.json").write_text(json.dumps(manifest))
-
-    return shared(tmp_path_factory, "artifact-that-talks", make)
+def artifact(talking: Path) -> Path:
+    return talking
 
 
 @pytest.fixture(scope="module")

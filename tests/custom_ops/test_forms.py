@@ -131,14 +131,15 @@ def interpreted_attention(norms: bool, scale: float, v_norm: bool, neighbours: b
 
 
 def interpreted_plain_stream() -> None:
-    """Gates of 3 programs of 64 rows."""
+    """Gates of 3 programs of 64 rows, and of 3 of 32."""
     with compiling_for(H200):
         check_plain_residual(160)
         check_silu(6 * GLU_ROWS)
+        check_silu(3 * GLU_ROWS)
 
 
 def test_glu_sizes() -> None:
-    assert glu_fits(2 * 2112) and glu_fits(2 * 704) and glu_fits(2 * 12288) and not glu_fits(2 * 96)
+    assert glu_fits(2 * 2112) and glu_fits(2 * 704) and glu_fits(2 * 12288) and glu_fits(2 * 96) and not glu_fits(2 * 48)
     words, halves, _ = random_weight("Q4_K", 128, 256)
     with pytest.raises(ValueError, match="activation 'relu'; expected gelu_tanh or silu"):
         kiln.fixed_glu(kiln.fixed_point(torch.zeros(1, 256), 2), words, halves, "Q4_K", test_gemv.counters(), None, 0.0, "relu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.geometry import GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import gemv
 from kiln.exporter.compiler.trace import lower, make_kv, runnable
@@ -26,6 +26,13 @@ LIMIT = 3e-4
 TOKENS, START = torch.tensor([2, 300]), 60  # behind the window of 16 and the exact window of 32
 COMMON = {"add_norm", "fixed_glu", "fixed_linear", "fixed_linear_squares", "fixed_partials", "norm_fixed", "rope_table", "sliding_decode"}
 OPS = {True: COMMON | {"tq4_decode"}, False: COMMON | {"prepare_qkv", "global_attention", "fixed_point"}}
+# With experts: a dense network beside them and norms of both; gates apart from values, and experts alone.
+EXPERTS = {
+    "gemma4-moe-tiny": ({"layers": 1, "full_every": 1, "ffn": 96, "experts": (4, 2, 32)}, {
+        "add_norm", "fixed_glu", "choose_experts_norm", "expert_glu", "expert_sum_squares", "add_norm_two", "fixed_linear_squares"}),
+    "qwen3-moe-tiny": ({"layers": 1, "full_every": 1, "experts": (6, 3, 64)}, {
+        "add_norm", "norm_fixed", "choose_experts", "expert_glu", "expert_sum", "prepare_qkv"}),
+}  # fmt: skip
 
 
 def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]:
@@ -42,8 +49,9 @@ def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Te
     return [int(token) for token, _ in answers], torch.cat([logits for _, logits in answers]), caches
 
 
-def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
-    monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
+def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, geometry: Geometry = PAIR,
+          ops: set[str] | None = None) -> None:
+    monkeypatch.setitem(GEOMETRIES, "pair", geometry)
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
     path = directory / "pair.gguf"
     write_synthetic(path, "pair", "q4_k_m", 0)
@@ -54,12 +62,12 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) ->
         lowered = lower(spec, "decode", "cpu")
         tokens, logits, caches = decode(lowered, state)
     called = {str(node.target).removeprefix("kiln.").removesuffix(".default") for node in lowered.program.graph.nodes}
-    assert called >= OPS[turboquant]
+    assert called >= (ops or OPS[turboquant])
     assert triton.knobs.runtime.interpret, "kernels are interpreted by test_kernels_interpreted alone"
     with compiling_for(TARGET):
         by_kernels, kernels, written = decode(lowered, state)
     error = ((kernels - logits).norm(dim=1) / logits.norm(dim=1)).max().item()
-    print(f"turboquant {turboquant}: relative difference of the logits {error:.1e}")
+    print(f"{geometry.name}, turboquant {turboquant}: relative difference of the logits {error:.1e}")
     assert by_kernels == tokens and error < LIMIT
     for name, cache in caches.items():
         found, expected = written[name].float(), cache.float()
@@ -74,4 +82,11 @@ def interpreted_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check(tmp_path, monkeypatch, turboquant=True)
 
 
+@pytest.mark.parametrize("name", ["gemma4-moe-tiny", pytest.param("qwen3-moe-tiny", marks=pytest.mark.nightly)])
+def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, ops = EXPERTS[name]
+    check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)
+
+
 test_kernels_interpreted = interpreted(__file__)
+test_more_kernels_interpreted = pytest.mark.nightly(interpreted(__file__, "nightly"))

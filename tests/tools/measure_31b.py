@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Measurement:
 
     def __init__(self, out: Path, budget: float):
         self.out, self.end, self.left_out, self.failed = out, time.monotonic() + budget, [], []
+        self.lock = threading.Lock()  # of the record
         self.record: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
 
     def left(self) -> float:
@@ -93,7 +95,8 @@ class Measurement:
 
     def step(self, where: str, name: str, seconds: float, work: Callable[[], Any]) -> None:
         """Does `work`, unless its result is there or less than the `seconds` that it takes on an H200 are left."""
-        found = self.record.setdefault(where, {})
+        with self.lock:
+            found = self.record.setdefault(where, {})
         if name in found:
             return
         if self.left() < seconds:
@@ -102,7 +105,9 @@ class Measurement:
         print(f"{where}: {name} ...", end=" ", flush=True)
         began = time.monotonic()
         try:
-            found[name] = work()
+            result = work()
+            with self.lock:
+                found[name] = result
             print(f"{time.monotonic() - began:.1f} s", flush=True)
         except subprocess.TimeoutExpired:
             self.left_out.append(f"{where}: {name}")
@@ -110,18 +115,19 @@ class Measurement:
         except Failed as e:
             self.failed.append(f"{where}: {name}: {e}")
             print(f"failed: {e}", flush=True)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.record, indent=1) + "\n")
+        with self.lock:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.record, indent=1) + "\n")
 
-    def run(self, side: Side, *command: object) -> str:
-        """stdout of a command in the side's checkout; raises Failed with the last line of its stderr."""
+    def run(self, side: Side, *command: object, stderr: bool = False) -> str:
+        """stdout (or stderr) of a command in the side's checkout; raises Failed with the last line of its stderr."""
         path = os.pathsep.join([str(side.runner.parent), os.environ.get("PATH", "")])
         environment = os.environ | {"PYTHONPATH": str(side.checkout), "PATH": path}
         done = subprocess.run(list(map(str, command)), cwd=side.checkout, env=environment, capture_output=True, text=True,
                               timeout=max(self.left(), 1))  # fmt: skip
         if done.returncode:
             raise Failed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-        return done.stdout
+        return done.stderr if stderr else done.stdout
 
     def play(self, side: Side, prompt: list[int], *options: object) -> dict:
         command = (side.runner, side.artifact, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", *options)
@@ -184,7 +190,7 @@ def graph_and_direct(m: Measurement, side: Side, prompt: list[int], work: Path) 
     return {"equal": bool(np.array_equal(*rows)), "finite": finite, "std": float(rows[0].std()) if finite else None}
 
 
-def peak_memory(m: Measurement, side: Side, prompt: list[int]) -> dict:
+def peak_memory(m: Measurement, side: Side, prompt: list[int], *options: object) -> dict:
     """Most device memory in use while a prompt runs, bytes as the driver counts it, context and code included, and the runner's report."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
@@ -192,7 +198,8 @@ def peak_memory(m: Measurement, side: Side, prompt: list[int]) -> dict:
         return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 
     before, peak = used(), 0
-    command = [side.runner, side.artifact, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", "--memory", "--max-new-tokens", 64]
+    command = [side.runner, side.artifact, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", "--memory", "--max-new-tokens", 64,
+               *options]  # fmt: skip
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, used() - before)

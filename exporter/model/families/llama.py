@@ -15,7 +15,7 @@ DIVISORS = "rope_freqs.weight"
 
 def _layer(i: int, rope: Rope, heads: int, kv_heads: int, ffn: int) -> Layer:
     """The converter puts the rows of Q and K so that a pair's dimensions are neighbours."""
-    return Layer(i, Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5), Dense(ffn, "silu"))
+    return Layer(i, Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5 * rope.scores), Dense(ffn, "silu"))
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def read(fields: Fields, count: int) -> dict[str, Any]:
     for field in ("rotary_dim", "value_dim"):
         if (found := fields.integer(field, zero=True) or size) != size:
             fields.fail(fields.keys[field]["key"], f"is {found}, but a head has {size} dimensions", "unequal ones are not supported")
-    rope = Rope("", fields.number("rope_theta"), size, fields.rope_factor(), DIVISORS if fields.has(DIVISORS) else None, neighbours=True)
+    divisors = DIVISORS if fields.has(DIVISORS) else None
+    rope = Rope("", fields.number("rope_theta"), size, divisors=divisors, neighbours=True, **fields.rope_scaling())
     kv_heads = fields.per_layer("num_kv_heads", count, zero=True)
     ffn = fields.per_layer("intermediate_size", count)
     return {"layers": tuple(_layer(i, rope, heads[i], kv_heads[i] or heads[i], ffn[i]) for i in range(count))}

@@ -13,7 +13,7 @@ THETA = 1e6
 
 
 def attention(rope: Rope, heads: int, kv_heads: int) -> Attention:
-    return Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5, q_norm="weighted", k_norm="weighted")
+    return Attention(heads, kv_heads, rope.size, rope, scale=rope.size**-0.5 * rope.scores, q_norm="weighted", k_norm="weighted")
 
 
 def _layer(i: int, rope: Rope, heads: int, kv_heads: int, ffn: int) -> Layer:
@@ -21,7 +21,7 @@ def _layer(i: int, rope: Rope, heads: int, kv_heads: int, ffn: int) -> Layer:
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:
-    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"), fields.rope_factor())
+    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"), **fields.rope_scaling())
     sizes = zip(*(fields.per_layer(name, count) for name in ("num_heads", "num_kv_heads", "intermediate_size")), strict=True)
     return {"layers": tuple(_layer(i, rope, *of_layer) for i, of_layer in enumerate(sizes))}
 

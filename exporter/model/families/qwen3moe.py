@@ -16,7 +16,7 @@ def _layer(i: int, rope: Rope, heads: int, kv_heads: int, experts: tuple[int, in
 
 
 def read(fields: Fields, count: int) -> dict[str, Any]:
-    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"))
+    rope = Rope("", fields.number("rope_theta"), fields.integer("head_dim"), **fields.rope_scaling())
     experts = fields.experts("num_experts", "experts_used", "expert_ffn")
     if experts is None:
         fields.fail(fields.keys["num_experts"]["key"], "is 0, a positive integer was expected")

@@ -12,6 +12,7 @@
 namespace kiln {
 
 constexpr int64_t kFormatVersion = 2;
+constexpr int64_t kStateSlots = 2;  // a state of n tokens lies in slot n mod 2
 
 enum class DType { U8, I16, I32, I64, F16, BF16, F32 };
 const char* dtype_name(DType dtype);  // as in manifest.json: "bfloat16"
@@ -38,7 +39,10 @@ struct ConstantSpec : TensorSpec {
 
 struct KvSpec : TensorSpec {
   int64_t layer = 0;
-  bool ring = false;  // a sliding layer's ring, else a global layer's cache
+  bool ring = false;   // a sliding layer's ring, else a global layer's cache or a state
+  bool state = false;  // replaced by every step, kept twice: it can be stepped back by the one step that was just made, and no further
+
+  bool forgets() const { return ring || state; }  // a chunk of tokens overwrites what an earlier position needs
 };
 
 // A kernel of a GPU's package that packs blocks of any type into one plane: docs/ARTIFACT.md says what it is given.

@@ -26,12 +26,12 @@ enum class Stop { Eog, Length, MaxSeqLen, Callback };
 const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
 struct MemoryReport {  // bytes
-  uint64_t weights = 0, kv_ring = 0, kv_global = 0;
+  uint64_t weights = 0, kv_ring = 0, kv_global = 0, kv_state = 0;
   uint64_t activations = 0;  // the most that this session's model calls took at any time; GPU: the memory kept for them
   uint64_t graph = 0;        // GPU: the same of the decode step, once it is a graph
   uint64_t other = 0;        // GPU: inputs and the workspace of matmuls. CPU: the process's anonymous memory less all of these
   uint64_t outside = 0;      // GPU, not in total(): in use beside all this, by other sessions, CUDA's context, loaded code and other processes
-  uint64_t kv() const { return kv_ring + kv_global; }
+  uint64_t kv() const { return kv_ring + kv_global + kv_state; }
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 

@@ -200,9 +200,12 @@ void Artifact::read_manifest() {
       parse_tensor(k, spec);
       spec.layer = int_at(k, "layer", 0);
       std::string kind = string_at(k, "kind");
-      if (kind != "ring" && kind != "global") fail("kv '", spec.name, "': unknown kind '", kind, "'");
+      if (kind != "ring" && kind != "global" && kind != "state") fail("kv '", spec.name, "': unknown kind '", kind, "'");
       spec.ring = kind == "ring";
-      if (!spec.ring && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
+      spec.state = kind == "state";
+      if (spec.state && (spec.shape.empty() || spec.shape[0] != kStateSlots))
+        fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), "; a state is kept ", kStateSlots, " times");
+      if (!spec.forgets() && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
         fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), " and no slots for 'max_seq_len' ", max_seq_len, " positions");
       kv.push_back(std::move(spec));
     }

@@ -67,15 +67,37 @@ int64_t first_bad_position(const KvSpec& spec, int64_t max_seq_len, const Expone
   return found;
 }
 
+// Of the state after `positions` tokens.
+bool bad_state(const KvSpec& spec, const Exponent& e, Timeline& timeline, const Tensor& cache, int64_t positions) {
+  const int64_t width = product(spec.shape, 1, spec.shape.size());
+  std::vector<char> host;
+  for (int64_t at = 0, n; at < width; at += n) {
+    n = std::min(kPiece, width - at);
+    Tensor piece = cache;
+    piece.offset += positions % kStateSlots * width + at;
+    piece.set_shape({n});
+    host.resize(piece.bytes());
+    timeline.read(host.data(), piece);
+    if (first_bad(host.data(), n, e) >= 0) return true;
+  }
+  return false;
+}
+
 std::string first_bad_cache(const Artifact& artifact, Timeline& timeline, const TensorMap& caches, int64_t positions) {
-  const KvSpec* first = nullptr;
+  const KvSpec *first = nullptr, *state = nullptr;  // the lowest position that is bad; the lowest layer, for a state has no positions
   int64_t found = -1;
   for (const KvSpec& spec : artifact.kv) {
     auto e = exponent_of(spec.dtype);
     if (!e) continue;
+    if (spec.state) {
+      if ((!state || spec.layer < state->layer) && bad_state(spec, *e, timeline, caches.at(spec.name), positions)) state = &spec;
+      continue;
+    }
     int64_t position = first_bad_position(spec, artifact.max_seq_len, *e, timeline, caches.at(spec.name), positions);
     if (position >= 0 && (!first || std::pair(position, spec.layer) < std::pair(found, first->layer))) first = &spec, found = position;
   }
+  if (state && (!first || state->layer < first->layer))
+    return "the first operator is in layer " + std::to_string(state->layer) + " or right before it: '" + state->name + "' is not finite";
   if (!first) return "all cached keys and values are finite, so the first operator is behind the last layer's caches";
   return "the first operator is in layer " + std::to_string(first->layer) + " or right before it: '" + first->name + "' is not finite at position " +
          std::to_string(found);

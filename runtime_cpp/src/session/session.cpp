@@ -262,7 +262,7 @@ const char* stop_name(Stop stop) {
 }
 
 // Runs `f`; where it throws, the session stands where it stood, caches too. A ring has forgotten what a chunk overwrote: where a sink may throw
-// it is copied before. (A step overwrites only what is out of every later window.)
+// it is copied before, and so is a state. (A step overwrites only what is out of every later window, and writes a state beside the one before it.)
 template <typename F>
 auto Session::Impl::all_or_nothing(F&& f) -> decltype(f()) {
   const int64_t before = position, next_before = next;
@@ -270,7 +270,7 @@ auto Session::Impl::all_or_nothing(F&& f) -> decltype(f()) {
   TensorMap rings;
   if (sink)
     for (const KvSpec& k : shared.artifact.kv)
-      if (k.ring && before > 0) timeline->copy(rings[k.name] = timeline->make(scalar_of(k.dtype), k.shape), kv.at(k.name));
+      if (k.forgets() && before > 0) timeline->copy(rings[k.name] = timeline->make(scalar_of(k.dtype), k.shape), kv.at(k.name));
   try {
     return f();
   } catch (...) {
@@ -360,7 +360,7 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
   auto discard = [&] {
     if (!unread) return;
     for (; unread; --unread, --position) timeline->receive();
-    // The steps' cache entries lie at positions >= position, which the next tokens overwrite.
+    // The steps' cache entries lie at positions >= position, which the next tokens overwrite. A state is kept twice, for there is one such step.
     forget_step();
   };
   Stop stop;
@@ -485,7 +485,7 @@ MemoryReport Session::memory() const {
   Turn turn(s.busy, *s.timeline);
   MemoryReport report;
   for (const ConstantSpec& c : s.shared.artifact.constants) report.weights += c.bytes;
-  for (const KvSpec& k : s.shared.artifact.kv) (k.ring ? report.kv_ring : report.kv_global) += k.bytes;
+  for (const KvSpec& k : s.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes;
   s.timeline->measure(report);
   return report;
 }

@@ -101,8 +101,8 @@ def test_wrong_arguments_are_named() -> None:
                 getattr(kiln, op)(*arguments, *extra)
     with pytest.raises(ValueError, match=r"fixed_linear: squares are torch.float32 \(0,\); expected float32 \[P\]"):
         kiln.fixed_linear(x, words, halves, "Q4_K", counters(), torch.ones(0), 1e-6)
-    with pytest.raises(ValueError, match="fixed_glu: 320 rows; expected twice a multiple of 64"):
-        kiln.fixed_glu(x, words[:, :, :320], halves[:, :, :320], "Q4_K", counters())
+    with pytest.raises(ValueError, match="fixed_glu: 352 rows; expected twice a multiple of 32"):
+        kiln.fixed_glu(x, words[:, :, :352], halves[:, :, :352], "Q4_K", counters())
 
 
 class Gated(torch.nn.Module):
@@ -188,7 +188,7 @@ def test_a_warp_works_on_one_share(block_type: str, n: int, k: int, rows: int, m
 
 def test_glu_rows() -> None:
     """What `fixed_glu` accepts, the configurations can cut: gates and values never share a program."""
-    assert gemv.glu_fits(43008) and gemv.glu_fits(1024) and gemv.glu_fits(768) and not gemv.glu_fits(192)
+    assert gemv.glu_fits(43008) and gemv.glu_fits(1024) and gemv.glu_fits(192) and not gemv.glu_fits(96)
     for config in (GemvConfig(), *gemv.GEMV_CONFIGS.values()):
         assert gemv.GLU_ROWS % config.rows == 0 and config.rows % 32 == 0
 

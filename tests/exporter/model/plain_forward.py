@@ -5,6 +5,8 @@ Written from the formulas of the formats' documents, and sharing nothing with th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,11 +20,31 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _turned(x: Tensor, theta: float, neighbours: bool) -> Tensor:
-    """x [T, heads, D]; pairs are (2d, 2d + 1), or (d, d + D / 2); position t turns pair d by t * theta^(-2d / D)."""
-    tokens, _, dim = x.shape
-    angle = torch.arange(tokens).double()[:, None] * theta ** (-torch.arange(0, dim, 2).double() / dim)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+def yarn(dim: int, theta: float, factor: float, context: int, fast: float, slow: float) -> list[float]:
+    """The speed of each pair (arXiv:2309.00071, and what implementations round)."""
+
+    def pair_with(turns: float) -> float:
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair_with(fast)), 0), min(math.ceil(pair_with(slow)), dim - 1)
+    kept = [1 - min(max((d - low) / (high - low or 0.001), 0), 1) for d in range(dim // 2)]
+    return [(share + (1 - share) / factor) / theta ** (2 * d / dim) for d, share in enumerate(kept)]
+
+
+def _speeds(m: Mapping, family: str, theta: float, dim: int) -> tuple[Tensor, float]:
+    """Radians a position of each pair, and what turning multiplies a vector by. A file that is asked for YaRN names all it takes."""
+    s = f"{family}.rope.scaling."
+    if m.get(s + "type") != "yarn":
+        return theta ** (-torch.arange(0, dim, 2).double() / dim), 1.0
+    factor = m[s + "factor"]
+    speeds = yarn(dim, theta, factor, m[s + "original_context_length"], m[s + "yarn_beta_fast"], m[s + "yarn_beta_slow"])
+    return torch.tensor(speeds).double(), 1 + math.log(factor) / 10
+
+
+def _turned(x: Tensor, speeds: Tensor, magnitude: float, neighbours: bool) -> Tensor:
+    """x [T, heads, D]; pairs are (2d, 2d + 1), or (d, d + D / 2); position t turns pair d by t times its speed."""
+    angle = torch.arange(len(x)).double()[:, None] * speeds
+    turn = torch.polar(torch.full_like(angle, magnitude), angle)[:, None]
     pairs = x.unflatten(-1, (-1, 2)) if neighbours else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     return turned.flatten(-2) if neighbours else turned.transpose(-1, -2).flatten(-2)
@@ -57,8 +79,8 @@ def logits(path: Path, tokens: Tensor) -> Tensor:
             q, k = _rms(q, t("attn_q_norm"), eps), _rms(k, t("attn_k_norm"), eps)
         sliding = gemma and (i + 1) % 6 != 0
         theta = m[f"{family}.rope.freq_base" + ("_swa" if sliding else "")]
-        out = _attention(_turned(q, theta, not gemma), _turned(k, theta, not gemma), v,
-                         m["gemma3.attention.sliding_window"] if sliding else None)  # fmt: skip
+        turn = (*_speeds(m, family, theta, dim), not gemma)
+        out = _attention(_turned(q, *turn), _turned(k, *turn), v, m["gemma3.attention.sliding_window"] if sliding else None)
         assert out.shape[1] == heads
         branch = out.flatten(1) @ t("attn_output").T
         x = x + (_rms(branch, t("post_attention_norm"), eps) if gemma else branch)

@@ -1,0 +1,160 @@
+"""One token's router: its logits from the residual stream, in float32, and the choice of experts, in one kernel.
+
+The root of the stream's norm is applied to a logit, with which it commutes (see `step.add_norm`). Where the experts read the stream by a
+norm of their own, further programs of the same kernel put it into fixed point.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from kiln.custom_ops.cases import KernelCase
+from kiln.custom_ops.experts import route
+from kiln.custom_ops.experts.route import MOST_EXPERTS, choose
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HELD = 32  # elements of a row that a thread holds of each of three
+
+
+@waits("router", "scale", "factors", "weight")
+@triton.jit
+def kiln_choose_experts(x, squares, router, scale, factors, weight, logits, counters, chosen, weights, out, FACTOR: tl.constexpr,
+                        EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
+                        FACTORS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr,
+                        NORMED: tl.constexpr, TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
+    """Grid (EXPERTS, and with NORMED D / PIECE more).
+
+    A program below EXPERTS computes FACTOR / RMS(x) times the product of x * scale and its row of the router; the last of them to finish
+    chooses. The others put x * weight into fixed point. counters: an int32 zero, and zero again at the end.
+    """
+    if NORMED:
+        if tl.program_id(0) < EXPERTS:
+            _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS,
+                   EXPERTS, PADDED, USED, RENORMALIZED, EARLY)
+        else:
+            piece = tl.program_id(0) - EXPERTS
+            i = piece * PIECE + tl.arange(0, PIECE)
+            w = tl.load(weight + i, i < D, other=0.0)
+            wait_for_earlier_kernels(EARLY)
+            store_fixed(tl.load(x + i, i < D, other=0.0) * w, out, piece * (PIECE // 32), D // 32, TERMS, PIECE)
+    else:
+        _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS, EXPERTS,
+               PADDED, USED, RENORMALIZED, EARLY)
+
+
+@triton.jit
+def _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr,
+           BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, FACTORS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+           USED: tl.constexpr, RENORMALIZED: tl.constexpr, EARLY: tl.constexpr):
+    expert = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    row = tl.load(router + expert * D + i, i < D, other=0.0).to(tl.float32)
+    by = tl.load(scale + i, i < D, other=0.0)
+    each = tl.zeros((PADDED,), tl.float32) + 1.0
+    if FACTORS:
+        number = tl.arange(0, PADDED)
+        each = tl.load(factors + number, number < EXPERTS, other=0.0)
+    wait_for_earlier_kernels(EARLY)
+    product = tl.sum(tl.load(x + i, i < D, other=0.0) * by * row, 0)
+    tl.store(logits + expert, product * (load_root(squares, D, EPS, COUNT, PAD) * FACTOR), cache_modifier=".cg")
+    tl.debug_barrier()
+    if tl.atomic_add(counters, 1, sem="acq_rel") == EXPERTS - 1:
+        tl.debug_barrier()
+        tl.store(counters, 0)
+        choose(logits, each, chosen, weights, EXPERTS, PADDED, USED, RENORMALIZED)
+
+
+def reference(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
+              renormalized: bool, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op in plain torch; arguments as `choose_experts`."""
+    z = x * root(squares, x.shape[1], eps) * scale * factor
+    chosen, weights = route.reference(torch.nn.functional.linear(z, router.float()), used, renormalized)
+    return chosen, weights if factors is None else weights * factors[chosen]
+
+
+def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used: int, renormalized: bool, normed: bool, terms: int,
+               target: GpuTarget | None = None) -> tuple[dict[str, int | bool], int]:
+    """Constants of the kernel beside FACTOR and EPS, and its warps."""
+    block = triton.next_power_of_2(d)
+    constants = {"D": d, "BLOCK": block, **root_constants(squares), "FACTORS": factors, **route.constants(experts, used, renormalized),
+                 "NORMED": normed, "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
+    return constants, min(max(block // (32 * HELD), 4), 16)
+
+
+def _launch(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
+            renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor | None,
+            terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    experts, d = router.shape
+    chosen = torch.empty((1, used), dtype=torch.int64, device=x.device)
+    weights = torch.empty((1, used), dtype=torch.float32, device=x.device)
+    logits = torch.empty(experts, dtype=torch.float32, device=x.device)
+    out = logits if weight is None else torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    constants, warps = _constants(d, squares, factors is not None, experts, used, renormalized, weight is not None, terms)
+    kernel(kiln_choose_experts)[(experts + (0 if weight is None else triton.cdiv(d, PIECE)),)](
+        x, squares, router, scale, scale if factors is None else factors, scale if weight is None else weight, logits, counters, chosen,
+        weights, out, FACTOR=factor, EPS=eps, **constants, num_warps=warps)  # fmt: skip
+    return chosen, weights, out
+
+
+def _check(op: str, x: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor, router: torch.Tensor, used: int,
+           factors: torch.Tensor | None, weight: torch.Tensor | None = None) -> None:
+    floats = [t for t in (x, squares, scale, factors, weight) if t is not None]
+    fits = router.dim() == 2 and router.dtype in FLOATS and router.is_contiguous() and 1 <= used <= router.shape[0] <= MOST_EXPERTS
+    fits = fits and x.shape == (1, router.shape[1]) and router.shape[1] % GROUP == 0 and squares.dim() == 1 and squares.numel() > 0
+    fits = fits and all(t is None or t.shape == x.shape[1:] for t in (scale, weight)) and all(t.dtype == torch.float32 for t in floats)
+    if not fits or (factors is not None and factors.shape != router.shape[:1]):
+        shapes = ["none" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, squares, scale, router, factors, weight)]
+        given = "x {}, squares {}, scale {}, router {}, factors {}, weight {}".format(*shapes)
+        raise ValueError(f"{op}: {given}; expected [1, D], [P], [D], [{used} .. {MOST_EXPERTS}, D], [E] or none, [D]; all but the router "
+                         "float32, D a multiple of 32")  # fmt: skip
+
+
+@triton_op("kiln::choose_experts", mutates_args=("counters",))
+def choose_experts(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
+                   renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` of the logits factor * RMSNorm(x) * scale @ router^T, the weights of its experts times their `factors`.
+
+    x float32 [1, D]; squares float32 [P], which add up to x . x; scale float32 [D]; router [E, D] of floats; factors float32 [E] or none;
+    counters: int32 zeros, and zeros again afterwards. Returns int64 [1, used] and float32 [1, used]. Raises ValueError when a shape or
+    dtype does not fit.
+    """
+    _check("choose_experts", x, squares, scale, router, used, factors)
+    if not use_triton(x):
+        return reference(x, squares, eps, scale, factor, router, used, renormalized, factors)
+    return _launch(x, squares, eps, scale, factor, router, used, renormalized, factors, counters, None, 1)[:2]
+
+
+@triton_op("kiln::choose_experts_norm", mutates_args=("counters",))
+def choose_experts_norm(
+    x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
+    renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor,
+    terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`choose_experts`, and x * weight in fixed point of `terms` bytes, int32 [1, D / 32, 8 terms + 4]; weight float32 [D]."""
+    _check("choose_experts_norm", x, squares, scale, router, used, factors, weight)
+    if not use_triton(x):
+        fixed = fixed_point.quantize(x * weight, terms)
+        return *reference(x, squares, eps, scale, factor, router, used, renormalized, factors), fixed
+    return _launch(x, squares, eps, scale, factor, router, used, renormalized, factors, counters, weight, terms)
+
+
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """Of Gemma 4 26B-A4B, which has all that there may be, of Qwen3-30B-A3B, and of more experts than are counted."""
+    types = dict.fromkeys(("x", "squares", "router", "scale", "factors", "weight", "logits", "weights"), "*fp32")
+    types |= {"counters": "*i32", "chosen": "*i64", "out": "*i32"}
+    cases = []
+    for d, experts, used, whole in ((2816, 128, 8, True), (2048, 128, 8, False), (2048, 512, 10, False)):
+        squares = torch.empty(triton.cdiv(d, PIECE))
+        constants, warps = _constants(d, squares, whole, experts, used, True, whole, 2, target)
+        constants |= {"FACTOR": d**-0.5 if whole else 1.0, "EPS": EPS}
+        cases.append(KernelCase(f"choose_experts {used} of {experts} by {d}", kiln_choose_experts, types, constants, {"num_warps": warps}))
+    return cases

@@ -1,0 +1,30 @@
+"""What the operator of a server says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes in bytes, times in seconds; timeout 0: none."""
+
+    names: tuple[str, ...] = ("kiln",)
+    any_model: bool = False
+    sessions: int = 1
+    queue: int = 64
+    chunk: int = 0  # ids of a prompt between two steps of others; 0: the artifact's
+    timeout: float = 0.0
+    drain: float = 10.0
+    body: int = 16 << 20
+    messages: int = 10_000
+    tools: int = 256
+    depth: int = 100
+    keys: tuple[bytes, ...] = ()
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None  # of the Host header; None: any
+    metrics_prefix: str = "kiln"
+    reasoning_field: str = "reasoning_content"
+    think: bool | None = None  # where a request does not say; None: as the template does
+    ping: float = 10.0
+    log: bool = False

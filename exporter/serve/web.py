@@ -1,0 +1,158 @@
+"""Bodies in, JSON and event streams out, for clients that may leave at any time. Pure ASGI: a middleware of responses would hide that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from kiln.exporter.serve.answer import Answer
+from kiln.exporter.serve.fields import Fields, read_json
+from kiln.exporter.serve.problem import Problem
+from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.settings import Settings
+
+T = TypeVar("T")
+log = logging.getLogger("kiln.serve")
+SLOWEST = 60.0  # seconds in which a client takes one piece of a stream
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content).encode("utf-8", "replace")
+
+
+def refused(problem: Problem, path: str) -> Json:
+    """A problem as the clients of a path read it."""
+    anthropic = path.removeprefix("/v1").startswith("/messages")
+    return Json(problem.anthropic() if anthropic else problem.openai(), problem.status, problem.headers)
+
+
+async def read_body(request: Request, settings: Settings) -> Fields:
+    """Raises Problem."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another origin can send everything else unasked
+        raise Problem(415, f"the content type is {kind[:80]!r}, application/json was expected", None, "unsupported_media_type")
+    raw = bytearray()
+    try:
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > settings.body:
+                raise Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
+    except ClientDisconnect:
+        raise Problem(499, "the client is gone") from None
+    return Fields(read_json(bytes(raw), settings.depth))
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def present(request: Request, answers: Sequence[Answer], work: Coroutine[Any, Any, T]) -> T:
+    """The work's result, unless the client leaves before: then its answers are stopped."""
+    gone, done = asyncio.ensure_future(_gone(request.receive)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Problem(499, "the client is gone")
+        return done.result()
+    finally:
+        gone.cancel()
+        done.cancel()
+        for answer in answers:
+            answer.cancel()
+
+
+def sse(data: Any, event: str | None = None) -> bytes:
+    text = data if isinstance(data, str) else dumps(data)
+    return ((f"event: {event}\n" if event else "") + f"data: {text}\n\n").encode("utf-8", "replace")
+
+
+class Stream(Response):
+    """Events as they come. ping: sent after so many seconds of silence; failed: how a problem ends the stream."""
+
+    def __init__(
+        self,
+        served: Served,
+        answers: Sequence[Answer],
+        events: AsyncIterator[bytes],
+        ping: bytes,
+        failed: Callable[[Problem], bytes],
+    ):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(None, 200, headers, "text/event-stream")
+        del self.headers["content-length"]
+        self._served, self._answers, self._events, self._ping, self._failed = served, answers, events, ping, failed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._send(send, self._ping)
+            await self._pump(send, gone)
+        except (TimeoutError, OSError):  # nobody takes it
+            pass
+        finally:
+            gone.cancel()
+            for answer in self._answers:
+                answer.cancel()
+
+    async def _pump(self, send: Send, gone: asyncio.Future[Any]) -> None:
+        events = self._events.__aiter__()
+        step: asyncio.Future[Any] = asyncio.ensure_future(_next(events))
+        try:
+            while True:
+                await asyncio.wait([step, gone], timeout=self._served.settings.ping, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return
+                if not step.done():
+                    await self._send(send, self._ping)
+                    continue
+                try:
+                    piece = step.result()
+                except StopAsyncIteration:
+                    break
+                except Problem as problem:
+                    self._served.metrics.refused(problem.status)
+                    await self._send(send, self._failed(problem))
+                    break
+                except Exception:
+                    log.exception("a stream failed")
+                    await self._send(send, self._failed(Problem(500, "internal error")))
+                    break
+                await self._send(send, piece)
+                step = asyncio.ensure_future(_next(events))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            step.cancel()
+            with contextlib.suppress(BaseException):
+                await step
+
+    async def _send(self, send: Send, piece: bytes) -> None:
+        message: Message = {"type": "http.response.body", "body": piece, "more_body": True}
+        await asyncio.wait_for(send(message), SLOWEST)
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes:
+    return await events.__anext__()
+
+
+def openai_stream(served: Served, answers: Sequence[Answer], events: AsyncIterator[bytes]) -> Stream:
+    return Stream(served, answers, events, b": ping\n\n", lambda problem: sse(problem.openai()) + sse("[DONE]"))
+
+
+Endpoint = Callable[[Served, Request], Awaitable[Response]]

@@ -1,0 +1,225 @@
+"""The engine over real sessions: what it writes is what a session writes alone, whoever else is served; and the choice of a session."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kiln
+from kiln.custom_ops.step.sample import reference
+from kiln.exporter.serve.engine import Busy, Closed, Job, Outcome, Sampling, Steps
+from kiln.exporter.serve.rows import Rows, sample
+from kiln.exporter.serve.timelines import Timeline, chosen
+from tests.serve import solo
+
+CHUNK, MOST = 8, 96
+
+
+@pytest.fixture(scope="module")
+def model(talking: Path) -> kiln.Model:
+    return kiln.Model(str(talking), "cpu")
+
+
+@pytest.fixture
+def engine(model: kiln.Model) -> Iterator[Steps]:
+    found = Steps([Timeline(kiln.Session(model, prefill_chunk=CHUNK)) for _ in range(2)], 8, CHUNK, MOST)
+    yield found
+    found.close()
+
+
+class Waiting:
+    """A job whose tokens are kept. instead: number of a token -> what comes in its place."""
+
+    def __init__(self, ids: Sequence[int], most: int, seed: int = 0, instead: dict[int, tuple[int, ...]] | None = None, **more):
+        self.tokens: list[int] = []
+        self.offered: list[int] = []
+        self.done, self.outcome = threading.Event(), Outcome("")
+        self.times: list[float] = []
+        self.instead = instead or {}
+        self.job = Job(tuple(ids), most, Sampling(1.0, 0, 1.0, seed), self.take, self.ended, **more)
+
+    def take(self, token: int) -> bool | Sequence[int]:
+        self.offered.append(token)
+        self.times.append(time.monotonic())
+        ids = self.instead.pop(len(self.tokens), ())
+        self.tokens += ids or [token]
+        return ids or True
+
+    def ended(self, outcome: Outcome) -> None:
+        assert not self.done.is_set()
+        self.outcome = outcome
+        self.done.set()
+
+    def wait(self) -> list[int]:
+        assert self.done.wait(30)
+        return self.tokens
+
+
+def prompt(n: int, start: int = 20) -> list[int]:
+    return [2, *((start + 7 * i) % 490 + 10 for i in range(n - 1))]
+
+
+def test_beside_each_other(engine: Steps, model: kiln.Model) -> None:
+    jobs = [Waiting(prompt(n, n), 20, n) for n in (3, 60, 17, 41, 9)]
+    engine.submit([w.job for w in jobs])
+    for n, waiting in zip((3, 60, 17, 41, 9), jobs, strict=True):
+        assert waiting.wait() == solo.write(model, prompt(n, n), 20, CHUNK, (1.0, 0, 1.0, n), eog=False)
+        assert waiting.outcome == Outcome("length")
+    assert engine.load() == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_ids_in_place_of_a_token(engine: Steps, model: kiln.Model, on_host: bool) -> None:
+    """What comes after them is what a session writes after a prompt that has them; nothing of the token they replace is left."""
+    rows = Rows(Sampling(1.0, 0, 1.0, 3))
+    waiting = Waiting(prompt(11), 12, 3, {0: (50, 51), 5: (60,)}, choose=rows.choose if on_host else None)
+    engine.submit([waiting.job])
+    tokens = waiting.wait()
+    assert tokens[:2] == [50, 51] and tokens[5] == 60 and len(tokens) == 12
+    for at, end in ((2, 5), (6, 12)):
+        assert tokens[at:end] == solo.write(model, [*prompt(11), *tokens[:at]], end - at, CHUNK, (1.0, 0, 1.0, 3), eog=False)
+
+
+def test_the_host_chooses_as_the_device(engine: Steps, model: kiln.Model) -> None:
+    """Where a bias touches a token that is never chosen, all tokens come from the host and are the device's."""
+    for seed in range(4):
+        rows = Rows(Sampling(1.0, 0, 1.0, seed), bias={9: -100.0})
+        waiting = Waiting(prompt(11), 40, seed, choose=rows.choose)
+        engine.submit([waiting.job])
+        plain = solo.write(model, prompt(11), 40, CHUNK, (1.0, 0, 1.0, seed), eog=False)
+        assert 9 not in plain
+        assert waiting.wait() == plain
+
+
+def test_the_host_chooses_by_the_operators_rule() -> None:
+    random = np.random.default_rng(7)
+    for trial in range(120):
+        row = (random.standard_normal(512) * random.choice([0.3, 3, 12])).astype(np.float32)
+        row[random.integers(0, 512, 40)] = row[3]  # ties
+        row[random.integers(0, 512, 20)] = -np.inf
+        temperature, top_p = float(random.choice([0, 0.3, 1, 1.7])), float(random.choice([0.1, 0.8, 0.95, 1]))
+        top_k, seed, position = (
+            int(random.choice([0, 1, 7, 64, 600])),
+            int(random.integers(-(1 << 62), 1 << 62)),
+            int(random.integers(0, 1 << 17)),
+        )
+        given = [torch.tensor([x], dtype=t) for x, t in (
+            (temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32), (seed, torch.int64), (position, torch.int64),
+        )]  # fmt: skip
+        expected = int(reference(torch.from_numpy(row)[None], *given))
+        assert sample(row, Sampling(temperature, top_k, top_p, seed), position) == expected, trial
+    with pytest.raises(ValueError, match="no token"):
+        sample(np.full(8, -np.inf, np.float32), Sampling(), 0)
+
+
+def test_the_end_of_the_window(engine: Steps, model: kiln.Model) -> None:
+    waiting, host = Waiting(prompt(90), 50), Waiting(prompt(90), 50, choose=Rows(Sampling(1.0, 0, 1.0, 0)).choose)
+    engine.submit([waiting.job, host.job])
+    assert waiting.wait() == host.wait() and waiting.outcome.why == "length"
+    assert len(waiting.tokens) == MOST - 90 + 1
+
+
+def test_who_waits_and_who_is_refused(engine: Steps) -> None:
+    gate = threading.Event()
+    jobs = [Waiting(prompt(5), 4) for _ in range(10)]
+    hold, take = jobs[0].job, jobs[0].take
+    hold.take = lambda token: gate.wait(30) and take(token)
+    engine.submit([w.job for w in jobs])
+    with pytest.raises(Busy):
+        engine.submit([Waiting(prompt(5), 4).job])
+    engine.cancel(jobs[7].job)
+    gate.set()
+    for i, waiting in enumerate(jobs):
+        waiting.wait()
+        assert waiting.outcome.why == ("cancelled" if i == 7 else "length")
+    late = Waiting(prompt(5), 4, deadline=time.monotonic() - 1)
+    engine.submit([late.job])
+    assert late.done.wait(10) and late.outcome.why == "deadline" and not late.tokens
+
+
+def test_a_long_prompt_delays_by_a_chunk(engine: Steps) -> None:
+    """While one is read, the other's tokens come: some between every two of its chunks."""
+    writer = Waiting(prompt(4), 80)
+    engine.submit([writer.job])
+    while not writer.tokens:
+        time.sleep(0.001)
+    before = len(writer.tokens)
+    reader = Waiting(prompt(90), 1, reuse=False)
+    engine.submit([reader.job])
+    reader.wait()
+    during = sum(reader.job.started <= t <= reader.job.read for t in writer.times)
+    assert during >= min(80 - before, 90 // CHUNK), "tokens while a prompt of 12 chunks was read"
+    writer.wait()
+
+
+def test_what_fails_is_that_jobs_alone(engine: Steps, model: kiln.Model) -> None:
+    """A taker that raises, ids outside of the vocabulary: an error for them, and the sessions serve on."""
+
+    def broken(token: int) -> bool:
+        raise RuntimeError("no")
+
+    bad, wrong, good = Waiting(prompt(5), 4), Waiting([2, 9999], 4), Waiting(prompt(6), 6, 1)
+    bad.job.take = broken
+    engine.submit([bad.job, wrong.job, good.job])
+    assert good.wait() == solo.write(model, prompt(6), 6, CHUNK, (1.0, 0, 1.0, 1), eog=False)
+    assert bad.done.wait(10) and wrong.done.wait(10)
+    assert (bad.outcome.why, wrong.outcome.why) == ("error", "error") and "9999" in wrong.outcome.error
+    again = Waiting(prompt(5), 6, 2)
+    engine.submit([again.job])
+    assert again.wait() == solo.write(model, prompt(5), 6, CHUNK, (1.0, 0, 1.0, 2), eog=False)
+
+
+def test_closing_ends_every_job(model: kiln.Model) -> None:
+    engine = Steps([Timeline(kiln.Session(model, prefill_chunk=CHUNK))], 8, CHUNK, MOST)
+    jobs = [Waiting(prompt(5), 80) for _ in range(4)]
+    engine.submit([w.job for w in jobs])
+    while not jobs[0].tokens:
+        time.sleep(0.001)
+    engine.close()
+    assert all(w.done.is_set() for w in jobs) and jobs[-1].outcome.why == "closed"
+    with pytest.raises(Closed):
+        engine.submit([Waiting(prompt(5), 1).job])
+
+
+def test_other_threads_run_while_a_step_does(model: kiln.Model) -> None:
+    """The runner gives Python's lock away: this thread sees positions within a prompt and an answer that another one is in."""
+    session = kiln.Session(model, prefill_chunk=2)
+    calls: list[Callable[[], object]] = [lambda: session.prefill(prompt(40)), lambda: session.generate(50, None, False)]
+    for call in calls:
+        before, seen = session.position, set[int]()
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            seen.add(session.position)
+        thread.join()
+        assert seen - {before, session.position}, "the lock was kept for the whole call"
+
+
+class Fake:
+    """A session of which only the position is asked."""
+
+    def __init__(self, held: Sequence[int], used: float, salt: str = ""):
+        self.position = len(held)
+        self.timeline = Timeline(self)
+        self.timeline.known, self.timeline.last_used, self.timeline.salt = [*held, 99], used, salt
+
+    def reset(self) -> None:
+        self.position = 0
+
+
+def test_which_session_a_prompt_takes() -> None:
+    a, b, c, empty = Fake([2, 3, 4], 3.0), Fake([2, 3], 1.0), Fake([2, 3, 4, 5], 2.0), Fake([], 9.0)
+    some = [x.timeline for x in (a, b, c, empty)]
+    assert chosen(some, [2, 3, 4, 7], "") is a.timeline  # the longest that the prompt begins with
+    assert chosen(some, [2, 3, 4, 5, 6], "") is c.timeline
+    assert chosen(some, [2, 3, 4, 5], "") is a.timeline  # one id at least is left to read
+    assert chosen(some, [7, 8], "") is empty.timeline and chosen(some[:3], [7, 8], "") is b.timeline  # used longest ago
+    assert chosen(some, [2, 3, 4, 7], "other") is empty.timeline
+    assert a.timeline.begin([2, 3, 4, 7], "") == 3 and a.position == 3
+    assert a.timeline.begin([2, 3, 4, 7], "other") == 0 and a.position == 0

@@ -1,0 +1,192 @@
+"""Random clients against a server: python -m tests.tools.soak_serve ARTIFACT --minutes 120 [--clients 8] [--sessions 2]
+
+Each asks, streams, reads slowly, leaves at some stage, sends what is wrong or too long, or goes on where an earlier answer ended. Every
+answer that is completed must be, token for token, that of a session which has the model for itself. At the end nothing may be in work, and
+the server's memory may have grown by 5 % at most since a fifth of the time had passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+
+import kiln
+
+WRONG: list[dict[str, Any]] = [
+    {"prompt": 3},
+    {"prompt": []},
+    {"prompt": "x", "n": 0},
+    {"prompt": [1 << 40]},
+    {"prompt": "x", "top_p": 2},
+    {},
+]
+
+
+class Client(threading.Thread):
+    """One client. `found` counts what it did; what must not be raises."""
+
+    def __init__(self, url: str, model: kiln.Model, chunk: int, seed: int, end: float, pause: float = 0.0):
+        super().__init__(daemon=True)
+        self.url, self.model, self.random, self.end, self.pause = url, model, Random(seed), end, pause
+        self.solo = kiln.Session(model, prefill_chunk=chunk)
+        self.found: Counter[str] = Counter()
+        self.failed: BaseException | None = None
+        self.last: list[int] = []
+        self.most = model.max_seq_len
+
+    def run(self) -> None:
+        kinds: list[Callable[[], None]] = [self.ask, self.ask, self.stream, self.stream, self.leave, self.leave, self.wrong, self.huge]
+        try:
+            with httpx.Client(base_url=self.url, timeout=120) as self.http:
+                while time.monotonic() < self.end:
+                    self.random.choice(kinds)()
+                    time.sleep(self.random.random() * self.pause)
+        except BaseException as e:
+            self.failed = e
+
+    def body(self) -> dict[str, Any]:
+        """Some go on where the last answer ended, which the caches may hold."""
+        random = self.random
+        ids = [*self.last, *(random.randrange(20, 500) for _ in range(random.randrange(1, 9)))]
+        if random.random() < 0.5 or not self.last or len(ids) > self.most * 3 // 4:
+            ids = [2, *(random.randrange(20, 500) for _ in range(random.randrange(1, self.most // 2)))]
+        fields = {
+            "top_k": 0,
+            "top_p": 1.0,
+            "temperature": random.choice([0.0, 1.0]),
+            "seed": random.randrange(1000),
+            "return_token_ids": True,
+        }
+        return {"prompt": ids, "max_tokens": random.randrange(1, self.most // 3), **fields}
+
+    def compare(self, body: dict[str, Any], tokens: list[int]) -> None:
+        self.solo.reset()
+        self.solo.set_sampling(body["temperature"], 0, 1.0, body["seed"])
+        self.solo.prefill(body["prompt"])
+        expected, why = self.solo.generate(body["max_tokens"])
+        if why == "eog":
+            expected = [*expected, *self.solo.generate(1, None, False)[0]]
+        expected = expected[: self.most - len(body["prompt"])]
+        assert tokens == expected, f"{tokens} is not what a session alone writes, {expected}: {body}"
+        self.last = [*body["prompt"], *tokens]
+        self.found["completed"] += 1
+
+    def ask(self) -> None:
+        body = self.body()
+        response = self.http.post("/v1/completions", json=body)
+        if response.status_code == 429:
+            self.found["refused"] += 1
+            return time.sleep(0.02)
+        assert response.status_code == 200, response.text
+        self.found["cached"] += response.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        self.compare(body, response.json()["choices"][0]["token_ids"])
+
+    def stream(self) -> None:
+        """At times a slow reader, at times one that leaves before the end."""
+        body, tokens = self.body(), list[int]()
+        slow, leaves = self.random.random() < 0.3, self.random.random() < 0.3
+        with self.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            if response.status_code == 429:
+                self.found["refused"] += 1
+                return
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    tokens += event["choices"][0]["token_ids"]
+                    if slow:
+                        time.sleep(0.01)
+                    if leaves and len(tokens) > 3:
+                        self.found["left"] += 1
+                        return
+            assert line == "" or line == "data: [DONE]"
+        self.compare(body, tokens)
+
+    def leave(self) -> None:
+        """Within the request's head, within its body, behind it."""
+        raw = json.dumps(self.body() | {"stream": self.random.random() < 0.5}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        whole = head.encode() + raw
+        cut = self.random.choice([self.random.randrange(1, len(whole)), len(whole)])
+        host, port = self.url.removeprefix("http://").split(":")
+        with contextlib.suppress(ConnectionError), socket.create_connection((host, int(port)), 30) as client:
+            client.sendall(whole[:cut])
+            time.sleep(self.random.random() * 0.05)
+        self.found["left"] += 1
+
+    def wrong(self) -> None:
+        assert self.http.post("/v1/completions", json=self.random.choice(WRONG)).status_code == 400
+        self.found["wrong"] += 1
+
+    def huge(self) -> None:
+        response = self.http.post("/v1/completions", json={"prompt": [20] * self.random.randrange(self.most, 50_000)})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+        self.found["huge"] += 1
+
+
+def soak(url: str, model: kiln.Model, chunk: int, seconds: float, clients: int, seed: int = 0, pause: float = 0.0) -> Counter[str]:
+    """Raises what a client met that must not be."""
+    some = [Client(url, model, chunk, seed * 1000 + i, time.monotonic() + seconds, pause) for i in range(clients)]
+    for client in some:
+        client.start()
+    for client in some:
+        client.join(seconds + 300)
+        if client.failed is not None:
+            raise client.failed
+        assert not client.is_alive(), "a client waits for ever"
+    return sum((client.found for client in some), Counter())
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory of a process."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--sessions", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    command = [sys.executable, "-m", "exporter", "serve", str(given.artifact), "--port", "0", "--device", given.device]
+    command += ["--sessions", str(given.sessions), "--queue", str(given.clients // 2)]
+    model = kiln.Model(str(given.artifact), given.device)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            url = re.findall(r"http://\S+", process.stdout.readline())[0]
+            total, memory = Counter[str](), list[int]()
+            for part in range(5):
+                total += soak(url, model, model.prefill_chunk, given.minutes * 12, given.clients, part)
+                memory.append(resident(process.pid))
+                print(dict(total), f"{memory[-1] / 1e6:.1f} MB", flush=True)
+            text = httpx.get(f"{url}/metrics").text
+            assert re.search(r"num_requests_running\S* 0\.0", text) and re.search(r"num_requests_waiting\S* 0\.0", text), (
+                "something is stuck"
+            )
+            assert memory[-1] <= memory[0] * 1.05, f"memory grew from {memory[0]} to {memory[-1]} bytes"
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+if __name__ == "__main__":
+    main()
