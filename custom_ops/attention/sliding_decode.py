@@ -214,7 +214,7 @@ def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: in
                terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
-    del split["HAS_LEN"]
+    del split["HAS_LEN"], split["ROW"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
     ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
     form = {"V_NORM": v_norm, "SCALE": scale, "SHARED": shared, "ROWS": triton.next_power_of_2(heads // kv_heads)}

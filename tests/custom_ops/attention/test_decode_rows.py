@@ -127,6 +127,19 @@ def check_tq4(name: str, dtype: torch.dtype, exact_window: int = 16, **form) -> 
     assert not form and torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
 
 
+def check_global(name: str, dtype: torch.dtype) -> None:
+    """Caches of one slot a position, which hold the step's keys already, NaN behind a row's last."""
+    step, g = Step.random(name, 4, 2, 32), torch.Generator().manual_seed(3)
+    q = torch.randn(len(step.pos), 4, 32, generator=g).to(dtype)
+    caches = [torch.randn(2, 48, 2, 32, generator=g).to(dtype) for _ in range(2)]
+    for row in range(2):
+        for cache in caches:
+            cache[row, max([-1, *step.pos[step.row == row].tolist()]) + 1 :] = float("nan")
+    out = flash.flash_rows(q, *caches, step.pos, step.row)
+    for i, (p, r) in enumerate(zip(step.pos, step.row, strict=True)):
+        assert torch.equal(out[[i]], kiln.global_attention(q[[i]], *(c[r] for c in caches), p[None], None)), i
+
+
 def check_the_rest() -> None:
     """Rotary tables, prepared heads, gates, sampling."""
     step = Step.random("wrapped", 4, 2, 32)
@@ -193,6 +206,14 @@ def interpreted_tq4(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention.DECODE_TILES, (90, 512), flash.Tile(keys=16, warps=4, stages=2))
     with compiling_for(dataclasses.replace(H200, sm_count=4)):
         check_tq4(name, torch.float32 if name == "two" else torch.float16)
+
+
+@pytest.mark.parametrize("name", ["wrapped", "two"])
+def interpreted_global(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flash.DECODE_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
+    for sms, dtype in ((1, torch.float16), (4, torch.float32)):
+        with compiling_for(dataclasses.replace(H200, sm_count=sms)):
+            check_global(name, dtype)
 
 
 def interpreted_the_rest() -> None:

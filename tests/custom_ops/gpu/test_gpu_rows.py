@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.bench.attention_cases import projections
 from kiln.custom_ops.bench.cases import packed
 from kiln.custom_ops.geometry import EXACT_WINDOW, GEMMA4_31B, Heads
@@ -125,6 +126,17 @@ def test_tq4_rows(dtype):
             check_attention(lambda x, c, p, r: kiln.tq4_decode_rows(*x, *c, p, r, EXACT_WINDOW, 1e-6, 2),
                             lambda x, c, p: kiln.tq4_decode(*x, *c, p, 1e-6, 2, exact_window=EXACT_WINDOW), [*codes, *rings], given, pos,
                             row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_global_rows(dtype):
+    heads, slots, g = GEMMA4_31B.full, 8192, torch.Generator("cuda").manual_seed(4)
+    caches = [(torch.randn(2, slots, heads.kv, heads.dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
+    q = (torch.randn(8, heads.queries, heads.dim, generator=g, device="cuda") * 0.3).to(dtype)
+    pos, row = torch.tensor([0, 31, 32, 33, 1023, 4000, 4001, 8191], device="cuda"), torch.tensor([0, 1] * 4, device="cuda")
+    out = flash_rows(q, *caches, pos, row)
+    for i in range(8):
+        assert same(out[[i]], kiln.global_attention(q[[i]], *(c[row[i]] for c in caches), pos[[i]], None)), i
 
 
 @pytest.mark.parametrize("tokens", TOGETHER)
