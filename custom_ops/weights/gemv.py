@@ -65,7 +65,7 @@ class RowsConfig:
 
 
 # By (architecture, tokens at most), see `gpu/tables.py`.
-ROWS_CONFIGS = {(90, 4): RowsConfig(True, 112), (90, 8): RowsConfig(True, 160)}
+ROWS_CONFIGS = {(90, 4): RowsConfig(True, 128), (90, 8): RowsConfig(True, 160)}
 MOST_TOGETHER = 8  # tokens of a launch
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
