@@ -133,13 +133,24 @@ def coded_end(pos_ptr, EXACT_WINDOW: tl.constexpr):
 def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
                       o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                       PAD: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr):
+                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, RING: tl.constexpr):
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
-    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one for each plane.
+    for the query as it is, x_ptr; it has RING slots. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one
+    for each plane.
     """
     wait_for_earlier_kernels(EARLY)
+    decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
+                 ml_ptr, EXACT_WINDOW, SLOTS, KV, GROUP, PAD, D, EXACT, SPLITS, BLOCK_N, BLOCK_R, ASM, RING)
+
+
+@triton.jit
+def decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
+                  ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
+                  D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                  ASM: tl.constexpr, RING: tl.constexpr):
+    """The split that a program of `kiln_tq4_decode` is."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     end = coded_end(pos_ptr, EXACT_WINDOW)
@@ -156,7 +167,7 @@ def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_code
         size = split_size(start, end, EXACT, BLOCK_R)
         low = start + (split - SPLITS) * size
         if low < end:
-            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), EXACT_WINDOW, KV,
+            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RING, KV,
                         GROUP, PAD, D, BLOCK_R, 1)
 
 
@@ -224,10 +235,19 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 @triton.jit
 def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
                      EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                     TERMS: tl.constexpr, EARLY: tl.constexpr):
-    """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
+                     TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
+    """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+
+    MANY, with TERMS: grid (heads, tokens), each token's parts apart.
+    """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
+    if MANY:
+        token = tl.program_id(1)
+        pos_ptr += token
+        o_ptr += token * ((SPLITS + EXACT) * HEADS * D)
+        ml_ptr += token * ((SPLITS + EXACT) * HEADS * 2)
+        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4))
     dim = tl.arange(0, D)
     end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
@@ -313,8 +333,8 @@ def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr,
 
 
 def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int,
-                  terms: int = 0) -> tuple[Tile, dict, dict]:
-    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype: of the exact window."""
+                  terms: int = 0, ring: int = 0) -> tuple[Tile, dict, dict]:
+    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype, ring: of the exact window, its slots."""
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     block = decode_tile(dtype, target, dim).keys
@@ -323,9 +343,9 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
     splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
     shared = {"EXACT_WINDOW": exact_window, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
-    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm, "RING": ring or exact_window}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
-                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
+                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False}
 
 
 def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
@@ -335,15 +355,15 @@ def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_win
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-           pos: torch.Tensor, out: torch.Tensor, terms: int = 0) -> None:
+           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0) -> None:
     """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
 
-    Into `out`: [1, H, D], or a row in fixed point.
+    Into `out`: [1, H, D], or a row in fixed point. exact_window: 0 for the rings' slots.
     """
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
-    (kv_heads, slots, _), exact_window = k_codes.shape, rings[0].shape[0]
+    (kv_heads, slots, _), ring = k_codes.shape, rings[0].shape[0]
     asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
-    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window, terms)
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
