@@ -17,6 +17,8 @@ MODULES = (
     "weights.linear",
     "weights.matmul",
     "weights.embedding",
+    "delta.step",
+    "delta.chunk",
     "experts.route",
     "experts.router",
     "experts.linear",

@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
-from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.geometry import GEOMETRIES, MAX_ROWS
 from kiln.custom_ops.weights.mixes import SYNTHETIC
 from kiln.exporter.errors import KilnError
 from kiln.exporter.interrupt import ending_cleanly
 from kiln.exporter.measure.serve_command import bench_serve
 from kiln.exporter.parameters import PATH
+from kiln.exporter.serve.command import serve
 from kiln.exporter.temporary import working_folder
 
 
@@ -48,6 +49,17 @@ def main() -> None:
     """Fire a GGUF file into a compiled artifact, and run it."""
 
 
+def _decode_rows(text: str) -> tuple[int, ...]:
+    """Ascending, the first 1."""
+    try:
+        counts = sorted({1, *(int(part) for part in text.split(","))})
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4,8") from None
+    if counts[0] < 1 or counts[-1] > MAX_ROWS:
+        raise click.BadParameter(f"{text!r}: a step takes 1 to {MAX_ROWS} tokens")
+    return tuple(counts)
+
+
 @main.command()
 @click.option("--gguf", "gguf_path", type=PATH, required=True, help="The model file (any part of a split one).")
 @click.option("--out", type=PATH, required=True, help="Directory of the artifact.")
@@ -71,6 +83,15 @@ def main() -> None:
     metavar="N",
     help="With tq4: the newest N keys and values of a global layer are read in 16 bits; a multiple of 32.  [default: 256]",
 )
+@click.option(
+    "--decode-rows",
+    metavar="M,M,..",
+    default="1",
+    show_default=True,
+    callback=lambda ctx, option, text: _decode_rows(text),
+    help="Numbers of tokens that one step may take, up to 8: of several timelines, or drafts of one. 1 is always among them.",
+)
+@click.option("--rows", type=click.IntRange(1, 64), default=1, show_default=True, help="Timelines whose caches lie side by side.")
 @click.option(
     "--target",
     "targets",
@@ -320,50 +341,6 @@ def chat(
         opened.dialect.close()
 
 
-@main.command()
-@click.argument("artifact", type=PATH)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one of this machine.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free, which is printed.")
-@click.option("--sessions", type=click.IntRange(1, 1024), default=1, show_default=True, help="Answers at once, each with its caches.")
-@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
-@click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
-@click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
-@click.option("--drain", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
-@click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
-@click.option("--any-model", is_flag=True, help="Answer to every name.")
-@click.option("--api-keys", type=PATH, metavar="FILE", help="Ask for a key of this file, which has one a line.")
-@click.option("--cors-origins", multiple=True, metavar="ORIGIN", help="Let pages of https://example.org ask; repeatable.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="On loopback, another Host header than localhost; repeatable.")
-@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Largest body of a request.")
-@click.option("--think/--no-think", default=None, help="Where a request does not say.  [default: as the chat template does]")
-@click.option(
-    "--reasoning-field", type=click.Choice(["reasoning_content", "reasoning"]), default="reasoning_content", show_default=True,
-    help="Where chat completions put thoughts.",
-)  # fmt: skip
-@click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
-@click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
-def serve(
-    artifact: Path, host: str, port: int, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
-    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, log_requests: bool, device: str, threads: int | None,
-    **options: Any,
-) -> None:  # fmt: skip
-    """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
-    try:
-        from kiln.exporter.serve.server import loopback, read_keys
-        from kiln.exporter.serve.server import serve as run_server
-        from kiln.exporter.serve.settings import Settings
-    except ImportError as e:
-        raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
-    settings = Settings(
-        names=names or (artifact.resolve().name or "kiln",), chunk=prefill_chunk or 0, keys=read_keys(api_keys) if api_keys else (),
-        origins=cors_origins, hosts=("localhost", "127.0.0.1", "::1", *(h.lower() for h in allow_host)) if loopback(host) else None,
-        body=max_body_mib << 20, log=log_requests, **options,
-    )
-    run_server(artifact, host, port, device, threads, settings)
-
-
 @main.group()
 def cache() -> None:
     """Code that kiln run MODEL.gguf has compiled and kept."""
@@ -419,6 +396,7 @@ def bench(as_json: bool, **options: Any) -> None:
 
 
 main.add_command(bench_serve)
+main.add_command(serve)
 
 
 @main.command()

@@ -33,6 +33,8 @@ from kiln.custom_ops.bench.cases import (
     sample_case,
 )
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
+from kiln.custom_ops.delta import chunk as delta_chunk
+from kiln.custom_ops.delta import step as delta_step
 from kiln.custom_ops.experts import linear as expert_linear
 from kiln.custom_ops.experts import route
 from kiln.custom_ops.step import add_norm, gate, sample
@@ -43,7 +45,7 @@ COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode, codec,
-             attention, decode, prefill)  # fmt: skip
+             attention, decode, prefill, delta_step, delta_chunk)  # fmt: skip
 SEED = 1
 
 

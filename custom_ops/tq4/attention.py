@@ -53,15 +53,16 @@ LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
               v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-              kv_len: torch.Tensor | None) -> torch.Tensor:
+              kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
     """The op in plain torch; arguments as `tq4_attention`. In float32, float64 for float64 q; exact keys and values are rotated as well."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    slots, exact_window = k_codes.shape[1], k_exact.shape[0]
-    past = torch.arange(exact_window, device=pos.device) - exact_window + pos[0]  # position order
+    slots, ring_slots = k_codes.shape[1], k_exact.shape[0]
+    exact_window = exact_window or ring_slots
+    past = torch.arange(ring_slots, device=pos.device) - ring_slots + pos[0]  # position order
     sides = []
     for codes, scales, ring, own in ((k_codes, k_scales, k_exact, k), (v_codes, v_scales, v_exact, v)):
         coded = codec.decode_rotated(codes, scales).transpose(0, 1).to(compute)
-        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % exact_window], own]).to(compute))]))
+        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % ring_slots], own]).to(compute))]))
     newest = torch.cat([past, pos])
     distance = pos[:, None] - newest[None, :]
     mask = torch.cat([causal_mask(slots, pos - exact_window, kv_len), (distance >= 0) & (distance < exact_window) & (newest >= 0)], 1)
@@ -386,14 +387,14 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
 @triton_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                   v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-                  kv_len: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < R, else in code.
+                  kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
+    """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < W, else in code.
 
     q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
     chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
-    it changes no result. Nothing is written. Slots of codes past pos[-1] - R may hold anything. Returns [T, H, D] in q's dtype.
-    Raises ValueError when head counts, dimensions or dtypes do not fit.
+    it changes no result; W exact_window, at most R, 0: R. Nothing is written. Slots of codes past pos[-1] - W may hold anything. Returns
+    [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
     """
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
@@ -401,8 +402,12 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     check_exact_window("tq4_attention", k_exact, v_exact, kv_heads, q.shape[2])
     if not q.dtype == k.dtype == v.dtype == k_exact.dtype:
         raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, exact window {k_exact.dtype}; expected one dtype")
+    if exact_window < 0 or exact_window > k_exact.shape[0]:
+        raise ValueError(f"tq4_attention: an exact window of {exact_window} in a ring of {k_exact.shape[0]} slots")
     if not use_triton(q):
-        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len)
+        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window)
+    if exact_window not in (0, k_exact.shape[0]):
+        raise RuntimeError("tq4_attention: there is no GPU kernel for a ring longer than its window")
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Dialect:
         self.template = Template(text, manifest["chat"].get("tokens", named), self.vocabulary)
         self.markup = Markup.of(text, self.vocabulary.special)
 
-    def prompt(self, request: Request, cuts: bool = True) -> Prompt:
+    def prompt(self, request: Request, cuts: bool | Collection[str] = True) -> Prompt:
         """Raises RequestError."""
         return render_prompt(self.template, request, self.markup.thoughts, cuts)
 

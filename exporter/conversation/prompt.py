@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,16 @@ class Prompt:
     cuts: Mapping[int, tuple[str, ...]]
 
 
-def render_prompt(template: Template, request: Request, thoughts: Thoughts | None = None, cuts: bool = True) -> Prompt:
+def render_prompt(template: Template, request: Request, thoughts: Thoughts | None = None, cuts: bool | Collection[str] = True) -> Prompt:
     """Raises RequestError where the template refuses the conversation or loses a part of it.
 
-    cuts: look for them, which takes six renderings instead of one; without, the end is the only one.
+    cuts: look for them, or for some, each of which takes a rendering more; without, the end is the only one.
     """
     marks, texts = template.marks(request)
     messages = [_shaped(template, message, thoughts, marks) for message in request.messages]
-    turns = {"": _turn(template, request, marks, messages)} | dict(_variants(template, request, marks, messages) if cuts else [])
+    variants = _variants(template, request, marks, messages) if cuts else []
+    wanted = {why: turn for why, turn in variants if isinstance(cuts, bool) or why in cuts}
+    turns = {"": _turn(template, request, marks, messages)} | wanted
     rendered = dict(zip(turns, template.render(list(turns.values())), strict=True))
     plain = _cut(template, request, marks, rendered.pop(""))
     marks.check(plain, texts)

@@ -161,8 +161,8 @@ def _problem(outcome: Outcome) -> Problem:
 class Answer:
     """The choices of one request. Belongs to one task; only `put` may be called from other threads."""
 
-    def __init__(self, served: Around, wishes: Wishes, prompt: tuple[int, ...]):
-        self.served, self.wishes, self.prompt = served, wishes, prompt
+    def __init__(self, served: Around, wishes: Wishes, prompt: tuple[int, ...], stops: tuple[int, ...] = ()):
+        self.served, self.wishes, self.prompt, self.stops = served, wishes, prompt, stops
         self.choices: list[Choice] = []
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Problem] = asyncio.Queue()
@@ -187,7 +187,7 @@ class Answer:
         most = served.max_seq_len - len(self.prompt)
         job = Job(
             self.prompt, most if wishes.most is None else min(wishes.most, most), sampling, choice.take, choice.ended,
-            rows.choose if rows else None, choice.score if wishes.score else None, wishes.salt,
+            rows.choose if rows else None, choice.score if wishes.score else None, self.stops, wishes.salt,
             deadline=time.monotonic() + served.settings.timeout if served.settings.timeout else None,
         )  # fmt: skip
         choice.job = job

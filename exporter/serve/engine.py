@@ -66,6 +66,7 @@ class Job:
     ended: Callable[[Outcome], None]
     choose: Callable[[Any, int, int], int] | None = None
     score: Callable[[Any, int], None] | None = None
+    stops: tuple[int, ...] = ()  # positions, ascending, where a later prompt may part from this one
     salt: str = ""
     reuse: bool = True
     deadline: float | None = None  # of time.monotonic()
@@ -277,15 +278,18 @@ class Steps:
 
     def _read(self, row: _Row) -> None:
         job, timeline = row.job, row.timeline
-        piece = list(job.ids[row.at : row.at + self._chunk])
-        timeline.known += piece
+        stop = next((at for at in job.stops if at > row.at), len(job.ids))
+        piece = job.ids[row.at : min(row.at + self._chunk, stop)]
+        last = row.at + len(piece) == len(job.ids)
         if job.score:
             for i, token in enumerate(piece, row.at):
-                row.sampled = timeline.session.prefill([token])
+                row.sampled = timeline.read([token], last)
                 job.score(timeline.session.logits(), i)
         else:
-            row.sampled = timeline.session.prefill(piece)
+            row.sampled = timeline.read(piece, last)
         row.at += len(piece)
+        if row.at in job.stops:
+            timeline.keep()
         if not row.reading:
             job.read = time.monotonic()
             if job.most <= 0:

@@ -16,7 +16,7 @@ class Metrics:
     """One server's. load: of the engine, (jobs in work, jobs that wait, share of the caches' slots that is filled)."""
 
     def __init__(self, prefix: str, model: str, load: Callable[[], tuple[int, int, float]]):
-        self._registry, self._model = CollectorRegistry(), model
+        self._registry, self._model, self._prefix = CollectorRegistry(), model, prefix
         where, named = self._registry, f"{prefix}:"
 
         def counter(name: str, text: str) -> Counter:
@@ -50,6 +50,12 @@ class Metrics:
         self._decode = histogram("request_decode_time_seconds", "Writing of the answer.", _SECONDS)
         self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answers = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+
+    def snapshots(self, counts: Callable[[], dict[str, int]]) -> None:
+        """Of a `kiln.SnapshotStore`."""
+        for name in ("device_bytes", "host_bytes", "kept", "hits", "misses", "evicted", "moved", "refused"):
+            gauge = Gauge(f"{self._prefix}:snapshot_{name}", f"Snapshots of prompts: {name}.", ("model_name",), registry=self._registry)
+            gauge.labels(self._model).set_function(functools.partial(lambda key: float(counts()[key]), name))
 
     def between(self, seconds: float) -> None:
         self._between.labels(self._model).observe(seconds)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from kiln.exporter.conversation.markup import Markup
 from kiln.exporter.conversation.parser import Parser
-from kiln.exporter.conversation.player import Dialect
+from kiln.exporter.conversation.player import KEPT, Dialect, stops
 from kiln.exporter.conversation.prompt import Prompt
 from kiln.exporter.conversation.request import Request, RequestError
 from kiln.exporter.conversation.vocabulary import vocabulary
@@ -27,6 +27,8 @@ from kiln.exporter.serve.steer import Lexicon
 from kiln.exporter.serve.timelines import Timeline
 
 T = TypeVar("T")
+# One choice: its prompt's ids, where later prompts may part from them, its parser, the tools' names, what makes its grammar.
+Wanted = tuple[Wishes, tuple[int, ...], tuple[int, ...], Parser, tuple[str, ...], Callable[[], Any]]
 CONTROL = 3  # a token's type in GGUF
 
 
@@ -69,18 +71,22 @@ class Served:
         except kiln.Error as e:
             raise KilnError(str(e)) from e
         timelines: list[Timeline] = []
+        store = kiln.SnapshotStore(*settings.snapshots) if any(settings.snapshots) else None
         try:
             while len(timelines) < settings.sessions:
-                timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk)))
+                timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk), store))
         except kiln.Error as e:
             fewer = f" for session {len(timelines) + 1} of {settings.sessions}; give --sessions {len(timelines)}" if timelines else ""
             raise KilnError(f"{e}{fewer}") from e
         engine = Steps(timelines, settings.queue, chunk, model.max_seq_len)
         try:
-            return cls(directory, manifest, model.tokenizer, model.max_seq_len, engine, settings)
+            served = cls(directory, manifest, model.tokenizer, model.max_seq_len, engine, settings)
         except BaseException:
             engine.close()
             raise
+        if store:
+            served.metrics.snapshots(store.counts)
+        return served
 
     async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
         """Work of the processor that the event loop does not wait for. Raises what it raises, RequestError and KilnError as a Problem."""
@@ -112,21 +118,22 @@ class Served:
             raise unsupported("tools", "this model's template and vocabulary have no markers of calls")
         if wishes.budget is not None and self.markup.thoughts is None:
             raise unsupported("thinking", "this model's template and vocabulary have no markers of thoughts")
-        prompt = await self.aside(dialect.prompt, request, False)
+        prompt = await self.aside(dialect.prompt, request, KEPT)
         grammar = await self.grammar(wishes)
         tools = tuple(tool["function"]["name"] for tool in request.tools)
 
         def parsers() -> list[Parser]:
             return [dialect.parser(prompt, request, wishes.stop, wishes.parallel) for _ in range(wishes.n)]
 
-        return self.begin([(wishes, prompt.ids, parser, tools, grammar) for parser in await self.aside(parsers)])[0]
+        at = tuple(stops(prompt.cuts, 0, len(prompt.ids)))
+        return self.begin([(wishes, prompt.ids, at, parser, tools, grammar) for parser in await self.aside(parsers)])[0]
 
     async def write(self, prompts: Sequence[tuple[int, ...]], wishes: Wishes) -> list[Answer]:
         """Continuations of plain ids, an `Answer` for each prompt."""
         grammar = await self.grammar(wishes)
         found = []
         for ids in prompts:
-            found += [(wishes, ids, Parser(self.vocabulary, Markup(), (), None, wishes.stop), (), grammar) for _ in range(wishes.n)]
+            found += [(wishes, ids, (), Parser(self.vocabulary, Markup(), (), None, wishes.stop), (), grammar) for _ in range(wishes.n)]
         return self.begin(found)
 
     async def grammar(self, wishes: Wishes) -> Callable[[], Any]:
@@ -136,11 +143,11 @@ class Served:
         text = await self.aside(self.grammars.check, wishes.schema, "response_format")
         return lambda: self.grammars.make(text)
 
-    def begin(self, wanted: Sequence[tuple[Wishes, tuple[int, ...], Parser, tuple[str, ...], Callable[[], Any]]]) -> list[Answer]:
+    def begin(self, wanted: Sequence[Wanted]) -> list[Answer]:
         """Submits choices, neighbours of one prompt to one `Answer`; all or none. Raises Problem."""
         answers: list[Answer] = []
         jobs = []
-        for wishes, ids, parser, tools, grammar in wanted:
+        for wishes, ids, at, parser, tools, grammar in wanted:
             if self.draining:
                 raise Problem(503, "the server is shutting down", None, "shutting_down", {"retry-after": "5"})
             if len(ids) >= self.max_seq_len and wishes.most != 0 or len(ids) > self.max_seq_len:
@@ -149,7 +156,7 @@ class Served:
             if not ids:
                 raise wrong("prompt", "has no tokens")
             if not answers or answers[-1].prompt is not ids:
-                answers.append(Answer(self, wishes, ids))
+                answers.append(Answer(self, wishes, ids, at))
             jobs.append(answers[-1].add(parser, tools, grammar()))
         try:
             self.engine.submit(jobs)

@@ -14,6 +14,7 @@ class Settings:
     sessions: int = 1
     queue: int = 64
     chunk: int = 0  # ids of a prompt between two steps of others; 0: the artifact's
+    snapshots: tuple[int, int] = (0, 0)  # bytes kept on the device and on the host
     timeout: float = 0.0
     drain: float = 10.0
     body: int = 16 << 20

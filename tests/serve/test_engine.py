@@ -216,12 +216,12 @@ class Fake:
     """A session of which only the position is asked."""
 
     def __init__(self, held: Sequence[int], used: float, salt: str = ""):
-        self.position = len(held)
+        self.position, self.earliest = len(held), 0
         self.timeline = Timeline(self)
         self.timeline.known, self.timeline.last_used, self.timeline.salt = [*held, 99], used, salt
 
-    def reset(self) -> None:
-        self.position = 0
+    def rewind(self, position: int) -> None:
+        self.position = position
 
 
 def test_which_session_a_prompt_takes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -11,8 +12,12 @@ import openai
 import pytest
 
 import kiln
+from kiln.exporter.conversation.prompt import common
+from kiln.exporter.conversation.request import read_request
+from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.settings import Settings
 from tests.serve import solo
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, running
 
 FREE = {"temperature": 1.0, "top_p": 1.0, "extra_body": {"top_k": 0}}  # of a random model: every token is likely enough
 HI = [{"role": "user", "content": "hi"}]
@@ -199,3 +204,23 @@ def test_errors(client: openai.OpenAI, kind: type[openai.APIStatusError], fields
         client.chat.completions.create(**({"model": "small", "messages": HI} | fields))
     assert (error.value.param, error.value.code) == (param, code) and error.value.type == "invalid_request_error"
     assert json.loads(error.value.response.text)["error"]["message"]
+
+
+def test_a_turn_that_parts_from_the_prompt(talking: Path, model: kiln.Model) -> None:
+    """This template ends a prompt in what its history lacks: the next turn goes on from a snapshot at the cut, and equals a cold run."""
+    settings = Settings(names=("small",), chunk=16, snapshots=(0, 64 << 20))
+    with running(Served.load(talking, "cpu", 1, settings)) as found:
+        client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+        first = client.chat.completions.create(model="small", messages=HI, max_tokens=4, seed=2, **extra())
+        history = [*HI, {"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "b"}]
+        again = client.chat.completions.create(model="small", messages=history, max_tokens=8, seed=3, **extra())
+        ids, cached = again.prompt_token_ids, again.usage.prompt_tokens_details.cached_tokens
+        cuts = found.served.talks().prompt(read_request(HI)).cuts
+        cut = next(at for at, why in cuts.items() if "turn" in why)
+        assert 0 < cached == cut <= common(first.prompt_token_ids, ids) < len(first.prompt_token_ids)
+        assert again.choices[0].token_ids == solo.write(model, ids, 8, 16, (1.0, 0, 1.0, 3))
+        other = client.chat.completions.create(
+            model="small", messages=[{"role": "user", "content": "x y"}], max_tokens=4, seed=1, **extra()
+        )
+        assert other.choices[0].token_ids == solo.write(model, other.prompt_token_ids, 4, 16, (1.0, 0, 1.0, 1))
+        assert re.search(r"kiln:snapshot_hits\S* [1-9]", httpx.get(f"{found.url}/metrics").text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import logging
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -257,3 +260,35 @@ def test_the_page(tmp_path: Path, script: Script) -> None:
     )
     assert client.get("/").headers["content-security-policy"].startswith("default-src 'none'")
     assert client.get("/../secret.txt").status_code in (401, 404) and client.get("/v1/models").status_code == 401
+
+
+def test_other_origins(script: Script) -> None:
+    """Those that were named get their headers, on a refusal too; others none."""
+    served = copy.copy(script.served)
+    served.settings = dataclasses.replace(served.settings, origins=("https://a.example",))
+    client = TestClient(application(served))
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+        assert (
+            client.options("/v1/chat/completions", headers={"origin": origin, **asks}).headers.get("access-control-allow-origin") == allowed
+        )
+        answer = client.get("/v1/models", headers={"origin": origin})
+        assert answer.status_code == 401 and answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_no_prompt_is_logged(script: Script, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with a line for each request, not where a request is refused, not where the server itself fails."""
+    caplog.set_level(logging.DEBUG)
+    served = copy.copy(script.served)
+    served.settings = dataclasses.replace(served.settings, log=True)
+    client = TestClient(application(served), raise_server_exceptions=False)
+    good = {"model": "gemma", "messages": [{"role": "user", "content": "my secret"}]}
+    script.will_say("an answer that is secret, too", 106)
+    assert client.post("/v1/chat/completions", json=good, headers=HEADERS).status_code == 200
+    assert client.post("/v1/chat/completions", json=good | {"temperature": "my secret"}, headers=HEADERS).status_code == 400
+    monkeypatch.setattr(served, "converse", lambda *given: 1 / 0)
+    failed = client.post("/v1/chat/completions", json=good, headers=HEADERS)
+    assert failed.status_code == 500 and failed.json()["error"]["message"] == "internal error"
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "POST /v1/chat/completions 200" in said and "a request failed" in said
+    assert "secret" not in said and KEY not in said

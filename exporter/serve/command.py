@@ -1,0 +1,64 @@
+"""The options of `kiln serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kiln.exporter.errors import KilnError
+from kiln.exporter.parameters import PATH
+
+
+@click.command()
+@click.argument("artifact", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free, which is printed.")
+@click.option("--sessions", type=click.IntRange(1, 1024), default=1, show_default=True, help="Answers at once, each with its caches.")
+@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
+@click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
+@click.option("--snapshot-device-gib", type=click.FloatRange(0), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
+@click.option("--snapshot-host-gib", type=click.FloatRange(0), default=0.0, help="The same of the host; on the CPU the only one.")
+@click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
+@click.option("--drain", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
+@click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
+@click.option("--any-model", is_flag=True, help="Answer to every name.")
+@click.option("--api-keys", type=PATH, metavar="FILE", help="Ask for a key of this file, which has one a line.")
+@click.option("--cors-origins", multiple=True, metavar="ORIGIN", help="Let pages of https://example.org ask; repeatable.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="On loopback, another Host header than localhost; repeatable.")
+@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Largest body of a request.")
+@click.option("--think/--no-think", default=None, help="Where a request does not say.  [default: as the chat template does]")
+@click.option(
+    "--reasoning-field", type=click.Choice(["reasoning_content", "reasoning"]), default="reasoning_content", show_default=True,
+    help="Where chat completions put thoughts.",
+)  # fmt: skip
+@click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
+@click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+def serve(
+    artifact: Path, host: str, port: int, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
+    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
+    snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
+    try:
+        from kiln.exporter.serve.server import loopback, read_keys
+        from kiln.exporter.serve.server import serve as run_server
+        from kiln.exporter.serve.settings import Settings
+    except ImportError as e:
+        raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
+    settings = Settings(
+        names=names or (artifact.resolve().name or "kiln",),
+        chunk=prefill_chunk or 0,
+        keys=read_keys(api_keys) if api_keys else (),
+        origins=cors_origins,
+        hosts=("localhost", "127.0.0.1", "::1", *(h.lower() for h in allow_host)) if loopback(host) else None,
+        snapshots=(int(snapshot_device_gib * (1 << 30)), int(snapshot_host_gib * (1 << 30))),
+        body=max_body_mib << 20,
+        log=log_requests,
+        **options,
+    )
+    run_server(artifact, host, port, device, threads, settings)
