@@ -1,8 +1,14 @@
 """Importing this module registers every `torch.ops.kiln` operator."""
 
 from kiln.custom_ops import markers  # noqa: F401
-from kiln.custom_ops.attention import global_attention, prepare, row_attention, sliding_attention  # noqa: F401
-from kiln.custom_ops.attention import sliding_decode, sliding_rows  # noqa: F401
+from kiln.custom_ops.attention import (  # noqa: F401
+    global_attention,
+    prepare,
+    row_attention,
+    sliding_attention,
+    sliding_decode,
+    sliding_rows,
+)
 from kiln.custom_ops.delta import chunk  # noqa: F401
 from kiln.custom_ops.delta import step as delta_step  # noqa: F401
 from kiln.custom_ops.experts import branches, route, router  # noqa: F401
