@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from kiln.exporter.conversation.prompt import Prompt, common
 from kiln.exporter.conversation.request import RequestError
 from kiln.exporter.conversation.terminal import Printer, interruptible, shown
 from kiln.exporter.errors import KilnError
+from tests.conftest import shared
 
 FIGURES = r"prompt \d+ tokens: (\d+) reused, (\d+) evaluated"
 
