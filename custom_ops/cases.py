@@ -17,6 +17,8 @@ MODULES = (
     "weights.linear",
     "weights.matmul",
     "weights.embedding",
+    "delta.step",
+    "delta.chunk",
     "experts.route",
     "experts.router",
     "experts.linear",
@@ -26,10 +28,12 @@ MODULES = (
     "step.sample",
     "attention.sliding_attention",
     "attention.sliding_decode",
+    "attention.sliding_rows",
     "attention.global_attention",
     "tq4.codec",
     "tq4.attention",
     "tq4.decode",
+    "tq4.decode_rows",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kiln.custom_ops.weights.mixes import EMBEDDING, MIXES, OUTPUT, block_types
 
 EPS = 1e-6  # inside the roots of all norms
+MAX_ROWS = 8  # tokens of one decode step, at most
 CONTEXT, EXACT_WINDOW = 131072, 256  # slots of the caches, and of the TQ4 exact window, that kernels are compiled and timed for
 
 # How the matmul with a matrix ends in a fused decode step: in parts that attention adds up, gated, with the sums of squares that a norm

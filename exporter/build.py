@@ -41,6 +41,7 @@ from kiln.passes.records import UNFUSED, PassOptions, first_of
 GIB = 2**30
 PACKAGE_BYTES = 64 << 20  # of the compiled code for one target and what else is small, at most
 DEFAULT_SEQ_LEN = 8192
+ROW_ALIGNMENT = 16  # bytes, of what compiled code takes for a cache: one timeline's slice of those of all rows
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ExportOptions:
     turboquant: bool = False
     residual_length: int = PassOptions.residual_length
     cache: str = "float16"
+    decode_rows: tuple[int, ...] = (1,)
+    rows: int = 1
     targets: tuple[str, ...] = ()
     activation_dtype: str = "auto"
     decode_activations: str = "exact"
@@ -96,7 +99,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     cpu = targets == ("cpu",)
     rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
     if rule is not None and not cpu:
-        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, which has no GPU kernel yet; give --target cpu")
+        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, whose kernels ran on no GPU yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -107,6 +110,10 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     global_layers = any(cache.kind == "global" for cache in cache_specs(config))
     if options.turboquant and not global_layers:
         raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
+    if not cpu and options.decode_rows != (1,):
+        raise KilnError("--decode-rows: steps of several tokens have no GPU kernels yet; give --target cpu, or leave it away")
+    if options.decode_rows != (1,) and any(cache.kind == "state" for cache in cache_specs(config)):
+        raise KilnError(f"--decode-rows: {config.name} has layers with a state, which takes one token after the other; leave it away")
     spec = GraphSpec(
         cache=options.cache,
         config=config,
@@ -123,13 +130,27 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
             allow_unfused=options.allow_unfused,
+            decode_rows=options.decode_rows,
+            rows=options.rows,
         ),
     )
     largest, tensor = plan.key_bound
     if spec.cache_dtype == torch.float16 and largest > torch.finfo(torch.float16).max:
         raise KilnError(f"{tensor}: keys or queries up to {largest:.3g} do not fit float16; give --kv-cache bf16")
     _check_shapes(spec, gpu=not cpu)
+    _check_rows(spec)
     return spec
+
+
+def _check_rows(spec: GraphSpec) -> None:
+    """KilnError where a row's caches would not begin where compiled code expects memory to begin."""
+    if spec.options.rows == 1:
+        return
+    for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options):
+        if buffer.nbytes % ROW_ALIGNMENT:
+            better = -(-spec.max_seq_len // ROW_ALIGNMENT) * ROW_ALIGNMENT
+            raise KilnError(f"--rows {spec.options.rows}: {buffer.name} has {buffer.nbytes} bytes, no multiple of {ROW_ALIGNMENT}; "
+                            f"give --max-seq-len {better}")  # fmt: skip
 
 
 def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
@@ -188,7 +209,7 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report, packing=gguf is not None))
         planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
-        if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):
+        if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):  # of prefill, which has one timeline
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
         write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()), gguf)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -263,5 +284,9 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
     print(f"KV global   {size_text(memory.kv_global):>11}  ({'TQ4' if spec.options.turboquant else cache})")
     if memory.kv_state:
         print(f"state       {size_text(memory.kv_state):>11}  (of any context, before and after a step, float32)")
+    if spec.options.rows > 1 or spec.options.spare_slots:
+        each = (memory.kv_ring + memory.kv_global + memory.kv_state) // spec.options.rows
+        steps = ", ".join(map(str, spec.options.decode_rows))
+        print(f"rows        {spec.options.rows:>11}  (timelines of {size_text(each)} each, in all of the above; steps of {steps} tokens)")
     print(f"activations {size_text(memory.activations):>11}  (estimate, prefill scratch included)")
     print(f"total       {size_text(memory.total):>11}", flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from kiln.custom_ops.geometry import GEOMETRIES
+from kiln.custom_ops.geometry import GEOMETRIES, MAX_ROWS
 from kiln.custom_ops.weights.mixes import SYNTHETIC
 from kiln.exporter.errors import KilnError
 from kiln.exporter.interrupt import ending_cleanly
@@ -49,6 +49,17 @@ def main() -> None:
     """Fire a GGUF file into a compiled artifact, and run it."""
 
 
+def _decode_rows(text: str) -> tuple[int, ...]:
+    """Ascending, the first 1."""
+    try:
+        counts = sorted({1, *(int(part) for part in text.split(","))})
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4,8") from None
+    if counts[0] < 1 or counts[-1] > MAX_ROWS:
+        raise click.BadParameter(f"{text!r}: a step takes 1 to {MAX_ROWS} tokens")
+    return tuple(counts)
+
+
 @main.command()
 @click.option("--gguf", "gguf_path", type=PATH, required=True, help="The model file (any part of a split one).")
 @click.option("--out", type=PATH, required=True, help="Directory of the artifact.")
@@ -72,6 +83,15 @@ def main() -> None:
     metavar="N",
     help="With tq4: the newest N keys and values of a global layer are read in 16 bits; a multiple of 32.  [default: 256]",
 )
+@click.option(
+    "--decode-rows",
+    metavar="M,M,..",
+    default="1",
+    show_default=True,
+    callback=lambda ctx, option, text: _decode_rows(text),
+    help="Numbers of tokens that one step may take, up to 8: of several timelines, or drafts of one. 1 is always among them.",
+)
+@click.option("--rows", type=click.IntRange(1, 64), default=1, show_default=True, help="Timelines whose caches lie side by side.")
 @click.option(
     "--target",
     "targets",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,9 +17,6 @@ from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.gemv import glu_fits
 from kiln.passes import edit
 from kiln.passes.edit import KILN
-
-if TYPE_CHECKING:
-    from kiln.passes.fuse_decode import _Fuser
 
 aten = torch.ops.aten
 
@@ -52,8 +49,8 @@ class _Experts:
     sum: Node
 
 
-def rewrite(fuser: _Fuser, down: Node) -> None:
-    """`down`: a matmul with chosen experts, which may be the last of a layer's experts."""
+def rewrite(fuser: Any, down: Node) -> None:
+    """fuser: that of `fuse_decode`. down: a matmul with chosen experts, which may be the last of a layer's experts."""
     found = _experts(down)
     if found is None:
         return

@@ -1,4 +1,5 @@
-"""Cache writes `cache[pos] = x` and `cache[a:b] = x` become `index_copy_` along the position dimension.
+"""Cache writes `cache[pos] = x`, `cache[a:b] = x` and `cache[row, pos] = x` become `index_copy_` along the position dimension, the last
+along the positions of all rows, row * slots + pos of a view.
 
 index_copy_ needs no broadcasting and no accumulate path, and is the one form of write that later passes look for.
 """
@@ -19,15 +20,16 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     buffers = edit.buffers(ep)
     places = []
     for node in list(ep.graph.nodes):
-        write = _index_put(node, buffers) or _slice_copy(ep, node, buffers)
+        write = _index_put(node, buffers) or _slice_copy(ep, node, buffers) or _row_put(ep, node, buffers)
         if write is None:
             continue
         cache, dim, index, value = write
+        written = buffers[edit.root(cache)]
         if value.meta["val"].dim() < cache.meta["val"].dim():
             value = edit.emit(ep, node, aten.view.default, value, _region(cache, dim, 1))
         new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
-        edit.replace(ep, node, new)
-        places.append(buffers[cache])
+        edit.replace(ep, node, new if cache in buffers else edit.root(cache))
+        places.append(written)
     ep.graph.eliminate_dead_code(is_impure_node=_impure)
     if not places:
         raise edit.PassError("pass index_copy: no cache write found; the model must write its caches with cache[pos] = x")
@@ -51,6 +53,24 @@ def _index_put(node: Node, buffers) -> tuple | None:
     if index.meta["val"].dtype != torch.int64 or index.meta["val"].dim() != 1 or not _fills(cache, dim, index.meta["val"].shape[0], value):
         return None
     return cache, dim, index, value
+
+
+def _row_put(ep, node: Node, buffers) -> tuple | None:
+    """cache [B, slots, ...], two indices [M]."""
+    if not edit.is_call(node, aten.index_put_.default) or len(node.args) > 3 or node.kwargs or len(node.args[1]) != 2:
+        return None
+    cache, indices, value = edit.resolve(node.args[0]), node.args[1], node.args[2]
+    if cache not in buffers or any(i is None or i.meta["val"].dtype != torch.int64 or i.meta["val"].dim() != 1 for i in indices):
+        return None
+    (row, pos), (batch, slots, *rest) = indices, cache.meta["val"].shape
+    tokens = pos.meta["val"].shape[0]
+    if cache.meta["val"].dim() < 2 or row.meta["val"].shape[0] != tokens or value.meta["val"].dtype != cache.meta["val"].dtype:
+        return None
+    if [*value.meta["val"].shape] not in ([tokens, *rest], rest if tokens == 1 else None):
+        return None
+    flat = edit.emit(ep, node, aten.view.default, cache, [batch * slots, *rest])
+    index = edit.emit(ep, node, aten.add.Tensor, edit.emit(ep, node, aten.mul.Tensor, row, slots), pos)
+    return flat, 0, index, value
 
 
 def _slice_copy(ep, node: Node, buffers) -> tuple | None:

@@ -23,6 +23,16 @@ class PassOptions:
     decode_bytes: int = 0  # of an activation of a decode matmul, in fixed point; 0: as they are, nothing fused (the CPU target)
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
     matmul: str = "blas"  # of matmuls on a GPU: "kiln" (our kernels) or "blas"
+    decode_rows: tuple[int, ...] = (1,)  # M of each decode graph, ascending, the first 1: how many tokens one step takes
+    rows: int = 1  # timelines whose caches lie side by side, of which the graphs of several tokens take any
+
+    @property
+    def spare_slots(self) -> int:
+        """Of a ring, beyond its window w. A step of M tokens writes positions p .. p + M - 1 before its first attends to p - w + 1, which
+        takes M - 1. A second may be queued behind it, up to p + 2M - 1, when the host keeps one token alone and goes on at p + 1, which
+        attends to p + 2 - w: w + 2M - 2 slots keep that.
+        """
+        return 2 * (self.decode_rows[-1] - 1)
 
 
 @dataclass(frozen=True)

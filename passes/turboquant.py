@@ -1,7 +1,8 @@
 """Global layers: the K and V caches become TQ4 caches with an exact window, their writes and their attention the TQ4 ops.
 
 Codes are written before the attention, which reads the older part of a long chunk there; the exact window, a ring, is written after it, as
-that of a sliding layer is: after the last attention where several layers read one cache. Sliding layers stay as they are.
+that of a sliding layer is: after the last attention where several layers read one cache. Sliding layers stay as they are. In a step of
+several tokens codes and exact window are written before the first attention.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("turboquant", "off", note="--turboquant switches it on")
     if options.residual_length < 1:
         raise PassError(f"pass turboquant: residual length {options.residual_length}; expected at least 1")
-    swap = _Swap(lowered.program, options.residual_length)
+    swap = _Swap(lowered.program, options)
     readers: dict[Node, list[Node]] = {}  # a cache's, in graph order
     for node in lowered.program.graph.nodes:
-        if edit.is_call(node, KILN.global_attention.default):
+        if edit.is_call(node, KILN.global_attention.default, KILN.global_rows.default):
             readers.setdefault(edit.resolve(node.args[1]), []).append(node)
     places = tuple(place for calls in readers.values() for place in swap(calls))
     if not places:
@@ -34,8 +35,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 
 
 class _Swap:
-    def __init__(self, ep: ExportedProgram, exact_window: int):
-        self.ep, self.exact_window = ep, exact_window
+    def __init__(self, ep: ExportedProgram, options: PassOptions):
+        self.ep, self.exact_window, self.ring_slots = ep, options.residual_length, options.residual_length + options.spare_slots
         self.places: dict[Node, tuple[Node, Node | None]] = {}  # positions -> their slots of the ring, and whose rows go there
 
     def emit(self, before: Node, target, *args) -> Node:
@@ -44,35 +45,51 @@ class _Swap:
     def __call__(self, readers: list[Node]) -> list[str]:
         """The places that were rewritten: attentions over one cache."""
         ep, attention = self.ep, readers[0]
-        _, k_cache, v_cache, pos, _ = (edit.resolve(a) for a in attention.args)
+        _, k_cache, v_cache, pos, row = (edit.resolve(a) for a in attention.args)
+        by_row = edit.is_call(attention, KILN.global_rows.default)
+        at, read = ([pos, row], 5) if by_row else ([pos], 4)
         buffers = edit.buffers(ep)
         writes = [_only_write(c, readers) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
-        if None in writes or not writes[0].args[2] is writes[1].args[2] is pos:
+        if None in writes or any(_position(write, k_cache) != at for write in writes):
             return []
-        if any([edit.resolve(a) for a in reader.args[1:4]] != [k_cache, v_cache, pos] for reader in readers):
+        if any([edit.resolve(a) for a in reader.args[1:read]] != [k_cache, v_cache, *at] for reader in readers):
             return []
-        slots, kv_heads, head_dim = k_cache.meta["val"].shape
+        *lead, slots, kv_heads, head_dim = k_cache.meta["val"].shape
         if head_dim & (head_dim - 1) or not 64 <= head_dim <= 512:
             raise PassError(f"pass turboquant: {buffers[k_cache]} has head size {head_dim}; TQ4 needs a power of two from 64 to 512")
         dtype, device = k_cache.meta["val"].dtype, k_cache.meta["val"].device
         prefix, places = buffers[k_cache].rsplit(".", 1)[0], [edit.layer_part(ep, reader.args, "attention") for reader in readers]
         caches, rings = [], []
         for side in ("k", "v"):
-            caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (kv_heads, slots, head_dim // 4), torch.int16, device))
-            caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (kv_heads, slots), torch.float16, device))
-            rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (self.exact_window, kv_heads, head_dim), dtype, device))
+            caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (*lead, kv_heads, slots, head_dim // 4), torch.int16, device))
+            caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (*lead, kv_heads, slots), torch.float16, device))
+            rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (*lead, self.ring_slots, kv_heads, head_dim), dtype, device))
         own = [write.args[3] for write in writes]
-        slot, last = self.place(pos, attention)
-        self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
+        if by_row:
+            self.emit(attention, KILN.tq4_write_rows.default, *caches, *own, *at)
+            slot = self.row_place(pos, row, attention)
+            for ring, x in zip(rings, own, strict=True):
+                flat = self.emit(attention, aten.view.default, ring, [lead[0] * self.ring_slots, kv_heads, head_dim])
+                self.emit(attention, aten.index_copy_.default, flat, 0, slot, x)
+        else:
+            slot, last = self.place(pos, attention)
+            self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
         for reader in readers:
             q, *_, kv_len = reader.args
-            new = self.emit(reader, KILN.tq4_attention.default, q, *own, *caches, *rings, pos, kv_len)
+            if by_row:
+                edit.replace(ep, reader, self.emit(reader, KILN.tq4_rows.default, q, *caches, *rings, *at, self.exact_window))
+                continue
+            longer = () if self.ring_slots == self.exact_window else (self.exact_window,)
+            new = self.emit(reader, KILN.tq4_attention.default, q, *own, *caches, *rings, pos, kv_len, *longer)
             for ring, x in zip(rings, own, strict=True) if reader is readers[-1] else ():
                 kept = x if last is None else self.emit(reader, aten.index.Tensor, x, [last])
                 self.emit(reader, aten.index_copy_.default, ring, 0, slot, kept)
             edit.replace(ep, reader, new)
         for write in writes:
+            target = write.args[0]
             ep.graph.erase_node(write)
+            if target not in buffers:
+                ep.graph.erase_node(target)  # the view of all rows
         edit.remove_buffer(ep, k_cache)
         edit.remove_buffer(ep, v_cache)
         return places
@@ -83,17 +100,38 @@ class _Swap:
             last = None
             if pos.meta["val"].shape[0] != 1:
                 ends = [self.emit(before, aten.slice.Tensor, pos, 0, *span) for span in ((0, 1), (-1, 2**63 - 1))]
-                turns = self.emit(before, aten.floor_divide.default, self.emit(before, aten.sub.Tensor, ends[1], pos), self.exact_window)
+                turns = self.emit(before, aten.floor_divide.default, self.emit(before, aten.sub.Tensor, ends[1], pos), self.ring_slots)
                 index = self.emit(before, aten.sub.Tensor, pos, ends[0])
-                last = self.emit(before, aten.add.Tensor, index, self.emit(before, aten.mul.Tensor, turns, self.exact_window))
-            self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.exact_window), last
+                last = self.emit(before, aten.add.Tensor, index, self.emit(before, aten.mul.Tensor, turns, self.ring_slots))
+            self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.ring_slots), last
         return self.places[pos]
+
+    def row_place(self, pos: Node, row: Node, before: Node) -> Node:
+        """Each token's slot among those of all rows."""
+        if pos not in self.places:
+            slot = self.emit(before, aten.remainder.Scalar, pos, self.ring_slots)
+            slot = self.emit(before, aten.add.Tensor, self.emit(before, aten.mul.Tensor, row, self.ring_slots), slot)
+            self.places[pos] = slot, None
+        return self.places[pos][0]
+
+
+def _position(write: Node, cache: Node) -> list[Node] | None:
+    """[pos] of a write to the cache of one timeline, [pos, row] of one at row * slots + pos."""
+    index = write.args[2]
+    if write.args[0] is cache or not edit.is_call(index, aten.add.Tensor):
+        return [index]
+    scaled, pos = index.args
+    if not edit.is_call(scaled, aten.mul.Tensor) or scaled.args[1] != cache.meta["val"].shape[1]:
+        return None
+    return [pos, scaled.args[0]]
 
 
 def _only_write(cache: Node, readers: list[Node]) -> Node | None:
-    """The one index_copy_ along dimension 0 that fills `cache`, when nothing but it and, after it, the readers touch the cache."""
-    writes = [u for u in cache.users if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]
+    """The one index_copy_ along dimension 0 that fills `cache`, or a view of it, when nothing but it and, later, the readers touch it."""
+    views = [u for u in cache.users if edit.is_call(u, aten.view.default)]
+    touching = {u for node in (cache, *views) for u in node.users} - set(views)
+    writes = [u for u in touching if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]
     if len(writes) != 1:
         return None
-    others = (set(cache.users) | set(writes[0].users)) - {writes[0], *readers}
+    others = (touching | set(writes[0].users)) - {writes[0], *readers}
     return None if others or not writes[0] < readers[0] else writes[0]

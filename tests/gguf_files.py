@@ -48,3 +48,17 @@ def rewrite(
     tensors = [(t.name, t.shape, t.type, file.data(t.name)) for t in kept]
     tensors += [(name, *changed) for name, changed in set_tensors.items()]
     return write(path, metadata, tensors)
+
+
+def two_layers(path: Path) -> Path:
+    """The small fixture's first layer, with a window of 16, and its third, with none: what is compiled in a test."""
+    source = FIXTURES / "gemma4-tiny-dense.gguf"
+    file = open_gguf(source)
+    moved = {"blk.1." + name.removeprefix("blk.2."): t for name, t in file.tensors.items() if name.startswith("blk.2.")}
+    gone = [name for name in file.tensors if name.startswith("blk.") and not name.startswith("blk.0.")]
+    keys: dict[str, tuple[GGUFValueType, object]] = {
+        "gemma4.block_count": (GGUFValueType.UINT32, 2),
+        "gemma4.attention.sliding_window_pattern": (GGUFValueType.BOOL, [True, False]),
+        "gemma4.attention.head_count_kv": (GGUFValueType.INT32, [2, 1]),
+    }
+    return rewrite(path, source, gone, {name: (t.shape, t.type, file.data(t.name)) for name, t in moved.items()}, keys)

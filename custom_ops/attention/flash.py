@@ -150,14 +150,24 @@ def decode_keys(q_ptr, k_ptr, v_ptr, o_ptr, ml_ptr, head, split, low, high, RING
 @triton.jit
 def kiln_flash_decode(q_ptr, k_ptr, v_ptr, pos_ptr, len_ptr, o_ptr, ml_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                         RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
-                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr):
+                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr, ROW: tl.constexpr):
     """One query token, one KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2].
 
     Products are transposed, S^T = K Q^T and O^T = V^T P^T, because a group of 8 heads fills the N of a tensor-core tile, but half its M.
+    ROW > 0, without HAS_LEN: grid (KV, SPLITS, tokens), caches of several rows of ROW elements; len_ptr, int64, is the row of each token.
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
     split = tl.program_id(1)
+    if ROW > 0:
+        token = tl.program_id(2)
+        row = tl.load(len_ptr + token) * ROW
+        k_ptr += row
+        v_ptr += row
+        pos_ptr += token
+        q_ptr += token * (KV * GROUP * D)
+        o_ptr += token * (SPLITS * KV * GROUP * D)
+        ml_ptr += token * (SPLITS * KV * GROUP * 2)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW)
     size = split_size(start, end, SPLITS, BLOCK_N)
     low = start + split * size
@@ -191,13 +201,19 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
 @triton.jit
 def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr):
+                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
     """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value unless a split has them already (OWN).
 
-    TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+    TERMS > 0: out_ptr is a row of H * D elements in fixed point. MANY, where no own key is merged: grid (heads, tokens).
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
+    if MANY:
+        token = tl.program_id(1)
+        pos_ptr += token
+        o_ptr += token * (SPLITS * HEADS * D)
+        ml_ptr += token * (SPLITS * HEADS * 2)
+        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4) if TERMS > 0 else HEADS * D)
     dim = tl.arange(0, D)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
     active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
@@ -307,11 +323,11 @@ def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, d
                      has_len: bool, own: bool = False, terms: int = 0) -> tuple[dict, dict]:
     """The constants of `kiln_flash_decode` and of `kiln_flash_merge`; own, terms: the latter's OWN and TERMS."""
     group = heads // kv_heads
-    splits = split_count(target, tile, kv_heads, slots)
+    splits = split_count(target, tile, kv_heads, min(slots, window) if window else slots)  # of a ring's spare slots none is attended to
     shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,
               "EARLY": early(target)}
-    return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads)},
-            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms})
+    return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads), "ROW": 0},
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms, "MANY": False})
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:
@@ -363,6 +379,25 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_stored:
     return out
 
 
+def flash_rows(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Causal attention of each query, [T, H, D], to the cache of its row, which holds its own key: `flash_attention` of that query alone.
+
+    k_cache, v_cache [B, S, KV, D]; pos, row int64 [T]. Returns [T, H, D].
+    """
+    (tokens, heads, dim), (_, slots, kv_heads, _), target = q.shape, k_cache.shape, current_target()
+    check_kernel_shapes("attention", dim, k_cache[0])
+    tile = decode_tile(q.dtype, target, dim)
+    split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, 0, False)
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    part = torch.empty(tokens, split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(tokens, split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
+    kernel(kiln_flash_decode)[(kv_heads, split["SPLITS"], tokens)](q.contiguous(), k_cache, v_cache, pos, row, part, sums,
+                                                                   **split | {"ROW": slots * kv_heads * dim}, num_warps=tile.warps,
+                                                                   num_stages=tile.stages)
+    kernel(kiln_flash_merge)[(heads, tokens)](part, sums, pos, pos, q, q, q, out, **merge | {"MANY": True}, num_warps=merge_warps(dim))
+    return out
+
+
 def prefill_case(name: str, dtype: torch.dtype, pointer: str, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int,
                  window: int, lse: bool = False) -> KernelCase:
     """The compilation behind `flash_prefill`; pointer: of one to dtype."""
@@ -385,6 +420,13 @@ def flash_cases(name: str, target: GpuTarget, shape: Heads, slots: int, window: 
         split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, not window)
         cases.append(KernelCase(f"{label} decode", kiln_flash_decode, inputs | position | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
+        if not window:
+            split, rows = decode_constants(tile, target, heads, kv_heads, dim, slots, 0, False)
+            at = {"pos_ptr": "*i64", "len_ptr": "*i64"}
+            cases.append(KernelCase(f"{label} decode rows", kiln_flash_decode, inputs | at | parts,
+                                    split | {"ROW": slots * kv_heads * dim}, {"num_warps": tile.warps, "num_stages": tile.stages}))
+            cases.append(KernelCase(f"{label} merge rows", kiln_flash_merge, parts | at | inputs | {"out_ptr": pointer},
+                                    rows | {"MANY": True}, {"num_warps": merge_warps(dim)}))
         cases.append(KernelCase(f"{label} merge", kiln_flash_merge, parts | position | inputs | {"out_ptr": pointer}, merge,
                                 {"num_warps": merge_warps(dim)}))
         cases.append(prefill_case(f"{label} prefill", dtype, pointer, target, heads, kv_heads, dim, slots, window))

@@ -113,24 +113,43 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
                           stride, v_stride, EPS: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
                           V_PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                           ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                          AHEAD: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr):
+                          AHEAD: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+                          TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, WRITE: tl.constexpr):
     """One KV head, one split of the keys: o_ptr float32 [SPLITS, H, D] unnormalized, ml_ptr float32 [SPLITS, H, 2]. Grid (KV, SPLITS).
 
     q, k: the sum of PARTS rows, `stride` apart; v: of V_PARTS, `v_stride` apart. ROWS: GROUP rounded up to a power of two, PAD: to what a
     tensor-core tile takes; matmuls are transposed as in `kiln_flash_decode`. The split of the last key writes it to the rings.
     SHARED: the layer has no keys and values of its own; another's kernel of this step has written the token's to the rings.
+    TOKEN > 0: there are several tokens, which begin TOKEN elements apart, those of v V_TOKEN. A first launch, WRITE, writes their keys and
+    values alone, grid (KV, 1, tokens); a second, SHARED, attends, grid (KV, SPLITS, tokens). The rings are of several rows. Which row is a
+    token's, int64, stands in place of the norm's weight that the launch has no use for. o_ptr and ml_ptr are of each token.
     """
     H: tl.constexpr = D // 2
     head = tl.program_id(0)
     split = tl.program_id(1)
     half = tl.arange(0, H)
-    q_weight0 = tl.load(q_weight_ptr + half)
-    q_weight1 = tl.load(q_weight_ptr + H + half)
-    k_weight0 = tl.load(k_weight_ptr + half)
-    k_weight1 = tl.load(k_weight_ptr + H + half)
+    if TOKEN > 0:
+        token = tl.program_id(2)
+        row = tl.load((q_weight_ptr if WRITE else k_weight_ptr) + token) * (RING * KV * D)
+        k_ring_ptr += row
+        v_ring_ptr += row
+        pos_ptr += token
+        q_ptr += token * TOKEN
+        k_ptr += token * TOKEN
+        v_ptr += token * V_TOKEN
+        cos_ptr += token * H
+        sin_ptr += token * H
+        o_ptr += token * (SPLITS * KV * GROUP * D)
+        ml_ptr += token * (SPLITS * KV * GROUP * 2)
+    if not WRITE:
+        q_weight0 = tl.load(q_weight_ptr + half)
+        q_weight1 = tl.load(q_weight_ptr + H + half)
+    if TOKEN == 0 or WRITE:
+        k_weight0 = tl.load(k_weight_ptr + half)
+        k_weight1 = tl.load(k_weight_ptr + H + half)
     start, end = decode_range(pos_ptr, pos_ptr, False, WINDOW, True)  # the position was written before this step
     size = split_size(start, end, SPLITS, BLOCK_N)
-    low = start + split * size
+    low = end - 1 if WRITE else start + split * size
     if low >= end:
         return  # the merge computes the same split size and does not read this one
     stored = tl.minimum(low + size, end - 1)  # the token's own key and value come from the matmul
@@ -141,13 +160,15 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 
     owner = low + size >= end
     DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
-    q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
+    if not WRITE:
+        q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
     if not SHARED:
         k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
         v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
-    q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
+    if not WRITE:
+        q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
     if not SHARED:
         own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
         v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
@@ -163,25 +184,26 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         tl.store(k_ring_ptr + slot + H + half[None, :], own_k1, owner)
         tl.store(v_ring_ptr + slot + dim, own_v, owner)
 
-    # the softmax begins with the token's own key
-    score = tl.sum(q0.to(tl.float32) * own_k0.to(tl.float32) + q1.to(tl.float32) * own_k1.to(tl.float32), 1) * LOG2E
-    m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
-    total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
-    acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]  # of other splits zeros, the norm of no parts
-    q0 = _columns(q0, ROWS, PAD, H)
-    q1 = _columns(q1, ROWS, PAD, H)
-    if AHEAD:
-        m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
-        low += BLOCK_N
-    for n in tl.range(low, stored, BLOCK_N):
-        p = n + tl.arange(0, BLOCK_N)
-        k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
-        m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
-    group = tl.arange(0, PAD)
-    part = split * (KV * GROUP) + head * GROUP + group
-    tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
-    tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
-    tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
+    if not WRITE:
+        # the softmax begins with the token's own key
+        score = tl.sum(q0.to(tl.float32) * own_k0.to(tl.float32) + q1.to(tl.float32) * own_k1.to(tl.float32), 1) * LOG2E
+        m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
+        total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
+        acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]  # of other splits zeros, the norm of no parts
+        q0 = _columns(q0, ROWS, PAD, H)
+        q1 = _columns(q1, ROWS, PAD, H)
+        if AHEAD:
+            m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
+            low += BLOCK_N
+        for n in tl.range(low, stored, BLOCK_N):
+            p = n + tl.arange(0, BLOCK_N)
+            k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
+            m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
+        group = tl.arange(0, PAD)
+        part = split * (KV * GROUP) + head * GROUP + group
+        tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)
+        tl.store(ml_ptr + part * 2, m, mask=group < GROUP)
+        tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
 
 
 def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
@@ -192,11 +214,12 @@ def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: in
                terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
-    del split["HAS_LEN"]
+    del split["HAS_LEN"], split["ROW"]
     pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
     ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
     form = {"V_NORM": v_norm, "SCALE": scale, "SHARED": shared, "ROWS": triton.next_power_of_2(heads // kv_heads)}
-    return split | pads | form | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
+    one = {"TOKEN": 0, "V_TOKEN": 0, "WRITE": False}
+    return split | pads | form | one | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
 
 
 @triton_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
@@ -205,7 +228,8 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
                    terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
     """`prepare_qkv` with norms of q and k, then sliding-window attention, the token's key and value written to the rings.
 
-    k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R = min(window, max_seq_len); pos [1] int64.
+    k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R is no less than min(window, max_seq_len); pos [1]
+    int64.
     Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)

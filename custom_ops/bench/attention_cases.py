@@ -6,7 +6,20 @@ import torch
 
 from kiln.custom_ops.attention import prepare
 from kiln.custom_ops.attention.flash import attend
-from kiln.custom_ops.bench.cases import PLAIN_STEP, ROUNDED, STEP, TERMS, Case, Tensors, Workload, clone, fixed_bytes, kiln, normal
+from kiln.custom_ops.bench.cases import (
+    PLAIN_STEP,
+    ROUNDED,
+    STEP,
+    TERMS,
+    Case,
+    Tensors,
+    Workload,
+    clone,
+    fixed_bytes,
+    kiln,
+    normal,
+    of_tokens,
+)
 from kiln.custom_ops.geometry import EPS, Heads, keys_attended
 from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.weights import fixed_point
@@ -64,14 +77,15 @@ def sliding_case(work: Workload, tokens: int) -> Case:
     )
 
 
-def projections(g: torch.Generator, heads: Heads) -> Tensors:
-    """q, k, v of one token in parts, weights of the norms, cos and sin."""
-    qk = normal(g, PARTS, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
-    v = normal(g, PARTS, heads.kv * heads.dim, dtype=torch.float32)
+def projections(g: torch.Generator, heads: Heads, tokens: int = 1) -> Tensors:
+    """q, k, v of each token in parts, weights of the norms, cos and sin."""
+    parts = (PARTS,) if tokens == 1 else (PARTS, tokens)
+    qk = normal(g, *parts, (heads.queries + heads.kv) * heads.dim, dtype=torch.float32)
+    v = normal(g, *parts, heads.kv * heads.dim, dtype=torch.float32)
     weights = (normal(g, heads.dim, dtype=torch.float32, scale=SPREAD) for _ in range(2))
-    angle = normal(g, 1, heads.dim // 2, dtype=torch.float32)
+    angle = normal(g, tokens, heads.dim // 2, dtype=torch.float32)
     columns = heads.queries * heads.dim
-    return (qk[:, :columns], qk[:, columns:], v, *weights, angle.cos(), angle.sin())
+    return (qk[..., :columns], qk[..., columns:], v, *weights, angle.cos(), angle.sin())
 
 
 def around_bytes(heads: Heads) -> int:
@@ -79,35 +93,39 @@ def around_bytes(heads: Heads) -> int:
     return 4 * PARTS * (heads.queries + 2 * heads.kv) * heads.dim + fixed_bytes(heads.queries * heads.dim)
 
 
-def sliding_decode_case(work: Workload) -> Case:
-    """From the projections, in as many parts as their matmuls leave them, to the next matmul's activations."""
+def sliding_decode_case(work: Workload, tokens: int = 1) -> Case:
+    """From the projections, in as many parts as their matmuls leave them, to the next matmul's activations; several tokens of one row."""
     heads, window = work.sliding, work.window
-    start = 4 * window
+    start, slots = 4 * window, window + tokens - 1
 
     def arguments(g: torch.Generator) -> Tensors:
-        raw = projections(g, heads)
-        return (*raw, *(normal(g, window, heads.kv, heads.dim, scale=SPREAD) for _ in range(2)), positions(g, start, start + 1))
+        shape = (slots, heads.kv, heads.dim) if tokens == 1 else (1, slots, heads.kv, heads.dim)
+        rings = (normal(g, *shape, scale=SPREAD) for _ in range(2))
+        row = () if tokens == 1 else (torch.zeros(tokens, dtype=torch.int64, device=g.device),)
+        return (*projections(g, heads, tokens), *rings, positions(g, start, start + tokens), *row)
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos = arguments
+        q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, *_ = arguments
         prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, k_ring.dtype)
-        past = torch.arange(start - window + 1, start, device=pos.device) % window
-        keys, values = (torch.cat([ring[past], own]) for ring, own in zip((k_ring, v_ring), prepared[1:], strict=True))
-        mask = torch.ones(1, window, dtype=torch.bool, device=pos.device)
-        return attend(prepared[0].float(), keys, values, mask).flatten(1)
+        past = torch.arange(start - window + 1, start, device=pos.device)
+        sides = ((k_ring.flatten(0, -3), prepared[1]), (v_ring.flatten(0, -3), prepared[2]))
+        keys, values = (torch.cat([ring[past % slots], own]) for ring, own in sides)
+        distance = pos[:, None] - torch.cat([past, pos])
+        return attend(prepared[0].float(), keys, values, (distance >= 0) & (distance < window)).flatten(1)
 
+    op = kiln.sliding_decode if tokens == 1 else kiln.sliding_decode_rows
     return Case(
         op="sliding_decode",
-        shape=f"1 over {window}",
-        bytes=2 * 2 * heads.kv * heads.dim * window + around_bytes(heads),
-        flops=attention_flops(heads, window),
+        shape=f"{tokens} over {window}",
+        bytes=2 * 2 * heads.kv * heads.dim * slots + tokens * around_bytes(heads),
+        flops=attention_flops(heads, tokens * window),
         limit=ROUNDED,
         arguments=arguments,
-        call=lambda *a: kiln.sliding_decode(*a, window, EPS, TERMS),
+        call=lambda *a: op(*a, window, EPS, TERMS),
         reference=reference,
         copy=clone(7, 8),
         result=lambda out, arguments: fixed_point.dequantize(out),
-        group=STEP,
+        group=STEP if tokens == 1 else f"sliding attention of a fused decode step{of_tokens(tokens)}",
         count=heads.layers,
     )
 
@@ -167,13 +185,13 @@ def tq4_caches(g: torch.Generator, heads: Heads, depth: int) -> list[torch.Tenso
     return caches
 
 
-def tq4_rings(g: torch.Generator, work: Workload, end: int) -> list[torch.Tensor]:
-    """The exact window before position `end`: no numbers in slots that a query there does not read."""
-    heads, rings = work.full, []
+def tq4_rings(g: torch.Generator, work: Workload, end: int, spare: int = 0) -> list[torch.Tensor]:
+    """The exact window before position `end`, in a ring of `spare` more slots: no numbers in those that a query there does not read."""
+    heads, rings, slots = work.full, [], work.exact_window + spare
     for _ in range(2):
-        ring = torch.full((work.exact_window, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
+        ring = torch.full((slots, heads.kv, heads.dim), torch.nan, dtype=torch.bfloat16, device=g.device)
         past = torch.arange(max(end - work.exact_window + 1, 0), end, device=g.device)
-        ring[past % work.exact_window] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
+        ring[past % slots] = normal(g, len(past), heads.kv, heads.dim, scale=SPREAD)
         rings.append(ring)
     return rings
 
@@ -184,15 +202,16 @@ def tq4_bytes(work: Workload, tokens: int, depth: int) -> int:
     return 2 * max(depth - exact_window, 0) * tq4_row_bytes(heads) + 2 * min(depth, exact_window - 1 + tokens) * heads.kv * heads.dim * 2
 
 
-def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int) -> torch.Tensor:
-    """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest R as they are."""
-    exact_window, end = rings[0].shape[0], start + own[0].shape[0]
+def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int,
+                 exact_window: int) -> torch.Tensor:
+    """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest ones as they are."""
+    end = start + own[0].shape[0]
     newest = torch.arange(max(start - exact_window + 1, 0), end, device=q.device)
     past = newest[newest < start]
 
     def side(i: int) -> torch.Tensor:
         coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
-        return torch.cat([coded, rings[i][past % exact_window].float(), own[i].float()])
+        return torch.cat([coded, rings[i][past % rings[i].shape[0]].float(), own[i].float()])
 
     distance = pos[:, None] - newest
     old = torch.arange(end, device=q.device) <= pos[:, None] - exact_window
@@ -210,7 +229,7 @@ def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
 
     def reference(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         some = _some(tokens, q.device)
-        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start)
+        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start, work.exact_window)
 
     return Case(
         op="tq4 decode" if tokens == 1 else "tq4 prefill",
@@ -228,30 +247,37 @@ def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
     )
 
 
-def tq4_decode_case(work: Workload, depth: int) -> Case:
-    """From the projections to the next matmul's activations; the token is the last of `depth`."""
-    heads, start = work.full, depth - 1
+def tq4_decode_case(work: Workload, depth: int, tokens: int = 1) -> Case:
+    """From the projections to the next matmul's activations; the tokens are the last of `depth`, several are of one row."""
+    heads, start = work.full, depth - tokens
 
     def arguments(g: torch.Generator) -> Tensors:
-        return (*projections(g, heads), *tq4_caches(g, heads, depth), *tq4_rings(g, work, start), positions(g, start, depth))
+        caches = [*tq4_caches(g, heads, depth), *tq4_rings(g, work, start, tokens - 1)]
+        row = () if tokens == 1 else (torch.zeros(tokens, dtype=torch.int64, device=g.device),)
+        return (*projections(g, heads, tokens), *(c if tokens == 1 else c[None] for c in caches), positions(g, start, depth), *row)
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        q, k, v, q_weight, k_weight, cos, sin, *_ = arguments
+        q, k, v, q_weight, k_weight, cos, sin, *caches = arguments[:13]
         prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, torch.float32)
-        return tq4_expected(prepared[0], prepared[1:], arguments[7:11], arguments[11:13], arguments[13], start).flatten(1)
+        caches = caches if tokens == 1 else [c[0] for c in caches]
+        given = (tuple(caches[:4]), tuple(caches[4:]), arguments[13], start, work.exact_window)
+        return tq4_expected(prepared[0], prepared[1:], *given).flatten(1)
+
+    def call(*a: torch.Tensor) -> torch.Tensor:
+        return kiln.tq4_decode(*a, EPS, TERMS) if tokens == 1 else kiln.tq4_decode_rows(*a, work.exact_window, EPS, TERMS)
 
     return Case(
         op="tq4_decode",
-        shape=f"1 at {depth}",
-        bytes=tq4_bytes(work, 1, depth) + around_bytes(heads),
-        flops=attention_flops(heads, depth),
+        shape=f"{tokens} at {depth}",
+        bytes=tq4_bytes(work, tokens, depth) + tokens * around_bytes(heads),
+        flops=attention_flops(heads, tokens * depth),
         limit=ROUNDED,
         arguments=arguments,
-        call=lambda *a: kiln.tq4_decode(*a, EPS, TERMS),
+        call=call,
         reference=reference,
         copy=clone(*range(7, 13)),
         result=lambda out, arguments: fixed_point.dequantize(out),
-        group=f"global layers of a fused decode step at {depth} (TQ4)",
+        group=f"global layers of a fused decode step at {depth} (TQ4){of_tokens(tokens)}",
         count=heads.layers,
     )
 
@@ -292,6 +318,8 @@ def decode_attention_cases(work: Workload) -> list[Case]:
     cases = [sliding_case(work, 1), sliding_decode_case(work)]
     for depth in work.depths:
         cases += [tq4_decode_case(work, depth), tq4_case(work, 1, depth)]
+    for tokens in work.together:
+        cases += [sliding_decode_case(work, tokens), *(tq4_decode_case(work, depth, tokens) for depth in work.depths[::2])]
     return cases + [global_case(work.full, 1, depth) for depth in work.depths]
 
 

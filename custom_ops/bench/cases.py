@@ -71,6 +71,7 @@ class Workload:
     depths: tuple[int, ...]  # of decode; every second one, and the last, of prefill
     chunks: tuple[int, ...]  # tokens of a prefill call; the last one is used for attention
     exact_window: int = EXACT_WINDOW  # of the TQ4 caches
+    together: tuple[int, ...] = (2, 4, 8)  # tokens of a step of several
 
 
 def workload(model: Geometry, mix: str) -> Workload:
@@ -136,13 +137,19 @@ def fixed_bytes(count: int) -> int:
     return 4 * (count // fixed_point.GROUP) * fixed_point.group_words(TERMS)
 
 
-def fixed_case(m: Matrix) -> Case:
+def of_tokens(tokens: int) -> str:
+    """What a group's name of one token is followed by for several; see `harness.group_lines`."""
+    return f", {tokens} tokens" if tokens > 1 else ""
+
+
+def fixed_case(m: Matrix, tokens: int = 1) -> Case:
     """The matmul as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
     end = {"glu": "fixed_glu", "sum": "fixed_linear", "squares": "fixed_linear_squares", "split": "fixed_partials"}[m.end]
 
     def arguments(g: torch.Generator) -> Tensors:
-        x = fixed_point.quantize(normal(g, 1, m.k, dtype=torch.float32), TERMS)
-        squares = normal(g, m.k // add_norm.PIECE, dtype=torch.float32).square()
+        x = fixed_point.quantize(normal(g, tokens, m.k, dtype=torch.float32), TERMS)
+        pieces = m.k // add_norm.PIECE
+        squares = normal(g, *((pieces,) if tokens == 1 else (tokens, pieces)), dtype=torch.float32).square()
         return (x, *packed(m.block_type, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device), squares)
 
     def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor, squares: torch.Tensor) -> Any:
@@ -165,28 +172,32 @@ def fixed_case(m: Matrix) -> Case:
 
     def result(out: Any, arguments: Tensors) -> torch.Tensor:
         if end == "fixed_linear_squares":
-            return torch.cat((out[0], out[1].sum().view(1, 1)), 1)
-        return fixed_point.dequantize(out) if end == "fixed_glu" else out.sum(0, keepdim=True) if end == "fixed_partials" else out
+            return torch.cat((out[0], out[1].sum(-1).view(tokens, 1)), 1)
+        return fixed_point.dequantize(out) if end == "fixed_glu" else out.sum(0).view(tokens, m.n) if end == "fixed_partials" else out
 
     written = fixed_bytes(m.n // 2) if end == "fixed_glu" else 4 * m.n
     return Case(
         op=f"{end} {m.block_type}",
-        shape=f"{m.k} x {m.n}",
-        bytes=linear.bytes_moved(m.block_type, 0, m.n, m.k) + fixed_bytes(m.k) + written,
-        flops=linear.flops(1, m.n, m.k),
+        shape=f"{m.k} x {m.n}{of_tokens(tokens)}",
+        bytes=linear.bytes_moved(m.block_type, 0, m.n, m.k) + tokens * (fixed_bytes(m.k) + written),
+        flops=linear.flops(tokens, m.n, m.k),
         limit=FIXED if end == "fixed_glu" else 1e-5,
         arguments=arguments,
         call=call,
         reference=reference,
         copy=clone(1, 2),
         result=result,
-        group="matmuls of a fused decode step",
+        group=f"matmuls of a fused decode step{of_tokens(tokens)}",
         count=m.count,
     )
 
 
 def fixed_cases(work: Workload) -> list[Case]:
     return [fixed_case(m) for m in (*work.matrices, work.head)]
+
+
+def fixed_rows_cases(work: Workload) -> list[Case]:
+    return [fixed_case(m, tokens) for tokens in work.together for m in (*work.matrices, work.head)]
 
 
 def add_norm_case(work: Workload) -> Case:

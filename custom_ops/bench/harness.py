@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.attention import flash, prepare, sliding_decode, sliding_rows
 from kiln.custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
 from kiln.custom_ops.bench.cases import (
     GEMMA4_31B,
@@ -28,22 +29,25 @@ from kiln.custom_ops.bench.cases import (
     add_norm_case,
     embedding_case,
     fixed_cases,
+    fixed_rows_cases,
     gemv_cases,
     linear_cases,
     sample_case,
 )
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
+from kiln.custom_ops.delta import chunk as delta_chunk
+from kiln.custom_ops.delta import step as delta_step
 from kiln.custom_ops.experts import linear as expert_linear
 from kiln.custom_ops.experts import route
 from kiln.custom_ops.step import add_norm, gate, sample
-from kiln.custom_ops.tq4 import attention, codec, decode, prefill
+from kiln.custom_ops.tq4 import attention, codec, decode, decode_rows, prefill
 from kiln.custom_ops.weights import embedding, gemv, linear, matmul
 
 COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
-LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode, codec,
-             attention, decode, prefill)  # fmt: skip
+LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
+             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk)  # fmt: skip
 SEED = 1
 
 
@@ -51,6 +55,7 @@ def all_cases(work: Workload = GEMMA4_31B) -> list[Case]:
     chunk, vocab = work.chunks[-1], work.head.n
     return [
         *fixed_cases(work),
+        *fixed_rows_cases(work),
         add_norm_case(work),
         *gemv_cases(work),
         *linear_cases(work),
@@ -138,14 +143,18 @@ def line(row: dict) -> str:
 
 
 def group_lines(rows: list[dict]) -> list[str]:
-    """Sums of the groups all of whose rows were timed."""
-    lines = []
+    """Sums of the groups all of whose rows were timed; those of several tokens beside that of one."""
+    lines: list[str] = []
+    sums: dict[str, float] = {}
     for group in dict.fromkeys(row["group"] for row in rows if row["group"]):
         members = [row for row in rows if row["group"] == group]
         if all("us" in row for row in members):
             us = sum(row["us"] * row["count"] for row in members)
             moved, flops = (sum(row[what] * row["count"] for row in members) for what in ("bytes", "flops"))
-            lines.append(f"{group}: {us / 1e3:.3f} ms, {moved / us / 1e3:.0f} GB/s, {flops / us / 1e6:.1f} TFLOP/s")
+            sums[group] = us
+            one = sums.get(re.sub(r", \d+ tokens$", "", group), us)
+            ratio = f", {us / one:.3f} of one token" if one != us else ""
+            lines.append(f"{group}: {us / 1e3:.3f} ms, {moved / us / 1e3:.0f} GB/s, {flops / us / 1e6:.1f} TFLOP/s{ratio}")
     return lines
 
 

@@ -9,11 +9,21 @@ of steps is the logarithm of the number of blocks: T is known only at run time, 
 from __future__ import annotations
 
 import torch
+import triton
 from torch.library import triton_op
 
+from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.delta import rule
+from kiln.custom_ops.delta.kernels import kiln_delta_blocks, kiln_delta_heads, kiln_delta_outputs, kiln_delta_states
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.target import GpuTarget
 
 BLOCK = 64
+ROWS = 16  # tokens of a program that makes heads
+COLUMNS, OUT_COLUMNS, WARPS = 32, 64, 4  # of a head's state that a program carries through the blocks; of a block's outputs
+BLOCK_WARPS, PIECE = 4, 16  # of the matmuls within a block, columns at a time
+PRECISION = "tf32x3"  # of products of float32 on tensor cores: three terms, about 1e-6
 MOST = 1 << 22  # tokens, where nothing bounds them
 
 
@@ -93,4 +103,65 @@ def delta_chunk(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: 
     changes no more than the rounding. Raises ValueError when a shape or dtype does not fit.
     """
     rule.check("delta_chunk", u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads)
-    return reference(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads, eps)
+    if not use_triton(u):
+        return reference(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads, eps)
+    return _launch(u.contiguous(), alpha.contiguous(), beta.contiguous(), conv, a, dt_bias, conv_state, delta_state, pos, key_heads, eps)
+
+
+def _launch(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads: int, eps: float) -> torch.Tensor:
+    tokens, (_, value_heads, key_dim, value_dim) = u.shape[0], delta_state.shape
+    rule.check_kernel_shapes(key_dim, value_dim)
+    constants = rule.constants(conv_state, delta_state, key_heads)
+    heads = {name: value for name, value in constants.items() if name != "TAPS"}
+    blocks, columns = triton.cdiv(tokens, BLOCK), min(COLUMNS, value_dim)
+
+    def empty(*shape: int | torch.SymInt) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    q, k, v = empty(tokens, key_heads, key_dim), empty(tokens, key_heads, key_dim), empty(tokens, value_heads, value_dim)
+    kept = empty(*conv_state.shape[1:])
+    kernel(kiln_delta_heads)[(triton.cdiv(tokens, ROWS), 2 * key_heads + value_heads)](
+        u, conv, conv_state, pos, q, k, v, kept, tokens, EPS=eps, **constants, WIDE=max(key_dim, value_dim), ROWS=ROWS, num_warps=4
+    )
+    given, seen, mixed, total = (empty(blocks, value_heads, BLOCK, *last) for last in ((value_dim,), (key_dim,), (BLOCK,), ()))
+    kernel(kiln_delta_blocks)[(blocks, value_heads)](
+        q, k, v, alpha, beta, a, dt_bias, given, seen, mixed, total, tokens, **heads, BLOCK=BLOCK,
+        PIECE=min(PIECE, key_dim, value_dim), PRECISION=PRECISION, num_warps=BLOCK_WARPS, num_stages=1
+    )
+    out, states = empty(tokens, value_heads, value_dim), empty(blocks, value_heads, key_dim, value_dim)
+    kernel(kiln_delta_states)[(value_heads, value_dim // columns)](
+        k, given, seen, total, kept, states, conv_state, delta_state, pos, tokens, **constants, BLOCK=BLOCK, BV=columns,
+        PRECISION=PRECISION, num_warps=WARPS, num_stages=1
+    )  # fmt: skip
+    wide = min(OUT_COLUMNS, value_dim)
+    kernel(kiln_delta_outputs)[(blocks, value_heads, value_dim // wide)](
+        q, given, mixed, total, states, out, tokens, **heads, BLOCK=BLOCK, BV=wide, PIECE=min(PIECE, key_dim), PRECISION=PRECISION,
+        num_warps=WARPS, num_stages=1
+    )  # fmt: skip
+    return out
+
+
+def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
+    """At the heads of the hybrids, activations of both dtypes; for sm_90, the one architecture that tiles were chosen for."""
+    cases: list[KernelCase] = []
+    floats = ("conv_ptr", "a_ptr", "bias_ptr", "conv_state_ptr", "delta_state_ptr", "out_ptr", "q_ptr", "k_ptr", "v_ptr", "kept_ptr",
+              "given_ptr", "change_ptr", "states_ptr", "seen_ptr", "mixed_ptr", "total_ptr")  # fmt: skip
+    for model in rule.HYBRIDS if target.sm == 90 else ():
+        for dtype in ("*fp32", "*bf16"):
+            given = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("u_ptr", "alpha_ptr", "beta_ptr"), dtype)
+            given |= {"pos_ptr": "*i64", "tokens": "i32"}
+            constants = rule.shape_constants(*model.delta)
+            heads = {name: value for name, value in constants.items() if name != "TAPS"}
+            for fn, own, options in (
+                (kiln_delta_heads, {**constants, "EPS": EPS, "ROWS": ROWS, "WIDE": max(model.delta[2:4])}, {"num_warps": 4}),
+                (kiln_delta_blocks, {**heads, "BLOCK": BLOCK, "PIECE": PIECE, "PRECISION": PRECISION},
+                 {"num_warps": BLOCK_WARPS, "num_stages": 1}),
+                (kiln_delta_states, {**constants, "BLOCK": BLOCK, "BV": COLUMNS, "PRECISION": PRECISION},
+                 {"num_warps": WARPS, "num_stages": 1}),
+                (kiln_delta_outputs, {**heads, "BLOCK": BLOCK, "BV": OUT_COLUMNS, "PIECE": PIECE, "PRECISION": PRECISION},
+                 {"num_warps": WARPS, "num_stages": 1}),
+            ):  # fmt: skip
+                types = {name: given[name] for name in fn.arg_names if name not in own}
+                targets = (90,) if model is rule.HYBRIDS[0] else ()  # the other has the same heads, fewer of them
+                cases.append(KernelCase(f"{fn.__name__} {model.name} {dtype}", fn, types, own, options, targets))
+    return cases

@@ -9,7 +9,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kiln.custom_ops.geometry import GEOMETRIES
+
 STATE_SLOTS = 2
+HYBRIDS = tuple(model for model in GEOMETRIES.values() if model.delta and model.delta[2] == 128)  # that kernels are compiled for
+
+
+def shape_constants(key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int) -> dict[str, int]:
+    return {"KEY_HEADS": key_heads, "VALUE_HEADS": value_heads, "DK": key_dim, "DV": value_dim, "TAPS": taps}
+
+
+def constants(conv_state: torch.Tensor, delta_state: torch.Tensor, key_heads: int) -> dict[str, int]:
+    """Of the kernels."""
+    return shape_constants(key_heads, *delta_state.shape[1:], conv_state.shape[1] + 1)
+
+
+def check_kernel_shapes(key_dim: int, value_dim: int) -> None:
+    """ValueError for head sizes that the kernels do not take."""
+    if any(size & (size - 1) or not 32 <= size <= 256 for size in (key_dim, value_dim)):
+        raise ValueError(f"delta rule with heads of {key_dim} and {value_dim}: the kernels take powers of two from 32 to 256")
 
 
 def before(state: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:

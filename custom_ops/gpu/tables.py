@@ -16,6 +16,7 @@ T = TypeVar("T")
 # Module and name of every table whose gaps the nearest architecture fills.
 TABLES = (
     ("weights.gemv", "GEMV_CONFIGS"),
+    ("weights.gemv", "ROWS_CONFIGS"),
     ("weights.matmul", "TILES"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),

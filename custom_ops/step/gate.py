@@ -1,4 +1,4 @@
-"""The gate of a per-layer embedding between two matmuls of one token: the parts of the first added up, GELU, the value, fixed point."""
+"""The gate of a per-layer embedding between two matmuls of a few tokens: the parts of the first added up, GELU, the value, fixed point."""
 
 from __future__ import annotations
 
@@ -23,8 +23,17 @@ TOGETHER = 16  # parts in flight
 
 @waits()
 @triton.jit
-def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr):
-    """BLOCK elements of gelu(sum of `splits` rows of gate, `stride` apart) * value [n], in fixed point. Grid (n / BLOCK)."""
+def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr,
+              MANY: tl.constexpr):
+    """BLOCK elements of gelu(sum of `splits` rows of gate, `stride` apart) * value [n], in fixed point. Grid (n / BLOCK, tokens).
+
+    MANY: there are several tokens, whose n elements lie one after the other.
+    """
+    if MANY:
+        token = tl.program_id(1)
+        gate += token * n
+        value += token * n
+        out += token * (n // 32 * (8 * TERMS + 4))
     wait_for_earlier_kernels(EARLY)
     first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
@@ -35,24 +44,26 @@ def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: t
 
 @triton_op("kiln::gate_fixed", mutates_args=())
 def gate_fixed(gate: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Tensor:
-    """gelu(gate) * value in fixed point of `terms` bytes, int32 [1, P / 32, 8 terms + 4]; GELU is the one with tanh.
+    """gelu(gate) * value in fixed point of `terms` bytes, int32 [T, P / 32, 8 terms + 4]; GELU is the one with tanh.
 
-    gate float32 [S, P], to be summed over S; value float32 [1, P], P a multiple of 32. ValueError when a shape or dtype does not fit.
+    gate float32 [S, P] of one token, [S, T, P] of several, to be summed over S; value float32 [T, P], P a multiple of 32. No token's bits
+    depend on the others. ValueError when a shape or dtype does not fit.
     """
-    p = value.shape[-1]
-    fits = gate.dim() == 2 and gate.shape[1] == p and gate.stride(1) == 1 and value.shape == (1, p) and not p % GROUP
-    if not fits or gate.dtype != torch.float32 or value.dtype != torch.float32:
+    tokens, p = value.shape if value.dim() == 2 else (0, 1)
+    fits = gate.shape[1:] == (value.shape if tokens > 1 else value.shape[1:]) and gate.stride(-1) == 1 and tokens and not p % GROUP
+    if not fits or gate.dtype != torch.float32 or value.dtype != torch.float32 or (tokens > 1 and gate.stride(1) != p):
         given = f"gate is {gate.dtype} {tuple(gate.shape)}, value {value.dtype} {tuple(value.shape)}"
-        raise ValueError(f"gate_fixed: {given}; expected float32 [S, P] and [1, P], P a multiple of {GROUP}")
+        raise ValueError(f"gate_fixed: {given}; expected float32 [S, P] and [1, P], or [S, T, P] and [T, P], P a multiple of {GROUP}")
     if not use_triton(gate):
-        return fixed_point.quantize(gelu_mul(gate.sum(0, keepdim=True), value), terms)
-    out = torch.empty((1, p // GROUP, group_words(terms)), dtype=torch.int32, device=gate.device)
-    kernel(kiln_gate)[(triton.cdiv(p, BLOCK),)](gate, value, out, p, gate.shape[0], gate.stride(0), **_constants(terms), num_warps=WARPS)
+        return fixed_point.quantize(gelu_mul(gate.sum(0).view(tokens, p), value), terms)
+    out = torch.empty((tokens, p // GROUP, group_words(terms)), dtype=torch.int32, device=gate.device)
+    kernel(kiln_gate)[(triton.cdiv(p, BLOCK), tokens)](gate, value.contiguous(), out, p, gate.shape[0], gate.stride(0),
+                                                       **_constants(terms, tokens=tokens), num_warps=WARPS)
     return out
 
 
-def _constants(terms: int, target: GpuTarget | None = None) -> dict[str, int | bool]:
-    return {"TERMS": terms, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "EARLY": early(target)}
+def _constants(terms: int, target: GpuTarget | None = None, tokens: int = 1) -> dict[str, int | bool]:
+    return {"MANY": tokens > 1, "TERMS": terms, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "EARLY": early(target)}
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:

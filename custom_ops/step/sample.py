@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 from torch.library import triton_op
@@ -44,7 +46,10 @@ def noise_bits(seed: torch.Tensor, pos: torch.Tensor, tokens: int) -> torch.Tens
 
 def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
               pos: torch.Tensor) -> torch.Tensor:
-    """The op in plain torch; arguments as `sample`."""
+    """The op in plain torch, a row at a time; arguments as `sample`."""
+    if logits.shape[0] > 1:
+        rows = zip(*(t.split(1) for t in (logits, temperature, top_k, top_p, seed, pos)), strict=True)
+        return torch.cat([reference(*row) for row in rows])
     row = logits[0]  # [V]
     vocab = row.shape[0]
     rate = 1.0 / torch.where(temperature > 0, temperature, 1.0)
@@ -69,35 +74,37 @@ def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tens
 @triton_op("kiln::sample", mutates_args=())
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
            pos: torch.Tensor) -> torch.Tensor:
-    """One token id, int64 [1], from logits [1, V] float32; -inf forbids a token. -1: a logit is NaN or +inf, or none is finite.
+    """A token id for each row, int64 [T], from logits [T, V] float32; -inf forbids a token. -1: a logit is NaN or +inf, or none is finite.
 
-    temperature [1] float32: 0 or less takes the most probable token, of equals the lowest id.
-    top_k [1] int32: 0 or less, or V or more, is off. top_p [1] float32: 1 or more is off; else the fewest most probable tokens
-    whose mass reaches it, at least one. seed [1] int64; pos [1] int64, the position the logits belong to.
-    None of them is read on the host. Raises ValueError when a shape or dtype is another.
+    temperature [T] float32: 0 or less takes the most probable token, of equals the lowest id.
+    top_k [T] int32: 0 or less, or V or more, is off. top_p [T] float32: 1 or more is off; else the fewest most probable tokens
+    whose mass reaches it, at least one. seed [T] int64; pos [T] int64, the position the logits belong to.
+    None of them is read on the host, and no row depends on the others. Raises ValueError when a shape or dtype is another.
     """
-    if logits.dim() != 2 or logits.shape[0] != 1 or logits.dtype != torch.float32:
-        raise ValueError(f"sample: logits is {logits.dtype} {tuple(logits.shape)}; expected float32 [1, V]")
+    if logits.dim() != 2 or not logits.shape[0] or logits.dtype != torch.float32:
+        raise ValueError(f"sample: logits is {logits.dtype} {tuple(logits.shape)}; expected float32 [T, V]")
+    rows, vocab = logits.shape
     for name, value, dtype in (("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
                                ("seed", seed, torch.int64), ("pos", pos, torch.int64)):
-        if value.dtype != dtype or value.shape != (1,):
-            raise ValueError(f"sample: {name} is {value.dtype} {tuple(value.shape)}; expected {dtype} (1,)")
+        if value.dtype != dtype or value.shape != (rows,):
+            raise ValueError(f"sample: {name} is {value.dtype} {tuple(value.shape)}; expected {dtype} ({rows}{',' if rows == 1 else ''})")
     if not use_triton(logits):
         return reference(logits, temperature, top_k, top_p, seed, pos)
-    device, vocab = logits.device, logits.shape[1]
+    device = logits.device
     chunks = triton.cdiv(vocab, CHUNK)
-    best, sampled, masses, keys = (torch.empty(n, dtype=torch.int64, device=device) for n in (chunks, chunks, BINS, vocab))
-    counts, listed, tokens = (torch.empty(n, dtype=torch.int32, device=device) for n in (BINS, 1, vocab))
-    out = torch.empty(1, dtype=torch.int64, device=device)
+    best, sampled, masses, keys = (torch.empty(rows * n, dtype=torch.int64, device=device) for n in (chunks, chunks, BINS, vocab))
+    counts, listed, tokens = (torch.empty(rows * n, dtype=torch.int32, device=device) for n in (BINS, 1, vocab))
+    out = torch.empty(rows, dtype=torch.int64, device=device)
     logits = logits.contiguous()
-    whole = {"BINS": BINS, "CHUNKS": triton.next_power_of_2(chunks)}
+    whole = {"BINS": BINS, "CHUNKS": triton.next_power_of_2(chunks), "MANY": rows > 1}
     limits = (temperature, top_k, top_p)
-    kernel(kiln_row_maxima)[(chunks,)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, num_warps=WARPS)
-    kernel(kiln_weigh_bins)[(chunks,)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
-    kernel(kiln_settle_bins)[(chunks,)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
-                                        **whole, CHUNK=CHUNK, num_warps=WARPS)
-    kernel(kiln_choose)[(1,)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole,
-                              TILE=TILE, num_warps=CHOOSE_WARPS)
+    kernel(kiln_row_maxima)[(chunks, rows)](logits, best, counts, masses, listed, vocab, BINS=BINS, CHUNK=CHUNK, MANY=rows > 1,
+                                            num_warps=WARPS)
+    kernel(kiln_weigh_bins)[(chunks, rows)](logits, best, *limits, counts, masses, vocab, chunks, **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(kiln_settle_bins)[(chunks, rows)](logits, best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
+                                             **whole, CHUNK=CHUNK, num_warps=WARPS)
+    kernel(kiln_choose)[(1, rows)](best, *limits, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks, **whole,
+                                   TILE=TILE, num_warps=CHOOSE_WARPS)
     return out
 
 
@@ -109,10 +116,13 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         "vocab": "i32", "chunks": "i32",
     }
     vocab = model.vocab
-    constants = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
+    every = {"BINS": BINS, "CHUNK": CHUNK, "CHUNKS": vocab // CHUNK, "TILE": TILE}
     cases = []
-    for fn, warps in ((kiln_row_maxima, WARPS), (kiln_weigh_bins, WARPS), (kiln_settle_bins, WARPS), (kiln_choose, CHOOSE_WARPS)):
+    fns = ((kiln_row_maxima, WARPS), (kiln_weigh_bins, WARPS), (kiln_settle_bins, WARPS), (kiln_choose, CHOOSE_WARPS))
+    for (fn, warps), many in product(fns, (False, True)):
+        constants = every | {"MANY": many}
         signature = {name: types[name] for name in fn.arg_names if name in types}
         constexprs = {name: constants[name] for name in fn.arg_names if name in constants}
-        cases.append(KernelCase(f"{fn.__name__} {vocab}", fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
+        name = f"{fn.__name__} {vocab}{', several rows' if many else ''}"
+        cases.append(KernelCase(name, fn, signature, constexprs, {"num_warps": warps}, aligned=("vocab", "chunks")))
     return cases

@@ -4,6 +4,8 @@ kiln_row_maxima   the most probable token of every chunk of the vocabulary
 kiln_weigh_bins   number and mass of the tokens in each of BINS steps below the maximum
 kiln_settle_bins  which steps are inside both limits: their best score is taken; which are cut by one: their tokens are listed
 kiln_choose       the exact cut among the listed tokens, four bits of it at a time, and the winner
+
+MANY: there are several rows, the second dimension of every grid; each has its own settings, position and scratch.
 """
 
 from __future__ import annotations
@@ -108,8 +110,15 @@ def _settle(counts, masses, k, p, vocab, BINS: tl.constexpr):
 
 
 @triton.jit
-def kiln_row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.constexpr, CHUNK: tl.constexpr):
+def kiln_row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.constexpr, CHUNK: tl.constexpr, MANY: tl.constexpr):
     """best[chunk] = the ranked maximum; the sums of the next kernels to 0."""
+    if MANY:
+        row = tl.program_id(1)
+        logits += row * vocab
+        best += row * tl.num_programs(0)
+        counts += row * BINS
+        masses += row * BINS
+        listed += row
     token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(logits + token, token < vocab, other=float("-inf"))
     value = tl.where(value == value, value, float("inf"))  # a NaN may be of either sign: no token is chosen for one as for +inf
@@ -123,8 +132,17 @@ def kiln_row_maxima(logits, best, counts, masses, listed, vocab, BINS: tl.conste
 
 @triton.jit
 def kiln_weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, vocab, chunks, BINS: tl.constexpr, CHUNK: tl.constexpr,
-               CHUNKS: tl.constexpr):
+               CHUNKS: tl.constexpr, MANY: tl.constexpr):
     """counts[bin], masses[bin] of the whole vocabulary. Integer sums: the order of the programs does not matter."""
+    if MANY:
+        row = tl.program_id(1)
+        logits += row * vocab
+        best += row * chunks
+        counts += row * BINS
+        masses += row * BINS
+        temperature += row
+        top_k += row
+        top_p += row
     k, p = _limits(top_k, top_p, vocab)
     heat = tl.load(temperature)
     if (heat > 0) & ((k < vocab) | (p < 1)):
@@ -145,8 +163,23 @@ def kiln_weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, voc
 
 @triton.jit
 def kiln_settle_bins(logits, best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, vocab, chunks,
-                BINS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+                BINS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, MANY: tl.constexpr):
     """sampled[chunk] = the ranked best score among the tokens surely kept; keys, tokens [listed]: the tokens to look at, in any order."""
+    if MANY:
+        row = tl.program_id(1)
+        logits += row * vocab
+        best += row * chunks
+        sampled += row * chunks
+        counts += row * BINS
+        masses += row * BINS
+        listed += row
+        keys += row * vocab
+        tokens += row * vocab
+        temperature += row
+        top_k += row
+        top_p += row
+        seed += row
+        pos += row
     heat = tl.load(temperature)
     if heat > 0:
         rate = tl.div_rn(1.0, heat)
@@ -187,8 +220,23 @@ def _cut(keys, listed, base, target, maximum, rate, MASS: tl.constexpr, TILE: tl
 
 @triton.jit
 def kiln_choose(best, temperature, top_k, top_p, seed, pos, counts, masses, sampled, listed, keys, tokens, out, vocab, chunks,
-           BINS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr):
+           BINS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, MANY: tl.constexpr):
     """out[0] = the token, or -1 where the maximum is no number."""
+    if MANY:
+        row = tl.program_id(1)
+        best += row * chunks
+        sampled += row * chunks
+        counts += row * BINS
+        masses += row * BINS
+        listed += row
+        keys += row * vocab
+        tokens += row * vocab
+        temperature += row
+        top_k += row
+        top_p += row
+        seed += row
+        pos += row
+        out += row
     heat = tl.load(temperature)
     first = _maximum(best, chunks, CHUNKS)
     winner = first

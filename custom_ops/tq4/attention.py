@@ -53,15 +53,16 @@ LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
               v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-              kv_len: torch.Tensor | None) -> torch.Tensor:
+              kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
     """The op in plain torch; arguments as `tq4_attention`. In float32, float64 for float64 q; exact keys and values are rotated as well."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    slots, exact_window = k_codes.shape[1], k_exact.shape[0]
-    past = torch.arange(exact_window, device=pos.device) - exact_window + pos[0]  # position order
+    slots, ring_slots = k_codes.shape[1], k_exact.shape[0]
+    exact_window = exact_window or ring_slots
+    past = torch.arange(ring_slots, device=pos.device) - ring_slots + pos[0]  # position order
     sides = []
     for codes, scales, ring, own in ((k_codes, k_scales, k_exact, k), (v_codes, v_scales, v_exact, v)):
         coded = codec.decode_rotated(codes, scales).transpose(0, 1).to(compute)
-        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % exact_window], own]).to(compute))]))
+        sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % ring_slots], own]).to(compute))]))
     newest = torch.cat([past, pos])
     distance = pos[:, None] - newest[None, :]
     mask = torch.cat([causal_mask(slots, pos - exact_window, kv_len), (distance >= 0) & (distance < exact_window) & (newest >= 0)], 1)
@@ -132,13 +133,24 @@ def coded_end(pos_ptr, EXACT_WINDOW: tl.constexpr):
 def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
                       o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                       PAD: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr):
+                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, RING: tl.constexpr):
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
-    for the query as it is, x_ptr. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one for each plane.
+    for the query as it is, x_ptr; it has RING slots. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one
+    for each plane.
     """
     wait_for_earlier_kernels(EARLY)
+    decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
+                 ml_ptr, EXACT_WINDOW, SLOTS, KV, GROUP, PAD, D, EXACT, SPLITS, BLOCK_N, BLOCK_R, ASM, RING)
+
+
+@triton.jit
+def decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
+                  ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
+                  D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                  ASM: tl.constexpr, RING: tl.constexpr):
+    """The split that a program of `kiln_tq4_decode` is."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     end = coded_end(pos_ptr, EXACT_WINDOW)
@@ -155,7 +167,7 @@ def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_code
         size = split_size(start, end, EXACT, BLOCK_R)
         low = start + (split - SPLITS) * size
         if low < end:
-            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), EXACT_WINDOW, KV,
+            decode_keys(x_ptr, k_ring_ptr, v_ring_ptr, o_ptr, ml_ptr, head, split, low, tl.minimum(low + size, end), RING, KV,
                         GROUP, PAD, D, BLOCK_R, 1)
 
 
@@ -223,10 +235,19 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 @triton.jit
 def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
                      EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                     TERMS: tl.constexpr, EARLY: tl.constexpr):
-    """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point."""
+                     TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
+    """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+
+    MANY, with TERMS: grid (heads, tokens), each token's parts apart.
+    """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
+    if MANY:
+        token = tl.program_id(1)
+        pos_ptr += token
+        o_ptr += token * ((SPLITS + EXACT) * HEADS * D)
+        ml_ptr += token * ((SPLITS + EXACT) * HEADS * 2)
+        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4))
     dim = tl.arange(0, D)
     end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
@@ -312,8 +333,8 @@ def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr,
 
 
 def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int,
-                  terms: int = 0) -> tuple[Tile, dict, dict]:
-    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype: of the exact window."""
+                  terms: int = 0, ring: int = 0) -> tuple[Tile, dict, dict]:
+    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype, ring: of the exact window, its slots."""
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     block = decode_tile(dtype, target, dim).keys
@@ -322,9 +343,9 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
     splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
     shared = {"EXACT_WINDOW": exact_window, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
-    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm, "RING": ring or exact_window}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
-                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms}
+                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False}
 
 
 def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
@@ -334,15 +355,15 @@ def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_win
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-           pos: torch.Tensor, out: torch.Tensor, terms: int = 0) -> None:
+           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0) -> None:
     """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
 
-    Into `out`: [1, H, D], or a row in fixed point.
+    Into `out`: [1, H, D], or a row in fixed point. exact_window: 0 for the rings' slots.
     """
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
-    (kv_heads, slots, _), exact_window = k_codes.shape, rings[0].shape[0]
+    (kv_heads, slots, _), ring = k_codes.shape, rings[0].shape[0]
     asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
-    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window, terms)
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
@@ -386,14 +407,14 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
 @triton_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                   v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-                  kv_len: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < R, else in code.
+                  kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
+    """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < W, else in code.
 
     q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
     chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
-    it changes no result. Nothing is written. Slots of codes past pos[-1] - R may hold anything. Returns [T, H, D] in q's dtype.
-    Raises ValueError when head counts, dimensions or dtypes do not fit.
+    it changes no result; W exact_window, at most R, 0: R. Nothing is written. Slots of codes past pos[-1] - W may hold anything. Returns
+    [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
     """
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
@@ -401,8 +422,12 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     check_exact_window("tq4_attention", k_exact, v_exact, kv_heads, q.shape[2])
     if not q.dtype == k.dtype == v.dtype == k_exact.dtype:
         raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, exact window {k_exact.dtype}; expected one dtype")
+    if exact_window < 0 or exact_window > k_exact.shape[0]:
+        raise ValueError(f"tq4_attention: an exact window of {exact_window} in a ring of {k_exact.shape[0]} slots")
     if not use_triton(q):
-        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len)
+        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window)
+    if exact_window not in (0, k_exact.shape[0]):
+        raise RuntimeError("tq4_attention: there is no GPU kernel for a ring longer than its window")
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))

@@ -35,15 +35,26 @@ def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, s
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
                        EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
                        V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr,
-                       EXACT_WINDOW: tl.constexpr, EARLY: tl.constexpr):
-    """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % EXACT_WINDOW of a ring
-    [EXACT_WINDOW, KV, D], and encoded to slot pos. Grid (HEADS + 2 KV).
+                       RING: tl.constexpr, EARLY: tl.constexpr):
+    """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % RING of a ring [RING, KV, D],
+    and encoded to slot pos. Grid (HEADS + 2 KV).
     """
     head = tl.program_id(0)
+    prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
+                  k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride, EPS,
+                  HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, SLOTS, RING, EARLY)
+
+
+@triton.jit
+def prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
+                  k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
+                  EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr,
+                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr):
+    """The head that a program of `kiln_tq4_prepare` prepares."""
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
                          EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY)
     pos = tl.load(pos_ptr).to(tl.int32)
-    row = pos % EXACT_WINDOW * KV
+    row = pos % RING * KV
     if head < HEADS:
         plain = x_ptr + head * D
     elif head < HEADS + KV:
@@ -69,11 +80,12 @@ def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, s
 def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int,
-               scale: float = 1.0, v_norm: bool = True, neighbours: bool = False) -> torch.Tensor:
+               scale: float = 1.0, v_norm: bool = True, neighbours: bool = False, exact_window: int = 0) -> torch.Tensor:
     """`prepare_qkv`, the token's key and value into the codes as `tq4_write` and into the exact window, then `tq4_attention`.
 
     Projections, weights, cos, sin as `prepare_qkv` takes them, caches and exact window as `tq4_attention`; pos [1] int64. Products with
-    codes are in float16, in float32 where that is the exact window's dtype. Returns the output in fixed point of `terms` bytes, int32
+    codes are in float16, in float32 where that is the exact window's dtype. exact_window: keys that are read exactly, of a ring that has
+    spare slots; 0: as many as it has. Returns the output in fixed point of `terms` bytes, int32
     [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
     """
     check_projections("tq4_decode", q, k, v, q_weight, k_weight, cos)
@@ -83,14 +95,14 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     if k.shape[1] != kv_heads * dim or 4 * k_codes.shape[2] != dim:
         raise ValueError(f"tq4_decode: k has {k.shape[1]} elements, k_codes is {tuple(k_codes.shape)}; expected [KV, S, D/4], D {dim}")
     attention.check_exact_window("tq4_decode", k_exact, v_exact, kv_heads, dim)
-    caches, rings, dtype, exact_window = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
+    caches, rings, dtype, ring_slots = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
     if not use_triton(q):
         query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32, scale, v_norm, neighbours)
         codec.reference_write(*caches, *own, pos)
         own = [x.to(dtype) for x in own]
-        out = attention.reference(query, *own, *caches, *rings, pos, None)
+        out = attention.reference(query, *own, *caches, *rings, pos, None, exact_window)
         for ring, x in zip(rings, own, strict=True):
-            ring.index_copy_(0, pos % exact_window, x)
+            ring.index_copy_(0, pos % ring_slots, x)
         return fixed_point.quantize(out.flatten(1), terms)
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
@@ -100,16 +112,17 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0], v.stride(0),
         EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours), SLOTS=slots,
-        EXACT_WINDOW=exact_window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+        RING=ring_slots, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms)
+    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window)
     return out
 
 
 @triton_op("kiln::tq4_read", mutates_args=())
 def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor,
              k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
-             pos: torch.Tensor, eps: float, terms: int, scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
+             pos: torch.Tensor, eps: float, terms: int, scale: float = 1.0, neighbours: bool = False,
+             exact_window: int = 0) -> torch.Tensor:
     """`tq4_decode` of a layer that reads another's keys and values: the caches hold those of the token already."""
     check_projections("tq4_read", q, q, q, q_weight, q_weight, cos)
     dim, (kv_heads, slots, _) = head_dim(q_weight, cos), k_codes.shape
@@ -119,10 +132,10 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
         given = f"q has {q.shape[1]} elements, k_codes is {tuple(k_codes.shape)}"
         raise ValueError(f"tq4_read: {given}; expected [KV, S, D/4], D {dim}, a multiple of KV heads")
     attention.check_exact_window("tq4_read", k_exact, v_exact, kv_heads, dim)
-    caches, rings, dtype, exact_window = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
+    caches, rings, dtype, ring_slots = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
     if not use_triton(q):
-        query, slot = query_reference(q, q_weight, cos, sin, eps, torch.float32, scale, neighbours), pos % exact_window
-        out = attention.reference(query, k_exact[slot], v_exact[slot], *caches, *rings, pos, None)
+        query, slot = query_reference(q, q_weight, cos, sin, eps, torch.float32, scale, neighbours), pos % ring_slots
+        out = attention.reference(query, k_exact[slot], v_exact[slot], *caches, *rings, pos, None, exact_window)
         return fixed_point.quantize(out.flatten(1), terms)
     check_kernel_shapes("tq4_read", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
@@ -134,9 +147,9 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
     kernel(kiln_tq4_prepare)[(heads,)](
         q, q, q, weight, weight, cos, sin, pos, plain, rotated, q_scale, *unused, q.shape[0], q.stride(0), q.shape[0], q.stride(0),
         EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, True, scale, neighbours), SLOTS=slots,
-        EXACT_WINDOW=exact_window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+        RING=ring_slots, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms)
+    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window)
     return out
 
 
@@ -146,7 +159,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     h, cases = model.full, []
-    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "EXACT_WINDOW": EXACT_WINDOW,
+    constants = {"EPS": EPS, "HEADS": h.queries, "KV": h.kv, "D": h.dim, "SLOTS": CONTEXT, "RING": EXACT_WINDOW,
                  "EARLY": early(target)}
     for exact_window in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if exact_window == "*fp32" else "*fp16"}

@@ -67,7 +67,7 @@ def levels8(word, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def unpack8(first, second, extra, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
+def unpack8(first, second, extra, j, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of a group as two words of four quants, one per byte.
 
     first, second: byte words 2j, 2j + 1 (BITS = 8), else nibble word j twice, or two-bit word j / 2 (BITS < 4); extra: the one-bit word, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -14,14 +15,16 @@ from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
-from kiln.custom_ops.gpu.tables import nearest
+from kiln.custom_ops.gpu.tables import nearest, pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
+from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, USUAL_TYPES, usual_targets
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
+from kiln.custom_ops.weights.gemv_rows import kiln_gemv_rows
+from kiln.custom_ops.weights.gemv_tiles import kiln_gemv_tiles
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
 
@@ -51,6 +54,19 @@ class GemvConfig:
 
 
 GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How several tokens are multiplied at once. The split of K stays that of one token, so that the sums do."""
+
+    tiles: bool  # on int8 tensor cores, `kiln_gemv_tiles`; else four bytes at a time, `kiln_gemv`
+    registers: int  # of a thread, at most
+
+
+# By (architecture, tokens at most), see `gpu/tables.py`.
+ROWS_CONFIGS = {(90, 4): RowsConfig(True, 128), (90, 8): RowsConfig(True, 160)}
+MOST_TOGETHER = 8  # tokens of a launch
 TOGETHER = 16  # partial sums in flight
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
@@ -79,6 +95,21 @@ def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, conf
             "REGISTERS": config.registers, "TOGETHER": TOGETHER}, splits, warps
 
 
+def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:
+    """Of 2 .. MOST_TOGETHER tokens. aligned: four rows of the matrix lie in 16 bytes, without which there are no tiles."""
+    config = pick(ROWS_CONFIGS, target, tokens)
+    return config if aligned or not config.tiles else replace(config, tiles=False)
+
+
+def launch_rows(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool,
+                aligned: bool) -> tuple[dict, int, int, Any]:
+    """`launch` of one token, as M `tokens` take it together, and the kernel."""
+    constants, splits, warps = launch(block_type, 1, n, k, target, gated=gated)
+    config = rows_config(tokens, target, aligned and n % 4 == 0 and constants["ROWS"] % 32 == 0)
+    fn = kiln_gemv_tiles if config.tiles else kiln_gemv_rows
+    return constants | {"M": tokens, "REGISTERS": config.registers}, splits, warps, fn
+
+
 def terms_of(x: torch.Tensor) -> int:
     """Bytes of an activation of a fixed-point row."""
     return (x.shape[2] - 4) // 8
@@ -104,18 +135,27 @@ def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
 
 def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None,
               eps: float) -> torch.Tensor:
-    """The matmul in plain torch; arguments as `fixed_linear`."""
-    y = fixed_point.dequantize(x) @ dequantize(block_type, words, halves)
+    """The matmul in plain torch, a token at a time, so that none depends on the others; arguments as `fixed_linear`."""
+    dense = dequantize(block_type, words, halves)
+    y = torch.cat([row @ dense for row in fixed_point.dequantize(x).split(1)])
     return y if squares is None else y * root(squares, x.shape[1] * GROUP, eps)
 
 
 def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor, dtype: torch.dtype,
              end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
              leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares."""
+    """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares.
+
+    Up to MOST_TOGETHER tokens take one reading of the weights, more a reading each.
+    """
     tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
-    gated = end in GLU_ENDS.values()
-    constants, splits, warps = launch(block_type, tokens, n, k, current_target(), gated=gated)
+    gated, fn, programs = end in GLU_ENDS.values(), kiln_gemv, tokens
+    if 1 < tokens <= MOST_TOGETHER:
+        aligned = words.stride(1) % 4 == 0 and words.storage_offset() % 4 == 0
+        constants, splits, warps, fn = launch_rows(block_type, tokens, n, k, current_target(), gated, aligned)
+        programs = 1
+    else:
+        constants, splits, warps = launch(block_type, tokens, n, k, current_target(), gated=gated)
     alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
     if alone:
         end = "split"  # there is nothing to add up
@@ -126,27 +166,29 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
         out = torch.empty((tokens, n), dtype=dtype, device=x.device)
     else:
         out = partials
-    grid = (triton.cdiv(n, constants["ROWS"]), splits, tokens)
-    left = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
-    if end != "split" and counters.numel() < grid[0] * tokens:
-        raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * tokens}")
-    kernel(kiln_gemv, constants["REGISTERS"], x)[grid](
+    grid = (triton.cdiv(n, constants["ROWS"]), splits, programs)
+    left = torch.empty((tokens, grid[0]), dtype=torch.float32, device=x.device) if leave_squares else partials
+    if end != "split" and counters.numel() < grid[0] * programs:
+        raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * programs}")
+    kernel(fn, constants["REGISTERS"], x)[grid](
         x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
         halves.stride(1), **format_constants(block_type), TERMS=terms, END=end, **constants,
         **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
-    return out[0] if alone else out, left
+    return out[0] if alone else out, left[0] if leave_squares and tokens == 1 else left
 
 
 def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None,
-           one: bool = False) -> None:
+           few: bool = False) -> None:
     check_weight(op, words, halves, block_type)
     k = words.shape[0] * LAYOUTS[block_type].block
     if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
         raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
-    if (one or squares is not None) and x.shape[0] != 1:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}; expected one token")
-    if squares is not None and (squares.dim() != 1 or not squares.numel() or squares.dtype != torch.float32):
-        raise ValueError(f"{op}: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [P]")
+    if (few or squares is not None) and not 1 <= x.shape[0] <= MOST_TOGETHER:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}; expected 1 to {MOST_TOGETHER} tokens")
+    rows = "" if x.shape[0] == 1 else f"{x.shape[0]}, "
+    if squares is not None and (squares.dim() != 1 + bool(rows) or not squares.numel() or squares.dtype != torch.float32
+                                or (rows and squares.shape[0] != x.shape[0])):  # fmt: skip
+        raise ValueError(f"{op}: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [{rows}P]")
 
 
 @triton_op("kiln::fixed_point", mutates_args=())
@@ -162,8 +204,9 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, blo
                  squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """The matmul of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
 
-    counters: int32 zeros, at least as many as T * blocks of rows; zeros again afterwards. squares: float32 [P], of one token; the matmul
-    is multiplied by `add_norm.root` of them. Raises ValueError when a shape does not fit.
+    counters: int32 zeros, at least as many as blocks of rows, T times as many for more than MOST_TOGETHER tokens; zeros again afterwards.
+    squares: float32 [P] of one token, [T, P] of T, MOST_TOGETHER at most; the matmul is multiplied by `add_norm.root` of them. Up to
+    MOST_TOGETHER tokens are each, bit for bit, what they are alone, here as in the ops below. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, block_type, squares)
     if not use_triton(x):
@@ -174,23 +217,27 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, blo
 @triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fixed_linear` of one token, and float32 partial sums of its squares; the kernel chooses how many."""
-    _check("fixed_linear_squares", x, words, halves, block_type, squares, one=True)
+    """`fixed_linear` of a few tokens, and float32 partial sums of their squares, [P] or [T, P]; the kernel chooses how many."""
+    _check("fixed_linear_squares", x, words, halves, block_type, squares, few=True)
     if not use_triton(x):
         y = reference(x, words, halves, block_type, squares, eps)
-        return y, (y * y).sum(1)
+        return y, (y * y).sum(1) if y.shape[0] == 1 else (y * y).sum(1, keepdim=True)
     return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
 
 
 @triton_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
-    """`fixed_linear` of one token, in parts: float32 [S, N] whose sum over S is the result; the kernel chooses S."""
-    _check("fixed_partials", x, words, halves, block_type, squares, one=True)
-    if not use_triton(x):
-        return reference(x, words, halves, block_type, squares, eps)
-    parts, _ = multiply(x, words, halves, block_type, x, torch.float32, "split", squares, eps)
-    return parts.view(-1, words.shape[2])
+    """`fixed_linear` of a few tokens, in parts: float32 [S, N] of one, [S, T, N] of several, whose sum over S is the result.
+
+    The kernel chooses S, the same for every T.
+    """
+    _check("fixed_partials", x, words, halves, block_type, squares, few=True)
+    if use_triton(x):
+        parts, _ = multiply(x, words, halves, block_type, x, torch.float32, "split", squares, eps)
+    else:
+        parts = reference(x, words, halves, block_type, squares, eps).unsqueeze(0)
+    return parts.flatten(0, 1) if x.shape[0] == 1 else parts
 
 
 @triton_op("kiln::fixed_glu", mutates_args=("counters",))
@@ -217,28 +264,38 @@ def glu_fits(n: int) -> bool:
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
-    """Every distinct compilation that decoding of the model needs where all types are one, of any block type,
-    and of one byte an activation for the usual ones."""
+    """Every distinct compilation that decoding of the model needs where all types are one, of any block type, for one token and for several
+    of MOST_TOGETHER, and of one byte an activation for the usual ones."""
     cases: dict[tuple, KernelCase] = {}
     integers = dict.fromkeys(("n", "k"), "i32")
     types = {"x": "*i32", "words": "*i32", "counters": "*i32", "splits": "i32", **integers}
     types |= dict.fromkeys(("partials", "squares", "squares_out"), "*fp32")
     for block_type in LAYOUTS:
         usual = block_type in USUAL_TYPES
+        of_rows: list[KernelCase] = []
         for m in model.matrices():
             n, k, normed, gated = m.n, m.k, m.normed, m.end == "glu"
             end = GLU_ENDS[model.activation] if gated else "sum" if m.end == "squares" else m.end
-            launched, _, warps = launch(block_type, 1, n, k, target, gated=gated)
-            for terms in (2, 1) if usual else (2,):
+            for tokens, terms in ((1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1)) if usual else ((1, 2), (4, 2)):
+                if tokens == 1:
+                    launched, _, warps, fn = *launch(block_type, 1, n, k, target, gated=gated), kiln_gemv
+                else:
+                    launched, _, warps, fn = launch_rows(block_type, tokens, n, k, target, gated, True)
                 constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
                                                                   "SQUARES": m.end == "squares",
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 out = {"halves": halves_pointer(block_type), "out": "*i32" if gated else "*fp32"}
-                case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}", kiln_gemv, types | out, constants, options,
-                                  usual_targets(block_type), tuple(integers))
-                cases.setdefault(tuple(sorted((key, str(value)) for key, value in constants.items())), case)
+                together = f", {tokens} tokens" if tokens > 1 else ""
+                targets = usual_targets(block_type)
+                if tokens > 1:  # the compiler's time: one of each end at the most tokens, the others at night
+                    first = usual and terms == 2 and tokens == MOST_TOGETHER and end not in {c.constexprs.get("END") for c in of_rows}
+                    targets = RARE_TARGETS if first else ()
+                case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}{together}", fn, types | out, constants, options, targets,
+                                  tuple(integers))
+                of_rows += [case] if targets and tokens > 1 else []
+                cases.setdefault((fn, *sorted((key, str(value)) for key, value in constants.items())), case)
     constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}
     return [*cases.values(), KernelCase("fix bf16", kiln_fix, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]

@@ -28,7 +28,7 @@ def dot4(unsigned, signed, acc):
 
 
 @triton.jit
-def _four(words):
+def four(words):
     """Four neighbouring int32 in one load; `words` is a multiple of 16 bytes, and depends on `after_waiting`: the load is pure."""
     if INTERPRETED:
         return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
@@ -38,19 +38,19 @@ def _four(words):
 
 
 @triton.jit
-def _group(x, TERMS: tl.constexpr):
+def group_of(x, TERMS: tl.constexpr):
     """A group of 32 activations: its words of bytes, then the scale and the sums of both halves and of all, as float32."""
     found = ()
     for i in tl.static_range(2 * TERMS):
-        a, b, c, d = _four(x + 4 * i)
+        a, b, c, d = four(x + 4 * i)
         found = found + (a, b, c, d)
-    a, b, c, d = _four(x + 8 * TERMS)
+    a, b, c, d = four(x + 8 * TERMS)
     return found + (a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True), c.to(tl.float32, bitcast=True),
                     d.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
+def loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, step, BITS: tl.constexpr, BLOCK: tl.constexpr,
             SCALES: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
     """Everything of a row that step `step` needs: per group its quants, then the words of scales and the halves."""
     found = ()
@@ -59,11 +59,7 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
             block = tl.cast(step * GROUPS + i, tl.int64)
             for w in tl.static_range(WORDS):
                 found = found + (tl.load(words + (block * WORDS + w) * stride, mask),)
-        for i in tl.static_range(GROUPS):
-            block = tl.cast(step * GROUPS + i, tl.int64)
-            for h in tl.static_range(HALVES):
-                at = block // 2 if SCALES == "e8m0" else block * HALVES + h
-                found = found + (tl.load(halves + at * halves_stride, mask),)
+        return found + group_halves(halves, halves_stride, mask, step, SCALES, HALVES, GROUPS)
     else:
         STEPS: tl.constexpr = 8 // GROUPS
         block = tl.cast(step // STEPS, tl.int64)
@@ -79,22 +75,49 @@ def _loaded(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, ma
                 found = found + (tl.load(quants + (i * MAIN + j) * stride, mask),)
             for j in tl.static_range(EXTRA):
                 found = found + (tl.load(extras + (i * EXTRA + j) * stride, mask),)
-        if SCALES == "k":
-            for j in tl.static_range(3):
-                found = found + (tl.load(words + (8 * BITS + j) * stride, mask),)
-        elif SCALES == "split":
-            found = found + (tl.load(words + 32 * stride, mask),)
-        elif SCALES == "six":
-            for j in tl.static_range((GROUPS + 1) // 2):
-                found = found + (tl.load(words + (24 + first // 2 % 2 + j) * stride, mask),)
-            found = found + (tl.load(words + 26 * stride, mask),)
-        else:  # 16 bytes, two a group
-            scales = words + (8 * BITS + first // 2) * stride
-            for j in tl.static_range((GROUPS + 1) // 2):
-                found = found + (tl.load(scales + j * stride, mask),)
+        return found + block_scales(words, halves, stride, halves_stride, mask, first, BITS, SCALES, HALVES, GROUPS)
+
+
+@triton.jit
+def group_halves(halves, halves_stride: tl.constexpr, mask, step, SCALES: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """The halves of the groups of step `step`, of blocks of 32."""
+    found = ()
+    for i in tl.static_range(GROUPS):
+        block = tl.cast(step * GROUPS + i, tl.int64)
         for h in tl.static_range(HALVES):
-            found = found + (tl.load(halves + h * halves_stride, mask),)
+            at = block // 2 if SCALES == "e8m0" else block * HALVES + h
+            found = found + (tl.load(halves + at * halves_stride, mask),)
     return found
+
+
+@triton.jit
+def block_scales(words, halves, stride: tl.constexpr, halves_stride: tl.constexpr, mask, first, BITS: tl.constexpr, SCALES: tl.constexpr,
+                 HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """Of a block of 256, which begins at words and halves: the words of scales (`scale_count`) of the groups `first` .., and the halves."""
+    found = ()
+    if SCALES == "k":
+        for j in tl.static_range(3):
+            found = found + (tl.load(words + (8 * BITS + j) * stride, mask),)
+    elif SCALES == "split":
+        found = found + (tl.load(words + 32 * stride, mask),)
+    elif SCALES == "six":
+        for j in tl.static_range((GROUPS + 1) // 2):
+            found = found + (tl.load(words + (24 + first // 2 % 2 + j) * stride, mask),)
+        found = found + (tl.load(words + 26 * stride, mask),)
+    else:  # 16 bytes, two a group
+        scales = words + (8 * BITS + first // 2) * stride
+        for j in tl.static_range((GROUPS + 1) // 2):
+            found = found + (tl.load(scales + j * stride, mask),)
+    for h in tl.static_range(HALVES):
+        found = found + (tl.load(halves + h * halves_stride, mask),)
+    return found
+
+
+@triton.constexpr_function
+def scale_count(scales: str, block: int, groups: int) -> int:
+    """Words of scales that a step of `groups` groups needs."""
+    pairs = (groups + 1) // 2  # a word has the scales of two groups, 16 elements each
+    return 0 if block == 32 else {"int8": pairs, "four": pairs, "six": pairs + 1, "k": 3, "split": 1}[scales]
 
 
 @triton.jit
@@ -104,7 +127,7 @@ def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.cons
 
 
 @triton.jit
-def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
+def octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Elements 8j .. 8j + 7 of the group whose words begin at `at`, see `unpack8`."""
     if BITS == 8:
         return unpack8(found[at + 2 * j], found[at + 2 * j + 1], found[at], j, BITS, LEVELS)
@@ -114,8 +137,8 @@ def _octet_of(found, at: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr, LEVE
 
 
 @triton.jit
-def _scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
-    """What `_scales` needs for the groups `first` .. of a block of 256: words of scales and, where there are such, of minima."""
+def scale_words(found, first, AT: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+    """What `scales_of` needs for the groups `first` .. of a block of 256: words of scales and, where there are such, of minima."""
     if SCALES == "split":
         scale = found[AT]
         minimum = found[AT + 2].to(tl.int32)  # the second half
@@ -154,7 +177,7 @@ def _byte(word, b):
 
 
 @triton.jit
-def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
+def scales_of(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.constexpr, GROUPS: tl.constexpr):
     """(scale, minimum) of group g, the i-th of a step of GROUPS; of its first or second half where a scale is of 16 elements."""
     if SCALES == "split":
         signed = (((scale >> (4 * g)) & 15 | ((minimum >> (2 * g)) & 3) << 4) - 32).to(tl.float32)
@@ -172,7 +195,7 @@ def _scales(scale, minimum, g, i: tl.constexpr, part: tl.constexpr, SCALES: tl.c
 
 
 @triton.jit
-def _warp(lanes, ROWS: tl.constexpr):
+def warp_share(lanes, ROWS: tl.constexpr):
     """The share of K that a lane works on: lanes / ROWS. A scalar that differs from warp to warp, for no lane of a warp has another's."""
     if INTERPRETED:
         return lanes // ROWS
@@ -237,37 +260,35 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     each = tl.cdiv(steps, splits * SHARES)
     begin = split * (SHARES * each)
     if SHARES > 1:
-        begin += _warp(lanes, ROWS) * each
+        begin += warp_share(lanes, ROWS) * each
     end = tl.minimum(begin + each, steps)
-    now = _loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
+    now = loaded(words, halves, stride, halves_stride, mask, tl.minimum(begin, end - 1), BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
     if COUNT > 0:
         root = load_root(squares, k, EPS, COUNT, PAD)
     EACH: tl.constexpr = WORDS if BLOCK == 32 else BITS  # words of a group
-    PAIRS: tl.constexpr = (GROUPS + 1) // 2  # a word has the scales of two groups, 16 elements each
-    SCALE_WORDS: tl.constexpr = (PAIRS if SCALES == "int8" or SCALES == "four" else (PAIRS + 1 if SCALES == "six" else (3 if SCALES == "k"
-                                 else (1 if SCALES == "split" else 0))))
+    SCALE_WORDS: tl.constexpr = scale_count(SCALES, BLOCK, GROUPS)
     HALF: tl.constexpr = GROUPS * EACH + SCALE_WORDS  # where the halves begin
     for i in tl.range(0, each):
         step = tl.minimum(begin + i, end - 1)
         following = tl.minimum(step + 1, end - 1)  # the loads of the next step are under way while this one is computed
-        coming = _loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
+        coming = loaded(words, halves, stride, halves_stride, mask, following, BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
         before = acc
         if BLOCK == 256:
             first = step % STEPS * GROUPS if STEPS > 1 else 0
-            scale_words, minimum_words = _scale_words(now, first, GROUPS * EACH, SCALES, GROUPS)
+            scale_bytes, minimum_bytes = scale_words(now, first, GROUPS * EACH, SCALES, GROUPS)
             scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
             minima = tl.zeros((LANES,), tl.float32)
         for g in tl.static_range(GROUPS):
             group_x = x + (step * GROUPS + g) * X
-            values = _group(group_x, TERMS)
+            values = group_of(group_x, TERMS)
             for part in tl.static_range(PARTS):
                 c0 = tl.zeros((LANES,), tl.int32)
                 c1 = tl.zeros((LANES,), tl.int32)
                 c2 = tl.zeros((LANES,), tl.int32)
                 for o in tl.static_range(4 // PARTS):
-                    low, high = _octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS, LEVELS)
+                    low, high = octet_of(now, g * EACH, part * (4 // PARTS) + o, BITS, LEVELS)
                     c0 = _dot8(low, high, values, part * (4 // PARTS) + o, 0, TERMS, c0)
                     if TERMS > 1:
                         c1 = _dot8(low, high, values, part * (4 // PARTS) + o, 1, TERMS, c1)
@@ -284,7 +305,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
                 if not MINIMUM:  # a quant stands for itself less half its range
                     dot -= total * ZERO
                 if BLOCK == 256:
-                    scale, minimum = _scales(scale_words, minimum_words, first + g, g, part, SCALES, GROUPS)
+                    scale, minimum = scales_of(scale_bytes, minimum_bytes, first + g, g, part, SCALES, GROUPS)
                     scaled += scale * dot
                     if MINIMUM:
                         minima += minimum * total

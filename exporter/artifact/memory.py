@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from kiln.exporter.compiler.trace import GraphSpec
 from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.model.records import DeltaNet
 from kiln.exporter.source.weights import weight_bytes
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device at run time; activations are an estimate, everything else is exact."""
+    """Bytes on the device at run time, caches of all rows; activations are an estimate, everything else is exact."""
 
     weights: int
     kv_ring: int
@@ -26,6 +27,7 @@ class MemoryPlan:
 
 def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
+    rows = spec.options.rows
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     weights = weight_bytes(spec.config, spec.plan)
     multiplied = [p for p in spec.plan if p.K and p.name != "per_layer_token_embd"]  # of which rows are read
@@ -35,10 +37,12 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
     if ple := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept
         per_token += len(spec.config.layers) * ple.size * (4 + 4 + 2 * dtype.itemsize)
+    rules = [layer.mixer for layer in spec.config.layers if isinstance(layer.mixer, DeltaNet)]
+    per_token += max((m.token_scratch for m in rules), default=0)
     return MemoryPlan(
         weights=weights,
-        kv_ring=sum(b.nbytes for b in kv if b.kind == "ring"),
-        kv_global=sum(b.nbytes for b in kv if b.kind == "global"),
-        kv_state=sum(b.nbytes for b in kv if b.kind == "state"),
-        activations=spec.prefill_chunk * per_token + scratch + 4 * spec.config.vocab_size,
+        kv_ring=rows * sum(b.nbytes for b in kv if b.kind == "ring"),
+        kv_global=rows * sum(b.nbytes for b in kv if b.kind == "global"),
+        kv_state=rows * sum(b.nbytes for b in kv if b.kind == "state"),
+        activations=spec.prefill_chunk * per_token + scratch + 4 * spec.config.vocab_size * spec.options.decode_rows[-1],
     )

@@ -16,7 +16,7 @@ from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
 from kiln.exporter.artifact.output import MANIFEST
 from kiln.exporter.compiler.compile import CompiledTarget
-from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.trace import GraphSpec, entry_rows
 from kiln.exporter.model.decoder import SAMPLING_INPUTS
 from kiln.passes.records import KVBuffer
 
@@ -29,16 +29,18 @@ def kiln_version() -> str:
 
 
 def entry_points(spec: GraphSpec, waits: tuple[str, ...] = ()) -> dict:
-    def points(length: int | str) -> dict:
-        tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in ("tokens", "pos")]
-        sampling = [{"name": n, "dtype": dtype_name(d), "shape": [1]} for n, d in SAMPLING_INPUTS]
+    def points(entry: str) -> dict:
+        rows = entry_rows(entry)
+        length, names = ("T" if entry == "prefill" else rows or 1), ("tokens", "pos", "row") if rows else ("tokens", "pos")
+        tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in names]
+        sampling = [{"name": n, "dtype": dtype_name(d), "shape": [rows or 1]} for n, d in SAMPLING_INPUTS]
         outputs = [
-            {"name": "token", "dtype": "int64", "shape": [1]},
-            {"name": "logits", "dtype": "float32", "shape": [1, spec.config.vocab_size]},
+            {"name": "token", "dtype": "int64", "shape": [rows or 1]},
+            {"name": "logits", "dtype": "float32", "shape": [rows or 1, spec.config.vocab_size]},
         ]
-        return {"inputs": tokens + sampling, "outputs": outputs}
+        return {"inputs": tokens + sampling, "outputs": outputs} | ({"waits": list(waits)} if waits and entry != "prefill" else {})
 
-    return {"prefill": points("T"), "decode": points(1) | ({"waits": list(waits)} if waits else {})}
+    return {entry: points(entry) for entry in spec.entries}
 
 
 def quantization(spec: GraphSpec) -> list[dict]:
@@ -57,7 +59,8 @@ def quantization(spec: GraphSpec) -> list[dict]:
     return rows
 
 
-def kv_record(kv: KVBuffer) -> dict:
+def kv_record(kv: KVBuffer, window: int | None = None) -> dict:
+    """Of one timeline. window: of a ring that has more slots."""
     return {
         "name": kv.name,
         "layer": kv.layer,
@@ -65,7 +68,15 @@ def kv_record(kv: KVBuffer) -> dict:
         "dtype": dtype_name(kv.dtype),
         "shape": list(kv.shape),
         "bytes": kv.nbytes,
+        **({"window": window} if window is not None and window < kv.shape[0] else {}),
     }
+
+
+def _window(spec: GraphSpec, kv: KVBuffer) -> int | None:
+    """Of a ring, how many of the newest positions a token needs."""
+    if kv.kind != "ring":
+        return None
+    return spec.options.residual_length if kv.name.endswith("_exact") else spec.config.attentions[kv.layer].window
 
 
 def target_record(compiled: CompiledTarget) -> dict:
@@ -107,6 +118,7 @@ def write_manifest(
         "cost": cost(spec.config, spec.plan),
         "max_seq_len": spec.max_seq_len,
         "prefill_chunk": spec.prefill_chunk,
+        **({"rows": spec.options.rows} if spec.options.rows > 1 else {}),
         "activation_dtype": spec.activation_dtype,
         "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
         "residual_length": spec.options.residual_length if spec.options.turboquant else None,
@@ -115,7 +127,7 @@ def write_manifest(
         "entry_points": entry_points(spec, waits),
         "quantization": quantization(spec),
         "constants": records,
-        "kv": [kv_record(b) for b in kv],
+        "kv": [kv_record(b, _window(spec, b)) for b in kv],
         "weights": weights_record(directory / "weights.safetensors", records) | ({"gguf": gguf} if gguf else {}),
         "files": file_records(directory),
         "tokenizer": tokenizer,

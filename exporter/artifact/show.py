@@ -84,7 +84,11 @@ def _artifact_lines(record: dict) -> list[str]:
     sizes: Counter[str] = Counter()
     for kv in record["kv"]:
         sizes[kv["kind"]] += kv["bytes"]
-    lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" for kind, size in sizes.items()]
+    rows = record.get("rows", 1)
+    each = f" x {rows} rows = {{:.3f}} GiB" if rows > 1 else ""
+    lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" + each.format(rows * size / 2**30) for kind, size in sizes.items()]
+    if steps := sorted(int(name.removeprefix("decode_")) for name in record["entry_points"] if name.startswith("decode_")):
+        lines.append(f"steps   of 1, {', '.join(map(str, steps))} tokens over {rows} timeline{'s' if rows > 1 else ''}")
     types = Counter(q["type"] for q in record["quantization"])
     lines.append("types   " + ", ".join(f"{n} {block_type}" for block_type, n in types.items()))
     return lines

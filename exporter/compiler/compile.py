@@ -1,4 +1,4 @@
-"""AOTInductor, one process for each graph and target: `prefill` and `decode` into one `model*.pt2`, no GPU and no weights needed."""
+"""AOTInductor, one process for each graph and target, all entries of a target into one `model*.pt2`; no GPU and no weights needed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.matmul import choosing
 from kiln.exporter.compiler.host import compile_failure
 from kiln.exporter.compiler.package import PackingKernel, declared_constants, write_package
-from kiln.exporter.compiler.trace import ENTRIES, GraphSpec, lower
+from kiln.exporter.compiler.trace import GraphSpec, entry_rows, lower
 from kiln.exporter.compiler.workers import AT_ONCE, results, take
 from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import kv_plan
 from kiln.passes import edit
 from kiln.passes.records import KVBuffer, PassReport
 
@@ -58,7 +59,7 @@ def compile_target(
     done: Callable[[CompiledEntry], None] = lambda entry: None,
     packing: bool = False,
 ) -> CompiledTarget:
-    """Compile both graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
+    """Compile all graphs for `target` ("cpu" or "sm_NN") into `out`; `work` is scratch, `done` is told of each finished graph.
 
     packing: on a GPU, also the kernels by which the runner packs the weights of a GGUF file.
 
@@ -67,7 +68,7 @@ def compile_target(
     work = work.resolve()  # the compiler changes directory
     entries: list[CompiledEntry] = []
     kernels: list[PackingKernel] = []
-    for some in (ENTRIES[i : i + AT_ONCE] for i in range(0, len(ENTRIES), AT_ONCE)):
+    for some in (spec.entries[i : i + AT_ONCE] for i in range(0, len(spec.entries), AT_ONCE)):
         workers = [take() for _ in some]
         for worker, entry in zip(workers, some, strict=True):
             worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
@@ -87,9 +88,11 @@ def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
     from kiln.exporter.source.weights import constants
 
     weights = {c.name for c in constants(spec.config, list(spec.plan))}
-    kv = {b.name for b in entries[0].kv}
+    planned = {b.name: b.shape for b in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)}
+    kv = set(planned)
     for entry in entries:
-        if {b.name for b in entry.kv} != kv:
+        lead = (spec.options.rows,) if entry_rows(entry.entry) else ()
+        if {b.name: b.shape for b in entry.kv} != {name: lead + shape for name, shape in planned.items()}:
             raise KilnError(f"compiling {entry.entry}: the graphs disagree about their caches")
         found = set(entry.constants)
         if len(entry.constants) != len(found) or found != weights | kv:
@@ -139,7 +142,7 @@ def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | 
             files = torch._inductor.aot_compile(
                 program.module(check_guards=False), args, kwargs, options=torch_private.inductor_options(gpu, entry)
             )
-    if entry == "decode" and gpu is not None:
+    if entry != "prefill" and gpu is not None:
         _keeps_the_contract(files)
     length = edit.user_input(program, "tokens").meta["val"].shape[0]
     if entry == "prefill" and not edit.symbolic(length):

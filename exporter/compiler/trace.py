@@ -1,4 +1,4 @@
-"""The plain decoder as two graphs, `prefill` and `decode`, from shapes alone; then the passes."""
+"""The plain decoder as graphs, `prefill`, `decode` and `decode_M` for steps of M tokens, from shapes alone; then the passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kiln.custom_ops.dtypes import DTYPES
 from kiln.exporter.compiler.torch_private import fake_export
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model.caches import kv_plan
-from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder
+from kiln.exporter.model.decoder import SAMPLING_INPUTS, Decoder, RowDecoder
 from kiln.exporter.model.places import expected_places
 from kiln.exporter.model.records import ModelConfig
 from kiln.exporter.source.weights import WeightPlan
@@ -22,7 +22,12 @@ from kiln.passes.edit import PassError
 from kiln.passes.pipeline import run_pipeline
 from kiln.passes.records import KVBuffer, Lowered, PassOptions
 
-ENTRIES = ("prefill", "decode")
+ENTRIES = ("prefill", "decode")  # of every artifact
+
+
+def entry_rows(entry: str) -> int:
+    """M of `decode_M`, whose tokens name their timelines; 0 for the entries of one timeline."""
+    return int(entry.removeprefix("decode_")) if entry.startswith("decode_") else 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,13 @@ class GraphSpec:
     def model_dtype(self) -> torch.dtype:
         return DTYPES[self.activation_dtype].torch
 
-    def model(self) -> Decoder:
-        return Decoder(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (*ENTRIES, *(f"decode_{rows}" for rows in self.options.decode_rows if rows > 1))
+
+    def model(self, entry: str = "decode") -> Decoder:
+        kind = RowDecoder if entry_rows(entry) else Decoder
+        return kind(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype, self.options)
 
 
 def trace_length(spec: GraphSpec) -> int:
@@ -60,17 +70,18 @@ def trace_length(spec: GraphSpec) -> int:
 
 def trace(spec: GraphSpec, entry: str, device: str) -> ExportedProgram:
     """The graph of `entry` on `device` ("cpu" or "cuda"; none need be present), before any pass."""
-    length = trace_length(spec) if entry == "prefill" else 1
+    rows = entry_rows(entry)
+    length = trace_length(spec) if entry == "prefill" else rows or 1
 
     def inputs() -> tuple[torch.Tensor, ...]:
-        tokens = torch.empty(length, dtype=torch.int64)
-        return (tokens, torch.empty_like(tokens), *(torch.empty(1, dtype=dtype) for _, dtype in SAMPLING_INPUTS))
+        places = [torch.empty(length, dtype=torch.int64) for _ in range(3 if rows else 2)]
+        return (*places, *(torch.empty(rows or 1, dtype=dtype) for _, dtype in SAMPLING_INPUTS))
 
     dynamic = None
     if entry == "prefill":
         chunk = {0: Dim("T", min=2, max=spec.prefill_chunk)}
         dynamic = {"tokens": chunk, "pos": chunk} | {name: None for name, _ in SAMPLING_INPUTS}
-    return fake_export(spec.model, inputs, dynamic, device)
+    return fake_export(lambda: spec.model(entry), inputs, dynamic, device)
 
 
 def lower(

@@ -126,8 +126,8 @@ class AllPositions(Decoder):
 
 @dataclass(frozen=True)
 class AllPositionsSpec(GraphSpec):
-    def model(self) -> AllPositions:
-        return AllPositions(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype)
+    def model(self, entry: str = "prefill") -> AllPositions:
+        return AllPositions(self.config, list(self.plan), self.max_seq_len, self.model_dtype, self.cache_dtype, self.options)
 
 
 class GraphPlayer:

@@ -14,9 +14,10 @@ def state_buffers(cache: CacheSpec) -> list[KVBuffer]:
     return [buffer(f"blk.{cache.layer}.cache.{part}_state", torch.float32, (STATE_SLOTS, *shape)) for part, shape in cache.parts]
 
 
-def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype) -> list[KVBuffer]:
-    """Of a cache that holds keys and values as they are, in `dtype`: slots first, as the decoder makes it."""
-    slots = max_seq_len if cache.window is None else min(cache.window, max_seq_len)
+def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, spare: int = 0) -> list[KVBuffer]:
+    """Of a cache that holds keys and values as they are, in `dtype`: slots first, as the decoder makes it. spare: slots of a ring beyond
+    its window."""
+    slots = max_seq_len if cache.window is None else min(cache.window + spare, max_seq_len)
     end = "cache" if cache.window is None else "ring"
     return [buffer(f"blk.{cache.layer}.cache.{side}_{end}", dtype, (slots, cache.heads, cache.head_dim)) for side in "kv"]
 
@@ -27,7 +28,7 @@ def tq4_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, options:
     found = []
     for side in "kv":
         found += [
-            buffer(f"{prefix}.{side}_exact", dtype, (options.residual_length, heads, size)),
+            buffer(f"{prefix}.{side}_exact", dtype, (options.residual_length + options.spare_slots, heads, size)),
             buffer(f"{prefix}.{side}_codes", torch.int16, (heads, max_seq_len, size // 4)),
             buffer(f"{prefix}.{side}_scales", torch.float16, (heads, max_seq_len)),
         ]
@@ -35,7 +36,7 @@ def tq4_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, options:
 
 
 def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
-    """Names, shapes and kinds; `dtype` of what is not quantized."""
+    """Names, shapes and kinds, of one timeline; `dtype` of what is not quantized."""
     plan = []
     for cache in cache_specs(config):
         if cache.kind == "state":
@@ -43,5 +44,5 @@ def kv_plan(config: ModelConfig, max_seq_len: int, dtype: torch.dtype, options: 
         elif cache.kind == "global" and options.turboquant:
             plan += tq4_buffers(cache, max_seq_len, dtype, options)
         else:
-            plan += exact_buffers(cache, max_seq_len, dtype)
+            plan += exact_buffers(cache, max_seq_len, dtype, options.spare_slots)
     return plan

@@ -1,12 +1,15 @@
 """The plain decoder of every family: the reference that every pass and kernel is measured against.
 
-Shapes: T tokens of one chunk, D hidden size, H query heads, KV key/value heads, hd head size, S cache slots, R ring slots, V vocabulary.
+Shapes: T tokens of one chunk, D hidden size, H query heads, KV key/value heads, hd head size, S cache slots, R ring slots, V vocabulary;
+M tokens of a step over B timelines, whose caches lie side by side.
 Norms, rotary embedding and gates are called by name (`custom_ops/markers.py`, plain torch), so that passes can find them.
 What differs from model to model is in its records (`records.py`). The parts of a layer keep their weights on the layer's own module, for
 constants carry the names of the file's tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from kiln.exporter.model.delta import DeltaMixer
 from kiln.exporter.model.parts import Matrix, Norm, constant, vector
 from kiln.exporter.model.records import Attention, CacheSpec, DeltaNet, Dense, Experts, Layer, ModelConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
+from kiln.passes.records import PassOptions
 
 SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("seed", torch.int64))
 
@@ -26,14 +30,17 @@ SAMPLING_INPUTS = (("temperature", torch.float32), ("top_k", torch.int32), ("top
 class Cache(nn.Module):
     """The keys and values that a cache declares, zeros at first."""
 
-    def __init__(self, cache: CacheSpec, max_seq_len: int, dtype: torch.dtype):
+    def __init__(self, cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, options: PassOptions, lead: tuple[int, ...] = ()):
         super().__init__()
-        for buffer in exact_buffers(cache, max_seq_len, dtype):
-            self.register_buffer(buffer.name.rpartition(".")[2], torch.zeros(buffer.shape, dtype=buffer.dtype))
+        for buffer in exact_buffers(cache, max_seq_len, dtype, options.spare_slots):
+            self.register_buffer(buffer.name.rpartition(".")[2], torch.zeros(lead + buffer.shape, dtype=buffer.dtype))
 
 
 class SlidingCache(Cache):
-    """A ring of R slots; slot = position mod R. Attend first, then write: after the last of its readers."""
+    """A ring of R slots; slot = position mod R. Attend first, then write: after the last of its readers.
+
+    A step of M tokens writes first: the spare slots keep what its tokens attend to.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, window: int, first: bool = True, last: bool = True) -> Tensor:
         out = torch.ops.kiln.sliding_attention(q, k, v, self.k_ring, self.v_ring, pos, window)
@@ -49,6 +56,13 @@ class SlidingCache(Cache):
         self.v_ring[slot] = v
         return out
 
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, row: Tensor, window: int, first: bool = True) -> Tensor:
+        if first:
+            slot = pos % self.k_ring.shape[1]
+            self.k_ring[row, slot] = k
+            self.v_ring[row, slot] = v
+        return torch.ops.kiln.sliding_rows(q, self.k_ring, self.v_ring, pos, row, window)
+
 
 class GlobalCache(Cache):
     """One slot per position. Write first, before the first of its readers, then attend."""
@@ -59,6 +73,12 @@ class GlobalCache(Cache):
             self.v_cache[pos] = v
         return torch.ops.kiln.global_attention(q, self.k_cache, self.v_cache, pos, None)
 
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, row: Tensor, window: None, first: bool = True) -> Tensor:
+        if first:
+            self.k_cache[row, pos] = k
+            self.v_cache[row, pos] = v
+        return torch.ops.kiln.global_rows(q, self.k_cache, self.v_cache, pos, row)
+
 
 CACHES: dict[str, type[Cache]] = {"ring": SlidingCache, "global": GlobalCache}
 
@@ -66,8 +86,8 @@ CACHES: dict[str, type[Cache]] = {"ring": SlidingCache, "global": GlobalCache}
 class AttentionMixer:
     """Softmax attention over a cache: the layer's own, which it makes, or that of the earlier layer `source`."""
 
-    def __init__(self, at: nn.Module, index: int, mixer: Attention, eps: float, cache: CacheSpec, max_seq_len: int, dtype: torch.dtype,
-                 source: AttentionMixer | None):  # fmt: skip
+    def __init__(self, at: nn.Module, index: int, mixer: Attention, eps: float, cache: CacheSpec, make: Callable[[CacheSpec], Cache],
+                 dtype: torch.dtype, source: AttentionMixer | None):  # fmt: skip
         self.at, self.index, self.mixer, self.eps, self.dtype = at, index, mixer, eps, dtype
         self.source, self.last = source, index == cache.readers[-1]
         self.q_rows = mixer.q_dim * (2 if mixer.gated else 1)
@@ -76,7 +96,7 @@ class AttentionMixer:
         if source is None and mixer.k_norm == "weighted":
             at.attn_k_norm = Norm(mixer.head_dim, eps)
         if source is None:
-            at.cache = CACHES[cache.kind](cache, max_seq_len, dtype)
+            at.cache = make(cache)
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> q [T, H, hd], raw k and v [T, KV, hd]; V is the raw K where the model has no V of its own.
@@ -104,8 +124,11 @@ class AttentionMixer:
         form = (scale, self.mixer.rope.neighbours)
         return torch.ops.kiln.rope(x, cos, sin, *(() if form == (1.0, False) else form))
 
-    def __call__(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, kv: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """kv: the chunk's keys and values as attention takes them, by the layer that made them."""
+    def __call__(
+        self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, kv: dict[int, tuple[Tensor, Tensor]], row: Tensor | None
+    ) -> Tensor:
+        """kv: the chunk's keys and values as attention takes them, by the layer that made them. row [M]: each token's timeline; None: the
+        one that there is."""
         c, at = self.mixer, self.at
         if c.kv_from is None:
             q, k, v = self.qkv(h)
@@ -120,7 +143,11 @@ class AttentionMixer:
         else:
             k, v = kv[c.kv_from]
         cache = (self.source or self).at.cache
-        out = cache.attend(q, k, v, pos, c.window, c.kv_from is None, self.last).flatten(1)
+        if row is None:
+            out = cache.attend(q, k, v, pos, c.window, c.kv_from is None, self.last)
+        else:
+            out = cache.attend_rows(q, k, v, pos, row, c.window, c.kv_from is None)
+        out = out.flatten(1)
         if gate is not None:
             out = out * gate.flatten(1).float().sigmoid()
         return at.attn_output.linear(out if out.dtype == h.dtype else out.to(h.dtype))
@@ -193,8 +220,8 @@ def ffn_of(at: nn.Module, ffn: Dense | Experts, hidden: int, eps: float) -> Dens
 class Block(nn.Module):
     """A layer: its mixer, then its ffn, each a branch of the residual stream; the third is that of per-layer embeddings."""
 
-    def __init__(self, config: ModelConfig, layer: Layer, weights: dict[str, WeightPlan], cache: CacheSpec, max_seq_len: int,
-                 cache_dtype: torch.dtype, source: AttentionMixer | None):  # fmt: skip
+    def __init__(self, config: ModelConfig, layer: Layer, weights: dict[str, WeightPlan], cache: CacheSpec,
+                 make: Callable[[CacheSpec], Cache], cache_dtype: torch.dtype, source: AttentionMixer | None):  # fmt: skip
         super().__init__()
         self.layer = layer
         for name, plan in weights.items():
@@ -208,7 +235,7 @@ class Block(nn.Module):
         if isinstance(layer.mixer, DeltaNet):
             self.mix, self.table = DeltaMixer(self, layer.mixer, eps, cache), None
         else:
-            self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, max_seq_len, cache_dtype, source)
+            self.mix = AttentionMixer(self, layer.index, layer.mixer, eps, cache, make, cache_dtype, source)
             self.table = layer.mixer.rope.constant
         self.ffn = ffn_of(self, layer.ffn, d, eps)
         if config.per_layer_embedding:
@@ -218,9 +245,10 @@ class Block(nn.Module):
             self.layer_output_scale.weight = constant(1, dtype=torch.float32)
 
     def forward(
-        self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]], kv: dict[int, tuple[Tensor, Tensor]], own: Tensor | None
+        self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]], kv: dict[int, tuple[Tensor, Tensor]], own: Tensor | None,
+        row: Tensor | None,
     ) -> Tensor:  # [T, D] -> [T, D]; own [T, P]: the layer's values of a per-layer embedding
-        branch = self.mix(self.attn_norm(x), pos, *(() if self.table is None else (*tables[self.table], kv)))
+        branch = self.mix(self.attn_norm(x), pos, *(() if self.table is None else (*tables[self.table], kv, row)))
         x = x + (self.post_attention_norm(branch) if self.layer.post_norms else branch)
         branch = self.ffn(self.ffn_norm(x), x)
         x = x + (self.post_ffw_norm(branch) if self.layer.post_norms else branch)
@@ -267,9 +295,10 @@ class Decoder(nn.Module):
     Parameters carry the names of `kiln.exporter.source.weights.constants`; buffers are the KV caches and nothing else.
     """
 
-    def __init__(
-        self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
-    ):
+    lead: tuple[int, ...] = ()  # of the caches' shapes, before one timeline's
+
+    def __init__(self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype,
+                 cache_dtype: torch.dtype | None = None, options: PassOptions | None = None):  # fmt: skip
         super().__init__()
         check_supported(config)
         self.config, self.dtype = config, dtype
@@ -279,10 +308,14 @@ class Decoder(nn.Module):
         self.output_norm = Norm(config.hidden_size, config.rms_norm_eps)
         caches = {reader: cache for cache in cache_specs(config) for reader in cache.readers}
         self.blk = nn.ModuleList()
+
+        def make(cache: CacheSpec) -> Cache:
+            return CACHES[cache.kind](cache, max_seq_len, cache_dtype or dtype, options or PassOptions(), self.lead)
+
         for layer in config.layers:
             source = config.attentions[layer.index].kv_from if layer.index in config.attentions else None
             source = None if source is None else self.blk[source].mix
-            self.blk.append(Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], max_seq_len,
+            self.blk.append(Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], make,
                                   cache_dtype or dtype, source))  # fmt: skip
         if config.per_layer_embedding:
             self.per_layer_token_embd = Matrix(weights["per_layer_token_embd"])
@@ -301,8 +334,8 @@ class Decoder(nn.Module):
             tables[name] = angle.cos(), angle.sin()
         return tables
 
-    def hidden(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """tokens, pos [T] int64 -> [T, D] after the last layer."""
+    def hidden(self, tokens: Tensor, pos: Tensor, row: Tensor | None = None) -> Tensor:
+        """tokens, pos, row [T] int64 -> [T, D] after the last layer."""
         x = self.token_embd.rows(tokens)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
@@ -310,7 +343,7 @@ class Decoder(nn.Module):
         tables = self.rope_tables(pos)
         own, kv = self.per_layer(tokens, x), {}
         for i, layer in enumerate(self.blk):
-            x = layer(x, pos, tables, kv, None if own is None else own.select(1, i))
+            x = layer(x, pos, tables, kv, None if own is None else own.select(1, i), row)
         return x
 
     def per_layer(self, tokens: Tensor, x: Tensor) -> Tensor | None:
@@ -334,7 +367,27 @@ class Decoder(nn.Module):
         self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:  # tokens, pos [T] int64; sampling [1] -> token [1] int64, logits [1, V] float32
         logits = self.logits(self.hidden(tokens, pos)[-1:])
-        allowed = logits
-        if self.config.suppress_tokens:
-            allowed = logits.index_fill(1, self.suppress_tokens, float("-inf"))
-        return torch.ops.kiln.sample(allowed, temperature, top_k, top_p, seed, pos[-1:]), logits
+        return torch.ops.kiln.sample(self.allowed(logits), temperature, top_k, top_p, seed, pos[-1:]), logits
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """[T, V] with -inf for what is never sampled."""
+        return logits.index_fill(1, self.suppress_tokens, float("-inf")) if self.config.suppress_tokens else logits
+
+
+class RowDecoder(Decoder):
+    """A step of M tokens, each of one of B timelines: as M steps of one token, in the order of their positions.
+
+    Tokens of one timeline have consecutive positions. Two tokens of one row and position are the same token: that is padding.
+    """
+
+    def __init__(self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype, cache_dtype: torch.dtype | None,
+                 options: PassOptions):  # fmt: skip
+        self.lead = (options.rows,)
+        super().__init__(config, plan, max_seq_len, dtype, cache_dtype, options)
+
+    def forward(  # type: ignore[override]  # with the timelines
+        self, tokens: Tensor, pos: Tensor, row: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:  # tokens, pos, row [M] int64; sampling [M] -> token [M] int64, logits [M, V] float32
+        logits = self.logits(self.hidden(tokens, pos, row))
+        inputs = (self.allowed(logits), temperature, top_k, top_p, seed, pos)
+        return torch.cat([torch.ops.kiln.sample(*(x[i : i + 1] for x in inputs)) for i in range(len(tokens))]), logits

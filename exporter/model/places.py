@@ -20,7 +20,7 @@ DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules 
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
-    """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill" or "decode"."""
+    """Pass -> place -> what may keep the pass from it. kv: the planned caches; entry: "prefill", "decode", "decode_4"."""
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
     indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
     caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
@@ -29,7 +29,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
-        "kv_len": dict.fromkeys(full if options.kv_len else (), ""),
+        "kv_len": dict.fromkeys(full if options.kv_len and not entry.startswith("decode_") else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
         "own_matmul": dict.fromkeys([n for n in _floats(config, plan) if n not in routers] if options.matmul != "blas" else (), ""),
         "fuse_decode": fused,

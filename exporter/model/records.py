@@ -110,6 +110,13 @@ class DeltaNet:
         return 2 * self.taps * self.channels + 7 * self.value_heads * self.key_dim * self.value_dim
 
 
+    @property
+    def token_scratch(self) -> int:
+        """Bytes of a token of many: its heads, what a block of 64 makes of them, its outputs, a block's share of the state before it."""
+        keys, rows = 2 * self.key_heads * self.key_dim, self.key_dim + 3 * self.value_dim + 64
+        return 4 * (keys + self.value_heads * (rows + self.key_dim * self.value_dim // 64))
+
+
 @dataclass(frozen=True)
 class Dense:
     """down(activation(gate) * up)."""

@@ -28,6 +28,8 @@ std::shared_ptr<Snapshot> shared(std::shared_ptr<const Snapshot> s) { return std
 
 kiln::ParseSpecial parse_mode(bool parse_special) { return parse_special ? kiln::ParseSpecial::All : kiln::ParseSpecial::None; }
 
+}  // namespace
+
 py::array_t<float> to_numpy(const std::vector<float>& row) {
   try {
     return py::array_t<float>(static_cast<py::ssize_t>(row.size()), row.data());
@@ -36,6 +38,8 @@ py::array_t<float> to_numpy(const std::vector<float>& row) {
     throw py::import_error("logits are numpy arrays, and numpy is not installed: pip install kiln-runtime[numpy]");
   }
 }
+
+namespace {
 
 std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
                                   const std::optional<std::string>& weights) {
@@ -95,8 +99,9 @@ void set_logits_sink(Session& session, py::object sink) {
   });
 }
 
-py::dict memory(const Session& session) {
-  kiln::MemoryReport m = session.memory();
+}  // namespace
+
+py::dict memory_of(const kiln::MemoryReport& m) {
   py::dict out;
   out["weights"] = m.weights;
   out["kv_ring"] = m.kv_ring;
@@ -109,7 +114,7 @@ py::dict memory(const Session& session) {
   return out;
 }
 
-}  // namespace
+void bind_batch(py::module_& m);  // pybind_batch.cpp
 
 PYBIND11_MODULE(_runtime, m) {
   kiln::share_libstdcxx();
@@ -224,7 +229,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("earliest", &Session::earliest, "The first position, but for 0, that rewind() can go back to.")
       .def("save", [](const Session& s, const std::filesystem::path& path) { s.save(path.string()); }, py::arg("path"), ReleaseGil(),
            "Writes all that is needed to go on to a file, whole or not at all.")
-      .def("memory", &memory, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
+      .def("memory", [](const Session& s) { return memory_of(s.memory()); }, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
       .def_property_readonly("position", &Session::position);
 
@@ -260,4 +265,5 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("steps", &kiln::Acceptance::steps)
       .def_property_readonly("tried", &kiln::Acceptance::tried)
       .def_property_readonly("right", &kiln::Acceptance::right);
+  bind_batch(m);
 }

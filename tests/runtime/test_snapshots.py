@@ -13,9 +13,12 @@ from random import Random
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 import kiln
+from tests.code_only import code_only
 from tests.runtime.toy import MAX_SEQ, PROMPT, VOCAB, WIDTH, WINDOW, change
+from tests.timeline import FIXTURES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -462,6 +465,7 @@ def test_in_another_process(artifacts, name, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [held, tokens, hashlib.sha256(b"".join(r.tobytes() for r in rows)).hexdigest()]
     filled = sum(k["bytes"] for k in model.manifest["kv"])
     assert moved.stat().st_size < filled + 100_000 and os.listdir(tmp_path) == ["moved"]
+    assert moved.stat().st_mode & 0o777 == 0o600  # what was said is in it
 
 
 def test_files_that_are_refused(toy, copy, tmp_path: Path) -> None:
@@ -504,3 +508,22 @@ def test_files_that_are_refused(toy, copy, tmp_path: Path) -> None:
     assert equal(goes_on(session, 4), right)
     session.restore(path)
     assert session.tokens == PROMPT
+
+
+def test_of_other_weights(artifacts, tmp_path: Path) -> None:
+    """Where the weights come from a GGUF file, one manifest fits many: a session knows those that it was computed with."""
+    gguf = FIXTURES / "gemma4-tiny-dense.gguf"
+    artifact = str(code_only(artifacts["plain"], gguf, tmp_path / "artifact"))
+    raw = bytearray(gguf.read_bytes())
+    tensor = next(t for t in GGUFReader(gguf).tensors if t.name == "blk.1.attn_q.weight")
+    raw[tensor.data_offset + tensor.n_bytes - 4] ^= 1  # the last bit of the last number
+    (tmp_path / "other.gguf").write_bytes(raw)
+    first, same, other = (
+        kiln.Session(kiln.Model(artifact, device="cpu", weights=str(w))) for w in (gguf, gguf, tmp_path / "other.gguf")
+    )
+    first.prefill([5, 6, 7, 8])
+    first.save(tmp_path / "s")
+    same.restore(tmp_path / "s")
+    assert equal(goes_on(same, 3), goes_on(first, 3))
+    with pytest.raises(kiln.Error, match="s: a session of another artifact, or of other weights"):
+        other.restore(tmp_path / "s")

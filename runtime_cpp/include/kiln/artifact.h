@@ -101,6 +101,7 @@ class Artifact {
   const TargetSpec* find_target(bool cuda, int major = 0, int minor = 0) const;
   std::string target_names() const;  // "cpu, sm_90"
 
+  std::vector<int64_t> steps() const;  // M of the entries decode_M, ascending
   const EntryPoint& entry(const std::string& name) const { return entry_points.at(name); }
 
   // Recomputes the SHA-256 of every constant of the weights file. Throws Error with the first that differs. (That of a target's code is checked at every load.)
@@ -110,6 +111,7 @@ class Artifact {
   std::string architecture;
   int64_t max_seq_len = 0;
   int64_t prefill_chunk = 0;
+  int64_t rows = 1;      // timelines that an entry decode_M takes; kv has the caches of one
   std::string manifest;  // the JSON text
   std::vector<TargetSpec> targets;
   std::map<std::string, EntryPoint> entry_points;  // prefill and decode at least

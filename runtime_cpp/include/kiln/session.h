@@ -16,6 +16,8 @@ struct Sampling {
   int64_t seed = 0;
 };
 
+void check_sampling(const Sampling& sampling);  // Error on values out of range
+
 struct SessionOptions {
   int64_t prefill_chunk = 0;  // tokens of one prefill call, 1 .. the artifact's; 0: the artifact's
   bool graph = true;          // on a GPU: replay the decode step as a CUDA graph

@@ -13,6 +13,7 @@ __path__ = extend_path(__path__, __name__)
 if TYPE_CHECKING:
     from kiln._runtime import (
         Acceptance,
+        Batch,
         Error,
         Model,
         NgramDrafter,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Acceptance",
+    "Batch",
     "Error",
     "Model",
     "NgramDrafter",

@@ -181,6 +181,10 @@ void Artifact::read_manifest() {
     }
     for (const char* name : {"prefill", "decode"})
       if (!entry_points.count(name)) fail("'entry_points': has no '", name, "'");
+    if (root.find("rows")) rows = int_at(root, "rows", 1);
+    for (int64_t m : steps())
+      for (const ValueSpec& v : entry("decode_" + std::to_string(m)).inputs)
+        if (v.shape != std::vector<int64_t>{m}) fail("'entry_points': '", v.name, "' of decode_", m, " has shape ", shape_text(v.shape));
     for (const Json& c : root.at("constants")) {
       ConstantSpec spec;
       parse_tensor(c, spec);
@@ -285,6 +289,19 @@ const TargetSpec* Artifact::find_target(bool cuda, int major, int minor) const {
   for (const TargetSpec& t : targets)
     if (t.cuda == cuda && (!cuda || (t.major == major && t.minor == minor))) return &t;
   return nullptr;
+}
+
+std::vector<int64_t> Artifact::steps() const {
+  std::vector<int64_t> found;
+  for (const auto& [name, point] : entry_points) {
+    constexpr std::string_view kPrefix = "decode_";
+    if (name.compare(0, kPrefix.size(), kPrefix) != 0) continue;
+    const std::string digits = name.substr(kPrefix.size());
+    if (digits.empty() || digits.size() > 3 || digits[0] == '0' || digits.find_first_not_of("0123456789") != std::string::npos) continue;
+    if (int64_t m = std::stoll(digits); m > 1) found.push_back(m);
+  }
+  std::sort(found.begin(), found.end());
+  return found;
 }
 
 std::string Artifact::target_names() const {

@@ -150,8 +150,8 @@ class CpuTimeline : public Timeline {
     sent_.pop_front();
     return token;
   }
-  void capture(const std::function<void()>&, const std::vector<std::string>&) override { fail("internal error: capture on the CPU"); }
-  void replay() override { fail("internal error: replay on the CPU"); }
+  size_t capture(const std::function<void()>&, const std::vector<std::string>&) override { fail("internal error: capture on the CPU"); }
+  void replay(size_t) override { fail("internal error: replay on the CPU"); }
   void measure(MemoryReport& report) const override {
     report.activations = temporaries_->peak();
     uint64_t anonymous = proc_bytes("/proc/self/status", "RssAnon"), ours = report.kv() + report.activations + weights_;

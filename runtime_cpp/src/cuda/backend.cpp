@@ -23,7 +23,7 @@ uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
 struct StreamState {
   OwnStream stream;
   std::array<OwnEvent, Timeline::kInFlight> events;
-  DecodeGraph graph;
+  std::vector<std::unique_ptr<DecodeGraph>> graphs;
 };
 
 class CudaTimeline : public Timeline {
@@ -58,7 +58,7 @@ class CudaTimeline : public Timeline {
 
   Surroundings surroundings(const std::string& entry) override {
     Surroundings s;
-    s.memory = entry == "decode" ? decode_ : prefill_;
+    s.memory = entry == "prefill" ? prefill_ : decode_;
     // For compute-sanitizer, which sees the bounds of the driver's allocations only. Freeing one waits for the device; no graph can hold one.
     if (std::getenv("KILN_NO_POOLS")) s.memory = std::make_shared<DeviceMemory>(gpu_);
     s.device = device();
@@ -111,14 +111,22 @@ class CudaTimeline : public Timeline {
     return *host(slot);
   }
 
-  void capture(const std::function<void()>& step, const std::vector<std::string>& waits) override {
+  size_t capture(const std::function<void()>& step, const std::vector<std::string>& waits) override {
     synchronize();
-    Alone alone;
-    state_->graph.capture(stream(), step, waits);
+    auto graph = std::make_unique<DecodeGraph>();
+    {
+      Alone alone;
+      graph->capture(stream(), step, waits);
+    }
+    state_->graphs.push_back(std::move(graph));
     captured_ = true;
+    return state_->graphs.size() - 1;
   }
-  void replay() override { state_->graph.replay(stream()); }
-  int64_t early_launches() const override { return state_->graph.early_launches(); }
+  void replay(size_t recording) override {
+    if (recording >= state_->graphs.size()) fail("internal error: replay of a decode graph that is not captured");
+    state_->graphs[recording]->replay(stream());
+  }
+  int64_t early_launches() const override { return state_->graphs.empty() ? 0 : state_->graphs.front()->early_launches(); }
 
   void measure(MemoryReport& report) const override {
     report.activations = prefill_->mapped() + (captured_ ? 0 : decode_->mapped());

@@ -51,9 +51,10 @@ class Timeline {
   virtual int64_t receive() = 0;
 
   // Records `step` (already warm) so that replay() repeats it at the same addresses; kernels whose names begin with one of `waits`
-  // may start early. Only when asynchronous().
-  virtual void capture(const std::function<void()>& step, const std::vector<std::string>& waits) = 0;
-  virtual void replay() = 0;
+  // may start early. Only when asynchronous(). The recordings are numbered from 0; what one leaves in memory of its own lasts until another is
+  // replayed.
+  virtual size_t capture(const std::function<void()>& step, const std::vector<std::string>& waits) = 0;
+  virtual void replay(size_t recording = 0) = 0;
   virtual int64_t early_launches() const { return 0; }
 
   // Fills in activations, graph and other of what this session holds, and outside; the rest of the report is given.

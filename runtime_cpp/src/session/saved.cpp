@@ -1,6 +1,5 @@
 // A session in a file: a whole snapshot, its parts one after another.
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -61,15 +60,12 @@ std::vector<std::string> hashes(const std::vector<Place>& parts) {
   return found;
 }
 
-// A new file that takes the place of `path` when commit() has run.
+// A new file that takes the place of `path` when commit() has run. What was said is in it: it is its owner's alone.
 class NewFile {
  public:
   explicit NewFile(const std::string& path) : path_(path), name_(path + ".XXXXXX") {
     fd_ = mkstemp(name_.data());
     if (fd_ < 0) fail(path_, ": cannot save the session: ", std::strerror(errno));
-    const mode_t mask = umask(0);
-    umask(mask);
-    fchmod(fd_, 0666 & ~mask);
   }
   ~NewFile() {
     if (fd_ < 0) return;

@@ -328,10 +328,14 @@ void Session::Impl::reset() {
   stand_at(0, -1, false, {});
 }
 
-void Session::Impl::set_sampling(const Sampling& sampling) {
+void check_sampling(const Sampling& sampling) {
   if (!(sampling.temperature >= 0) || !std::isfinite(sampling.temperature)) fail("temperature is ", sampling.temperature, ", must be 0 or more");
   if (sampling.top_k < 0) fail("top_k is ", sampling.top_k, ", must be 0 (off) or more");
   if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("top_p is ", sampling.top_p, ", must be above 0 and at most 1");
+}
+
+void Session::Impl::set_sampling(const Sampling& sampling) {
+  check_sampling(sampling);
   if (sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
       if (!has_input(shared.artifact.entry("decode"), name))

@@ -40,6 +40,7 @@ TINY = Workload(
     depths=(8, 24, 64),
     chunks=(12, 40),
     exact_window=16,
+    together=(3,),
 )
 CASES = {case.name: case for case in all_cases(TINY)}
 CEILINGS = Ceilings(copy_gb_s=900.0, read_gb_s=1000.0, matmul_tflop_s=100.0, matmul_sustained_tflop_s=80.0)
@@ -132,6 +133,8 @@ def test_group_lines():
     ]
     assert harness.group_lines(rows) == ["g: 0.025 ms, 100 GB/s, 0.4 TFLOP/s"]
     assert harness.group_lines([*rows, {"group": "g", "count": 1}]) == []
+    several = {"group": "g, 4 tokens", "count": 1, "us": 30.0, "bytes": 1500000, "flops": 24000000}
+    assert harness.group_lines([*rows, several])[1] == "g, 4 tokens: 0.030 ms, 50 GB/s, 0.8 TFLOP/s, 1.200 of one token"
 
 
 @pytest.mark.parametrize("model, step", [(geometry.GEMMA4_31B, 18.67e9), (geometry.GEMMA4_12B, 7.367e9)], ids=["31b", "12b"])

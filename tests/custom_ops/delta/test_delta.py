@@ -11,6 +11,7 @@ from torch.export import Dim
 
 from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
 from kiln.custom_ops.delta import rule
+from tests.custom_ops.interpret import interpreted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,6 +157,25 @@ def test_what_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run(**change)
+
+
+def interpreted_kernels() -> None:
+    """Against the recurrence, heads of 32 with three value heads for a key head; garbage before; then a step that is discarded."""
+    global KEY_DIM, VALUE_DIM, CHANNELS  # the kernels' least
+    KEY_DIM = VALUE_DIM = 32
+    CHANNELS = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
+    tokens = random_tokens(75)
+    right, kept = recurrence(tokens), states(torch.nan)
+    found = [fed(tokens.cut(slice(0, 2)), 2, kept), fed(tokens.cut(slice(2, 4)), 1, kept, start=2)]
+    fed(random_tokens(1, seed=1), 1, kept, start=4)
+    found += [fed(tokens.cut(slice(4, 5)), 1, kept, start=4), fed(tokens.cut(slice(5, 75)), 70, kept, start=5)]
+    torch.testing.assert_close(torch.cat(found).double(), right, rtol=0, atol=LOSS)
+    few = tokens.cut(slice(0, 20))
+    narrow = replace(few, u=few.u.bfloat16(), alpha=few.alpha.bfloat16(), beta=few.beta.bfloat16())
+    torch.testing.assert_close(fed(narrow, 19).double(), recurrence(narrow), rtol=0, atol=LOSS)
+
+
+test_kernels_interpreted = interpreted(__file__)
 
 
 class _Model(torch.nn.Module):

@@ -21,6 +21,7 @@ KILN = torch.ops.kiln
 COUNT, EPS, TERMS = 5, 1e-5, 3
 CHOSEN = torch.tensor([[4, 2]])
 test_kernels_interpreted = interpreted(__file__)
+test_more_kernels_interpreted = pytest.mark.nightly(interpreted(__file__, "nightly"))
 
 
 def counters() -> torch.Tensor:
@@ -151,13 +152,17 @@ def test_weighted_sum(arguments: tuple) -> None:
     check_sum(*arguments)
 
 
-@pytest.mark.parametrize("arguments", GLU, ids=str)
+def by_day(cases: list[tuple], count: int) -> list:
+    return [*cases[:count], *(pytest.param(case, marks=pytest.mark.nightly) for case in cases[count:])]
+
+
+@pytest.mark.parametrize("arguments", by_day(GLU, 2), ids=str)
 def interpreted_gates(arguments: tuple) -> None:
     with compiling_for(ONE_SM):
         check_glu(*arguments)
 
 
-@pytest.mark.parametrize("arguments", SUM, ids=str)
+@pytest.mark.parametrize("arguments", by_day(SUM, 2), ids=str)
 def interpreted_weighted_sum(arguments: tuple) -> None:
     """The first has more than one split."""
     with compiling_for(dataclasses.replace(H200, sm_count=2) if arguments is SUM[0] else ONE_SM):

@@ -102,11 +102,37 @@ def interpreted_small_kernel() -> None:
         check_small()
 
 
+def check_rows(d: int, terms: int) -> None:
+    """Of several tokens each is, bit for bit, what it is alone."""
+    rows = [inputs(d, seed) for seed in range(3)]
+    _, _, post_weight, weight = rows[0]
+    x, branch = (torch.cat([row[i] * 10 ** (2 * j) for j, row in enumerate(rows)]) for i in (0, 1))
+    scale, left = torch.tensor([0.37]), torch.stack([squares(b[None]) for b in branch])
+    for together, alone in (
+        (kiln.add_norm(x, branch, left, post_weight, scale, weight, EPS, terms),
+         [kiln.add_norm(x[[i]], branch[[i]], left[i], post_weight, scale, weight, EPS, terms) for i in range(3)]),
+        (kiln.add_norm(x, branch, None, None, None, None, EPS, terms),
+         [kiln.add_norm(x[[i]], branch[[i]], None, None, None, None, EPS, terms) for i in range(3)]),
+        (kiln.norm_fixed(x, weight, terms), [kiln.norm_fixed(x[[i]], weight, terms) for i in range(3)]),
+    ):
+        for i, one in enumerate(alone):
+            assert all(torch.equal(found[i], own.view(found[i].shape)) for found, own in zip(together, one, strict=True))
+
+
+@pytest.mark.parametrize("d, terms", [(320, 2), (64, 3)])
+def test_rows_reference(d: int, terms: int) -> None:
+    check_rows(d, terms)
+
+
+def interpreted_rows() -> None:
+    with compiling_for(gpu_targets()["sm_90"]):
+        check_rows(320, 2)
+
+
 def test_wrong_arguments_are_named() -> None:
     x, branch, post_weight, weight = inputs(64)
     for wrong, w, message in (
         (x.bfloat16(), weight, "x is torch.bfloat16"),
-        (x.repeat(2, 1), weight, r"x is torch.float32 \(2, 64\)"),
         (x[:, :48].contiguous(), weight[:48], r"x is torch.float32 \(1, 48\).* D a multiple of 32"),
         (x, weight[:32], r"weight \(32,\)"),
         (x[0], weight, r"x is torch.float32 \(64,\)"),
@@ -119,6 +145,8 @@ def test_wrong_arguments_are_named() -> None:
         kiln.add_norm(x, branch[:, :32], squares(branch), post_weight, None, weight, EPS, 2)
     with pytest.raises(ValueError, match=r"add_norm: .* squares \(0,\)"):
         kiln.add_norm(x, branch, torch.zeros(0), post_weight, None, weight, EPS, 2)
+    with pytest.raises(ValueError, match=r"add_norm: .* squares \(3,\), .* expected \(2, 64\), \(2, P\)"):
+        kiln.add_norm(x.repeat(2, 1), branch.repeat(2, 1), squares(branch), post_weight, None, weight, EPS, 2)
     with pytest.raises(ValueError, match=r"add_norm: .* scale \(64,\)"):
         kiln.add_norm(x, branch, squares(branch), post_weight, weight, weight, EPS, 2)
 

@@ -109,7 +109,8 @@ def test_wrong_arguments_are_named() -> None:
     good = arguments(random_logits(8, 1), 1.0)
     for i, bad, message in (
         (0, good[0].half(), "logits is torch.float16"),
-        (0, good[0].expand(2, 8), r"logits is torch.float32 \(2, 8\)"),
+        (0, good[0][0], r"logits is torch.float32 \(8,\); expected float32 \[T, V\]"),
+        (0, good[0].expand(2, 8), r"temperature is torch.float32 \(1,\); expected torch.float32 \(2\)"),
         (2, good[2].long(), "top_k is torch.int64"),
         (4, torch.zeros(2, dtype=torch.int64), r"seed is torch.int64 \(2,\)"),
     ):

@@ -99,10 +99,6 @@ def test_wrong_arguments_are_named() -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 getattr(kiln, op)(*arguments, *extra)
-    with pytest.raises(ValueError, match=r"fixed_partials: x is \(2, 8, 20\); expected one token"):
-        kiln.fixed_partials(x.repeat(2, 1, 1), words, halves, "Q4_K")
-    with pytest.raises(ValueError, match=r"fixed_linear: x is \(2, 8, 20\); expected one token"):
-        kiln.fixed_linear(x.repeat(2, 1, 1), words, halves, "Q4_K", counters(), torch.ones(1), 1e-6)
     with pytest.raises(ValueError, match=r"fixed_linear: squares are torch.float32 \(0,\); expected float32 \[P\]"):
         kiln.fixed_linear(x, words, halves, "Q4_K", counters(), torch.ones(0), 1e-6)
     with pytest.raises(ValueError, match="fixed_glu: 352 rows; expected twice a multiple of 32"):
@@ -236,17 +232,6 @@ def interpreted_shares(block_type: str, k: int, programs: int, warps: int, split
     assert not zeros.any() and relative_error(y, fixed_point.dequantize(fixed), matrix[cut]) < KERNEL
 
 
-@pytest.mark.parametrize("block_type", ["Q4_K", "Q8_0"])
-def interpreted_several_tokens(block_type: str, monkeypatch) -> None:
-    words, halves, matrix = random_weight(block_type, 70, 512)
-    x = random_x(3, 512, torch.float32)
-    zeros = counters(6)
-    with spread(monkeypatch, 12):
-        assert launch(block_type, 3, 70, 512, current_target())[1] == 2
-        y = kiln.fixed_linear(gemv.fix(x, 2), words, halves, block_type, zeros)
-    assert relative_error(y, x, matrix) < LOSS[2] and not zeros.any()
-
-
 @pytest.mark.parametrize("block_type, groups",
                          [("Q4_K", 1), ("Q4_K", 4), ("Q6_K", 2), ("Q8_0", 4), ("MXFP4", 1),
                           *(pytest.param(t, n, marks=pytest.mark.nightly)
@@ -310,8 +295,8 @@ def interpreted_roots(block_type: str, programs: int, monkeypatch) -> None:
 def interpreted_too_few_counters_are_refused(monkeypatch) -> None:
     words, halves, _ = random_weight("Q4_K", 192, 512)
     fixed = gemv.fix(random_x(2, 512, torch.float32), 2)
-    with spread(monkeypatch, 100), pytest.raises(ValueError, match="gemv: 5 counters; 2 tokens and 192 rows take 6"):
-        kiln.fixed_linear(fixed, words, halves, "Q4_K", counters(5))
+    with spread(monkeypatch, 100), pytest.raises(ValueError, match="gemv: 2 counters; 2 tokens and 192 rows take 3"):
+        kiln.fixed_linear(fixed, words, halves, "Q4_K", counters(2))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-10, 1e13])

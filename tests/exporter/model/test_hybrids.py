@@ -105,9 +105,9 @@ def test_a_shared_gate_of_either_shape(files: Path, tmp_path: Path) -> None:
         read_plan(wrong)
 
 
-def test_a_gpu_is_refused_until_there_are_kernels(files: Path) -> None:
+def test_a_gpu_is_refused_until_the_kernels_ran_on_one(files: Path) -> None:
     path = model_file(DENSE, files)
-    with pytest.raises(KilnError, match="layer 0 is a gated delta rule, which has no GPU kernel yet; give --target cpu"):
+    with pytest.raises(KilnError, match="layer 0 is a gated delta rule, whose kernels ran on no GPU yet; give --target cpu"):
         build.graph_spec(build.ExportOptions(path, files / "out"), read_plan(path), ("sm_90",))
 
 

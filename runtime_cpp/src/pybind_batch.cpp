@@ -1,0 +1,57 @@
+// Batch of the Python module: events are plain tuples.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kiln/batch.h"
+
+namespace py = pybind11;
+using kiln::Batch;
+
+// pybind.cpp
+py::dict memory_of(const kiln::MemoryReport& m);
+py::array_t<float> to_numpy(const std::vector<float>& row);
+
+void bind_batch(py::module_& m) {
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Batch>(m, "Batch", "Several timelines over one model, which take their tokens in the same steps.")
+      .def(py::init([](std::shared_ptr<kiln::Model> model, int64_t rows, int64_t prefill_chunk, double max_gap_ms, bool keep_logits, bool graph,
+                       bool early_launch) {
+             return std::make_unique<Batch>(std::move(model), kiln::BatchOptions{rows, prefill_chunk, max_gap_ms, keep_logits, graph, early_launch});
+           }),
+           py::arg("model"), py::arg("rows") = 0, py::arg("prefill_chunk") = 0, py::arg("max_gap_ms") = 0., py::arg("keep_logits") = false,
+           py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
+      .def("join", [](Batch& b, const std::vector<int64_t>& prompt, float temperature, int32_t top_k, float top_p, int64_t seed, int64_t max_new_tokens,
+                      bool stop_at_eog) {
+             return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog});
+           },
+           py::arg("prompt"), py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0,
+           py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, ReleaseGil(), "A handle for a new timeline.")
+      .def("step", [](Batch& b) {
+             std::vector<kiln::RowEvent> events;
+             {
+               py::gil_scoped_release release;
+               events = b.step();
+             }
+             py::list out;
+             for (const kiln::RowEvent& e : events) {
+               py::object token = e.token < 0 ? py::object(py::none()) : py::object(py::int_(e.token));
+               py::object stop = e.stop ? py::object(py::str(kiln::stop_name(*e.stop))) : py::object(py::none());
+               py::object error = e.error.empty() ? py::object(py::none()) : py::object(py::str(e.error));
+               out.append(py::make_tuple(e.handle, token, stop, error));
+             }
+             return out;
+           }, "[(handle, token or None, stop reason or None, error or None)]: a chunk of a waiting prompt, then a token of every other timeline.")
+      .def("leave", &Batch::leave, py::arg("handle"), ReleaseGil())
+      .def("position", &Batch::position, py::arg("handle"), ReleaseGil())
+      .def("logits", [](const Batch& b, int64_t handle) { return to_numpy(b.logits(handle)); }, py::arg("handle"),
+           "float32 [vocab_size] that the timeline's last token was sampled from; with keep_logits.")
+      .def("memory", [](const Batch& b) { return memory_of(b.memory()); }, "As Session.memory(), the caches of all rows.")
+      .def("cache_memory", [](const Batch& b) {
+             py::dict out;
+             for (const auto& cache : b.cache_memory()) out[cache.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(cache.data), cache.bytes);
+             return out;
+           }, "For measurements: name -> (address on the device, bytes) of each cache, one row's behind the other's.")
+      .def_property_readonly("rows", &Batch::rows)
+      .def_property_readonly("active", &Batch::active);
+}

@@ -1,0 +1,428 @@
+#include "kiln/batch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <numeric>
+
+#include "compiled/compiled_model.h"
+#include "session/not_finite.h"
+
+namespace kiln {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Row {
+  int64_t handle = -1;  // -1: the row is free
+  Request request;
+  size_t read = 0;          // tokens of the prompt that are in the caches
+  int64_t position = 0;     // tokens in the caches
+  int64_t next = -1;        // sampled, not fed yet
+  int64_t produced = 0;     // tokens handed out
+  std::vector<float> logits;
+
+  bool used() const { return handle >= 0; }
+  size_t left() const { return request.prompt.size() - read; }  // of the prompt
+  // A prompt's last token is a step's, as any other: a prefill call takes two or more.
+  bool steps() const { return used() && left() <= 1; }
+  bool waits() const { return used() && left() > 1; }
+  int64_t token() const { return left() ? request.prompt[read] : next; }
+};
+
+// A decode entry: what it is given at fixed addresses, and on a GPU its recording.
+struct Step {
+  std::unique_ptr<CompiledModel> model;
+  TensorMap values;
+  CompiledModel::Output out;
+  std::optional<size_t> recording;
+};
+
+}  // namespace
+
+struct Batch::Impl {
+  Impl(std::shared_ptr<const Model> m, const BatchOptions& options);
+  ~Impl();
+
+  int64_t join(const Request& request);
+  std::vector<RowEvent> step();
+
+  void make_caches();
+  TensorMap row_tensors(int64_t row) const;  // one timeline's slices of the caches, and the weights
+  CompiledModel& prefill_of(int64_t row);
+  Step& decode_of(int64_t row);
+  Step make_step(const std::string& entry, int64_t tokens, const TensorMap& tensors);
+  void run(Step& step);
+  void record(Step& step, const std::string& entry);
+  void warm_up();
+  CompiledModel::Output run_prefill(int64_t row, const int64_t* tokens, int64_t n, int64_t position);
+  void write(Step& step, const std::vector<int64_t>& rows);
+  void read_chunk(int64_t row, std::vector<RowEvent>& events);
+  void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
+  RowEvent took(int64_t row, int64_t token);
+  // Rows of the caches: an entry of several tokens may touch all that it was compiled for.
+  int64_t made() const { return shared.artifact.steps().empty() ? options.rows : shared.artifact.rows; }
+  std::vector<int64_t> in_order(bool (Row::*which)() const) const;  // numbers of rows, the one that joined first first
+  Row& row_of(int64_t handle);
+
+  std::shared_ptr<const Model> model;
+  const Model::Impl& shared;
+  BatchOptions options;
+  int64_t chunk = 0;
+  std::unique_ptr<Timeline> timeline;
+  Surroundings prefill_surroundings, decode_surroundings;
+  TensorMap kv;  // [made(), ...] by fully qualified name
+  TensorMap prefill_values;  // the sampling inputs [1]
+  std::vector<std::unique_ptr<CompiledModel>> prefills;  // of each row
+  std::vector<std::unique_ptr<Step>> decodes;
+  std::map<int64_t, Step> several;  // by their number of tokens
+  std::vector<Row> rows;
+  int64_t last_handle = 0;
+  mutable std::atomic<bool> busy{false};
+};
+
+namespace {
+
+// What every call runs under: it alone, on its device.
+class Turn {
+ public:
+  Turn(std::atomic<bool>& busy, Timeline& timeline) : busy_(busy), timeline_(timeline) {
+    if (busy_.exchange(true)) fail("the batch is in use by another thread");
+    try {
+      timeline_.enter();
+    } catch (...) {
+      busy_ = false;
+      throw;
+    }
+  }
+  ~Turn() {
+    timeline_.leave();
+    busy_ = false;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+  Timeline& timeline_;
+};
+
+}  // namespace
+
+Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
+    : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()) {
+  const Artifact& artifact = shared.artifact;
+  chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
+  if (chunk < 2 || chunk > artifact.prefill_chunk) fail("prefill chunk ", chunk, ": the artifact takes 2 to ", artifact.prefill_chunk, " tokens at a time");
+  if (options.rows == 0) options.rows = artifact.rows;
+  if (options.rows < 1 || options.rows > artifact.rows)
+    fail(options.rows, " rows: the artifact takes 1 to ", artifact.rows, "; export it with a larger --rows");
+  if (!(options.max_gap_ms >= 0)) fail("max_gap_ms is ", options.max_gap_ms, ", must be 0 or more");
+  rows.resize(static_cast<size_t>(options.rows));
+  prefills.resize(rows.size()), decodes.resize(rows.size());
+  Entered entered(*timeline);
+  prefill_surroundings = timeline->surroundings("prefill");
+  decode_surroundings = timeline->surroundings("decode");
+  make_caches();
+  for (const ValueSpec& v : artifact.entry("prefill").inputs)
+    if (v.name != "tokens" && v.name != "pos") prefill_values.emplace(v.name, timeline->make(scalar_of(v.dtype), {1}));
+  TensorMap tensors = shared.constants;
+  for (const auto& [name, cache] : kv) tensors.emplace(name, cache);
+  for (int64_t m : artifact.steps()) several.emplace(m, make_step("decode_" + std::to_string(m), m, tensors));
+  if (timeline->asynchronous()) warm_up();
+}
+
+// Work may be queued that uses the memory which goes now.
+Batch::Impl::~Impl() {
+  try {
+    Entered entered(*timeline);
+    timeline->synchronize();
+  } catch (const Error&) {  // a device that failed has told its user already
+  }
+}
+
+void Batch::Impl::make_caches() {
+  uint64_t need = 0;
+  for (const KvSpec& k : shared.artifact.kv) need += k.bytes;
+  need *= static_cast<uint64_t>(made());
+  const uint64_t free = shared.backend->free_bytes();
+  if (need > free)
+    fail("the KV caches of ", made(), " rows for ", shared.artifact.max_seq_len, " tokens take ", gigabytes(need), " (", need, " bytes), ",
+         shared.backend->device().str(), " has ", gigabytes(free), " (", free, " bytes) free; give fewer rows, or export with a smaller --max-seq-len");
+  for (const KvSpec& k : shared.artifact.kv) {
+    std::vector<int64_t> shape{made()};
+    shape.insert(shape.end(), k.shape.begin(), k.shape.end());
+    kv[k.name] = timeline->make(scalar_of(k.dtype), shape);
+  }
+}
+
+TensorMap Batch::Impl::row_tensors(int64_t row) const {
+  TensorMap all = shared.constants;
+  for (const KvSpec& k : shared.artifact.kv) {
+    auto* data = static_cast<char*>(kv.at(k.name).data()) + static_cast<uint64_t>(row) * k.bytes;
+    if (!all.emplace(k.name, Tensor::over(data, shared.backend->device(), scalar_of(k.dtype), k.shape)).second)
+      fail("manifest.json: '", k.name, "' is both a constant and a KV cache");
+  }
+  return all;
+}
+
+CompiledModel& Batch::Impl::prefill_of(int64_t row) {
+  auto& found = prefills[static_cast<size_t>(row)];
+  if (!found) {
+    auto made = std::make_unique<CompiledModel>(shared, "prefill", prefill_surroundings);
+    made->bind(row_tensors(row));
+    found = std::move(made);
+  }
+  return *found;
+}
+
+Step& Batch::Impl::decode_of(int64_t row) {
+  auto& found = decodes[static_cast<size_t>(row)];
+  if (!found) found = std::make_unique<Step>(make_step("decode", 1, row_tensors(row)));
+  return *found;
+}
+
+Step Batch::Impl::make_step(const std::string& entry, int64_t tokens, const TensorMap& tensors) {
+  Step step;
+  step.model = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
+  step.model->bind(tensors);
+  for (const ValueSpec& v : shared.artifact.entry(entry).inputs) {
+    const bool known = v.name == "temperature" || v.name == "top_p" ? v.dtype == DType::F32
+                       : v.name == "top_k"                          ? v.dtype == DType::I32
+                       : v.name == "tokens" || v.name == "pos" || v.name == "row" || v.name == "seed" ? v.dtype == DType::I64
+                                                                                                       : false;
+    if (!known) fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
+    step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {tokens}));
+  }
+  return step;
+}
+
+void Batch::Impl::run(Step& step) {
+  if (step.recording)
+    timeline->replay(*step.recording);
+  else
+    step.out = CompiledModel::Output(), step.out = step.model->run(step.values);
+}
+
+void Batch::Impl::record(Step& step, const std::string& entry) {
+  for (int i = 0; i < 2; ++i) run(step);
+  if (!options.graph) return;
+  const bool early = options.early_launch && shared.target->major >= 9;
+  step.recording = timeline->capture([&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.values); },
+                                     early ? shared.artifact.entry(entry).waits : std::vector<std::string>());
+}
+
+// As Session's: the longest prefill first, then each decode entry twice and once more to be recorded.
+void Batch::Impl::warm_up() {
+  if (int64_t n = std::min(chunk, shared.artifact.max_seq_len); n >= 2) {
+    const std::vector<int64_t> zeros(static_cast<size_t>(n), 0);
+    run_prefill(0, zeros.data(), n, 0);
+  }
+  for (int64_t row = 0; row < options.rows; ++row) record(decode_of(row), "decode");
+  for (auto& [m, step] : several) record(step, "decode_" + std::to_string(m));
+  for (auto& [name, cache] : kv) timeline->zero(cache);
+  timeline->synchronize();
+}
+
+int64_t Batch::Impl::join(const Request& request) {
+  if (request.prompt.empty()) fail("the prompt has no tokens");
+  for (int64_t t : request.prompt)
+    if (t < 0 || t >= shared.vocab_size) fail("token ", t, " is outside of the vocabulary of ", shared.vocab_size);
+  if (static_cast<int64_t>(request.prompt.size()) > shared.artifact.max_seq_len)
+    fail("the prompt has ", request.prompt.size(), " tokens, the artifact holds ", shared.artifact.max_seq_len,
+         "; shorten it or export with a larger --max-seq-len");
+  if (request.max_new_tokens < 0) fail("max_new_tokens is ", request.max_new_tokens, ", must be 0 (as many as fit) or more");
+  check_sampling(request.sampling);
+  const auto& values = decode_of(0).values;
+  if (request.sampling.temperature > 0)
+    for (const char* name : {"temperature", "top_k", "top_p", "seed"})
+      if (!values.count(name)) fail("the artifact is greedy only: its decode model has no input '", name, "'");
+  auto free = std::find_if(rows.begin(), rows.end(), [](const Row& r) { return !r.used(); });
+  if (free == rows.end()) fail("all ", rows.size(), " rows of the batch are in use; wait until one leaves");
+  Row row;
+  row.request = request;
+  row.handle = ++last_handle;
+  *free = std::move(row);
+  return last_handle;
+}
+
+std::vector<int64_t> Batch::Impl::in_order(bool (Row::*which)() const) const {
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < rows.size(); ++i)
+    if ((rows[i].*which)()) found.push_back(static_cast<int64_t>(i));
+  std::sort(found.begin(), found.end(), [&](int64_t a, int64_t b) { return rows[static_cast<size_t>(a)].handle < rows[static_cast<size_t>(b)].handle; });
+  return found;
+}
+
+Row& Batch::Impl::row_of(int64_t handle) {
+  for (Row& row : rows)
+    if (row.used() && row.handle == handle) return row;
+  fail("no timeline ", handle, " is in the batch: it has ended or left, or never was");
+}
+
+CompiledModel::Output Batch::Impl::run_prefill(int64_t row, const int64_t* tokens, int64_t n, int64_t position) {
+  std::vector<int64_t> positions(static_cast<size_t>(n));
+  std::iota(positions.begin(), positions.end(), position);
+  TensorMap inputs = prefill_values;
+  for (const auto& [name, from] : {std::pair("tokens", tokens), std::pair("pos", static_cast<const int64_t*>(positions.data()))}) {
+    inputs[name] = Tensor::make(prefill_surroundings.memory, shared.backend->device(), Scalar::I64, {n});
+    timeline->write(inputs[name], from);
+  }
+  return prefill_of(row).run(inputs);
+}
+
+// The token was sampled for the row: what becomes of it.
+RowEvent Batch::Impl::took(int64_t number, int64_t token) {
+  Row& row = rows[static_cast<size_t>(number)];
+  RowEvent event;
+  event.handle = row.handle;
+  if (token < 0) {
+    TensorMap caches = row_tensors(number);
+    for (const auto& [name, weight] : shared.constants) caches.erase(name);
+    event.error = "the logits after position " + std::to_string(row.position - 1) + " are not finite: " +
+                  trace_not_finite(shared.artifact, *timeline, shared.constants, caches, row.position);
+    row = Row();
+    return event;
+  }
+  row.next = token;
+  if (row.request.stop_at_eog && model->is_eog(token)) {
+    event.stop = Stop::Eog;
+  } else {
+    event.token = token;
+    ++row.produced;
+    if (row.request.max_new_tokens && row.produced >= row.request.max_new_tokens)
+      event.stop = Stop::Length;
+    else if (row.position >= shared.artifact.max_seq_len)
+      event.stop = Stop::MaxSeqLen;
+  }
+  if (event.stop) row = Row();
+  return event;
+}
+
+void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
+  Row& row = rows[static_cast<size_t>(number)];
+  const auto n = std::min(chunk, static_cast<int64_t>(row.left()));
+  const Sampling& s = row.request.sampling;
+  for (const auto& [name, t] : prefill_values) {
+    if (name == "temperature") timeline->fill(t, s.temperature);
+    if (name == "top_k") timeline->fill(t, int64_t{s.top_k});
+    if (name == "top_p") timeline->fill(t, s.top_p);
+    if (name == "seed") timeline->fill(t, s.seed);
+  }
+  CompiledModel::Output out = run_prefill(number, &row.request.prompt[row.read], n, row.position);
+  int64_t token = 0;
+  timeline->read(&token, out.token);
+  row.read += static_cast<size_t>(n);
+  row.position += n;
+  if (row.left()) return;
+  if (options.keep_logits) row.logits.resize(static_cast<size_t>(shared.vocab_size)), timeline->read(row.logits.data(), out.logits);
+  events.push_back(took(number, token));
+}
+
+// What step.values hold for the timelines `numbers`; the last is repeated where the entry takes more: it writes what it has written.
+void Batch::Impl::write(Step& step, const std::vector<int64_t>& numbers) {
+  const auto m = static_cast<size_t>(step.values.at("tokens").numel());
+  std::vector<int64_t> tokens(m), pos(m), row(m), seed(m);
+  std::vector<int32_t> top_k(m);
+  std::vector<float> temperature(m), top_p(m);
+  for (size_t i = 0; i < m; ++i) {
+    const int64_t number = numbers[std::min(i, numbers.size() - 1)];
+    const Row& r = rows[static_cast<size_t>(number)];
+    const Sampling& s = r.request.sampling;
+    tokens[i] = r.token(), pos[i] = r.position, row[i] = number;
+    temperature[i] = s.temperature, top_k[i] = s.top_k, top_p[i] = s.top_p, seed[i] = s.seed;
+  }
+  const std::pair<const char*, const void*> all[] = {{"tokens", tokens.data()}, {"pos", pos.data()},     {"row", row.data()},  {"temperature", temperature.data()},
+                                                     {"top_k", top_k.data()},   {"top_p", top_p.data()}, {"seed", seed.data()}};
+  for (const auto& [name, from] : all)
+    if (auto found = step.values.find(name); found != step.values.end()) timeline->write(found->second, from);
+}
+
+void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events) {
+  auto fits = several.lower_bound(static_cast<int64_t>(numbers.size()));
+  Step& step = numbers.size() == 1 ? decode_of(numbers[0]) : fits->second;
+  write(step, numbers);
+  run(step);
+  std::vector<int64_t> tokens(static_cast<size_t>(step.out.token.numel()));
+  timeline->read(tokens.data(), step.out.token);
+  std::vector<float> logits;
+  if (options.keep_logits) logits.resize(static_cast<size_t>(step.out.logits.numel())), timeline->read(logits.data(), step.out.logits);
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    Row& row = rows[static_cast<size_t>(numbers[i])];
+    row.read += row.left();
+    ++row.position;
+    if (options.keep_logits) row.logits.assign(logits.begin() + static_cast<int64_t>(i) * shared.vocab_size, logits.begin() + static_cast<int64_t>(i + 1) * shared.vocab_size);
+    events.push_back(took(numbers[i], tokens[i]));
+  }
+}
+
+std::vector<RowEvent> Batch::Impl::step() {
+  std::vector<RowEvent> events;
+  const std::vector<int64_t> ready = in_order(&Row::steps);
+  const auto began = Clock::now();
+  auto milliseconds = [](Clock::duration d) { return std::chrono::duration<double, std::milli>(d).count(); };
+  for (auto before = began;;) {
+    const std::vector<int64_t> waiting = in_order(&Row::waits);
+    if (waiting.empty()) break;
+    read_chunk(waiting[0], events);
+    const auto now = Clock::now();
+    if (ready.empty() || milliseconds(now - began) + milliseconds(now - before) > options.max_gap_ms) break;
+    before = now;
+  }
+  const size_t most = several.empty() ? 1 : static_cast<size_t>(several.rbegin()->first);
+  for (size_t at = 0; at < ready.size(); at += most)
+    take_step({ready.begin() + static_cast<int64_t>(at), ready.begin() + static_cast<int64_t>(std::min(at + most, ready.size()))}, events);
+  return events;
+}
+
+Batch::Batch(std::shared_ptr<const Model> model, const BatchOptions& options) : impl_(std::make_unique<Impl>(std::move(model), options)) {}
+Batch::~Batch() = default;
+
+int64_t Batch::join(const Request& request) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  return impl_->join(request);
+}
+std::vector<RowEvent> Batch::step() {
+  Turn turn(impl_->busy, *impl_->timeline);
+  return impl_->step();
+}
+void Batch::leave(int64_t handle) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  impl_->row_of(handle) = Row();
+}
+int64_t Batch::rows() const { return impl_->options.rows; }
+int64_t Batch::active() const {
+  Turn turn(impl_->busy, *impl_->timeline);
+  return static_cast<int64_t>(impl_->in_order(&Row::used).size());
+}
+int64_t Batch::position(int64_t handle) const {
+  Turn turn(impl_->busy, *impl_->timeline);
+  return impl_->row_of(handle).position;
+}
+const std::vector<float>& Batch::logits(int64_t handle) const {
+  Turn turn(impl_->busy, *impl_->timeline);
+  if (!impl_->options.keep_logits) fail("logits are kept only by a batch that is made with keep_logits");
+  const Row& row = impl_->row_of(handle);
+  if (row.logits.empty()) fail("no logits: nothing was sampled for timeline ", handle);
+  return row.logits;
+}
+
+std::vector<Session::CacheMemory> Batch::cache_memory() const {
+  std::vector<Session::CacheMemory> found;
+  for (const auto& [name, cache] : impl_->kv) found.push_back({name, cache.data(), cache.bytes()});
+  return found;
+}
+
+MemoryReport Batch::memory() const {
+  const Impl& b = *impl_;
+  Turn turn(b.busy, *b.timeline);
+  MemoryReport report;
+  for (const ConstantSpec& c : b.shared.artifact.constants) report.weights += c.bytes;
+  for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * static_cast<uint64_t>(b.made());
+  b.timeline->measure(report);
+  return report;
+}
+
+}  // namespace kiln

@@ -1,0 +1,190 @@
+"""Several timelines in one step: each is what it would be alone, bit for bit, whatever the others do."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kiln
+from tests.conftest import kiln as command
+from tests.conftest import shared
+from tests.gguf_files import two_layers
+
+SLOTS, CHUNK, ROWS, STEPS = 64, 32, 3, (2, 4)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory) -> Path:
+    """A layer with a ring of 16 + 6 slots and one with TQ4 and an exact window of 32 + 6: both are passed within 64 positions.
+
+    KILN_TEST_BATCH names one that is there.
+    """
+
+    def make(path: Path) -> None:
+        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
+        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", SLOTS, "--prefill-chunk", CHUNK,
+                "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", ROWS)  # fmt: skip
+
+    kept = os.environ.get("KILN_TEST_BATCH")
+    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
+
+
+@pytest.fixture(scope="module")
+def model(artifact) -> kiln.Model:
+    return kiln.Model(str(artifact))
+
+
+def requests(count: int, seed: int) -> list[dict[str, Any]]:
+    """Prompts of 1 to 40 tokens, greedy or sampled, of which some end by themselves, some by length, some with the cache full."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        prompt = [rng.randrange(8, 512) for _ in range(rng.choice((1, 2, 3, 17, 32, 33, 40)))]
+        sampling = {"temperature": rng.choice((0.0, 0.7, 1.2)), "top_k": rng.choice((0, 40)), "top_p": rng.choice((1.0, 0.9)), "seed": i}
+        found.append({"prompt": prompt, "max_new_tokens": rng.choice((1, 5, 20, 0)), **sampling})
+    return found
+
+
+def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog: bool = True) -> tuple[list[int], str, list[np.ndarray]]:
+    """By a session that has the model for itself: tokens, why it ended, logits of every sampled token."""
+    session, logits = kiln.Session(model, prefill_chunk=chunk), []
+    options = dict(request)
+    prompt, most = options.pop("prompt"), options.pop("max_new_tokens")
+    session.set_sampling(**options)
+    session.prefill(prompt)
+    logits.append(session.logits().copy())
+    session.set_logits_sink(lambda row: logits.append(row.copy()))
+    tokens, stop = session.generate(most or SLOTS, stop_at_eog=stop_at_eog)
+    return tokens, stop, logits
+
+
+def test_timelines_that_come_and_go(model):
+    """Some hundred steps; rows come, end, are sent away; every token and every logit is that of the timeline alone."""
+    rng = random.Random(4)
+    todo = requests(36, 1)
+    expected = [solo(model, request) for request in todo]
+    assert {stop for _, stop, _ in expected} == {"eog", "length", "max_seq_len"} or {"length", "max_seq_len"} <= {s for _, s, _ in expected}
+    batch = kiln.Batch(model, keep_logits=True)
+    assert batch.rows == ROWS
+    texts: dict[int, list[int]] = {}
+    numbers: dict[int, int] = {}  # handle -> request
+    sent_away, together, steps, waiting = 0, set(), 0, list(range(len(todo)))
+    while waiting or batch.active:
+        while waiting and batch.active < ROWS and rng.random() < 0.5:
+            number = waiting.pop()
+            handle = batch.join(**todo[number])
+            numbers[handle], texts[handle] = number, []
+        before = batch.active
+        events = batch.step()
+        steps += 1
+        together.add(len(events))
+        assert len({handle for handle, *_ in events}) == len(events) <= before
+        for handle, token, stop, error in events:
+            tokens, ended, logits = expected[numbers[handle]]
+            assert error is None
+            if token is not None:
+                texts[handle].append(token)
+                assert texts[handle] == tokens[: len(texts[handle])], (handle, steps)
+            if stop:
+                assert (texts[handle], stop) == (tokens, ended)
+                del texts[handle]
+            else:
+                assert np.array_equal(batch.logits(handle), logits[len(texts[handle]) - 1]), (handle, steps)
+        if texts and rng.random() < 0.05:
+            handle = rng.choice(list(texts))
+            batch.leave(handle)
+            del texts[handle]
+            sent_away += 1
+    assert together >= {1, 2, 3} and sent_away and steps > 100 and not texts
+
+
+def test_chunks_of_prompts(model):
+    """A prompt that is read in chunks between steps keeps others waiting for one chunk at a time."""
+    first, second = {"prompt": [9, 8, 7], "max_new_tokens": 30}, {"prompt": list(range(10, 50)), "max_new_tokens": 3}
+    batch = kiln.Batch(model, prefill_chunk=8)
+    one = batch.join(**first, stop_at_eog=False)
+    batch.step()
+    two = batch.join(**second, stop_at_eog=False)
+    seen = [[handle for handle, *_ in batch.step()] for _ in range(6)]
+    assert seen[:4] == [[one]] * 4 and seen[4] == [two, one]  # five chunks of 8, the last with the first token
+    assert sorted(seen[5]) == [one, two]
+    hasty = kiln.Batch(model, prefill_chunk=8, max_gap_ms=60_000)
+    hasty.join(**first, stop_at_eog=False)
+    hasty.step()
+    late = hasty.join(**second, stop_at_eog=False)
+    assert late in [handle for handle, *_ in hasty.step()]  # the whole prompt at once: nobody minds the wait
+    text, expected = [], solo(model, second, 8, stop_at_eog=False)
+    batch = kiln.Batch(model, prefill_chunk=8)
+    batch.join(**second, stop_at_eog=False)
+    while batch.active:
+        text += [token for _, token, *_ in batch.step() if token is not None]
+    assert text == expected[0]
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_row_that_fails_is_alone(model, rows):
+    """Its error names the place; the others' texts are what they are, and the row serves again."""
+    asked = [{"prompt": [40 + i, 50, 60], "max_new_tokens": 12} for i in range(rows)]
+    batch = kiln.Batch(model, rows=rows)
+    texts: dict[int, list[int]] = {batch.join(**request, stop_at_eog=False): [] for request in asked}
+    _, broken, *_ = texts
+    errors = []
+    for step in range(rows + 12):
+        if step == rows + 2:  # all are written in one step by now
+            address, size = batch.cache_memory()["blk.0.cache.k_ring"]
+            own = (ctypes.c_float * (size // ROWS // 4)).from_address(address + size // ROWS)  # the second row's
+            own[:] = [math.nan] * len(own)
+        for handle, token, _, error in batch.step():
+            if error:
+                errors.append((handle, error))
+            elif token is not None:
+                texts[handle].append(token)
+    ((handle, error),) = errors
+    assert handle == broken and "not finite" in error and "blk.0.cache.k_ring" in error
+    for (handle, text), request in zip(texts.items(), asked, strict=True):
+        expected, *_ = solo(model, request, stop_at_eog=False)
+        assert text == (expected[: len(text)] if handle == broken else expected) and text
+    again = batch.join(**asked[0], stop_at_eog=False)  # over what the broken row left
+    text = [token for _ in range(12) for _, token, *_ in batch.step()]
+    assert again not in texts and text == solo(model, asked[0], stop_at_eog=False)[0]
+
+
+def test_refused(model):
+    batch = kiln.Batch(model, rows=2)
+    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [512]}, "token 512"), ({"prompt": [1] * 65}, "65 tokens"),
+                      ({"prompt": [1], "temperature": -1.0}, "temperature"), ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens")):
+        with pytest.raises(kiln.Error, match=what):
+            batch.join(**bad)
+    assert batch.active == 0
+    handles = [batch.join(prompt=[5]), batch.join(prompt=[6])]
+    with pytest.raises(kiln.Error, match="all 2 rows"):
+        batch.join(prompt=[7])
+    batch.leave(handles[0])
+    with pytest.raises(kiln.Error, match=f"no timeline {handles[0]}"):
+        batch.leave(handles[0])
+    assert batch.join(prompt=[7]) not in handles
+    with pytest.raises(kiln.Error, match="keep_logits"):
+        batch.logits(handles[1])
+    for options, what in (({"rows": 4}, "1 to 3"), ({"prefill_chunk": 33}, "2 to 32"), ({"max_gap_ms": -1.0}, "max_gap_ms")):
+        with pytest.raises(kiln.Error, match=what):
+            kiln.Batch(model, **options)
+
+
+def test_memory_of_rows(artifact, model):
+    """What the manifest says of one row, times the rows; inspect and the runner say the same."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    each = sum(kv["bytes"] for kv in manifest["kv"])
+    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", "decode_2", "decode_4"]
+    memory = kiln.Batch(model).memory()
+    assert memory["kv_ring"] + memory["kv_global"] == ROWS * each
+    rings = {kv["name"].rpartition(".")[2]: (kv["shape"][0], kv["window"]) for kv in manifest["kv"] if kv["kind"] == "ring"}
+    assert rings == {"k_ring": (22, 16), "v_ring": (22, 16), "k_exact": (38, 32), "v_exact": (38, 32)}
+    assert f"x {ROWS} rows" in command("inspect", artifact).stdout
