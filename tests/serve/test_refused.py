@@ -279,6 +279,7 @@ def test_other_origins(script: Script) -> None:
 def test_no_prompt_is_logged(script: Script, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with a line for each request, not where a request is refused, not where the server itself fails."""
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(script.engine, "room", 1000)
     served = copy.copy(script.served)
     served.settings = dataclasses.replace(served.settings, log=True)
     client = TestClient(application(served), raise_server_exceptions=False)
