@@ -91,6 +91,17 @@ def test_index_copy_of_one_token():
     assert torch.equal(runnable(program, {"k": torch.zeros(8, 2, 64)})(x, torch.tensor([5])), x[0])
 
 
+def test_index_copy_of_rows():
+    """A step of several tokens writes by row and position, here 8 rows of 2 slots."""
+    program = export(lambda: Cache(lambda cache, x, pos: cache.index_put_((pos, pos % 2), x[:, 0])), *CACHE_INPUTS)
+    x, pos = torch.randn(3, 2, 64), torch.tensor([4, 0, 7])
+    before = runnable(program, {"k": torch.zeros(8, 2, 64)})(x, pos)
+    _, report = run(index_copy, program)
+    assert report.places == ("k",)
+    cache = torch.zeros(8, 2, 64)
+    assert torch.equal(runnable(program, {"k": cache})(x, pos), before) and torch.equal(cache[pos, pos % 2], x[:, 0])
+
+
 def test_index_copy_along_another_dimension():
     program = export(lambda: Cache(put_middle), ((8, 1, 64), torch.float32), ((1,), torch.int64))
     _, report = run(index_copy, program)
@@ -104,7 +115,8 @@ def test_index_copy_along_another_dimension():
     [
         lambda cache, x, pos: cache.index_put_((pos,), x, accumulate=True),
         lambda cache, x, pos: cache.index_put_((pos,), x[:1]),  # broadcast
-        lambda cache, x, pos: cache.index_put_((pos, torch.zeros_like(pos)), x[:, 0]),  # two indices
+        lambda cache, x, pos: cache.index_put_((pos, torch.zeros_like(pos)), x[:, 0], accumulate=True),
+        lambda cache, x, pos: cache.index_put_((pos, torch.zeros_like(pos)), x[:1, 0]),  # broadcast
     ],
 )
 def test_index_copy_near_miss(write):
