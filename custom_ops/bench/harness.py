@@ -37,8 +37,9 @@ from kiln.custom_ops.bench.cases import (
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
 from kiln.custom_ops.delta import chunk as delta_chunk
 from kiln.custom_ops.delta import step as delta_step
+from kiln.custom_ops.experts import branches, route, router
+from kiln.custom_ops.experts import decode as expert_decode
 from kiln.custom_ops.experts import linear as expert_linear
-from kiln.custom_ops.experts import route
 from kiln.custom_ops.step import add_norm, gate, sample
 from kiln.custom_ops.tq4 import attention, codec, decode, decode_rows, prefill
 from kiln.custom_ops.weights import embedding, gemv, linear, matmul
@@ -47,7 +48,8 @@ COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
-             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk)  # fmt: skip
+             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk,
+             branches, expert_decode, router)  # fmt: skip
 SEED = 1
 
 
