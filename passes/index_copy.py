@@ -1,5 +1,6 @@
-"""Cache writes `cache[pos] = x`, `cache[a:b] = x` and `cache[row, pos] = x` become `index_copy_` along the position dimension, the last
-along the positions of all rows, row * slots + pos of a view.
+"""Cache writes `cache[pos] = x` and `cache[a:b] = x` become `index_copy_` along the position dimension.
+
+A step of several tokens writes `cache[row, pos] = x`: two indices and no broadcasting, which stays as it is.
 
 index_copy_ needs no broadcasting and no accumulate path, and is the one form of write that later passes look for.
 """
@@ -20,16 +21,18 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     buffers = edit.buffers(ep)
     places = []
     for node in list(ep.graph.nodes):
-        write = _index_put(node, buffers) or _slice_copy(ep, node, buffers) or _row_put(ep, node, buffers)
+        if by_row := _row_put(node, buffers):
+            places.append(by_row)
+            continue
+        write = _index_put(node, buffers) or _slice_copy(ep, node, buffers)
         if write is None:
             continue
         cache, dim, index, value = write
-        written = buffers[edit.root(cache)]
         if value.meta["val"].dim() < cache.meta["val"].dim():
             value = edit.emit(ep, node, aten.view.default, value, _region(cache, dim, 1))
         new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
-        edit.replace(ep, node, new if cache in buffers else edit.root(cache))
-        places.append(written)
+        edit.replace(ep, node, new)
+        places.append(buffers[cache])
     ep.graph.eliminate_dead_code(is_impure_node=_impure)
     if not places:
         raise edit.PassError("pass index_copy: no cache write found; the model must write its caches with cache[pos] = x")
@@ -55,22 +58,16 @@ def _index_put(node: Node, buffers) -> tuple | None:
     return cache, dim, index, value
 
 
-def _row_put(ep, node: Node, buffers) -> tuple | None:
-    """cache [B, slots, ...], two indices [M]."""
+def _row_put(node: Node, buffers) -> str | None:
+    """The cache [B, slots, ...] that two indices [M] write to, of exactly its dtype and shape."""
     if not edit.is_call(node, aten.index_put_.default) or len(node.args) > 3 or node.kwargs or len(node.args[1]) != 2:
         return None
     cache, indices, value = edit.resolve(node.args[0]), node.args[1], node.args[2]
     if cache not in buffers or any(i is None or i.meta["val"].dtype != torch.int64 or i.meta["val"].dim() != 1 for i in indices):
         return None
-    (row, pos), (batch, slots, *rest) = indices, cache.meta["val"].shape
-    tokens = pos.meta["val"].shape[0]
-    if cache.meta["val"].dim() < 2 or row.meta["val"].shape[0] != tokens or value.meta["val"].dtype != cache.meta["val"].dtype:
-        return None
-    if [*value.meta["val"].shape] not in ([tokens, *rest], rest if tokens == 1 else None):
-        return None
-    flat = edit.emit(ep, node, aten.view.default, cache, [batch * slots, *rest])
-    index = edit.emit(ep, node, aten.add.Tensor, edit.emit(ep, node, aten.mul.Tensor, row, slots), pos)
-    return flat, 0, index, value
+    tokens, written, given = len(indices[0].meta["val"]), cache.meta["val"], value.meta["val"]
+    fits = len(indices[1].meta["val"]) == tokens and given.dtype == written.dtype and given.shape == (tokens, *written.shape[2:])
+    return buffers[cache] if fits else None
 
 
 def _slice_copy(ep, node: Node, buffers) -> tuple | None:

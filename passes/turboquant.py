@@ -50,7 +50,7 @@ class _Swap:
         at, read = ([pos, row], 5) if by_row else ([pos], 4)
         buffers = edit.buffers(ep)
         writes = [_only_write(c, readers) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
-        if None in writes or any(_position(write, k_cache) != at for write in writes):
+        if None in writes or any(_position(write) != at for write in writes):
             return []
         if any([edit.resolve(a) for a in reader.args[1:read]] != [k_cache, v_cache, *at] for reader in readers):
             return []
@@ -64,13 +64,12 @@ class _Swap:
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (*lead, kv_heads, slots, head_dim // 4), torch.int16, device))
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (*lead, kv_heads, slots), torch.float16, device))
             rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (*lead, self.ring_slots, kv_heads, head_dim), dtype, device))
-        own = [write.args[3] for write in writes]
+        own = [write.args[2 if by_row else 3] for write in writes]
         if by_row:
             self.emit(attention, KILN.tq4_write_rows.default, *caches, *own, *at)
-            slot = self.row_place(pos, row, attention)
+            slot = self.row_place(pos, attention)
             for ring, x in zip(rings, own, strict=True):
-                flat = self.emit(attention, aten.view.default, ring, [lead[0] * self.ring_slots, kv_heads, head_dim])
-                self.emit(attention, aten.index_copy_.default, flat, 0, slot, x)
+                self.emit(attention, aten.index_put_.default, ring, [row, slot], x)
         else:
             slot, last = self.place(pos, attention)
             self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
@@ -86,10 +85,7 @@ class _Swap:
                 self.emit(reader, aten.index_copy_.default, ring, 0, slot, kept)
             edit.replace(ep, reader, new)
         for write in writes:
-            target = write.args[0]
             ep.graph.erase_node(write)
-            if target not in buffers:
-                ep.graph.erase_node(target)  # the view of all rows
         edit.remove_buffer(ep, k_cache)
         edit.remove_buffer(ep, v_cache)
         return places
@@ -106,32 +102,23 @@ class _Swap:
             self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.ring_slots), last
         return self.places[pos]
 
-    def row_place(self, pos: Node, row: Node, before: Node) -> Node:
-        """Each token's slot among those of all rows."""
+    def row_place(self, pos: Node, before: Node) -> Node:
+        """Each token's slot in its row's ring."""
         if pos not in self.places:
-            slot = self.emit(before, aten.remainder.Scalar, pos, self.ring_slots)
-            slot = self.emit(before, aten.add.Tensor, self.emit(before, aten.mul.Tensor, row, self.ring_slots), slot)
-            self.places[pos] = slot, None
+            self.places[pos] = self.emit(before, aten.remainder.Scalar, pos, self.ring_slots), None
         return self.places[pos][0]
 
 
-def _position(write: Node, cache: Node) -> list[Node] | None:
-    """[pos] of a write to the cache of one timeline, [pos, row] of one at row * slots + pos."""
-    index = write.args[2]
-    if write.args[0] is cache or not edit.is_call(index, aten.add.Tensor):
-        return [index]
-    scaled, pos = index.args
-    if not edit.is_call(scaled, aten.mul.Tensor) or scaled.args[1] != cache.meta["val"].shape[1]:
-        return None
-    return [pos, scaled.args[0]]
+def _position(write: Node) -> list[Node]:
+    """[pos] of a write to the cache of one timeline, [pos, row] of one to those of several."""
+    return [write.args[2]] if edit.is_call(write, aten.index_copy_.default) else list(write.args[1])[::-1]
 
 
 def _only_write(cache: Node, readers: list[Node]) -> Node | None:
-    """The one index_copy_ along dimension 0 that fills `cache`, or a view of it, when nothing but it and, later, the readers touch it."""
-    views = [u for u in cache.users if edit.is_call(u, aten.view.default)]
-    touching = {u for node in (cache, *views) for u in node.users} - set(views)
-    writes = [u for u in touching if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]
+    """The one write along positions that fills `cache`, when nothing but it and, after it, the readers touch the cache."""
+    writes = [u for u in cache.users if edit.is_call(u, aten.index_copy_.default) and u.args[1] == 0]
+    writes += [u for u in cache.users if edit.is_call(u, aten.index_put_.default) and len(u.args) == 3 and len(u.args[1]) == 2]
     if len(writes) != 1:
         return None
-    others = (touching | set(writes[0].users)) - {writes[0], *readers}
+    others = (set(cache.users) | set(writes[0].users)) - {writes[0], *readers}
     return None if others or not writes[0] < readers[0] else writes[0]

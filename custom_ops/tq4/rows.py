@@ -27,12 +27,11 @@ def tq4_write_rows(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch
     _check("tq4_write_rows", k, k_codes)
     check_rows("tq4_write_rows", k.shape[0], pos, row)
     no_kernel("tq4_write_rows", k)
-    _, kv_heads, slots, _ = k_codes.shape
-    index = ((row[:, None] * kv_heads + torch.arange(kv_heads, device=pos.device)) * slots + pos[:, None]).flatten()  # [M * KV]
+    index = row[:, None], torch.arange(k.shape[1], device=pos.device), pos[:, None]  # [M, KV]
     for codes, scales, x in ((k_codes, k_scales, k), (v_codes, v_scales, v)):
         new_codes, new_scales = codec.encode(x)
-        codes.view(-1, codes.shape[3]).index_copy_(0, index, new_codes.flatten(0, 1))
-        scales.view(-1).index_copy_(0, index, new_scales.flatten())
+        codes.index_put_(index, new_codes)
+        scales.index_put_(index, new_scales)
 
 
 @triton_op("kiln::tq4_rows", mutates_args=())
