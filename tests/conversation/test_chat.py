@@ -154,7 +154,7 @@ def test_twenty_turns(artifact: Path, tmp_path_factory: pytest.TempPathFactory, 
     dialect = Dialect(path, json.loads((path / "manifest.json").read_text()), long.tokenizer)
     whole, evaluated = talked(long, dialect, 20, think)
     dialect.close()
-    assert evaluated < whole / 8
+    assert evaluated < whole / (8 if think else 4)  # not to think is 28 tokens of this vocabulary, at the end of each prompt
 
 
 def test_saved_with_what_was_computed(model: kiln.Model, dialect: Dialect, artifact: Path, tmp_path: Path) -> None:
