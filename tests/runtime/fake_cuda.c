@@ -12,7 +12,8 @@
 
 typedef unsigned long long Pointer;
 enum { kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201, kNotFound = 500, kIllegalAddress = 700, kCaptureUnsupported = 900 };
-enum { kTotal = 1 << 30, kPage = 2 << 20, kRanges = 4096 };
+enum { kPage = 2 << 20, kRanges = 4096 };
+static const size_t kTotal = (size_t)3 << 30;
 
 static struct { Pointer at; size_t bytes; } mapped[kRanges];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
