@@ -28,8 +28,11 @@ TEMPLATE = """{{ bos_token }}
 """
 
 torch.set_num_threads(2)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the background: commands would inherit it
+# Of a run in the background, or behind nohup: commands would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Files of minutes go first: one that came last would leave the other workers with nothing to do.

@@ -8,12 +8,19 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
+from kiln.exporter.model.records import ModelConfig
 from kiln.exporter.source.gguf import GGUFFile, TensorInfo, open_gguf
 from kiln.exporter.tools.synth import KeyValue, gguf_header, key_value
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WIDE = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"
 Changed = tuple[tuple[int, ...], str, np.ndarray]  # shape, type, bytes
+
+
+def draft_tensors(config: ModelConfig, file: GGUFFile) -> list[str]:
+    """Of the blocks behind the layers, which draft and are no part of the decoder."""
+    first = len(config.layers)
+    return [name for name in file.tensors if name.startswith(tuple(f"blk.{first + i}." for i in range(config.draft_blocks)))]
 
 
 def entries(source: GGUFFile) -> list[KeyValue]:

@@ -148,7 +148,8 @@ def check_projections(op: str, q, k, v, q_weight, k_weight, cos) -> int:
         raise ValueError(f"{op}: {sizes[0] // dim} heads to {sizes[1] // dim}, cos {tuple(cos.shape)}; expected [{tokens}, {dim // 2}]")
     if q.shape[0] != k.shape[0] or (q.shape[0] > 1 and q.stride(0) != k.stride(0)):
         raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
-    if any(x.dim() != (2 if tokens == 1 else 3) or x.shape[1:-1] != q.shape[1:-1] for x in (q, k, v)) or q.stride(-2) != k.stride(-2):
+    apart = tokens > 1 and q.stride(1) != k.stride(1)
+    if apart or any(x.dim() != (2 if tokens == 1 else 3) or x.shape[1:-1] != q.shape[1:-1] for x in (q, k, v)):
         given = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"{op}: q, k, v are {given}; expected [S, heads * D] of one token, [S, T, heads * D] of several")
     return tokens

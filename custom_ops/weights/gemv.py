@@ -276,21 +276,23 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         for m in model.matrices():
             n, k, normed, gated = m.n, m.k, m.normed, m.end == "glu"
             end = GLU_ENDS[model.activation] if gated else "sum" if m.end == "squares" else m.end
-            for tokens, terms in ((1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1)) if usual else ((1, 2), (4, 2)):
+            forms = ((1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1), (4, 2, False)) if usual else ((1, 2), (4, 2))
+            for tokens, terms, *apart in forms:  # and whether rows lie as tiles need it
                 if tokens == 1:
                     launched, _, warps, fn = *launch(block_type, 1, n, k, target, gated=gated), kiln_gemv
                 else:
-                    launched, _, warps, fn = launch_rows(block_type, tokens, n, k, target, gated, True)
+                    launched, _, warps, fn = launch_rows(block_type, tokens, n, k, target, gated, not apart)
                 constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
                                                                   "SQUARES": m.end == "squares",
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 out = {"halves": halves_pointer(block_type), "out": "*i32" if gated else "*fp32"}
-                together = f", {tokens} tokens" if tokens > 1 else ""
+                together = (f", {tokens} tokens" if tokens > 1 else "") + (", rows apart" if apart else "")
                 targets = usual_targets(block_type)
                 if tokens > 1:  # the compiler's time: one of each end at the most tokens, the others at night
-                    first = usual and terms == 2 and tokens == MOST_TOGETHER and end not in {c.constexprs.get("END") for c in of_rows}
+                    first = usual and terms == 2 and (tokens == MOST_TOGETHER or apart) and (fn, end) not in {
+                        (c.fn, c.constexprs.get("END")) for c in of_rows}  # fmt: skip
                     targets = RARE_TARGETS if first else ()
                 case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}{together}", fn, types | out, constants, options, targets,
                                   tuple(integers))

@@ -246,7 +246,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, pos: Tensor, tables: dict[str, tuple[Tensor, Tensor]], kv: dict[int, tuple[Tensor, Tensor]], own: Tensor | None,
-        row: Tensor | None,
+        row: Tensor | None = None,
     ) -> Tensor:  # [T, D] -> [T, D]; own [T, P]: the layer's values of a per-layer embedding
         branch = self.mix(self.attn_norm(x), pos, *(() if self.table is None else (*tables[self.table], kv, row)))
         x = x + (self.post_attention_norm(branch) if self.layer.post_norms else branch)

@@ -65,6 +65,7 @@ def test_an_export_among_odd_paths(odd):
     assert answer.returncode == 0 and len(json.loads(answer.stdout)["tokens"]) == 2, answer.stderr
 
 
+@pytest.mark.nightly
 def test_a_compiler_that_fails_later(tmp_path):
     """One line with its reason, and the file with all it said; nothing else stays."""
     compiler, temporary = tmp_path / "g++", tmp_path / "tmp"

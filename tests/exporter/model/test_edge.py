@@ -98,6 +98,7 @@ def test_fused(states) -> None:
         check(WIDE, programs(spec, states[WIDE], lambda e: lowered(WIDE, e, **FUSED).program), (7, 1), 24)
 
 
+@pytest.mark.nightly
 def test_fused_tq4_reads_what_the_source_wrote(states) -> None:
     """TQ4 where global layers share keys and values, across the exact window: fused as not fused, and its codes are not far off."""
     rows, options = {}, {"turboquant": True, "residual_length": 8, "materializes_head": False}

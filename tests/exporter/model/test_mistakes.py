@@ -156,7 +156,7 @@ def test_weights(name: str, loaded) -> None:
 def test_norm_after_rotation(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lengths are right: only the weights meet other dimensions."""
 
-    def late(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, kv: dict) -> Tensor:
+    def late(self, h: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, kv: dict, row: None) -> Tensor:
         c = self.mixer
         q, k, v = self.qkv(h)
         q = self._normed(self._rotated(q, cos, sin, 1.0), c.q_norm, "attn_q_norm") * c.scale
