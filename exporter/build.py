@@ -111,7 +111,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if options.turboquant and not global_layers:
         raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     if not cpu and options.decode_rows != (1,):
-        raise KilnError("--decode-rows: steps of several tokens have no GPU kernels yet; give --target cpu, or leave it away")
+        raise KilnError("--decode-rows: steps of several tokens cannot be compiled for a GPU yet; give --target cpu, or leave it away")
     if options.decode_rows != (1,) and any(cache.kind == "state" for cache in cache_specs(config)):
         raise KilnError(f"--decode-rows: {config.name} has layers with a state, which takes one token after the other; leave it away")
     spec = GraphSpec(

@@ -223,6 +223,13 @@ def test_the_cpu_target_goes_alone(tmp_path):
     fails(tmp_path, "--gguf", TINY, "--target", "sm_90", "--target", "cpu", "--turboquant", match="cpu")
 
 
+def test_steps_of_several_tokens_are_refused_where_nothing_computes_them(tmp_path):
+    rows = ("--decode-rows", "1,2", "--rows", "2")
+    fails(tmp_path, "--gguf", TINY, "--target", "sm_90", *rows, match="steps of several tokens cannot be compiled for a GPU yet")
+    hybrid = FIXTURES / "qwen35-tiny-mtp.gguf"
+    fails(tmp_path, "--gguf", hybrid, "--target", "cpu", *rows, match="has layers with a state, which takes one token after the other")
+
+
 def test_dry_run_of_the_31b(tmp_path):
     path = tmp_path / "31b.gguf"
     sparse_31b(path)

@@ -8,12 +8,15 @@
 
 #include "compiled/compiled_model.h"
 #include "session/not_finite.h"
+#include "session/turn.h"
 
 namespace kiln {
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr char kInUse[] = "the batch is in use by another thread";
 
 struct Row {
   int64_t handle = -1;  // -1: the row is free
@@ -82,34 +85,6 @@ struct Batch::Impl {
   int64_t last_handle = 0;
   mutable std::atomic<bool> busy{false};
 };
-
-namespace {
-
-// What every call runs under: it alone, on its device.
-class Turn {
- public:
-  Turn(std::atomic<bool>& busy, Timeline& timeline) : busy_(busy), timeline_(timeline) {
-    if (busy_.exchange(true)) fail("the batch is in use by another thread");
-    try {
-      timeline_.enter();
-    } catch (...) {
-      busy_ = false;
-      throw;
-    }
-  }
-  ~Turn() {
-    timeline_.leave();
-    busy_ = false;
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  std::atomic<bool>& busy_;
-  Timeline& timeline_;
-};
-
-}  // namespace
 
 Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
     : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()) {
@@ -381,28 +356,28 @@ Batch::Batch(std::shared_ptr<const Model> model, const BatchOptions& options) : 
 Batch::~Batch() = default;
 
 int64_t Batch::join(const Request& request) {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->join(request);
 }
 std::vector<RowEvent> Batch::step() {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->step();
 }
 void Batch::leave(int64_t handle) {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   impl_->row_of(handle) = Row();
 }
 int64_t Batch::rows() const { return impl_->options.rows; }
 int64_t Batch::active() const {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return static_cast<int64_t>(impl_->in_order(&Row::used).size());
 }
 int64_t Batch::position(int64_t handle) const {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->row_of(handle).position;
 }
 const std::vector<float>& Batch::logits(int64_t handle) const {
-  Turn turn(impl_->busy, *impl_->timeline);
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
   if (!impl_->options.keep_logits) fail("logits are kept only by a batch that is made with keep_logits");
   const Row& row = impl_->row_of(handle);
   if (row.logits.empty()) fail("no logits: nothing was sampled for timeline ", handle);
@@ -417,7 +392,7 @@ std::vector<Session::CacheMemory> Batch::cache_memory() const {
 
 MemoryReport Batch::memory() const {
   const Impl& b = *impl_;
-  Turn turn(b.busy, *b.timeline);
+  Turn turn(b.busy, *b.timeline, kInUse);
   MemoryReport report;
   for (const ConstantSpec& c : b.shared.artifact.constants) report.weights += c.bytes;
   for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * static_cast<uint64_t>(b.made());

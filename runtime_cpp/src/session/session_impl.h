@@ -13,6 +13,7 @@
 #include "session/lineage.h"
 #include "session/model_impl.h"
 #include "session/slots.h"
+#include "session/turn.h"
 
 namespace kiln {
 
@@ -93,31 +94,6 @@ struct Session::Impl {
   int64_t written = 0;     // positions below it have been written to the rings as they are now
   bool pretended = false;  // Session::pretend: nobody knows what the caches hold
   mutable std::atomic<bool> busy{false};
-};
-
-// What every call of a session runs under: it alone, on its device.
-class Turn {
- public:
-  Turn(std::atomic<bool>& busy, Timeline& timeline) : busy_(busy), timeline_(timeline) {
-    if (busy_.exchange(true))
-      fail("the session is in use: by another thread, or this is a call from inside its own callback; give each thread a session of its own");
-    try {
-      timeline_.enter();
-    } catch (...) {
-      busy_ = false;
-      throw;
-    }
-  }
-  ~Turn() {
-    timeline_.leave();
-    busy_ = false;
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  std::atomic<bool>& busy_;
-  Timeline& timeline_;
 };
 
 }  // namespace kiln
