@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -150,6 +150,13 @@ def remove_buffer(ep: ExportedProgram, node: Node) -> None:
     specs[:] = [s for s in specs if s.arg.name != node.name]
     del ep.state_dict[fqn]
     ep.graph.erase_node(node)
+
+
+def drop_dead(ep: ExportedProgram, pure: Container[Node] = ()) -> None:
+    """Erase what nobody reads, in one sweep from the end; of calls that write only those of `pure`, whose writes say nothing."""
+    for node in reversed(ep.graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and (node in pure or not written_args(node)):
+            ep.graph.erase_node(node)
 
 
 def finish(ep: ExportedProgram) -> None:

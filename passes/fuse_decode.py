@@ -40,9 +40,9 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             fuse_experts.rewrite(fuser, matmul)
         else:
             fuser.rewrite(matmul)
-    fuser.drop_dead_matmuls()
+    edit.drop_dead(ep, fuser.made)  # a matmul's counters are back at zero when it is done
     fuser.round_late()
-    ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
+    edit.drop_dead(ep)
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
     note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
     return PassReport("fuse_decode", "applied", tuple(dict.fromkeys(fuser.places)), note)
@@ -60,7 +60,7 @@ class _Fuser:
         self.partials: dict[Node, Node] = {}  # a matmul -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.sources: dict[Node, tuple[Node, Node]] = {}  # a cache of keys that a fused op writes -> the token's key and value
-        self.made: list[Node] = []
+        self.made: set[Node] = set()  # matmuls
         first = next(n for n in ep.graph.nodes if n.op != "placeholder")
         device = edit.user_input(ep, "tokens").meta["val"].device
         with ep.graph.inserting_before(first):
@@ -79,7 +79,7 @@ class _Fuser:
         x, words, halves, block_type = matmul.args
         fixed, *root = self.to_fixed(x, matmul)
         new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root)
-        self.made.append(new)
+        self.made.add(new)
         self.places.append(self.name(words))
         self.replace_rounded(matmul, new)
 
@@ -94,12 +94,6 @@ class _Fuser:
         """What was rewritten once more, and the places of these weights."""
         self.counts[name] = self.counts.get(name, 0) + 1
         self.places += [self.name(weight) for weight in weights]
-
-    def drop_dead_matmuls(self) -> None:
-        for node in self.made:
-            self.ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
-            if not node.users:
-                self.ep.graph.erase_node(node)
 
     def round_late(self) -> None:
         """What still reads a value of which float32 is known reads that one, rounded: else the value would be computed twice."""

@@ -71,7 +71,7 @@ def rewrite(fuser: Any, down: Node) -> None:
                        fuser.counters, squares, eps, found.activation)  # fmt: skip
     new = fuser.emit(before, KILN.expert_sum.default, gated, *found.down, found.block_types[1], chosen, weights, found.count,
                      fuser.counters)  # fmt: skip
-    fuser.made.append(new)
+    fuser.made.add(new)
     fuser.count("experts")
     fuser.places.append(fuser.name(found.down[0]).rpartition(".")[0] + ".experts")
     fuser.replace_rounded(found.sum, new)
