@@ -1,8 +1,10 @@
-"""One token's layer in a few kernels: matmuls on fixed-point activations, and one kernel for what lies between two matmuls.
+"""The layer of a decode step in a few kernels: matmuls on fixed-point activations, and one kernel for what lies between two matmuls.
 
 The residual stream and the results of matmuls stay in float32. An activation becomes fixed point (`custom_ops/weights/fixed_point.py`)
 where it is made: in the norm, in gelu(gate) * value, or in the attention before the matmul. A matmul whose weight is not packed stays as
 it is, and so does every neighbour of another form.
+
+A step of several tokens takes the same rules: its ops compute each token as those of one token do, and its attention writes all keys first.
 """
 
 from __future__ import annotations
@@ -21,6 +23,15 @@ from kiln.passes.records import Lowered, PassOptions, PassReport
 aten = torch.ops.aten
 WITH_SQUARES = {KILN.fixed_linear.default: KILN.fixed_linear_squares.default,  # a matmul -> the same, with sums of squares of its result
                 KILN.expert_sum.default: KILN.expert_sum_squares.default}  # fmt: skip
+# An attention -> the op that also prepares and writes, the one that reads what another layer wrote, and its arguments that they take: caches,
+# positions, rows, window. Of `global_...` none does so.
+FUSED = {KILN.sliding_attention.default: (KILN.sliding_decode.default, KILN.sliding_read.default, slice(3, 7)),
+         KILN.tq4_attention.default: (KILN.tq4_decode.default, KILN.tq4_read.default, slice(3, 10)),
+         KILN.sliding_rows.default: (KILN.sliding_decode_rows.default, KILN.sliding_read_rows.default, slice(1, 6)),
+         KILN.tq4_rows.default: (KILN.tq4_decode_rows.default, KILN.tq4_read_rows.default, slice(1, 10))}  # fmt: skip
+SLIDING = (KILN.sliding_attention.default, KILN.sliding_rows.default)
+GLOBAL = (KILN.global_attention.default, KILN.global_rows.default)
+ROWS = (KILN.sliding_rows.default, KILN.global_rows.default, KILN.tq4_rows.default)  # of several tokens
 VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 
 
@@ -28,7 +39,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not options.decode_bytes:
         return PassReport("fuse_decode", "off", note="the target's matmuls take activations as they are")
     ep = lowered.program
-    if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
+    if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1 and not edit.has_input(ep, "row"):
         return PassReport("fuse_decode", "not needed", note="many tokens")
     packed = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default, KILN.expert_linear.default)]
     if not packed:
@@ -51,6 +62,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 class _Fuser:
     def __init__(self, ep, terms: int):
         self.ep, self.terms = ep, terms
+        self.several = edit.has_input(ep, "row")  # tokens, each of one of several rows of caches
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
         self.squares: dict[Node, Node] = {}  # the residual stream -> sums of its squares
@@ -68,8 +80,8 @@ class _Fuser:
         with edit.fake_mode(ep):
             self.counters.meta["val"] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
-    def emit(self, before: Node, target, *args) -> Node:
-        return edit.emit(self.ep, before, target, *args)
+    def emit(self, before: Node, target, *args, **kwargs) -> Node:
+        return edit.emit(self.ep, before, target, *args, **kwargs)
 
     def name(self, constant: Node) -> str:
         """A weight's name, without that of its plane."""
@@ -129,10 +141,13 @@ class _Fuser:
         return self.float32[node]
 
     def raw(self, node: Node, before: Node, in_parts: bool) -> Node:
-        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`."""
+        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`. Of several
+        tokens [S, T, heads * D]."""
         whole, begin, end = _projection(node)
         value = self.parts(whole, before) if in_parts else self.exact(whole, before)
-        return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1, begin, end)
+        if self.several and len(value.meta["val"].shape) == 2:
+            value = self.emit(before, aten.unsqueeze.default, value, 0)
+        return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1 + self.several, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
         """What sums to `node`: a matmul that leaves its sum to its reader, or the value itself."""
@@ -191,8 +206,10 @@ class _Fuser:
         if added is None:
             return None
         stream, branch, post_weight, scale, eps = added
-        stream, op = self.exact(stream, before), KILN.add_norm.default
         two = None if post_weight is None else fuse_experts.branches(branch, eps)
+        if self.several and post_weight is not None and (two or self.exact(branch, before).target not in WITH_SQUARES):
+            return None  # a sum of squares that the compiler orders, by the number of tokens
+        stream, op = self.exact(stream, before), KILN.add_norm.default
         if post_weight is None:
             branches = [self.exact(branch, before), None]
         elif two:
@@ -239,12 +256,12 @@ class _Fuser:
         return (self.emit(before, KILN.gate_fixed.default, self.parts(gate, before), exact, self.terms),)
 
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
-        """Attention of one token with the preparation of its queries, keys and values, and the cache's write."""
+        """Attention with the preparation of its queries, keys and values, and the cache's write."""
         call = _viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
             call = _viewed(x)
-        if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
+        if not edit.is_call(call, *FUSED, *GLOBAL):
             return None
         q = _rotated(call.args[0])
         if q is not None and edit.resolve(_key_cache(call)) in self.sources:
@@ -257,11 +274,11 @@ class _Fuser:
             return None
         if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
             return None
-        sliding = edit.is_call(call, KILN.sliding_attention.default)
+        sliding = edit.is_call(call, *SLIDING)
         if sliding and (q.neighbours or q.weight is None):
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
-        first = min(write.nodes[0], before)  # a ring is written after the last of the layers that read it
+        first = min(write.nodes[0], before)  # of one token a ring is written after the last of the layers that read it
         if not _projection(q.x)[0] < first:
             return None  # a layer that reads the cache of one that was left as it is
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
@@ -271,28 +288,22 @@ class _Fuser:
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
         form = () if form == (1.0, True, False)[: len(form)] else form  # the ops' defaults
-        if edit.is_call(call, KILN.sliding_attention.default):
-            _, _, _, k_ring, v_ring, pos, window = call.args
-            self.counts["sliding"] += 1
+        self.counts["sliding" if sliding else "global"] += 1
+        if call.target in FUSED:
             for node in write.nodes:
-                self.ep.graph.erase_node(node)
-            return (self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, eps, self.terms, *form),)
-        self.counts["global"] += 1
-        if edit.is_call(call, KILN.tq4_attention.default):
-            for node in write.nodes:
-                self.ep.graph.erase_node(node)
-            return (self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], eps, self.terms, *form),)
-        call.args = (*call.args[:-1], None)  # one token's position bounds the cache too, and needs no kernel to compute
+                edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
+            op, _, given = FUSED[call.target]
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **_exact_window(call)),)
+        self.bounded(call)
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
         return self.converted(x, before)
 
     def reader(self, x: Node, call: Node, q: _Rotated, before: Node) -> tuple[Node] | None:
-        """Attention of one token over a cache that another layer's fused op has written its key and value to."""
-        sliding = edit.is_call(call, KILN.sliding_attention.default)
-        tq4 = edit.is_call(call, KILN.tq4_attention.default)
-        if sliding or tq4:
+        """Attention over a cache that another layer's fused op has written the tokens' keys and values to."""
+        sliding, fused = edit.is_call(call, *SLIDING), call.target in FUSED
+        if fused and not self.several:
             own = tuple(_viewed(a) for a in call.args[1:3])
             if own != tuple(_viewed(a) for a in self.sources[edit.resolve(_key_cache(call))]):
                 return None
@@ -300,19 +311,23 @@ class _Fuser:
             return None  # a form that its kernel does not have
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         self.counts["shared"] = self.counts.get("shared", 0) + 1
-        at = before if sliding or tq4 else call
+        at = before if fused else call
         shared = (self.raw(q.x, at, True), q.weight, *self.table(q.cos, q.sin))
         form = (q.scale,) if sliding else (q.scale, q.neighbours)
         form = () if form == (1.0, False)[: len(form)] else form  # the ops' defaults
         eps = q.eps or 0.0
-        if sliding:
-            return (self.emit(before, KILN.sliding_read.default, *shared, *call.args[3:7], eps, self.terms, *form),)
-        if tq4:
-            return (self.emit(before, KILN.tq4_read.default, *shared, *call.args[3:10], eps, self.terms, *form),)
-        call.args = (*call.args[:-1], None)
+        if fused:
+            _, op, given = FUSED[call.target]
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **_exact_window(call)),)
+        self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)
         call.args[0].replace_all_uses_with(query)
         return self.converted(x, before)
+
+    def bounded(self, call: Node) -> None:
+        """One token's position bounds the cache as its length does, and needs no kernel to compute."""
+        if edit.is_call(call, KILN.global_attention.default):
+            call.args = (*call.args[:-1], None)
 
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
         """cos and sin from one kernel; as they are, every reader would compute its own."""
@@ -389,10 +404,17 @@ class _Writes:
 
 def _key_cache(call: Node) -> Node:
     """What an attention reads earlier keys from: a ring, a global cache or codes."""
-    return call.args[1 if edit.is_call(call, KILN.global_attention.default) else 3]
+    return call.args[1 if edit.is_call(call, KILN.global_attention.default, *ROWS) else 3]
+
+
+def _exact_window(call: Node) -> dict[str, int]:
+    """Of an attention of one token over a ring that has spare slots."""
+    return {"exact_window": call.args[11]} if edit.is_call(call, KILN.tq4_attention.default) and len(call.args) > 11 else {}
 
 
 def _write(call: Node) -> _Writes | None:
+    if edit.is_call(call, *ROWS):
+        return _write_of_rows(call)
     tq4 = edit.is_call(call, KILN.tq4_attention.default)
     ring = tq4 or edit.is_call(call, KILN.sliding_attention.default)
     caches = [edit.resolve(c) for c in (call.args[7:9] if tq4 else call.args[3:5] if ring else call.args[1:3])]
@@ -412,6 +434,31 @@ def _write(call: Node) -> _Writes | None:
         if len(encoded) != 1 or tuple(encoded[0].args[4:6]) != tuple(call.args[1:3]):
             return None
         nodes += encoded
+    return _Writes(sorted(nodes), k, v)
+
+
+def _write_of_rows(call: Node) -> _Writes | None:
+    """Of an attention of several tokens: all are written before it."""
+    tq4, full = edit.is_call(call, KILN.tq4_rows.default), edit.is_call(call, KILN.global_rows.default)
+    caches = [edit.resolve(c) for c in call.args[5 if tq4 else 1 :][:2]]
+    pos, row = call.args[-2:] if full else call.args[-3:-1]
+    writes = [[u for u in c.users if edit.is_call(u, aten.index_put_.default)] for c in caches]
+    if [len(w) for w in writes] != [1, 1] or any(len(w.args) != 3 or len(w.args[1]) != 2 or w.args[1][0] is not row for (w,) in writes):
+        return None
+    (k_write,), (v_write,) = writes
+    slots = caches[0].meta["val"].shape[1]
+    at = [w.args[1][1] for w in (k_write, v_write)]
+    if not all(a is pos if full else edit.is_call(a, aten.remainder.Scalar) and a.args == (pos, slots) for a in at):
+        return None
+    k, v = k_write.args[2], v_write.args[2]
+    nodes = [k_write, v_write]
+    if tq4:
+        encoded = [u for u in edit.resolve(call.args[1]).users if edit.is_call(u, KILN.tq4_write_rows.default)]
+        if len(encoded) != 1 or tuple(encoded[0].args[4:]) != (k, v, pos, row):
+            return None
+        nodes += encoded
+    if any(not edit.is_call(user, *ROWS) for write in writes for node in write for user in node.users):
+        return None
     return _Writes(sorted(nodes), k, v)
 
 
