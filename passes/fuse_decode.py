@@ -23,8 +23,8 @@ from kiln.passes.records import Lowered, PassOptions, PassReport
 aten = torch.ops.aten
 WITH_SQUARES = {KILN.fixed_linear.default: KILN.fixed_linear_squares.default,  # a matmul -> the same, with sums of squares of its result
                 KILN.expert_sum.default: KILN.expert_sum_squares.default}  # fmt: skip
-# An attention -> the op that also prepares and writes, the one that reads what another layer wrote, and its arguments that they take: caches,
-# positions, rows, window. Of `global_...` none does so.
+# An attention -> the op that also prepares and writes, the one that reads what another layer wrote, and its arguments that they take:
+# caches, positions, rows, window. Of `global_...` none does so.
 FUSED = {KILN.sliding_attention.default: (KILN.sliding_decode.default, KILN.sliding_read.default, slice(3, 7)),
          KILN.tq4_attention.default: (KILN.tq4_decode.default, KILN.tq4_read.default, slice(3, 10)),
          KILN.sliding_rows.default: (KILN.sliding_decode_rows.default, KILN.sliding_read_rows.default, slice(1, 6)),
