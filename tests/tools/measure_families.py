@@ -51,8 +51,8 @@ def export(m: Measurement, at: Side, preset: str, options: argparse.Namespace) -
             "peak_gib": float(found["gib"]) if found else None, "artifact_bytes": size}  # fmt: skip
 
 
-def speeds(m: Measurement, at: Side, gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
-    command = (at.runner, at.artifact, "--weights", gguf, "--bench", "--json", "--depths", options.depths, "--steps", options.steps)
+def speeds(m: Measurement, at: Side, options: argparse.Namespace) -> dict[str, Any]:
+    command = (at.runner, *at.plays, "--bench", "--json", "--depths", options.depths, "--steps", options.steps)
     return add_costs(json.loads(m.run(at, *command)) | {"ceilings": m.record["device"].get("ceilings")}, at.manifest)
 
 
@@ -111,10 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         def play(preset: str = preset, at: Side = at, gguf: Path = gguf) -> None:
             synthesize(m, at, preset, options.mix, gguf)
-            m.step(preset, "speeds", 10, lambda: speeds(m, at, gguf, options))
+            m.step(preset, "speeds", 10, lambda: speeds(m, at, options))
             if options.target != "cpu":
                 prompt = [2, *(i * 7919 % at.manifest["config"]["vocab_size"] for i in range(3000))]
-                m.step(preset, "peak memory", 5, lambda: peak_memory(m, at, prompt, "--weights", gguf))
+                m.step(preset, "peak memory", 5, lambda: peak_memory(m, at, prompt))
 
         if "speeds" not in m.record[preset] or ("peak memory" not in m.record[preset] and options.target != "cpu"):
             if m.left() < 45:
