@@ -17,6 +17,18 @@ from torch.fx import Node
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
 from kiln.passes import edit, fuse_experts
+from kiln.passes.decode_patterns import (
+    Rotated,
+    branch_added,
+    exact_window_of,
+    frequencies,
+    key_cache,
+    normed_value,
+    projection,
+    rotated,
+    viewed,
+    writes_of,
+)
 from kiln.passes.edit import KILN
 from kiln.passes.records import Lowered, PassOptions, PassReport
 
@@ -31,8 +43,6 @@ FUSED = {KILN.sliding_attention.default: (KILN.sliding_decode.default, KILN.slid
          KILN.tq4_rows.default: (KILN.tq4_decode_rows.default, KILN.tq4_read_rows.default, slice(1, 10))}  # fmt: skip
 SLIDING = (KILN.sliding_attention.default, KILN.sliding_rows.default)
 GLOBAL = (KILN.global_attention.default, KILN.global_rows.default)
-ROWS = (KILN.sliding_rows.default, KILN.global_rows.default, KILN.tq4_rows.default)  # of several tokens
-VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
@@ -143,7 +153,7 @@ class _Fuser:
     def raw(self, node: Node, before: Node, in_parts: bool) -> Node:
         """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`. Of several
         tokens [S, T, heads * D]."""
-        whole, begin, end = _projection(node)
+        whole, begin, end = projection(node)
         value = self.parts(whole, before) if in_parts else self.exact(whole, before)
         if self.several and len(value.meta["val"].shape) == 2:
             value = self.emit(before, aten.unsqueeze.default, value, 0)
@@ -202,7 +212,7 @@ class _Fuser:
 
     def added(self, y: Node, weight: Node | None, eps: float | None, before: Node) -> tuple[Node, Node] | None:
         """y * weight in fixed point and sums of squares of y, a sum that is not known yet. eps: of the branch's norm; None: any."""
-        added = None if y in self.float32 else _branch_added(y, eps)
+        added = None if y in self.float32 else branch_added(y, eps)
         if added is None:
             return None
         stream, branch, post_weight, scale, eps = added
@@ -257,19 +267,19 @@ class _Fuser:
 
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
         """Attention with the preparation of its queries, keys and values, and the cache's write."""
-        call = _viewed(x)
+        call = viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
-            call = _viewed(x)
+            call = viewed(x)
         if not edit.is_call(call, *FUSED, *GLOBAL):
             return None
-        q = _rotated(call.args[0])
-        if q is not None and edit.resolve(_key_cache(call)) in self.sources:
+        q = rotated(call.args[0])
+        if q is not None and edit.resolve(key_cache(call)) in self.sources:
             return self.reader(x, call, q, before)
-        write = _write(call)
+        write = writes_of(call)
         if q is None or write is None:
             return None
-        k, v = _rotated(_viewed(write.k)), _normed_value(write.v)
+        k, v = rotated(viewed(write.k)), normed_value(write.v)
         if k is None or k.cos is not q.cos or k.sin is not q.sin or k.scale != 1 or k.neighbours != q.neighbours:
             return None
         if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
@@ -279,11 +289,11 @@ class _Fuser:
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
         first = min(write.nodes[0], before)  # of one token a ring is written after the last of the layers that read it
-        if not _projection(q.x)[0] < first:
+        if not projection(q.x)[0] < first:
             return None  # a layer that reads the cache of one that was left as it is
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
-        self.sources[edit.resolve(_key_cache(call))] = write.k, write.v
-        together = _projection(q.x)[0] is _projection(k.x)[0]  # matmuls of their own are split differently
+        self.sources[edit.resolve(key_cache(call))] = write.k, write.v
+        together = projection(q.x)[0] is projection(k.x)[0]  # matmuls of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.x, True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
@@ -293,19 +303,19 @@ class _Fuser:
             for node in write.nodes:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
-            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **_exact_window(call)),)
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **exact_window_of(call)),)
         self.bounded(call)
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
         return self.converted(x, before)
 
-    def reader(self, x: Node, call: Node, q: _Rotated, before: Node) -> tuple[Node] | None:
+    def reader(self, x: Node, call: Node, q: Rotated, before: Node) -> tuple[Node] | None:
         """Attention over a cache that another layer's fused op has written the tokens' keys and values to."""
         sliding, fused = edit.is_call(call, *SLIDING), call.target in FUSED
         if fused and not self.several:
-            own = tuple(_viewed(a) for a in call.args[1:3])
-            if own != tuple(_viewed(a) for a in self.sources[edit.resolve(_key_cache(call))]):
+            own = tuple(viewed(a) for a in call.args[1:3])
+            if own != tuple(viewed(a) for a in self.sources[edit.resolve(key_cache(call))]):
                 return None
         if sliding and (q.neighbours or q.weight is None):
             return None  # a form that its kernel does not have
@@ -318,7 +328,7 @@ class _Fuser:
         eps = q.eps or 0.0
         if fused:
             _, op, given = FUSED[call.target]
-            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **_exact_window(call)),)
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **exact_window_of(call)),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)
         call.args[0].replace_all_uses_with(query)
@@ -332,7 +342,7 @@ class _Fuser:
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
         """cos and sin from one kernel; as they are, every reader would compute its own."""
         if (cos, sin) not in self.tables:
-            pos, inv_freq = edit.user_input(self.ep, "pos"), _frequencies(cos, sin, edit.user_input(self.ep, "pos"))
+            pos, inv_freq = edit.user_input(self.ep, "pos"), frequencies(cos, sin, edit.user_input(self.ep, "pos"))
             if inv_freq is None:
                 self.tables[cos, sin] = cos, sin
             else:
@@ -342,165 +352,5 @@ class _Fuser:
         return self.tables[cos, sin]
 
 
-def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
-    """The parameter inv_freq of cos(pos * inv_freq) and sin(pos * inv_freq)."""
-    if not edit.is_call(cos, aten.cos.default) or not edit.is_call(sin, aten.sin.default) or cos.args[0] is not sin.args[0]:
-        return None
-    angle = cos.args[0]
-    if not edit.is_call(angle, aten.mul.Tensor):
-        return None
-    position, inv_freq = angle.args
-    while edit.is_call(position, aten.unsqueeze.default, aten.to.dtype):
-        position = position.args[0]
-    return inv_freq if position is pos and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None
-
-
 # In the order in which they are tried; each counts what it takes.
 RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.attention, _Fuser.stream, _Fuser.converted)
-
-
-class _Rotated:
-    """rope(rms_norm(x, weight)), or rope(x) without weight and eps."""
-
-    def __init__(self, node: Node):
-        x, self.cos, self.sin, self.scale, self.neighbours = (*node.args, *(1.0, False)[len(node.args) - 3 :])  # defaults are left out
-        self.x, self.weight, self.eps = _behind_conversion(x), None, None
-        if edit.is_call(self.x, KILN.rms_norm.default):
-            self.x, self.weight, self.eps, _ = self.x.args
-
-
-def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
-        return None  # a part of the head turns, which no kernel does
-    found = _Rotated(node)
-    return None if found.eps is not None and found.weight is None else found
-
-
-class _NormedValue:
-    """rms_norm(x), or x as it is, without eps."""
-
-    def __init__(self, x: Node, eps: float | None):
-        self.x, self.eps = x, eps
-
-
-def _normed_value(node: Node) -> _NormedValue:
-    node = _behind_conversion(_viewed(node))
-    if edit.is_call(node, KILN.rms_norm.default) and node.args[1] is None:
-        return _NormedValue(node.args[0], node.args[2])
-    return _NormedValue(node, None)
-
-
-def _behind_conversion(node: Node) -> Node:
-    """What a value was before it took the cache's dtype."""
-    return node.args[0] if edit.is_call(node, aten.to.dtype) else node
-
-
-class _Writes:
-    """The nodes that write a token's key and value to the caches of an attention, in graph order, and what they write."""
-
-    def __init__(self, nodes: list[Node], k: Node, v: Node):
-        self.nodes, self.k, self.v = nodes, k, v
-
-
-def _key_cache(call: Node) -> Node:
-    """What an attention reads earlier keys from: a ring, a global cache or codes."""
-    return call.args[1 if edit.is_call(call, KILN.global_attention.default, *ROWS) else 3]
-
-
-def _exact_window(call: Node) -> dict[str, int]:
-    """Of an attention of one token over a ring that has spare slots."""
-    return {"exact_window": call.args[11]} if edit.is_call(call, KILN.tq4_attention.default) and len(call.args) > 11 else {}
-
-
-def _write(call: Node) -> _Writes | None:
-    if edit.is_call(call, *ROWS):
-        return _write_of_rows(call)
-    tq4 = edit.is_call(call, KILN.tq4_attention.default)
-    ring = tq4 or edit.is_call(call, KILN.sliding_attention.default)
-    caches = [edit.resolve(c) for c in (call.args[7:9] if tq4 else call.args[3:5] if ring else call.args[1:3])]
-    writes = [[u for u in c.users if edit.is_call(u, aten.index_copy_.default)] for c in caches]
-    if [len(w) for w in writes] != [1, 1]:
-        return None
-    (k_write,), (v_write,) = writes
-    k, v = k_write.args[3], v_write.args[3]
-    if ring:
-        own = not k_write.users and not v_write.users and (_viewed(k), _viewed(v)) == tuple(_viewed(x) for x in call.args[1:3])
-        pos = call.args[9 if tq4 else 5]
-        if not own or not all(_at_slot(w, pos, caches[0].meta["val"].shape[0]) for w in (k_write, v_write)):
-            return None
-    nodes = [k_write, v_write]
-    if tq4:
-        encoded = [u for u in call.args[3].users if edit.is_call(u, KILN.tq4_write.default)]
-        if len(encoded) != 1 or tuple(encoded[0].args[4:6]) != tuple(call.args[1:3]):
-            return None
-        nodes += encoded
-    return _Writes(sorted(nodes), k, v)
-
-
-def _write_of_rows(call: Node) -> _Writes | None:
-    """Of an attention of several tokens: all are written before it."""
-    tq4, full = edit.is_call(call, KILN.tq4_rows.default), edit.is_call(call, KILN.global_rows.default)
-    caches = [edit.resolve(c) for c in call.args[5 if tq4 else 1 :][:2]]
-    pos, row = call.args[-2:] if full else call.args[-3:-1]
-    writes = [[u for u in c.users if edit.is_call(u, aten.index_put_.default)] for c in caches]
-    if [len(w) for w in writes] != [1, 1] or any(len(w.args) != 3 or len(w.args[1]) != 2 or w.args[1][0] is not row for (w,) in writes):
-        return None
-    (k_write,), (v_write,) = writes
-    slots = caches[0].meta["val"].shape[1]
-    at = [w.args[1][1] for w in (k_write, v_write)]
-    if not all(a is pos if full else edit.is_call(a, aten.remainder.Scalar) and a.args == (pos, slots) for a in at):
-        return None
-    k, v = k_write.args[2], v_write.args[2]
-    nodes = [k_write, v_write]
-    if tq4:
-        encoded = [u for u in edit.resolve(call.args[1]).users if edit.is_call(u, KILN.tq4_write_rows.default)]
-        if len(encoded) != 1 or tuple(encoded[0].args[4:]) != (k, v, pos, row):
-            return None
-        nodes += encoded
-    if any(not edit.is_call(user, *ROWS) for write in writes for node in write for user in node.users):
-        return None
-    return _Writes(sorted(nodes), k, v)
-
-
-def _at_slot(write: Node, pos: Node, slots: int) -> bool:
-    """`write` puts the token into the ring's slot pos % slots."""
-    return write.args[1] == 0 and edit.is_call(write.args[2], aten.remainder.Scalar) and write.args[2].args == (pos, slots)
-
-
-def _projection(node: Node) -> tuple[Node, int | None, int | None]:
-    """(projection, begin, end): what `node` is a view of, and the columns of it where it is split."""
-    node = _viewed(node)
-    if edit.is_call(node, operator.getitem):
-        pieces, index = node.args
-        if edit.is_call(pieces, aten.split_with_sizes.default, aten.split.sizes) and len(pieces.args[0].meta["val"].shape) == 2:
-            sizes = pieces.args[1]
-            begin = sum(sizes[:index])
-            return pieces.args[0], begin, begin + sizes[index]
-    return node, None, None
-
-
-def _viewed(node: Node) -> Node:
-    while edit.is_call(node, *VIEWS):
-        node = node.args[0]
-    return node
-
-
-def _branch_added(y: Node, eps: float | None) -> tuple[Node, Node, Node | None, Node | None, float] | None:
-    """(stream, branch, weight, scale, eps) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without norm and scale.
-
-    eps: the only one that may be; None: any.
-    """
-    scale = None
-    if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
-        left, scale = y.args[0].args
-        if not edit.is_call(left, aten.to.dtype) or not isinstance(scale, Node) or scale.op != "placeholder":
-            return None
-        y = left.args[0]
-    if not edit.is_call(y, aten.add.Tensor) or len(y.args) != 2:
-        return None
-    stream, branch = y.args
-    if not edit.is_call(branch, KILN.rms_norm.default):
-        return stream, branch, None, scale, eps or 0.0
-    if branch.args[1] is None or branch.args[2] != (branch.args[2] if eps is None else eps):
-        return None
-    return stream, branch.args[0], branch.args[1], scale, branch.args[2]

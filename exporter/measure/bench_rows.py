@@ -86,8 +86,8 @@ def _measure(kiln: Any, artifact: Path, manifest: dict, rows: list[int], depths:
         filled(batch, model)
     record: dict[str, Any] = {
         "artifact": artifact.name, "model": manifest["config"]["name"], "max_seq_len": manifest["max_seq_len"],
-        "kv_cache": manifest["kv_cache"], "producer": manifest["producer"], "target": model.target, "device": model.device, "steps": steps, "sessions": batch.rows,
-        "memory": batch.memory(), "ceilings": ceilings_of(model.device), "depths": [],
+        "kv_cache": manifest["kv_cache"], "producer": manifest["producer"], "target": model.target, "device": model.device, "steps": steps,
+        "sessions": batch.rows, "memory": batch.memory(), "ceilings": ceilings_of(model.device), "depths": [],
     }  # fmt: skip
     record["device_name"] = device_name(record["device"])
     for depth in depths:
@@ -127,9 +127,10 @@ def table(record: dict) -> str:
     caches = (record["memory"]["kv_ring"] + record["memory"]["kv_global"]) / 1e9
     rates = f"{'of 1':>6} {'GB/s':>7} {'of max':>7}"
     lines = [
-        f"{record['model']} on {record['device_name']} ({record['target']}), KV cache {record['kv_cache']}, {record['sessions']} sessions of "
-        f"{record['max_seq_len']} tokens, {caches:.2f} GB of caches",
-        f"{'depth':>8} {'tokens':>6} | {'one session, ms':>26} {rates} | {'sessions, ms':>12} {rates} | {'with the host, ms':>17} {'tok/s':>8}",
+        f"{record['model']} on {record['device_name']} ({record['target']}), KV cache {record['kv_cache']}, {record['sessions']} sessions "
+        f"of {record['max_seq_len']} tokens, {caches:.2f} GB of caches",
+        f"{'depth':>8} {'tokens':>6} | {'one session, ms':>26} {rates} | {'sessions, ms':>12} {rates} | "
+        f"{'with the host, ms':>17} {'tok/s':>8}",
     ]
     for at in record["depths"]:
         for row in at["rows"]:

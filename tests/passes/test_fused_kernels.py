@@ -75,8 +75,8 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, ge
         assert cache.any() and (found - expected).norm() <= LIMIT * expected.norm(), name
 
 
-# (position, row) of two steps of two tokens: of one row, of two in any order. By day their products are of four bytes at a time: tensor
-# cores take the interpreter minutes, and test_gemv_rows has them.
+# (position, row) of two steps of two tokens: of one row, of two in any order. Their products are of four bytes at a time: tensor cores take
+# the interpreter minutes, and test_gemv_rows has them. By day tests/exporter/model/test_rows.py has these graphs by the ops' references.
 STEPS = ([(60, 0), (61, 0)], [(60, 1), (62, 0)])
 
 
@@ -132,6 +132,7 @@ def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.Monkey
     check_rows(tmp_path, monkeypatch, turboquant=False)
 
 
+@pytest.mark.nightly
 def interpreted_rows_of_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rows(tmp_path, monkeypatch, turboquant=True)
 
