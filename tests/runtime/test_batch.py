@@ -61,6 +61,7 @@ def spoil(address: int, size: int, device: str) -> None:
     else:
         torch.cuda.synchronize()  # makes the GPU's context current
         assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(address), ctypes.c_ubyte(0xFF), ctypes.c_size_t(size)) == 0
+        torch.cuda.synchronize()
 
 
 def requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -89,7 +90,7 @@ def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog
 
 def test_rows_of_a_step(model, device, slots):
     """Every M, any mix of timelines, padding, drafts of which 0 to M - 1 are rejected: all bits are those of a session that is fed token by
-    token. Rings are passed more than once."""
+    token. Rings are passed more than once. On a GPU by direct calls as by replays, with early launch and without."""
     counts, vocab, rng = FORMS[device][0], model.vocab_size, random.Random(3)
     timelines = [[rng.randrange(8, vocab) for _ in range(n)] for n in (slots, slots * 5 // 6, slots // 2)]
     expected = []
@@ -102,21 +103,24 @@ def test_rows_of_a_step(model, device, slots):
             return torch.tensor([sampled]), torch.from_numpy(session.logits())[None]
 
         expected.append(timelines_.solo(one, tokens, row))
-    batch = kiln.Batch(model)
+        del session
+    for options in ({}, {"early_launch": False}, {"graph": False}) if device == "cuda" else ({},):
+        batch = kiln.Batch(model, **options)
+        assert bool(batch.early_launches) == (device == "cuda" and not options)
 
-    def several(token, pos, row, *settings):
-        each = list(zip(*(x.tolist() for x in settings), strict=True))
-        sampled, logits, _ = batch.probe(token.tolist(), pos.tolist(), row.tolist(), each)
-        return torch.tensor(sampled), torch.from_numpy(logits)
+        def several(token, pos, row, *settings, batch=batch):
+            each = list(zip(*(x.tolist() for x in settings), strict=True))
+            sampled, logits, _ = batch.probe(token.tolist(), pos.tolist(), row.tolist(), each)
+            return torch.tensor(sampled), torch.from_numpy(logits)
 
-    for address, size in batch.cache_memory().values():
-        spoil(address, size, device)
-    schedule = timelines_.Schedule(timelines, counts, vocab)
-    assert timelines_.check(dict.fromkeys(counts, several), schedule, expected) > sum(map(len, timelines))
-    assert {(m, wrong) for m in counts for wrong in range(m)} <= schedule.rejected
-    for row, tokens in enumerate(timelines):  # what a step of one token goes on from is the same, whichever steps wrote it
-        _, logits, _ = batch.probe(tokens[-1:], [len(tokens) - 1], [row])
-        assert np.array_equal(logits[0], expected[row][1][-1].numpy())
+        for address, size in batch.cache_memory().values():
+            spoil(address, size, device)
+        schedule = timelines_.Schedule(timelines, counts, vocab)
+        assert timelines_.check(dict.fromkeys(counts, several), schedule, expected) > sum(map(len, timelines))
+        assert {(m, wrong) for m in counts for wrong in range(m)} <= schedule.rejected
+        for row, tokens in enumerate(timelines):  # what a step of one token goes on from is the same, whichever steps wrote it
+            _, logits, _ = batch.probe(tokens[-1:], [len(tokens) - 1], [row])
+            assert np.array_equal(logits[0], expected[row][1][-1].numpy())
     for bad, what in (({"tokens": [1] * 3, "positions": [0] * 3, "rows": [0] * 3}, "no step of as many"),
                       ({"tokens": [1], "positions": [slots], "rows": [0]}, f"position {slots}"),
                       ({"tokens": [1], "positions": [0], "rows": [ROWS]}, f"row {ROWS}")):  # fmt: skip
