@@ -385,9 +385,10 @@ def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torc
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-            pos: torch.Tensor, out: torch.Tensor) -> None:
+            pos: torch.Tensor, out: torch.Tensor, exact_window: int = 0) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
-    (tokens, heads, dim), (kv_heads, slots, _), exact_window = q.shape, caches[0].shape, rings[0].shape[0]
+    (tokens, heads, dim), (kv_heads, slots, _) = q.shape, caches[0].shape
+    exact_window = exact_window or rings[0].shape[0]
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
     flash_prefill(q, k, v, *rings, pos, exact_window, out, lse)
     still_rotated = torch.empty_like(out)
@@ -426,8 +427,6 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
         raise ValueError(f"tq4_attention: an exact window of {exact_window} in a ring of {k_exact.shape[0]} slots")
     if not use_triton(q):
         return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window)
-    if exact_window not in (0, k_exact.shape[0]):
-        raise RuntimeError("tq4_attention: there is no GPU kernel for a ring longer than its window")
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -436,9 +435,9 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     if tokens == 1:
         slot = pos % k_exact.shape[0]
         rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
-        decode(q, *rotated(q), caches, rings, pos, out)
+        decode(q, *rotated(q), caches, rings, pos, out, exact_window=exact_window)
     else:
-        prefill(q, k, v, caches, rings, pos, out)
+        prefill(q, k, v, caches, rings, pos, out, exact_window)
     return out
 
 

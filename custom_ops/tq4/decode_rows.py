@@ -97,10 +97,10 @@ def _attended(query: torch.Tensor, caches: Caches, rings: Caches, pos: torch.Ten
               terms: int) -> torch.Tensor:
     """The reference of the second half: a token at a time, its own key and value in the caches."""
     out = []
-    for i, (r, p) in enumerate(zip(row.tolist(), pos.tolist(), strict=True)):
-        mine = [ring[r] for ring in rings]
-        own = [ring[[p % ring.shape[0]]] for ring in mine]
-        out.append(attention.reference(query[[i]], *own, *(c[r] for c in caches), *mine, pos[[i]], None, exact_window))
+    for x, p, r in zip(query.split(1), pos.split(1), row.split(1), strict=True):
+        mine = [ring[r][0] for ring in rings]
+        own = [ring[p % ring.shape[0]] for ring in mine]
+        out.append(attention.reference(x, *own, *(c[r][0] for c in caches), *mine, p, None, exact_window))
     return fixed_point.quantize(torch.cat(out).flatten(1), terms)
 
 
@@ -123,8 +123,10 @@ def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight:
         return _launch((q, k, v), weights, cos, sin, caches, rings, caches, rings, pos, row, exact_window, eps, terms,
                        form_constants(q_weight, v_norm, scale, neighbours))
     query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32, scale, v_norm, neighbours)
-    for i, r in enumerate(row.tolist()):
-        codec.reference_write(*(c[r] for c in caches), *(x[[i]] for x in own), pos[[i]])
+    index = row[:, None], torch.arange(k_codes.shape[1], device=pos.device), pos[:, None]  # [T, KV]
+    for codes, scales, x in ((k_codes, k_scales, own[0]), (v_codes, v_scales, own[1])):
+        for cache, encoded in zip((codes, scales), zip(*map(codec.encode, x.split(1)), strict=True), strict=True):
+            cache.index_put_(index, torch.cat(encoded))
     for ring, x in zip(rings, own, strict=True):
         ring[row, pos % ring.shape[1]] = x.to(ring.dtype)
     return _attended(query, caches, rings, pos, row, exact_window, terms)

@@ -16,6 +16,7 @@ from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
+EXPERTS = "experts of several tokens have no kernels yet"
 DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules are", "gated attention is", "a shared expert's gate is"))
 
 
@@ -24,7 +25,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
     indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
     caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
-    fused = _fused(config, plan) if options.decode_bytes and entry == "decode" else {}
+    fused = _fused(config, plan, entry.startswith("decode_")) if options.decode_bytes and entry != "prefill" else {}
     routers = {place.replace(".experts", ".ffn_gate_inp") for place, kept in fused.items() if place.endswith(".experts") and not kept}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
@@ -62,8 +63,8 @@ def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
     return [name for name, p in _matmuls(config, plan).items() if p.block_type not in LAYOUTS]
 
 
-def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
-    """Every matmul, norm, residual addition, GELU and attention of a token. Without a packed matrix nothing is."""
+def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> dict[str, str]:
+    """Every matmul, norm, residual addition, GELU and attention of a step. Without a packed matrix nothing is. several: tokens."""
     matmuls, stacks = _matmuls(config, plan), {p.name: p for p in plan if p.stack > 1}
     if not any(p.block_type in LAYOUTS for p in (*matmuls.values(), *stacks.values())):
         return {}
@@ -71,7 +72,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and part of the choice
     found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()
              if name not in routers or p.block_type in LAYOUTS}
-    if found.get(PER_LAYER):
+    if found.get(PER_LAYER) and not several:  # of several tokens a product of floats may add up in another order than of one
         del found[PER_LAYER]  # a file's packer leaves it as it is; once a token, it is a small part of a step
 
     def floats(names: Sequence[str]) -> str:
@@ -86,7 +87,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
         alone = ffn is not None and ffn.shared is None  # no network that takes every token
-        kept = ffn and _experts(at, ffn, matmuls, stacks)
+        kept = ffn and (EXPERTS if several else _experts(at, ffn, matmuls, stacks))
         found |= {
             f"{at}.attn_norm": floats(projections),
             f"{at}.ffn_norm": (kept or "") if alone else floats(gates),

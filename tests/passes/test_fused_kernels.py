@@ -16,6 +16,7 @@ from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.tools.synth import write_synthetic
 from tests.custom_ops.interpret import interpreted
 from tests.timeline import GREEDY, graph_spec, weights
+from tests.timelines import sampling
 
 # One sliding layer and a full one, V of another type than Q and K in the first, in every op of a fused step.
 PAIR = dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256)
@@ -72,6 +73,68 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, ge
     for name, cache in caches.items():
         found, expected = written[name].float(), cache.float()
         assert cache.any() and (found - expected).norm() <= LIMIT * expected.norm(), name
+
+
+# (position, row) of two steps of two tokens: of one row, of two in any order. Their products are of four bytes at a time: tensor cores take
+# the interpreter minutes, and test_gemv_rows has them. By day tests/exporter/model/test_rows.py has these graphs by the ops' references.
+STEPS = ([(60, 0), (61, 0)], [(60, 1), (62, 0)])
+
+
+def poured(lowered) -> dict[str, torch.Tensor]:
+    """Caches over a past of random keys and values: rings are full, codes are read."""
+    g = torch.Generator().manual_seed(0)
+    caches = make_kv(lowered.kv)
+    for cache in caches.values():
+        if cache.dtype == torch.int16:
+            cache.random_(-(1 << 15), 1 << 15, generator=g)
+        else:
+            cache.copy_(torch.rand(cache.shape, generator=g) + 0.5 if cache.dim() == 3 else torch.randn(cache.shape, generator=g))
+    return caches
+
+
+def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
+    """Every token of a step of two has, bit for bit, the logits and the sample of a step of one, and so have the caches."""
+    monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    monkeypatch.setitem(gemv.ROWS_CONFIGS, (90, 4), gemv.RowsConfig(False, 128))
+    path = directory / "pair.gguf"
+    write_synthetic(path, "pair", "q4_k_m", 0)
+    state = weights(path, directory)
+    spec = graph_spec(path, turboquant=turboquant, residual_length=32, decode_bytes=TERMS, decode_rows=(1, 2), rows=2)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        one, two = (lower(spec, entry, "cpu") for entry in ("decode", "decode_2"))
+    called = {str(node.target).removeprefix("kiln.").removesuffix(".default") for node in two.program.graph.nodes}
+    assert called >= {f"{op}_rows" if op in ("sliding_decode", "tq4_decode") else {"global_attention": "global_rows"}.get(op, op)
+                      for op in OPS[turboquant]}  # fmt: skip
+    together = poured(two)
+    apart = {name: cache.clone() for name, cache in together.items()}
+    with compiling_for(TARGET):
+        step = runnable(two.program, state | together)
+        alone = [runnable(one.program, state | {name: cache[row] for name, cache in apart.items()}) for row in range(2)]
+        for places in STEPS:
+            pos, row = (torch.tensor(x) for x in zip(*places, strict=True))
+            tokens = (pos * 7 + row * 31) % 300
+            sampled, logits = step(tokens, pos, row, *sampling(row.tolist()))
+            assert logits.isfinite().all() and logits.std() > 0
+            found = {}
+            for at in sorted(set(places)):
+                i = places.index(at)
+                found[at] = alone[at[1]](tokens[[i]], pos[[i]], *sampling([at[1]]))
+            for i, at in enumerate(places):
+                assert torch.equal(logits[i], found[at][1][0]) and int(sampled[i]) == int(found[at][0]), (places, i)
+    for name, cache in apart.items():
+        assert torch.equal(together[name], cache), name
+
+
+@pytest.mark.nightly
+def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows(tmp_path, monkeypatch, turboquant=False)
+
+
+@pytest.mark.nightly
+def interpreted_rows_of_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows(tmp_path, monkeypatch, turboquant=True)
 
 
 def interpreted_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
