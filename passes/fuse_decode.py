@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from kiln.custom_ops.markers import GATED
+from kiln.custom_ops.weights.fixed_point import GROUP
 from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
 from kiln.passes import edit, fuse_experts
 from kiln.passes.edit import KILN
@@ -96,7 +97,7 @@ class _Fuser:
         self.places += [self.name(weight) for weight in weights]
 
     def drop_dead_matmuls(self) -> None:
-        for node in self.made:
+        for node in reversed(self.made):  # readers first
             self.ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
             if not node.users:
                 self.ep.graph.erase_node(node)
@@ -238,8 +239,23 @@ class _Fuser:
         exact = self.emit(before, aten.select.int, self.exact(source, before), *index)
         return (self.emit(before, KILN.gate_fixed.default, self.parts(gate, before), exact, self.terms),)
 
+    def delta(self, x: Node, before: Node) -> tuple[Node] | None:
+        """silu(z) * rms_norm(o, weight), o what a delta rule's step reads: with the step, from the parts of all four projections."""
+        found = _gated_step(x)
+        if found is None:
+            return None
+        step, z, weight = found
+        u, alpha, beta, conv, a, bias, conv_state, delta_state, pos, key_heads, eps = step.args
+        projections = [self.raw(node, before, True) for node in (u, alpha, beta, z)]
+        self.made.append(step)  # nothing reads it any more, and its states are written here
+        self.places.append(edit.layer_part(self.ep, (conv,), "delta"))
+        self.counts["delta"] = self.counts.get("delta", 0) + 1
+        return (self.emit(before, KILN.delta_decode.default, *projections, conv, a, bias, weight, conv_state, delta_state, pos,
+                          self.counters, key_heads, eps, self.terms),)  # fmt: skip
+
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
         """Attention of one token with the preparation of its queries, keys and values, and the cache's write."""
+        x, gates = _ungated(x)
         call = _viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
@@ -247,10 +263,12 @@ class _Fuser:
         if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
             return None
         q = _rotated(call.args[0])
-        if q is not None and edit.resolve(_key_cache(call)) in self.sources:
-            return self.reader(x, call, q, before)
+        if q is None or q.gates is not gates:
+            return None
+        if edit.resolve(_key_cache(call)) in self.sources:
+            return None if gates else self.reader(x, call, q, before)
         write = _write(call)
-        if q is None or write is None:
+        if write is None:
             return None
         k, v = _rotated(_viewed(write.k)), _normed_value(write.v)
         if k is None or k.cos is not q.cos or k.sin is not q.sin or k.scale != 1 or k.neighbours != q.neighbours:
@@ -258,7 +276,7 @@ class _Fuser:
         if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
             return None
         sliding = edit.is_call(call, KILN.sliding_attention.default)
-        if sliding and (q.neighbours or q.weight is None):
+        if sliding and (q.neighbours or q.weight is None or q.in_part or gates):
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
         first = min(write.nodes[0], before)  # a ring is written after the last of the layers that read it
@@ -270,7 +288,7 @@ class _Fuser:
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.x, True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
-        form = () if form == (1.0, True, False)[: len(form)] else form  # the ops' defaults
+        form = () if form == (1.0, True, False)[: len(form)] and not gates else form  # the ops' defaults
         if edit.is_call(call, KILN.sliding_attention.default):
             _, _, _, k_ring, v_ring, pos, window = call.args
             self.counts["sliding"] += 1
@@ -281,11 +299,15 @@ class _Fuser:
         if edit.is_call(call, KILN.tq4_attention.default):
             for node in write.nodes:
                 self.ep.graph.erase_node(node)
-            return (self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], eps, self.terms, *form),)
+            gated = (0, True) if gates else ()
+            return (self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], eps, self.terms, *form, *gated),)
         call.args = (*call.args[:-1], None)  # one token's position bounds the cache too, and needs no kernel to compute
-        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
+        gated = (True,) if gates else ()
+        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form, *gated)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
+        if gates:
+            return (self.emit(before, KILN.attention_gate_fixed.default, projections[0], call, self.terms),)
         return self.converted(x, before)
 
     def reader(self, x: Node, call: Node, q: _Rotated, before: Node) -> tuple[Node] | None:
@@ -296,7 +318,7 @@ class _Fuser:
             own = tuple(_viewed(a) for a in call.args[1:3])
             if own != tuple(_viewed(a) for a in self.sources[edit.resolve(_key_cache(call))]):
                 return None
-        if sliding and (q.neighbours or q.weight is None):
+        if q.in_part or (sliding and (q.neighbours or q.weight is None)):
             return None  # a form that its kernel does not have
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         self.counts["shared"] = self.counts.get("shared", 0) + 1
@@ -341,7 +363,7 @@ def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
 
 
 # In the order in which they are tried; each counts what it takes.
-RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.attention, _Fuser.stream, _Fuser.converted)
+RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.delta, _Fuser.attention, _Fuser.stream, _Fuser.converted)
 
 
 class _Rotated:
@@ -350,15 +372,51 @@ class _Rotated:
     def __init__(self, node: Node):
         x, self.cos, self.sin, self.scale, self.neighbours = (*node.args, *(1.0, False)[len(node.args) - 3 :])  # defaults are left out
         self.x, self.weight, self.eps = _behind_conversion(x), None, None
+        turned = 2 * self.cos.meta["val"].shape[-1]
+        self.in_part = turned != x.meta["val"].shape[-1]
         if edit.is_call(self.x, KILN.rms_norm.default):
             self.x, self.weight, self.eps, _ = self.x.args
+        self.gates = None  # of the heads' outputs, each behind its query in one projection
+        if edit.is_call(self.x, operator.getitem) and self.x.args[1] == 0 and _is_halved(self.x.args[0]):
+            self.gates = self.x.args[0]
+            self.x = self.gates.args[0]
+        self.supported = not self.in_part or (self.weight is not None and not self.neighbours and not turned & (turned - 1))
 
 
 def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
-        return None  # a part of the head turns, which no kernel does
+    if not edit.is_call(node, KILN.rope.default):
+        return None
     found = _Rotated(node)
-    return None if found.eps is not None and found.weight is None else found
+    return None if not found.supported or (found.eps is not None and found.weight is None) else found
+
+
+def _is_halved(node: Node) -> bool:
+    """`node` is the halves of each head, [T, heads, 2 D]."""
+    return edit.is_call(node, aten.chunk.default) and node.args[1:] == (2, -1) and len(node.args[0].meta["val"].shape) == 3
+
+
+def _ungated(x: Node) -> tuple[Node, Node | None]:
+    """(output, gates) of x = output * sigmoid(the second of each two halves `gates`), else x and None."""
+    product = _behind_conversion(x)
+    if not edit.is_call(product, aten.mul.Tensor) or not edit.is_call(product.args[1], aten.sigmoid.default):
+        return x, None
+    gate = _viewed(_behind_conversion(product.args[1].args[0]))
+    if not edit.is_call(gate, operator.getitem) or gate.args[1] != 1 or not _is_halved(gate.args[0]):
+        return x, None
+    return product.args[0], gate.args[0]
+
+
+def _gated_step(x: Node) -> tuple[Node, Node, Node] | None:
+    """(step, z, weight) of x = silu(z) * rms_norm(step, weight), each head by itself, where nothing else reads the step."""
+    product = _viewed(x)
+    if not edit.is_call(product, KILN.silu_mul.default):
+        return None
+    z, norm = product.args
+    if not edit.is_call(norm, KILN.rms_norm.default) or not edit.is_call(norm.args[0], KILN.delta_step.default) or norm.args[1] is None:
+        return None
+    step, weight, eps, _ = norm.args
+    alone = len(step.users) == 1 and eps == step.args[-1] and weight.meta["val"].shape[0] % GROUP == 0
+    return (step, z, weight) if alone and z.meta["val"].shape == step.meta["val"].shape else None
 
 
 class _NormedValue:
