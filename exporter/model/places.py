@@ -15,6 +15,7 @@ from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
+DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
 
 
@@ -80,7 +81,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     for layer in config.layers:
         at = f"blk.{layer.index}"
         delta = isinstance(layer.mixer, DeltaNet)
-        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        names = DELTA if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
         projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
