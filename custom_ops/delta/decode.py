@@ -135,15 +135,16 @@ def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch
 def delta_decode(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch.Tensor, conv: torch.Tensor, a: torch.Tensor,
                  dt_bias: torch.Tensor, norm: torch.Tensor, conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor,
                  counters: torch.Tensor, key_heads: int, eps: float, terms: int) -> torch.Tensor:  # fmt: skip
-    """`delta_step`, then RMSNorm(o) * norm * silu(z) of each value head, in fixed point of `terms` bytes: int32 [1, V dv / 32, 8 terms + 4].
+    """`delta_step`, then RMSNorm(o) * norm * silu(z) of each value head, in fixed point: int32 [1, V dv / 32, 8 terms + 4].
 
-    u [S, C], alpha, beta [S, V] and z [S, V dv], each float32, to be summed over an S of its own; norm [dv] float32, of all heads; counters:
-    int32 zeros, and zeros again afterwards; the others as `delta_step`; eps is that of all norms. Raises ValueError where a shape or dtype
-    does not fit.
+    u [S, C], alpha, beta [S, V] and z [S, V dv], each float32, to be summed over an S of its own; norm [dv] float32, of all heads;
+    counters: int32 zeros, and zeros again afterwards; the others as `delta_step`; eps is that of all norms. Raises ValueError where a shape
+    or dtype does not fit.
     """
     rule.check("delta_decode", u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads)
     _, value_heads, key_dim, value_dim = delta_state.shape
-    for name, x, size in (("u", u, u.shape[1]), ("alpha", alpha, value_heads), ("beta", beta, value_heads), ("z", z, value_heads * value_dim)):
+    sizes = (u.shape[1], value_heads, value_heads, value_heads * value_dim)
+    for name, x, size in zip(("u", "alpha", "beta", "z"), (u, alpha, beta, z), sizes, strict=True):
         if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != size or (size > 1 and x.stride(1) != 1):
             raise ValueError(f"delta_decode: {name} is {x.dtype} {tuple(x.shape)}; expected float32 [S, {size}]")
     if norm.shape != (value_dim,) or norm.dtype != torch.float32 or value_dim % GROUP or pos.shape != (1,):

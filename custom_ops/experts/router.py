@@ -86,12 +86,15 @@ def _logit(x, squares, router, scale, factors, beside, logits, counters, chosen,
 
 
 def reference(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
-              renormalized: bool, factors: torch.Tensor | None, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+              renormalized: bool, factors: torch.Tensor | None,
+              beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `choose_experts`."""
     h = x * root(squares, x.shape[1], eps) * scale
     chosen, weights = route.reference(torch.nn.functional.linear(h * factor, router.float()), used, renormalized)
     weights = weights if factors is None else weights * factors[chosen]
-    return chosen, weights if beside is None else torch.cat((weights, (h * beside).sum(-1, keepdim=True).sigmoid()), 1)
+    if beside is not None:
+        weights = torch.cat((weights, (h * beside).sum(-1, keepdim=True).sigmoid()), 1)
+    return chosen, weights
 
 
 def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used: int, renormalized: bool, normed: bool, terms: int,
@@ -116,7 +119,8 @@ def _launch(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Ten
                                   beside=beside is not None)
     given = [scale if t is None else t for t in (factors, weight, beside)]  # what is not read is any pointer
     kernel(kiln_choose_experts)[(experts + more + (0 if weight is None else triton.cdiv(d, PIECE)),)](
-        x, squares, router, scale, *given, logits, counters, chosen, weights, out, FACTOR=factor, EPS=eps, **constants, num_warps=warps)  # fmt: skip
+        x, squares, router, scale, *given, logits, counters, chosen, weights, out, FACTOR=factor, EPS=eps, **constants,
+        num_warps=warps)  # fmt: skip
     return chosen, weights, out
 
 
@@ -125,7 +129,8 @@ def _check(op: str, x: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor,
     floats = [t for t in (x, squares, scale, factors, weight, beside) if t is not None]
     fits = router.dim() == 2 and router.dtype in FLOATS and router.is_contiguous() and 1 <= used <= router.shape[0] <= MOST_EXPERTS
     fits = fits and x.shape == (1, router.shape[1]) and router.shape[1] % GROUP == 0 and squares.dim() == 1 and squares.numel() > 0
-    fits = fits and all(t is None or t.shape == x.shape[1:] for t in (scale, weight, beside)) and all(t.dtype == torch.float32 for t in floats)
+    fits = fits and all(t is None or t.shape == x.shape[1:] for t in (scale, weight, beside))
+    fits = fits and all(t.dtype == torch.float32 for t in floats)
     if not fits or (factors is not None and factors.shape != router.shape[:1]):
         shapes = ["none" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, squares, scale, router, factors, weight)]
         given = "x {}, squares {}, scale {}, router {}, factors {}, weight {}".format(*shapes)

@@ -29,7 +29,7 @@ class DeltaMixer:
         at.cache = State(cache)
 
     def projections(self, h: Tensor) -> tuple[Tensor, ...]:
-        """Inputs of the convolution [T, C], output gates [T, V dv], and alpha and beta [T, V]: of matrices that the packer may have joined."""
+        """Inputs of the convolution [T, C], output gates [T, V dv], alpha and beta [T, V], of matrices that the packer may have joined."""
         at, c = self.at, self.mixer
         sizes = (c.channels, c.value_size, c.value_heads, c.value_heads)
         if hasattr(at, "ssm_in_gates"):

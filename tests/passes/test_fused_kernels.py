@@ -37,7 +37,8 @@ EXPERTS = {
 DELTA = {"layers": 2, "full_every": 2, "delta": (2, 4, 32, 32, 4)}
 HYBRID = {"add_norm", "norm_fixed", "delta_decode", "rope_table", "fixed_glu", "fixed_partials", "fixed_linear"}
 HYBRIDS = {
-    False: ({"experts": (4, 2, 32), "ffn": 64}, HYBRID | {"choose_experts", "expert_glu", "expert_sum", "prepare_qkv", "attention_gate_fixed"}),
+    False: ({"experts": (4, 2, 32), "ffn": 64}, HYBRID | {
+        "choose_experts", "expert_glu", "expert_sum", "prepare_qkv", "attention_gate_fixed"}),
     True: ({"family": "qwen35", "experts": None, "ffn": 64}, HYBRID | {"tq4_decode"}),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The kernels of gated delta rules and gated attention on a GPU, at the shapes of the hybrids, against references of float32 and float64."""
+"""The kernels of gated delta rules and gated attention on a GPU, at the shapes of the hybrids, against references."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_a_step_of_a_fused_graph(model) -> None:
         sizes = (given.channels, given.z.shape[1], given.value_heads, given.value_heads)
         u, z, alpha, beta = joined.split(sizes, dim=1)
         pos, found = torch.tensor([at], device="cuda"), []
-        for projections in ((-u, -alpha, beta, z), (u, alpha, beta, z), (*(x.contiguous() for x in (u, alpha, beta)), z.sum(0, keepdim=True))):
+        apart = [x.contiguous() for x in (u, alpha, beta)]
+        for projections in ((-u, -alpha, beta, z), (u, alpha, beta, z), (*apart, z.sum(0, keepdim=True))):
             found.append(kiln.delta_decode(*projections, *given.weights, given.norm, *states, pos, counters, given.key_heads, EPS, 2))
         assert not counters.any() and not torch.equal(found[0], found[1])
         other = [x.clone() for x in states]
@@ -170,8 +171,8 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     scales = (torch.rand(2, heads.kv, slots, generator=g, device="cuda") + 0.5).half()
     caches, rings = (codes[0], scales[0], codes[1], scales[1]), [normal(exact, heads.kv, dim).half() for _ in range(2)]
     pos = torch.tensor([300], device="cuda")
-    out = kiln.tq4_decode(q, k, v, *shared, *(x.clone() for x in caches), *(x.clone() for x in rings), pos, EPS, 2, dim**-0.5, False, False, 0,
-                          True)
+    copies = [x.clone() for x in (*caches, *rings)]
+    out = kiln.tq4_decode(q, k, v, *shared, *copies, pos, EPS, 2, dim**-0.5, False, False, 0, True)
     q, k, v = expected
     right = attention.reference(q, k.half(), v.half(), *caches, *rings, pos, None)  # its own code is not read yet
     print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 3e-3):.1e}")
