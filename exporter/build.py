@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes
+from kiln.custom_ops.delta import rule as delta
 from kiln.custom_ops.dtypes import DTYPES, dtype_name
 from kiln.custom_ops.gpu.early import waiting_kernels
 from kiln.custom_ops.gpu.tables import borrowed, lacking
@@ -98,9 +99,6 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
-    rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
-    if rule is not None and not cpu:
-        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, whose kernels ran on no GPU yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -169,6 +167,8 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
         for cache in cache_specs(spec.config):
             if spec.options.turboquant and cache.kind == "global":
                 check_dim(cache.head_dim)
+        for rule in (layer.mixer for layer in spec.config.layers if gpu and isinstance(layer.mixer, DeltaNet)):
+            delta.check_kernel_shapes(rule.key_dim, rule.value_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
             if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))

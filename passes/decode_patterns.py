@@ -7,6 +7,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from kiln.custom_ops.weights.fixed_point import GROUP
 from kiln.passes import edit
 from kiln.passes.edit import KILN
 
@@ -21,15 +22,51 @@ class Rotated:
     def __init__(self, node: Node):
         x, self.cos, self.sin, self.scale, self.neighbours = (*node.args, *(1.0, False)[len(node.args) - 3 :])  # defaults are left out
         self.x, self.weight, self.eps = behind_conversion(x), None, None
+        turned = 2 * self.cos.meta["val"].shape[-1]
+        self.in_part = turned != x.meta["val"].shape[-1]
         if edit.is_call(self.x, KILN.rms_norm.default):
             self.x, self.weight, self.eps, _ = self.x.args
+        self.gates = None  # of the heads' outputs, each behind its query in one projection
+        if edit.is_call(self.x, operator.getitem) and self.x.args[1] == 0 and is_halved(self.x.args[0]):
+            self.gates = self.x.args[0]
+            self.x = self.gates.args[0]
+        self.supported = not self.in_part or (self.weight is not None and not self.neighbours and not turned & (turned - 1))
 
 
 def rotated(node: Node) -> Rotated | None:
-    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
-        return None  # a part of the head turns, which no kernel does
+    if not edit.is_call(node, KILN.rope.default):
+        return None
     found = Rotated(node)
-    return None if found.eps is not None and found.weight is None else found
+    return None if not found.supported or (found.eps is not None and found.weight is None) else found
+
+
+def is_halved(node: Node) -> bool:
+    """`node` is the halves of each head, [T, heads, 2 D]."""
+    return edit.is_call(node, aten.chunk.default) and node.args[1:] == (2, -1) and len(node.args[0].meta["val"].shape) == 3
+
+
+def ungated(x: Node) -> tuple[Node, Node | None]:
+    """(output, gates) of x = output * sigmoid(the second of each two halves `gates`), else x and None."""
+    product = behind_conversion(x)
+    if not edit.is_call(product, aten.mul.Tensor) or not edit.is_call(product.args[1], aten.sigmoid.default):
+        return x, None
+    gate = viewed(behind_conversion(product.args[1].args[0]))
+    if not edit.is_call(gate, operator.getitem) or gate.args[1] != 1 or not is_halved(gate.args[0]):
+        return x, None
+    return product.args[0], gate.args[0]
+
+
+def gated_step(x: Node) -> tuple[Node, Node, Node] | None:
+    """(step, z, weight) of x = silu(z) * rms_norm(step, weight), each head by itself, where nothing else reads the step."""
+    product = viewed(x)
+    if not edit.is_call(product, KILN.silu_mul.default):
+        return None
+    z, norm = product.args
+    if not edit.is_call(norm, KILN.rms_norm.default) or not edit.is_call(norm.args[0], KILN.delta_step.default) or norm.args[1] is None:
+        return None
+    step, weight, eps, _ = norm.args
+    alone = len(step.users) == 1 and eps == step.args[-1] and weight.meta["val"].shape[0] % GROUP == 0
+    return (step, z, weight) if alone and z.meta["val"].shape == step.meta["val"].shape else None
 
 
 class NormedValue:

@@ -22,10 +22,12 @@ from kiln.passes.decode_patterns import (
     branch_added,
     exact_window_of,
     frequencies,
+    gated_step,
     key_cache,
     normed_value,
     projection,
     rotated,
+    ungated,
     viewed,
     writes_of,
 )
@@ -259,8 +261,23 @@ class _Fuser:
         exact = self.emit(before, aten.select.int, self.exact(source, before), *index)
         return (self.emit(before, KILN.gate_fixed.default, self.parts(gate, before), exact, self.terms),)
 
+    def delta(self, x: Node, before: Node) -> tuple[Node] | None:
+        """silu(z) * rms_norm(o, weight), o what a delta rule's step reads: with the step, from the parts of all four projections."""
+        found = gated_step(x)
+        if found is None:
+            return None
+        step, z, weight = found
+        u, alpha, beta, conv, a, bias, conv_state, delta_state, pos, key_heads, eps = step.args
+        projections = [self.raw(node, before, True) for node in (u, alpha, beta, z)]
+        self.made.add(step)  # nothing reads it any more, and its states are written here
+        self.places.append(edit.layer_part(self.ep, (conv,), "delta"))
+        self.counts["delta"] = self.counts.get("delta", 0) + 1
+        return (self.emit(before, KILN.delta_decode.default, *projections, conv, a, bias, weight, conv_state, delta_state, pos,
+                          self.counters, key_heads, eps, self.terms),)  # fmt: skip
+
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
         """Attention with the preparation of its queries, keys and values, and the cache's write."""
+        x, gates = ungated(x)
         call = viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
@@ -268,10 +285,12 @@ class _Fuser:
         if not edit.is_call(call, *FUSED, *GLOBAL):
             return None
         q = rotated(call.args[0])
-        if q is not None and edit.resolve(key_cache(call)) in self.sources:
-            return self.reader(x, call, q, before)
+        if q is None or q.gates is not gates or (self.several and (gates or q.in_part)):
+            return None
+        if edit.resolve(key_cache(call)) in self.sources:
+            return None if gates else self.reader(x, call, q, before)
         write = writes_of(call)
-        if q is None or write is None:
+        if write is None:
             return None
         k, v = rotated(viewed(write.k)), normed_value(write.v)
         if k is None or k.cos is not q.cos or k.sin is not q.sin or k.scale != 1 or k.neighbours != q.neighbours:
@@ -279,7 +298,7 @@ class _Fuser:
         if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
             return None
         sliding = edit.is_call(call, *SLIDING)
-        if sliding and (q.neighbours or q.weight is None):
+        if sliding and (q.neighbours or q.weight is None or q.in_part or gates):
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
         first = min(write.nodes[0], before)  # of one token a ring is written after the last of the layers that read it
@@ -292,16 +311,20 @@ class _Fuser:
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
         form = () if form == (1.0, True, False)[: len(form)] else form  # the ops' defaults
+        gated = {"gated": True} if gates else {}
         self.counts["sliding" if sliding else "global"] += 1
         if call.target in FUSED:
             for node in write.nodes:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
-            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **exact_window_of(call)),)
+            more = exact_window_of(call) | gated
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
-        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
+        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form, **gated)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
+        if gates:
+            return (self.emit(before, KILN.attention_gate_fixed.default, projections[0], call, self.terms),)
         return self.converted(x, before)
 
     def reader(self, x: Node, call: Node, q: Rotated, before: Node) -> tuple[Node] | None:
@@ -311,7 +334,7 @@ class _Fuser:
             own = tuple(viewed(a) for a in call.args[1:3])
             if own != tuple(viewed(a) for a in self.sources[edit.resolve(key_cache(call))]):
                 return None
-        if sliding and (q.neighbours or q.weight is None):
+        if q.in_part or (sliding and (q.neighbours or q.weight is None)):
             return None  # a form that its kernel does not have
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         self.counts["shared"] = self.counts.get("shared", 0) + 1
@@ -347,4 +370,4 @@ class _Fuser:
 
 
 # In the order in which they are tried; each counts what it takes.
-RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.attention, _Fuser.stream, _Fuser.converted)
+RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.delta, _Fuser.attention, _Fuser.stream, _Fuser.converted)

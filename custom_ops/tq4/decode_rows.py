@@ -39,8 +39,8 @@ Caches = tuple[torch.Tensor, ...]  # codes and scales of keys, of values
 def kiln_tq4_prepare_rows(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, row_ptr, splits, stride, v_splits,
                        v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
-                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr, RING: tl.constexpr,
-                       EARLY: tl.constexpr, TOKEN: tl.constexpr, V_TOKEN: tl.constexpr):
+                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr,
+                       SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr, TOKEN: tl.constexpr, V_TOKEN: tl.constexpr):
     """`kiln_tq4_prepare` of each of several tokens, TOKEN elements apart, of v V_TOKEN, into the caches of its row.
 
     Grid (HEADS + 2 KV, tokens).
@@ -54,7 +54,7 @@ def kiln_tq4_prepare_rows(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_p
              cos_ptr + token * (D // 2), sin_ptr + token * (D // 2), pos_ptr + token, x_ptr + heads * D, q_out_ptr + heads * D,
              q_scale_ptr + heads, k_codes_ptr + codes * (D // 4), k_scales_ptr + codes, v_codes_ptr + codes * (D // 4),
              v_scales_ptr + codes, k_ring_ptr + keys, v_ring_ptr + keys, splits, stride, v_splits, v_stride, EPS, HEADS, KV, D, QK_NORM,
-             V_NORM, SCALE, NEIGHBOURS, SLOTS, RING, EARLY)
+             V_NORM, SCALE, NEIGHBOURS, GATED, TURNED, SLOTS, RING, EARLY)
 
 
 @waits("row_ptr")
@@ -175,7 +175,7 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     sums = torch.empty(tokens, splits, heads, 2, dtype=torch.float32, device=q.device)
     kernel(kiln_tq4_decode_rows)[(kv_heads, splits, tokens)](rotated, q_scale, plain, *caches, *rings, pos, part, sums, row, **split,
                                                              num_warps=tile.warps, num_stages=tile.stages)
-    kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, **merge | {"MANY": True}, num_warps=merge_warps(dim))
+    kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, part, 0, 0, **merge | {"MANY": True}, num_warps=merge_warps(dim))
     return out
 
 
@@ -199,6 +199,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         cases.append(KernelCase(f"tq4_decode_rows {pointer[1:]} {h.label}", kiln_tq4_decode_rows,
                                 {"q_ptr": pointer, "q_scale_ptr": "*fp32"} | rings | caches | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
-        cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge,
-                                parts | {"pos_ptr": "*i64", "out_ptr": "*i32"}, merge | {"MANY": True}, {"num_warps": merge_warps(h.dim)}))
+        types = parts | {"pos_ptr": "*i64", "out_ptr": "*i32", "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+        cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge, types, merge | {"MANY": True},
+                                {"num_warps": merge_warps(h.dim)}))
     return cases

@@ -15,9 +15,9 @@ from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
+DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
 EXPERTS = "experts of several tokens have no kernels yet"
-DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules are", "gated attention is", "a shared expert's gate is"))
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
@@ -82,7 +82,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> di
     for layer in config.layers:
         at = f"blk.{layer.index}"
         delta = isinstance(layer.mixer, DeltaNet)
-        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        names = DELTA if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
         projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
@@ -93,14 +93,14 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> di
             f"{at}.ffn_norm": (kept or "") if alone else floats(gates),
         }
         if delta:
-            found[f"{at}.delta"] = DELTA
+            found[f"{at}.delta"] = floats([f"{at}.ssm_out"])
         else:
-            found[f"{at}.attention"] = GATED if layer.mixer.gated else floats([f"{at}.attn_output"])
+            found[f"{at}.attention"] = floats([f"{at}.attn_output"])
         if ffn is not None:
             places = ("experts", *(("pre_ffw_norm_2",) if ffn.own_input else ()))
             if ffn.branch_norms and ffn.shared:
                 places += ("post_ffw_norm_1", "post_ffw_norm_2")
-            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": SHARED} if ffn.shared_gated else {})
+            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": kept or ""} if ffn.shared_gated else {})
         if not alone:
             found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:

@@ -34,6 +34,14 @@ EXPERTS = {
     "qwen3-moe-tiny": ({"layers": 1, "full_every": 1, "experts": (6, 3, 64)}, {
         "add_norm", "norm_fixed", "choose_experts", "expert_glu", "expert_sum", "prepare_qkv"}),
 }  # fmt: skip
+# A delta rule and gated attention of which a part of each head turns, with a gated network beside experts, and without experts.
+DELTA = {"layers": 2, "full_every": 2, "delta": (2, 4, 32, 32, 4)}
+HYBRID = {"add_norm", "norm_fixed", "delta_decode", "rope_table", "fixed_glu", "fixed_partials", "fixed_linear"}
+HYBRIDS = {
+    False: ({"experts": (4, 2, 32), "ffn": 64}, HYBRID | {
+        "choose_experts", "expert_glu", "expert_sum", "prepare_qkv", "attention_gate_fixed"}),
+    True: ({"family": "qwen35", "experts": None, "ffn": 64}, HYBRID | {"tq4_decode"}),
+}  # fmt: skip
 
 
 def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]:
@@ -149,6 +157,12 @@ def interpreted_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed, ops = EXPERTS[name]
     check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)
+
+
+@pytest.mark.parametrize("turboquant", [False, True])
+def interpreted_hybrids(turboquant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, ops = HYBRIDS[turboquant]
+    check(tmp_path, monkeypatch, turboquant, dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], **DELTA, **changed), ops)
 
 
 test_kernels_interpreted = interpreted(__file__)

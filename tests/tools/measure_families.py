@@ -21,8 +21,8 @@ from typing import Any
 from kiln.exporter.measure.bench import add_costs, ceilings_of
 from tests.tools.measure_31b import ROOT, VOCAB, Failed, Measurement, Side, device, peak_memory, side
 
-CONTEXT = {"gemma4": 131072, "qwen3": 40960}  # by the beginning of a preset's name
-PRESETS = ("gemma4-e4b", "gemma4-26b-a4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b")
+CONTEXT = {"gemma4": 131072, "qwen3": 40960, "qwen35": 131072}  # by the beginning of a preset's name
+PRESETS = ("gemma4-e4b", "gemma4-26b-a4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "qwen35-27b", "qwen35-35b-a3b")
 FINISHED = re.compile(r" in (?P<seconds>\d+) s, peak memory of one process (?P<gib>[\d.]+) GiB")
 
 
@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--mix", default="q4_k_m")
     parser.add_argument("--target", default="native")
-    parser.add_argument("--context", type=int, help="at most so many positions  [131,072 of Gemma 4, 40,960 of Qwen3]")
+    parser.add_argument("--context", type=int, help="at most so many positions  [131,072 of Gemma 4 and Qwen3.5, 40,960 of Qwen3]")
     parser.add_argument("--depths", default="128,2048,32768")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2, help="exports at a time, two processes each")
