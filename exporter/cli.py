@@ -382,6 +382,7 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
+@click.option("--rows", metavar="M,M,...", help="Instead: steps of as many tokens, of one session and of M sessions.")
 @click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")

@@ -47,6 +47,10 @@ def user_input(ep: ExportedProgram, name: str) -> Node:
     raise PassError(f"the graph has no input named {name}; it has {sorted(names)}")
 
 
+def has_input(ep: ExportedProgram, name: str) -> bool:
+    return any(s.kind == InputKind.USER_INPUT and s.arg.name == name for s in ep.graph_signature.input_specs)
+
+
 def symbolic(size: int | torch.SymInt) -> bool:
     """The size is still free: nothing has fixed it at a number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
@@ -111,13 +115,13 @@ def resolve(node: Any) -> Any:
     return node
 
 
-def emit(ep: ExportedProgram, before: Node, target: Callable, *args: Any) -> Node:
+def emit(ep: ExportedProgram, before: Node, target: Callable, *args: Any, **kwargs: Any) -> Node:
     """A new call before `before`, its fake value computed from its arguments."""
     with ep.graph.inserting_before(before):
-        node = ep.graph.call_function(target, args)
-    value = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        node = ep.graph.call_function(target, args, kwargs)
+    value, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with fake_mode(ep), torch.no_grad():
-        node.meta["val"] = target(*value)
+        node.meta["val"] = target(*value, **named)
     return node
 
 

@@ -389,5 +389,4 @@ class RowDecoder(Decoder):
         self, tokens: Tensor, pos: Tensor, row: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:  # tokens, pos, row [M] int64; sampling [M] -> token [M] int64, logits [M, V] float32
         logits = self.logits(self.hidden(tokens, pos, row))
-        inputs = (self.allowed(logits), temperature, top_k, top_p, seed, pos)
-        return torch.cat([torch.ops.kiln.sample(*(x[i : i + 1] for x in inputs)) for i in range(len(tokens))]), logits
+        return torch.ops.kiln.sample(self.allowed(logits), temperature, top_k, top_p, seed, pos), logits

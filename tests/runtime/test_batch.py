@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import random
 from pathlib import Path
@@ -12,34 +11,57 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import kiln
+from tests import timelines as timelines_
 from tests.conftest import kiln as command
 from tests.conftest import shared
 from tests.gguf_files import two_layers
 
-SLOTS, CHUNK, ROWS, STEPS = 64, 32, 3, (2, 4)
+CHUNK, ROWS = 32, 3
+# By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
+# layer's of 16 + 6 slots and an exact window of 32 + 6, within 192 of 128 + 14 and 32 + 14.
+FORMS = {"cpu": ((2, 4), 64, {"ring": (22, 16), "exact": (38, 32)}), "cuda": ((2, 4, 8), 192, {"ring": (142, 128), "exact": (46, 32)})}
+NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory) -> Path:
-    """A layer with a ring of 16 + 6 slots and one with TQ4 and an exact window of 32 + 6: both are passed within 64 positions.
+def slots(device) -> int:
+    return FORMS[device][1]
 
-    KILN_TEST_BATCH names one that is there.
+
+@pytest.fixture(scope="module")
+def artifact(device, slots, tmp_path_factory) -> Path:
+    """On the CPU two layers of a small fixture, on a GPU the small trained model, whose weights are packed; with TQ4.
+
+    KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
     """
+    options = ("--max-seq-len", slots, "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS,
+               "--decode-rows", ",".join(map(str, (1, *FORMS[device][0]))))  # fmt: skip
 
     def make(path: Path) -> None:
-        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
-        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", SLOTS, "--prefill-chunk", CHUNK,
-                "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", ROWS)  # fmt: skip
+        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf") if device == "cpu" else NANO
+        more = ("--target", "cpu") if device == "cpu" else ("--target", "native", "--weights", "gguf")
+        command("export", "--gguf", gguf, "--out", path, *options, *more)
 
     kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
+    return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
 
 
 @pytest.fixture(scope="module")
-def model(artifact) -> kiln.Model:
-    return kiln.Model(str(artifact))
+def model(artifact, device) -> kiln.Model:
+    return kiln.Model(str(artifact), device, **({} if device == "cpu" else {"weights": str(NANO)}))
+
+
+def spoil(address: int, size: int, device: str) -> None:
+    """Fills memory of caches with NaN."""
+    if device == "cpu":
+        ctypes.memset(address, 0xFF, size)
+    else:
+        torch.cuda.synchronize()  # makes the GPU's context current
+        assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(address), ctypes.c_ubyte(0xFF), ctypes.c_size_t(size)) == 0
+        torch.cuda.synchronize()
 
 
 def requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -62,16 +84,60 @@ def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog
     session.prefill(prompt)
     logits.append(session.logits().copy())
     session.set_logits_sink(lambda row: logits.append(row.copy()))
-    tokens, stop = session.generate(most or SLOTS, stop_at_eog=stop_at_eog)
+    tokens, stop = session.generate(most or model.max_seq_len, stop_at_eog=stop_at_eog)
     return tokens, stop, logits
 
 
-def test_timelines_that_come_and_go(model):
+def test_rows_of_a_step(model, device, slots):
+    """Every M, any mix of timelines, padding, drafts of which 0 to M - 1 are rejected: all bits are those of a session that is fed token by
+    token. Rings are passed more than once. On a GPU by direct calls as by replays, with early launch and without."""
+    counts, vocab, rng = FORMS[device][0], model.vocab_size, random.Random(3)
+    timelines = [[rng.randrange(8, vocab) for _ in range(n)] for n in (slots, slots * 5 // 6, slots // 2)]
+    expected = []
+    for row, tokens in enumerate(timelines):
+        session = kiln.Session(model)
+
+        def one(token, pos, *settings, session=session):
+            session.set_sampling(*(x.item() for x in settings))
+            sampled = session.decode(token.item())
+            return torch.tensor([sampled]), torch.from_numpy(session.logits())[None]
+
+        expected.append(timelines_.solo(one, tokens, row))
+        del session
+    for options in ({}, {"early_launch": False}, {"graph": False}) if device == "cuda" else ({},):
+        batch = kiln.Batch(model, **options)
+        assert bool(batch.early_launches) == (device == "cuda" and not options)
+
+        def several(token, pos, row, *settings, batch=batch):
+            each = list(zip(*(x.tolist() for x in settings), strict=True))
+            sampled, logits, _ = batch.probe(token.tolist(), pos.tolist(), row.tolist(), each)
+            return torch.tensor(sampled), torch.from_numpy(logits)
+
+        for address, size in batch.cache_memory().values():
+            spoil(address, size, device)
+        schedule = timelines_.Schedule(timelines, counts, vocab)
+        assert timelines_.check(dict.fromkeys(counts, several), schedule, expected) > sum(map(len, timelines))
+        assert {(m, wrong) for m in counts for wrong in range(m)} <= schedule.rejected
+        for row, tokens in enumerate(timelines):  # what a step of one token goes on from is the same, whichever steps wrote it
+            _, logits, _ = batch.probe(tokens[-1:], [len(tokens) - 1], [row])
+            assert np.array_equal(logits[0], expected[row][1][-1].numpy())
+    for bad, what in (({"tokens": [1] * 3, "positions": [0] * 3, "rows": [0] * 3}, "no step of as many"),
+                      ({"tokens": [1], "positions": [slots], "rows": [0]}, f"position {slots}"),
+                      ({"tokens": [1], "positions": [0], "rows": [ROWS]}, f"row {ROWS}")):  # fmt: skip
+        with pytest.raises(kiln.Error, match=what):
+            batch.probe(**bad)
+    batch.join(prompt=[5])
+    with pytest.raises(kiln.Error, match="timelines are in the batch"):
+        batch.probe([1], [0], [0])
+
+
+def test_timelines_that_come_and_go(model, device):
     """Some hundred steps; rows come, end, are sent away; every token and every logit is that of the timeline alone."""
     rng = random.Random(4)
     todo = requests(36, 1)
     expected = [solo(model, request) for request in todo]
-    assert {stop for _, stop, _ in expected} == {"eog", "length", "max_seq_len"} or {"length", "max_seq_len"} <= {s for _, s, _ in expected}
+    stops = {stop for _, stop, _ in expected}
+    assert stops >= ({"length", "max_seq_len"} if device == "cpu" else {"length"}) and len(stops) > 1
     batch = kiln.Batch(model, keep_logits=True)
     assert batch.rows == ROWS
     texts: dict[int, list[int]] = {}
@@ -130,7 +196,7 @@ def test_chunks_of_prompts(model):
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_row_that_fails_is_alone(model, rows):
+def test_a_row_that_fails_is_alone(model, device, rows):
     """Its error names the place; the others' texts are what they are, and the row serves again."""
     asked = [{"prompt": [40 + i, 50, 60], "max_new_tokens": 12} for i in range(rows)]
     batch = kiln.Batch(model, rows=rows)
@@ -140,8 +206,7 @@ def test_a_row_that_fails_is_alone(model, rows):
     for step in range(rows + 12):
         if step == rows + 2:  # all are written in one step by now
             address, size = batch.cache_memory()["blk.0.cache.k_ring"]
-            own = (ctypes.c_float * (size // ROWS // 4)).from_address(address + size // ROWS)  # the second row's
-            own[:] = [math.nan] * len(own)
+            spoil(address + size // ROWS, size // ROWS, device)  # the second row's
         for handle, token, _, error in batch.step():
             if error:
                 errors.append((handle, error))
@@ -157,9 +222,11 @@ def test_a_row_that_fails_is_alone(model, rows):
     assert again not in texts and text == solo(model, asked[0], stop_at_eog=False)[0]
 
 
-def test_refused(model):
+def test_refused(model, slots):
     batch = kiln.Batch(model, rows=2)
-    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [512]}, "token 512"), ({"prompt": [1] * 65}, "65 tokens"),
+    vocab = model.vocab_size
+    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [vocab]}, f"token {vocab}"),
+                      ({"prompt": [1] * (slots + 1)}, f"{slots + 1} tokens"),
                       ({"prompt": [1], "temperature": -1.0}, "temperature"), ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens")):
         with pytest.raises(kiln.Error, match=what):
             batch.join(**bad)
@@ -178,13 +245,13 @@ def test_refused(model):
             kiln.Batch(model, **options)
 
 
-def test_memory_of_rows(artifact, model):
+def test_memory_of_rows(artifact, model, device):
     """What the manifest says of one row, times the rows; inspect and the runner say the same."""
     manifest = json.loads((artifact / "manifest.json").read_text())
     each = sum(kv["bytes"] for kv in manifest["kv"])
-    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", "decode_2", "decode_4"]
+    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", *(f"decode_{m}" for m in FORMS[device][0])]
     memory = kiln.Batch(model).memory()
     assert memory["kv_ring"] + memory["kv_global"] == ROWS * each
     rings = {kv["name"].rpartition(".")[2]: (kv["shape"][0], kv["window"]) for kv in manifest["kv"] if kv["kind"] == "ring"}
-    assert rings == {"k_ring": (22, 16), "v_ring": (22, 16), "k_exact": (38, 32), "v_exact": (38, 32)}
+    assert rings == {f"{side}_{kind}": form for kind, form in FORMS[device][2].items() for side in "kv"}
     assert f"x {ROWS} rows" in command("inspect", artifact).stdout

@@ -96,6 +96,16 @@ class Batch:
     def logits(self, handle: int) -> Any: ...  # numpy float32 [vocab_size]
     def memory(self) -> dict[str, int]: ...
     def cache_memory(self) -> dict[str, tuple[int, int]]: ...
+    def probe(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[int],
+        sampling: Sequence[tuple[float, int, float, int]] = (),
+        times: int = 1,
+    ) -> tuple[list[int], Any, float]: ...  # numpy float32 [tokens, vocab_size]
+    @property
+    def early_launches(self) -> int: ...
     @property
     def rows(self) -> int: ...
     @property
