@@ -110,10 +110,11 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     try:
         model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}", weights=weights and str(weights))
         profiles = []
-        batches = [filled(kiln.Batch(model, graph=graph), model) for graph in (True, False)] if rows else []
+        batches = [filled(kiln.Batch(model, graph=graph), model) for graph in (True, False) if rows]
         for depth in depths or [DEFAULT_DEPTH]:
             at = max(min(depth, limit), 2)
-            profiles += [_rows(*batches, at, m) for m in rows or ()] or [_decode(model, at), _prefill(model, at, min(chunk, at))]
+            several = [_rows(batches[0], batches[1], at, m) for m in rows or ()]
+            profiles += several or [_decode(model, at), _prefill(model, at, min(chunk, at))]
     except kiln.Error as e:
         raise KilnError(str(e)) from e
     return {
