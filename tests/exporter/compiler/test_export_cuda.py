@@ -230,3 +230,56 @@ def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):
     assert result.returncode == used.exists() and ("name the file libcublasLt.so.13 in KILN_CUBLASLT" in result.stderr) == used.exists()
     result, _ = fake_gpu(artifact, "--tokens", "5,6", "--max-new-tokens", 2, FAKE_CUDA_WITHOUT="cuGraphGetEdges")
     assert result.returncode == 0 and "note: no early launch in the decode graph" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def of_rows(tmp_path_factory):
+    """The same model with steps of up to 8 tokens over 3 timelines."""
+    root = tmp_path_factory.mktemp("rows")
+    write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", "--target", "sm_90", "--max-seq-len", 4096, "--turboquant",
+         "--weights", "gguf", "--decode-rows", "1,2,4,8", "--rows", 3)  # fmt: skip
+    return root / "artifact"
+
+
+@pytest.mark.nightly
+def test_steps_of_several_tokens_are_fused(of_rows):
+    """Every place of the model, in kernels of several tokens whose machine code waits as it is declared."""
+    record = json.loads((of_rows / "manifest.json").read_text())
+    entries = record["entry_points"]
+    assert list(entries) == ["prefill", "decode", "decode_2", "decode_4", "decode_8"] and record["rows"] == 3
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])  # of the last entry
+    images = cubins(of_rows / "model.sm_90.pt2")
+    for entry in ("decode_2", "decode_4", "decode_8"):
+        found = {re.sub(r"_\d+$", "", name) for image in images[entry] for name in kernels(image) if name.startswith("kiln_")}
+        waiting = {name for name in found if name.startswith(tuple(entries[entry]["waits"]))}
+        assert waiting == {"kiln_gemv_tiles", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge",
+                           "kiln_tq4_prepare_rows", "kiln_tq4_decode_rows", "kiln_tq4_merge"}  # fmt: skip
+        assert found - waiting == {"kiln_dequantize", "kiln_row_maxima", "kiln_weigh_bins", "kiln_settle_bins", "kiln_choose"}
+        assert [finding for image in images[entry] for finding in contract.check(image)] == []
+
+
+BATCH = """
+import sys
+import kiln
+
+model = kiln.Model(sys.argv[1], device="cuda:1", weights=sys.argv[2])
+for graph in (True, False):
+    batch = kiln.Batch(model, prefill_chunk=64, keep_logits=True, graph=graph)
+    for m in (1, 2, 4, 8):
+        for places in (list(range(60, 60 + m)), [0] * m), ([70] * m, [i % 3 for i in range(m)]):
+            sampled, logits, _ = batch.probe([5 + i for i in range(m)], *places, times=3)
+            assert len(sampled) == m and logits.shape == (m, model.vocab_size)
+    for i in range(3):
+        batch.join([5, *range(9, 9 + 40 * i)], max_new_tokens=6, stop_at_eog=False)
+    while batch.active:
+        assert not any(error for *_, error in batch.step())
+    del batch
+"""
+
+
+@pytest.mark.nightly
+def test_a_batch_plays_on_a_driver_without_a_gpu(of_rows, fake_gpu):
+    result, left = fake_gpu(of_rows, program=BATCH)
+    assert result.returncode == 0, result.stderr
+    assert not any(left[what] for what in LEFT) and left["replays"] > 0, left
