@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,13 @@ import pytest
 
 import kiln
 from tests.conftest import kiln as command
-from tests.conftest import shared
-from tests.gguf_files import two_layers
 
-SLOTS, CHUNK, ROWS, STEPS = 64, 32, 3, (2, 4)
+SLOTS, ROWS = 64, 3
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory) -> Path:
-    """A layer with a ring of 16 + 6 slots and one with TQ4 and an exact window of 32 + 6: both are passed within 64 positions.
-
-    KILN_TEST_BATCH names one that is there.
-    """
-
-    def make(path: Path) -> None:
-        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
-        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", SLOTS, "--prefill-chunk", CHUNK,
-                "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", ROWS)  # fmt: skip
-
-    kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
+def artifact(three_rows) -> Path:
+    return three_rows
 
 
 @pytest.fixture(scope="module")
