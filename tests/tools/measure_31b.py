@@ -184,7 +184,8 @@ def speeds(m: Measurement, side: Side, options: argparse.Namespace) -> dict:
     chunk = ("--prefill-chunk", options.prefill_chunk) if options.prefill_chunk else ()
     command = (side.runner, *side.plays, "--bench", "--json", "--depths", options.depths, "--steps", options.steps, *chunk)
     record = json.loads(m.run(side, *command)) | {"ceilings": m.record["device"].get("ceilings")}
-    return add_costs(record, side.manifest)
+    told = side.manifest if "cost" in side.manifest else json.loads((options.compiled / "manifest.json").read_text())
+    return add_costs(record, told)  # the work is the model's; the oldest manifests do not tell it
 
 
 def repeats(m: Measurement, side: Side, prompt: list[int]) -> dict:
