@@ -389,7 +389,7 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
 def bench(as_json: bool, **options: Any) -> None:
     """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
-    from kiln.exporter.measure.bench import bench as measure
+    from kiln.exporter.measure.bench_command import bench as measure
 
     with working_folder():
         record, text = measure(**options)
