@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from kiln.exporter.artifact.manifest import read_manifest
@@ -48,11 +47,7 @@ def bench(
             numbers(depths)
         record = speed.measure(artifact, depths, prefill_chunk, steps, device, threads, weights)
         text = speed.table(record)
-    if out:
-        try:
-            out.write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as e:
-            raise KilnError(f"--out {out}: {e.strerror}") from e
+    speed.write_record(record, out)
     if picture:
         speed.plot(record, picture)
     return record, text

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+<<<<<<< HEAD
 import os
+=======
+import math
+>>>>>>> spec
 import random
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,8 @@ import torch
 import kiln
 from tests import timelines as timelines_
 from tests.conftest import kiln as command
-from tests.conftest import shared
-from tests.gguf_files import two_layers
 
+<<<<<<< HEAD
 CHUNK, ROWS = 32, 3
 # By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
 # layer's of 16 + 6 slots and an exact window of 32 + 6, within 192 of 128 + 14 and 32 + 14.
@@ -47,6 +50,14 @@ def artifact(device, slots, tmp_path_factory) -> Path:
 
     kept = os.environ.get("KILN_TEST_BATCH")
     return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
+=======
+SLOTS, ROWS = 64, 3
+
+
+@pytest.fixture(scope="module")
+def artifact(three_rows) -> Path:
+    return three_rows
+>>>>>>> spec
 
 
 @pytest.fixture(scope="module")
