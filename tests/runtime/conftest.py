@@ -38,7 +38,7 @@ def toy(device, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def three_rows(tmp_path_factory) -> Path:
     """Steps of 1, 2 and 4 tokens over 3 timelines of 64 positions, read in chunks of 32. A layer with a ring of 16 + 6 slots and one with
-    TQ4 and an exact window of 32 + 6: both are passed. KILN_TEST_BATCH names one that is there.
+    TQ4 and an exact window of 32 + 6: both are passed. KILN_TEST_BATCH names a folder that has it as cpu/.
     """
 
     def make(path: Path) -> None:
@@ -47,7 +47,7 @@ def three_rows(tmp_path_factory) -> Path:
                 "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", 3)  # fmt: skip
 
     kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
+    return Path(kept) / "cpu" if kept else shared(tmp_path_factory, "artifact-batch", make)
 
 
 @pytest.fixture
