@@ -16,6 +16,7 @@ import torch
 import kiln
 from tests import timelines as timelines_
 from tests.conftest import kiln as command
+from tests.conftest import shared
 
 CHUNK, ROWS = 32, 3
 # By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
