@@ -416,17 +416,18 @@ def bench(as_json: bool, **options: Any) -> None:
     """
     names = ("draft", "draft_length", "draft_rates", "prompt_file", "raw", "max_new_tokens")
     drafting = {name: options.pop(name) for name in names}
-    from kiln.exporter.measure import bench as measure
+    from kiln.exporter.measure import bench as speed
+    from kiln.exporter.measure import bench_command
 
     with working_folder():
         if drafting["draft"] == "off" and drafting["draft_rates"] is None:
             if given := [f"--{name.replace('_', '-')}" for name in names[1:] if drafting[name]]:
                 raise click.UsageError(f"{given[0]} needs --draft or --draft-rates")
-            record, text = measure.bench(**options)
+            record, text = bench_command.bench(**options)
         else:
-            if options.pop("profile") or options.pop("picture"):
-                raise click.UsageError("--profile and --plot are not of texts with drafts; run them apart")
-            record, text = measure.bench_drafts(**drafting, **options)
+            if options.pop("profile") or options.pop("picture") or options.pop("rows"):
+                raise click.UsageError("--profile, --plot and --rows are not of texts with drafts; run them apart")
+            record, text = speed.bench_drafts(**drafting, **options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from kiln.custom_ops.geometry import keys_attended
 from kiln.exporter.artifact.manifest import read_manifest
 from kiln.exporter.errors import KilnError
-from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
+from kiln.exporter.measure.picture import log2_ticks, panels
 from kiln.exporter.measure.runner import runner
 
 
@@ -228,48 +228,3 @@ def plot(record: dict, path: Path) -> None:
             log2_ticks(axes, positions)
             axes.grid(alpha=0.3)
             axes.legend()
-
-
-def bench(
-    artifact: Path,
-    depths: str | None,
-    prefill_chunk: int | None,
-    steps: int,
-    device: str,
-    threads: int | None,
-    profile: bool,
-    out: Path | None,
-    picture: Path | None,
-    weights: Path | None = None,
-    rows: str | None = None,
-) -> tuple[dict, str]:
-    """The command: the record, also written to `out`, and its text."""
-    taken = numbers(rows, "--rows") if rows else []
-    if taken:
-        from kiln.exporter.measure import bench_rows
-
-        if picture or prefill_chunk:
-            raise KilnError("--rows goes with neither --plot nor --prefill-chunk")
-        bench_rows.check(read_manifest(artifact), taken, numbers(depths or bench_rows.DEFAULT_DEPTHS), steps)
-    if taken and not profile:
-        asked = numbers(depths or bench_rows.DEFAULT_DEPTHS)
-        record = bench_rows.measure(artifact, taken, asked, steps, device, threads, weights)
-        text = bench_rows.table(record)
-    elif profile:
-        from kiln.exporter.measure import kernel_times as steptime
-
-        if picture:
-            raise KilnError("--plot draws speed against depth, --profile has none; run them apart")
-        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights, taken)
-        text = steptime.text(record)
-    else:
-        if picture:
-            check_plot()
-        if depths:
-            numbers(depths)
-        record = measure(artifact, depths, prefill_chunk, steps, device, threads, weights)
-        text = table(record)
-    write_record(record, out)
-    if picture:
-        plot(record, picture)
-    return record, text

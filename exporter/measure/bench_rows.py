@@ -15,7 +15,7 @@ from kiln.exporter.measure.bench import ceilings_of, device_name, kv_bytes, weig
 from kiln.exporter.measure.kernel_times import filled
 from kiln.exporter.measure.runner import runtime
 
-REPEATS = 7  # of the timed steps
+REPEATS = 7  # windows that the timed steps are cut into
 MOST_READ = 1 << 15  # tokens of all prompts of a batch that is timed with its host: more are not read
 DEFAULT_DEPTHS = "128,2048"
 
@@ -44,10 +44,10 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def probed(batch: Any, positions: list[int], rows: list[int], steps: int) -> dict[str, float]:
-    """A step of tokens at positions of rows: `steps` queued one behind the other, as a session's are."""
-    tokens = [5 + i for i in range(len(rows))]
+    """A step of tokens at positions of rows: those of a window queued one behind the other, as a session's are."""
+    tokens, window = [5 + i for i in range(len(rows))], max(steps // REPEATS, 1)
     batch.probe(tokens, positions, rows, times=3)
-    return spread([batch.probe(tokens, positions, rows, times=steps)[2] / steps for _ in range(REPEATS)])
+    return spread([batch.probe(tokens, positions, rows, times=window)[2] / window for _ in range(REPEATS)])
 
 
 def batched(batch: Any, sessions: int, depth: int, steps: int, vocab: int) -> dict[str, float]:
@@ -58,13 +58,13 @@ def batched(batch: Any, sessions: int, depth: int, steps: int, vocab: int) -> di
     handles: set[int] = set()
     while len(handles) < sessions:
         handles |= {handle for handle, *_ in batch.step()}
-    times = []
+    times, window = [], max(steps // REPEATS, 1)
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(max(steps // REPEATS, 1)):
+        for _ in range(window):
             if any(error for *_, error in batch.step()):
                 raise KilnError("a timeline of the measured batch ended: its logits are not finite")
-        times.append((time.perf_counter() - start) / max(steps // REPEATS, 1))
+        times.append((time.perf_counter() - start) / window)
     for handle in handles:
         batch.leave(handle)
     return spread(times)

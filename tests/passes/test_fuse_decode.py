@@ -14,10 +14,12 @@ from kiln.custom_ops import ops  # noqa: F401
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.exporter import build
 from kiln.exporter.build import check_places
 from kiln.exporter.compiler.torch_private import fake_export
 from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.errors import KilnError
+from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools import synth
 from kiln.passes import edit, fuse_decode
 from kiln.passes.records import Lowered, PassOptions
@@ -106,6 +108,14 @@ def test_steps_of_several_tokens() -> None:
     assert not count(after.program, aten.index_put_.default, *fuse_decode.IN_ANY_ORDER)
     with pytest.raises(KilnError, match=r"of several tokens may add up in another order than of one"):
         lower(graph_spec(FIXTURES / "gemma4-tiny-edge-wide-Q4_K_M.gguf", allow_unfused=True, **rows), "decode_2", "cpu")
+    for name, what in (("moe", r"blk.0.experts \(a choice of experts"), ("edge", r"per_layer_model_proj \(a per-layer embedding")):
+        with pytest.raises(KilnError, match=f"decode_2: .* {what} of several tokens has no kernels yet.*; leave --decode-rows away"):
+            check_places(graph_spec(FIXTURES / f"gemma4-tiny-{name}-wide-Q4_K_M.gguf", **rows))
+    path = FIXTURES / f"{NAME}.gguf"
+    plan = read_plan(path)
+    for other, option in (("no-fuse-decode", {"fuse_decode": False}), ("allow-unfused", {"allow_unfused": True})):
+        with pytest.raises(KilnError, match=f"keep a token's bits among others'; it does not go with --{other}"):
+            build.graph_spec(build.ExportOptions(path, path, decode_rows=(1, 2), rows=2, **option), plan, ("sm_90",))
 
 
 class Rounded(torch.fx.Interpreter):

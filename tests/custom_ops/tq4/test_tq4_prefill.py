@@ -58,6 +58,23 @@ def interpreted_exact_windows() -> None:
             check(SMALL, 64, 2, 1, max(192, first + tokens), first, tokens, exact_window=exact_window)
 
 
+@pytest.mark.parametrize("first, tokens", [(10, 3), (100, 1), (100, 20)])
+def interpreted_spare_slots(first: int, tokens: int) -> None:
+    """A ring of more slots than its window holds older keys, which are read from their codes: bit for bit what it is without them."""
+    g, dim, window, slots = torch.Generator().manual_seed(first), 64, 32, 38
+    q, k, v = (random(g, torch.float16, n, h, dim) for n, h in ((tokens, 4), (first + tokens, 2), (first + tokens, 2)))
+    *given, k_ring, v_ring = tq4_cache.state(k, v, 128, first, window)
+    longer = [torch.full((slots, 2, dim), torch.nan, dtype=torch.float16) for _ in range(2)]
+    for p in range(max(first - slots, 0), first):
+        for ring, x in zip(longer, (k, v), strict=True):
+            ring[p % slots] = x[p]
+    pos = torch.arange(first, first + tokens)
+    with pytest.MonkeyPatch.context() as patch, compiling_for(SM_90):
+        patch.setitem(prefill.PIECE_TILES, (SM_90.sm, dim), SMALL)
+        expected = attention.tq4_attention(q, *given, k_ring, v_ring, pos, None)
+        assert torch.equal(attention.tq4_attention(q, *given, *longer, pos, None, window), expected) and expected.isfinite().all()
+
+
 @pytest.mark.parametrize("rows, keys", [(32, 16), (32, 32), (16, 64)])
 def interpreted_blocks_of_any_shape(rows: int, keys: int) -> None:
     tile = PrefillTile(rows=rows, keys=keys, warps=4, stages=2, piece=64)

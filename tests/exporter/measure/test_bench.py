@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.manifest import read_manifest
 from kiln.exporter.artifact.record import kv_record
 from kiln.exporter.errors import KilnError
-from kiln.exporter.measure import bench, kernel_times
+from kiln.exporter.measure import bench, bench_command, kernel_times
 from kiln.exporter.measure.runner import runner
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.records import Experts
@@ -99,14 +100,34 @@ def test_table_and_default_depths(artifacts):
         ({"profile": True, "picture": Path("speed.png")}, "run them apart"),
         ({"device": "tpu"}, "unknown device"),
         ({"out": Path("/nowhere/bench.json"), "depths": "4", "steps": 1}, "--out /nowhere/bench.json"),
+        ({"rows": "1,x"}, "--rows 1,x: must be integers"),
+        ({"rows": "1,2"}, "the artifact's steps are of 1 tokens; export it with --decode-rows"),
+        ({"rows": "1"}, "leaves depths of 1 to 24"),
+        ({"rows": "1", "steps": 96}, "leaves no depth for as many"),
+        ({"rows": "1", "depths": "8", "picture": Path("speed.png")}, "neither --plot nor --prefill-chunk"),
     ],
 )
 def test_bad_input(artifacts, options, match):
     usual = dict.fromkeys(("depths", "prefill_chunk", "out", "picture"))
     usual |= {"steps": 64, "device": "auto", "threads": 1, "profile": False}
     with pytest.raises(KilnError, match=match) as error:
-        bench.bench(artifacts["plain"], **usual | options)
+        bench_command.bench(artifacts["plain"], **usual | options)
     assert "\n" not in str(error.value)
+
+
+def test_rows(artifacts):
+    """Of an artifact of one timeline: steps of one token, in all three ways, and their table."""
+    usual = dict.fromkeys(("prefill_chunk", "out", "picture")) | {"device": "cpu", "threads": 1, "profile": False}
+    record, text = bench_command.bench(artifacts["plain"], depths="8,30", rows="1", steps=7, **usual)
+    manifest = read_manifest(artifacts["plain"])
+    assert [at["depth"] for at in record["depths"]] == [8, 30] and record["sessions"] == 1
+    for at in record["depths"]:
+        (row,) = at["rows"]
+        for way in ("one session", "sessions", "batch"):
+            part = row[way]
+            assert part["of one"] == 1 and part["least"] <= part["ms"] <= part["most"] and part["tok_s"] == pytest.approx(1e3 / part["ms"])
+            assert part["gb_s"] == pytest.approx((bench.weight_bytes(manifest) + bench.kv_bytes(manifest, at["depth"])) / part["ms"] / 1e6)
+    assert [line.split()[:2] for line in text.splitlines()[2:]] == [["8", "1"], ["30", "1"]]
 
 
 def test_bad_input_of_the_command(tmp_path):
