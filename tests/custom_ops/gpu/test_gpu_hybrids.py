@@ -175,4 +175,4 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     out = kiln.tq4_decode(q, k, v, *shared, *copies, pos, EPS, 2, dim**-0.5, False, False, 0, True)
     q, k, v = expected
     right = attention.reference(q, k.half(), v.half(), *caches, *rings, pos, None)  # its own code is not read yet
-    print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 3e-3):.1e}")
+    print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 5e-3):.1e}")
