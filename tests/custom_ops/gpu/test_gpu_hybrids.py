@@ -155,7 +155,8 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device="cuda")
 
-    q, k, v = normal(4, 2 * heads.queries * dim), normal(4, heads.kv * dim), normal(2, heads.kv * dim)
+    q, k = normal(4, (2 * heads.queries + heads.kv) * dim).split((2 * heads.queries * dim, heads.kv * dim), 1)  # of one matmul
+    v = normal(2, heads.kv * dim)
     angle = torch.rand(1, half, generator=g, device="cuda") * 6
     weights = (1 + normal(dim) / 4, 1 + normal(dim) / 4)
     shared = (*weights, angle.cos(), angle.sin())
