@@ -218,6 +218,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DraftConfig(ModelConfig):
+    """A model that drafts for another one: every layer reads the keys and values of that one's layer `kv_from`. It has none of its own.
+
+    target_hidden: the other's hidden size. Its rows come in, beside its embedding of a token, and what goes out takes their place.
+    """
+
+    target_hidden: int = 0
+
+
+@dataclass(frozen=True)
 class CacheSpec:
     """What a layer keeps of earlier tokens. readers: the layers that read it, its own first.
 

@@ -17,7 +17,6 @@ import kiln
 from tests import timelines as timelines_
 from tests.conftest import kiln as command
 from tests.conftest import shared
-from tests.gguf_files import two_layers
 
 CHUNK, ROWS = 32, 3
 # By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
@@ -32,18 +31,17 @@ def slots(device) -> int:
 
 
 @pytest.fixture(scope="module")
-def artifact(device, slots, tmp_path_factory) -> Path:
+def artifact(device, slots, request, tmp_path_factory) -> Path:
     """On the CPU two layers of a small fixture, on a GPU the small trained model, whose weights are packed; with TQ4.
 
     KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
     """
-    options = ("--max-seq-len", slots, "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS,
-               "--decode-rows", ",".join(map(str, (1, *FORMS[device][0]))))  # fmt: skip
+    if device == "cpu":
+        return request.getfixturevalue("three_rows")
 
     def make(path: Path) -> None:
-        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf") if device == "cpu" else NANO
-        more = ("--target", "cpu") if device == "cpu" else ("--target", "native", "--weights", "gguf")
-        command("export", "--gguf", gguf, "--out", path, *options, *more)
+        command("export", "--gguf", NANO, "--out", path, "--target", "native", "--weights", "gguf", "--max-seq-len", slots,
+                "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS, "--decode-rows", "1,2,4,8")  # fmt: skip
 
     kept = os.environ.get("KILN_TEST_BATCH")
     return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)

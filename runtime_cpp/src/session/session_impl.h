@@ -13,6 +13,7 @@
 #include "session/lineage.h"
 #include "session/model_impl.h"
 #include "session/slots.h"
+#include "session/speculation.h"
 #include "session/turn.h"
 
 namespace kiln {
@@ -34,10 +35,11 @@ struct Session::Impl {
   void save(const std::string& path);
   void load(const std::string& path);
   void set_sampling(const Sampling& sampling);
+  void set_drafts(const Drafting& drafting);
 
   void make_caches();
   void bind_constants();
-  void warm_up(const SessionOptions& options);
+  void warm_up();
   void check_tokens(const std::vector<int64_t>& tokens) const;
   CompiledModel::Output run_prefill(const int64_t* tokens, int64_t n);
   void prefill_chunk(const int64_t* tokens, int64_t n);
@@ -45,6 +47,13 @@ struct Session::Impl {
   void launch();
   void next_step() { launch(), timeline->send(values.at("tokens")), take_next(1); }
   void take_next(int64_t unread);
+  void check_next();
+  void begin_drafts();
+  bool take_drafts(int64_t room, bool stop_at_eog);
+  WideStep& wide_step(int64_t tokens);
+  int64_t run_drafts(WideStep& step, const std::vector<int64_t>& drafts);
+  void next_of_step();
+  void took_one(std::chrono::steady_clock::time_point began, bool queued);
   template <typename F>
   auto all_or_nothing(F&& f) -> decltype(f());
   void zero_caches() {
@@ -92,6 +101,11 @@ struct Session::Impl {
   std::function<void()> look;  // Session::set_look
   Lineage lineage;         // of the caches by position, which may reach further than `position`
   int64_t written = 0;     // positions below it have been written to the rings as they are now
+  SessionOptions options;
+  Sampling sampling;
+  std::unique_ptr<Speculation> drafts;   // what was learned stays where drafts are switched off
+  Speculation* speculation = nullptr;    // of generate() as it is set now; null: no drafts
+  DraftCounts draft_counts;
   bool pretended = false;  // Session::pretend: nobody knows what the caches hold
   mutable std::atomic<bool> busy{false};
 };

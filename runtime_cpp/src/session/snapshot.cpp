@@ -55,6 +55,7 @@ std::shared_ptr<const Snapshot> Session::Impl::snapshot(const SnapshotOptions& o
   state->model = model;
   state->past = lineage.until(position);
   state->mark = lineage.mark(position);
+  state->written = written;
   state->whole = options.whole;
   state->next = next, state->handed_out = handed_out;
   state->source = std::move(self);
@@ -88,7 +89,7 @@ void Session::Impl::restore(const Snapshot& snapshot) {
     });
   timeline->synchronize();  // the snapshot and the other session may go now
   if (!shares) lineage = from.past, pretended = false;
-  written = to;
+  written = from.written;
   stand_at(to, from.next, from.handed_out, from.logits);
 }
 

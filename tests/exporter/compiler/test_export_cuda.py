@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu import contract
 from kiln.custom_ops.gpu.cubin import kernels, parameters
 from kiln.custom_ops.weights.gemv import GemvConfig
@@ -283,3 +285,26 @@ def test_a_batch_plays_on_a_driver_without_a_gpu(of_rows, fake_gpu):
     result, left = fake_gpu(of_rows, program=BATCH)
     assert result.returncode == 0, result.stderr
     assert not any(left[what] for what in LEFT) and left["replays"] > 0, left
+
+
+@pytest.mark.nightly  # three minutes: two more exports
+@pytest.mark.parametrize("cache", ["f16", "tq4"])
+def test_a_hybrid(cache, fake_gpu, tmp_path, monkeypatch):
+    """Delta rules, gated attention and experts beside a gated network: nothing is left unfused, and states are copied where they lie."""
+    monkeypatch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], layers=2, full_every=2))
+    write_synthetic(tmp_path / "model.gguf", "pair", "q4_k_m", 0)
+    artifact = tmp_path / "artifact"
+    kiln("export", "--gguf", tmp_path / "model.gguf", "--out", artifact, "--target", "sm_90", "--kv-cache", cache, "--max-seq-len", 512,
+         "--prefill-chunk", 128, "--weights", "gguf")  # fmt: skip
+    record = json.loads((artifact / "manifest.json").read_text())
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])
+    images = cubins(artifact / "model.sm_90.pt2")
+    names = {entry: {re.sub(r"_\d+$", "", n) for image in found for n in kernels(image)} for entry, found in images.items()}
+    assert {"kiln_delta_decode", "kiln_choose_experts", "kiln_chosen_sum"} <= names["decode"] and "kiln_delta_step" not in names["decode"]
+    assert {"kiln_delta_heads", "kiln_delta_blocks", "kiln_delta_states", "kiln_delta_outputs"} <= names["prefill"]
+    assert all(contract.check(image) == [] for image in images["decode"])
+    for arguments in ((), ("--no-graph",)):
+        result, left = fake_gpu(artifact, "--tokens", ",".join(map(str, range(2, 260))), "--max-new-tokens", 5, "--no-eog", *arguments)
+        assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)
+    result, left = fake_gpu(artifact, tmp_path / "session", program=SNAPSHOTS)
+    assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)
