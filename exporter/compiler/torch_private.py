@@ -207,7 +207,7 @@ def _portable_host_code() -> None:
 
 def _same_work_once() -> None:
     """A graph repeats its layers; the compiler should not repeat its thoughts."""
-    from torch._inductor.codegen import cpp
+    from torch._inductor.codegen import cpp, cpp_wrapper_cpu
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -215,6 +215,9 @@ def _same_work_once() -> None:
 
     for name in ("stride_at", "stride_at_vec_range", "simplify_index_in_vec_range"):  # 128 results are kept otherwise
         setattr(cpp, name, functools.cache(getattr(cpp, name).__wrapped__))
+
+    # asked for each constant of each constant
+    cpp_wrapper_cpu.normalize_name = functools.cache(cpp_wrapper_cpu.normalize_name)
 
     class Sympy(types.ModuleType):
         simplify = staticmethod(sympy.expand)  # enough for strides, which are sums of products, and many times as fast
