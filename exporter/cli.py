@@ -404,6 +404,7 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
+@click.option("--rows", metavar="M,M,...", help="Instead: steps of as many tokens, of one session and of M sessions.")
 @click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
@@ -423,8 +424,8 @@ def bench(as_json: bool, **options: Any) -> None:
                 raise click.UsageError(f"{given[0]} needs --draft or --draft-rates")
             record, text = measure.bench(**options)
         else:
-            if options.pop("profile") or options.pop("picture"):
-                raise click.UsageError("--profile and --plot are not of texts with drafts; run them apart")
+            if any([options.pop(name) for name in ("profile", "picture", "rows")]):
+                raise click.UsageError("--profile, --plot and --rows are not of texts with drafts; run them apart")
             record, text = measure.bench_drafts(**drafting, **options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
 

@@ -15,12 +15,12 @@ from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
 from kiln.exporter.measure.runner import runner
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str, option: str = "--depths") -> list[int]:
     """`128,512` as a list; raises KilnError."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise KilnError(f"--depths {text}: must be integers separated by commas") from None
+        raise KilnError(f"{option} {text}: must be integers separated by commas") from None
 
 
 # ---- costs, from the manifest ----
@@ -241,14 +241,26 @@ def bench(
     out: Path | None,
     picture: Path | None,
     weights: Path | None = None,
+    rows: str | None = None,
 ) -> tuple[dict, str]:
     """The command: the record, also written to `out`, and its text."""
-    if profile:
+    taken = numbers(rows, "--rows") if rows else []
+    if taken:
+        from kiln.exporter.measure import bench_rows
+
+        if picture or prefill_chunk:
+            raise KilnError("--rows goes with neither --plot nor --prefill-chunk")
+        bench_rows.check(read_manifest(artifact), taken, numbers(depths or bench_rows.DEFAULT_DEPTHS), steps)
+    if taken and not profile:
+        asked = numbers(depths or bench_rows.DEFAULT_DEPTHS)
+        record = bench_rows.measure(artifact, taken, asked, steps, device, threads, weights)
+        text = bench_rows.table(record)
+    elif profile:
         from kiln.exporter.measure import kernel_times as steptime
 
         if picture:
             raise KilnError("--plot draws speed against depth, --profile has none; run them apart")
-        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights)
+        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights, taken)
         text = steptime.text(record)
     else:
         if picture:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import kiln
+from tests import timelines as timelines_
 from tests.conftest import kiln as command
-
-SLOTS, ROWS = 64, 3
-
-
-@pytest.fixture(scope="module")
-def artifact(three_rows) -> Path:
-    return three_rows
+from tests.runtime.batches import FORMS, ROWS, load, spoil
 
 
 @pytest.fixture(scope="module")
-def model(artifact) -> kiln.Model:
-    return kiln.Model(str(artifact))
+def slots(device) -> int:
+    return FORMS[device][1]
+
+
+@pytest.fixture(scope="module")
+def model(several, device) -> kiln.Model:
+    return load(several, device)
 
 
 def requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -48,16 +46,60 @@ def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog
     session.prefill(prompt)
     logits.append(session.logits().copy())
     session.set_logits_sink(lambda row: logits.append(row.copy()))
-    tokens, stop = session.generate(most or SLOTS, stop_at_eog=stop_at_eog)
+    tokens, stop = session.generate(most or model.max_seq_len, stop_at_eog=stop_at_eog)
     return tokens, stop, logits
 
 
-def test_timelines_that_come_and_go(model):
+def test_rows_of_a_step(model, device, slots):
+    """Every M, any mix of timelines, padding, drafts of which 0 to M - 1 are rejected: all bits are those of a session that is fed token by
+    token. Rings are passed more than once. On a GPU by direct calls as by replays, with early launch and without."""
+    counts, vocab, rng = FORMS[device][0], model.vocab_size, random.Random(3)
+    timelines = [[rng.randrange(8, vocab) for _ in range(n)] for n in (slots, slots * 5 // 6, slots // 2)]
+    expected = []
+    for row, tokens in enumerate(timelines):
+        session = kiln.Session(model)
+
+        def one(token, pos, *settings, session=session):
+            session.set_sampling(*(x.item() for x in settings))
+            sampled = session.decode(token.item())
+            return torch.tensor([sampled]), torch.from_numpy(session.logits())[None]
+
+        expected.append(timelines_.solo(one, tokens, row))
+        del session
+    for options in ({}, {"early_launch": False}, {"graph": False}) if device == "cuda" else ({},):
+        batch = kiln.Batch(model, **options)
+        assert bool(batch.early_launches) == (device == "cuda" and not options)
+
+        def several(token, pos, row, *settings, batch=batch):
+            each = list(zip(*(x.tolist() for x in settings), strict=True))
+            sampled, logits, _ = batch.probe(token.tolist(), pos.tolist(), row.tolist(), each)
+            return torch.tensor(sampled), torch.from_numpy(logits)
+
+        for address, size in batch.cache_memory().values():
+            spoil(address, size, device)
+        schedule = timelines_.Schedule(timelines, counts, vocab)
+        assert timelines_.check(dict.fromkeys(counts, several), schedule, expected) > sum(map(len, timelines))
+        assert {(m, wrong) for m in counts for wrong in range(m)} <= schedule.rejected
+        for row, tokens in enumerate(timelines):  # what a step of one token goes on from is the same, whichever steps wrote it
+            _, logits, _ = batch.probe(tokens[-1:], [len(tokens) - 1], [row])
+            assert np.array_equal(logits[0], expected[row][1][-1].numpy())
+    for bad, what in (({"tokens": [1] * 3, "positions": [0] * 3, "rows": [0] * 3}, "no step of as many"),
+                      ({"tokens": [1], "positions": [slots], "rows": [0]}, f"position {slots}"),
+                      ({"tokens": [1], "positions": [0], "rows": [ROWS]}, f"row {ROWS}")):  # fmt: skip
+        with pytest.raises(kiln.Error, match=what):
+            batch.probe(**bad)
+    batch.join(prompt=[5])
+    with pytest.raises(kiln.Error, match="timelines are in the batch"):
+        batch.probe([1], [0], [0])
+
+
+def test_timelines_that_come_and_go(model, device):
     """Some hundred steps; rows come, end, are sent away; every token and every logit is that of the timeline alone."""
     rng = random.Random(4)
     todo = requests(36, 1)
     expected = [solo(model, request) for request in todo]
-    assert {stop for _, stop, _ in expected} == {"eog", "length", "max_seq_len"} or {"length", "max_seq_len"} <= {s for _, s, _ in expected}
+    stops = {stop for _, stop, _ in expected}
+    assert stops >= ({"length", "max_seq_len"} if device == "cpu" else {"length"}) and len(stops) > 1
     batch = kiln.Batch(model, keep_logits=True)
     assert batch.rows == ROWS
     texts: dict[int, list[int]] = {}
@@ -116,7 +158,7 @@ def test_chunks_of_prompts(model):
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_row_that_fails_is_alone(model, rows):
+def test_a_row_that_fails_is_alone(model, device, rows):
     """Its error names the place; the others' texts are what they are, and the row serves again."""
     asked = [{"prompt": [40 + i, 50, 60], "max_new_tokens": 12} for i in range(rows)]
     batch = kiln.Batch(model, rows=rows)
@@ -126,8 +168,7 @@ def test_a_row_that_fails_is_alone(model, rows):
     for step in range(rows + 12):
         if step == rows + 2:  # all are written in one step by now
             address, size = batch.cache_memory()["blk.0.cache.k_ring"]
-            own = (ctypes.c_float * (size // ROWS // 4)).from_address(address + size // ROWS)  # the second row's
-            own[:] = [math.nan] * len(own)
+            spoil(address + size // ROWS, size // ROWS, device)  # the second row's
         for handle, token, _, error in batch.step():
             if error:
                 errors.append((handle, error))
@@ -143,9 +184,11 @@ def test_a_row_that_fails_is_alone(model, rows):
     assert again not in texts and text == solo(model, asked[0], stop_at_eog=False)[0]
 
 
-def test_refused(model):
+def test_refused(model, slots):
     batch = kiln.Batch(model, rows=2)
-    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [512]}, "token 512"), ({"prompt": [1] * 65}, "65 tokens"),
+    vocab = model.vocab_size
+    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [vocab]}, f"token {vocab}"),
+                      ({"prompt": [1] * (slots + 1)}, f"{slots + 1} tokens"),
                       ({"prompt": [1], "temperature": -1.0}, "temperature"), ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens")):
         with pytest.raises(kiln.Error, match=what):
             batch.join(**bad)
@@ -164,13 +207,13 @@ def test_refused(model):
             kiln.Batch(model, **options)
 
 
-def test_memory_of_rows(artifact, model):
+def test_memory_of_rows(several, model, device):
     """What the manifest says of one row, times the rows; inspect and the runner say the same."""
-    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest = json.loads((several / "manifest.json").read_text())
     each = sum(kv["bytes"] for kv in manifest["kv"])
-    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", "decode_2", "decode_4"]
+    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", *(f"decode_{m}" for m in FORMS[device][0])]
     memory = kiln.Batch(model).memory()
     assert memory["kv_ring"] + memory["kv_global"] == ROWS * each
     rings = {kv["name"].rpartition(".")[2]: (kv["shape"][0], kv["window"]) for kv in manifest["kv"] if kv["kind"] == "ring"}
-    assert rings == {"k_ring": (22, 16), "v_ring": (22, 16), "k_exact": (38, 32), "v_exact": (38, 32)}
-    assert f"x {ROWS} rows" in command("inspect", artifact).stdout
+    assert rings == {f"{side}_{kind}": form for kind, form in FORMS[device][2].items() for side in "kv"}
+    assert f"x {ROWS} rows" in command("inspect", several).stdout

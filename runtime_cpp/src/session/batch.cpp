@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <numeric>
 
 #include "compiled/compiled_model.h"
+#include "kiln/draft.h"
 #include "session/not_finite.h"
+#include "session/speculation.h"
 #include "session/turn.h"
 
 namespace kiln {
@@ -18,6 +21,13 @@ using Clock = std::chrono::steady_clock;
 
 constexpr char kInUse[] = "the batch is in use by another thread";
 
+struct RowDrafts {
+  explicit RowDrafts(int64_t most) : acceptance(most) {}
+  NgramDrafter ngram;  // its text is the timeline's, with what was sampled last
+  Acceptance acceptance;
+  std::vector<int64_t> now;  // of the step that is taken
+};
+
 struct Row {
   int64_t handle = -1;  // -1: the row is free
   Request request;
@@ -26,6 +36,7 @@ struct Row {
   int64_t next = -1;        // sampled, not fed yet
   int64_t produced = 0;     // tokens handed out
   std::vector<float> logits;
+  std::unique_ptr<RowDrafts> drafts;  // null: none
 
   bool used() const { return handle >= 0; }
   size_t left() const { return request.prompt.size() - read; }  // of the prompt
@@ -35,12 +46,24 @@ struct Row {
   int64_t token() const { return left() ? request.prompt[read] : next; }
 };
 
+constexpr uint64_t kBetween = 64;  // bytes, of what inputs begin at a multiple of: compiled code asks for 16
+
+// A token of a step.
+struct Place {
+  int64_t token, position, row;
+  Sampling sampling;
+};
+
 // A decode entry: what it is given at fixed addresses, and on a GPU its recording.
 struct Step {
   std::unique_ptr<CompiledModel> model;
-  TensorMap values;
+  Tensor block, host;  // all inputs, on the device and as the host writes them: one copy takes them there
+  TensorMap values;    // views of the block
+  std::map<std::string, uint64_t> offsets;
+  int64_t tokens = 0;
   CompiledModel::Output out;
   std::optional<size_t> recording;
+  int64_t runs = 0;
 };
 
 }  // namespace
@@ -61,10 +84,13 @@ struct Batch::Impl {
   void record(Step& step, const std::string& entry);
   void warm_up();
   CompiledModel::Output run_prefill(int64_t row, const int64_t* tokens, int64_t n, int64_t position);
-  void write(Step& step, const std::vector<int64_t>& rows);
+  void write(Step& step, const std::vector<Place>& places);
+  BatchProbe probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& numbers,
+                   const std::vector<Sampling>& sampling, int64_t times);
   void read_chunk(int64_t row, std::vector<RowEvent>& events);
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
+  void draft(const std::vector<int64_t>& rows);
   // Rows of the caches: an entry of several tokens may touch all that it was compiled for.
   int64_t made() const { return shared.artifact.steps().empty() ? options.rows : shared.artifact.rows; }
   std::vector<int64_t> in_order(bool (Row::*which)() const) const;  // numbers of rows, the one that joined first first
@@ -83,13 +109,22 @@ struct Batch::Impl {
   std::map<int64_t, Step> several;  // by their number of tokens
   std::vector<Row> rows;
   int64_t last_handle = 0;
+  StepCosts costs;
+  DraftCounts counts;
   mutable std::atomic<bool> busy{false};
 };
 
+static std::vector<int64_t> all_sizes(const Artifact& artifact) {
+  std::vector<int64_t> sizes = artifact.steps();
+  sizes.insert(sizes.begin(), 1);
+  return sizes;
+}
+
 Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
-    : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()) {
+    : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()), costs(all_sizes(shared.artifact)) {
   const Artifact& artifact = shared.artifact;
   chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
+  counts.tried.resize(static_cast<size_t>(costs.sizes().back() - 1)), counts.right = counts.tried;
   if (chunk < 2 || chunk > artifact.prefill_chunk) fail("prefill chunk ", chunk, ": the artifact takes 2 to ", artifact.prefill_chunk, " tokens at a time");
   if (options.rows == 0) options.rows = artifact.rows;
   if (options.rows < 1 || options.rows > artifact.rows)
@@ -163,14 +198,22 @@ Step Batch::Impl::make_step(const std::string& entry, int64_t tokens, const Tens
   Step step;
   step.model = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
   step.model->bind(tensors);
+  uint64_t end = 0;
   for (const ValueSpec& v : shared.artifact.entry(entry).inputs) {
     const bool known = v.name == "temperature" || v.name == "top_p" ? v.dtype == DType::F32
                        : v.name == "top_k"                          ? v.dtype == DType::I32
                        : v.name == "tokens" || v.name == "pos" || v.name == "row" || v.name == "seed" ? v.dtype == DType::I64
                                                                                                        : false;
     if (!known) fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
-    step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {tokens}));
+    step.offsets.emplace(v.name, end);
+    end += (scalar_bytes(scalar_of(v.dtype)) * static_cast<uint64_t>(tokens) + kBetween - 1) / kBetween * kBetween;
   }
+  step.tokens = tokens;
+  step.block = timeline->make(Scalar::U8, {static_cast<int64_t>(end)});
+  step.host = shared.backend->keep(end, true);
+  std::memset(step.host.data(), 0, end);
+  for (const ValueSpec& v : shared.artifact.entry(entry).inputs)
+    step.values.emplace(v.name, Tensor::over(static_cast<char*>(step.block.data()) + step.offsets.at(v.name), shared.backend->device(), scalar_of(v.dtype), {tokens}));
   return step;
 }
 
@@ -195,7 +238,7 @@ void Batch::Impl::warm_up() {
     const std::vector<int64_t> zeros(static_cast<size_t>(n), 0);
     run_prefill(0, zeros.data(), n, 0);
   }
-  for (int64_t row = 0; row < options.rows; ++row) record(decode_of(row), "decode");
+  for (int64_t row = 0; row < options.rows; ++row) prefill_of(row), record(decode_of(row), "decode");
   for (auto& [m, step] : several) record(step, "decode_" + std::to_string(m));
   for (auto& [name, cache] : kv) timeline->zero(cache);
   timeline->synchronize();
@@ -210,6 +253,9 @@ int64_t Batch::Impl::join(const Request& request) {
          "; shorten it or export with a larger --max-seq-len");
   if (request.max_new_tokens < 0) fail("max_new_tokens is ", request.max_new_tokens, ", must be 0 (as many as fit) or more");
   check_sampling(request.sampling);
+  if (request.drafting.own) fail("drafts of a batch: a drafter of one's own is a session's");
+  const bool drafts = request.drafting.source != DraftSource::Off;
+  const int64_t most = drafts ? step_sizes(shared.artifact, request.drafting).back() - 1 : 0;
   const auto& values = decode_of(0).values;
   if (request.sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
@@ -219,6 +265,7 @@ int64_t Batch::Impl::join(const Request& request) {
   Row row;
   row.request = request;
   row.handle = ++last_handle;
+  if (drafts) row.drafts = std::make_unique<RowDrafts>(most), row.drafts->ngram.append(request.prompt);
   *free = std::move(row);
   return last_handle;
 }
@@ -262,6 +309,7 @@ RowEvent Batch::Impl::took(int64_t number, int64_t token) {
     return event;
   }
   row.next = token;
+  if (row.drafts) row.drafts->ngram.append({token});
   if (row.request.stop_at_eog && model->is_eog(token)) {
     event.stop = Stop::Eog;
   } else {
@@ -296,40 +344,115 @@ void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
   events.push_back(took(number, token));
 }
 
-// What step.values hold for the timelines `numbers`; the last is repeated where the entry takes more: it writes what it has written.
-void Batch::Impl::write(Step& step, const std::vector<int64_t>& numbers) {
-  const auto m = static_cast<size_t>(step.values.at("tokens").numel());
-  std::vector<int64_t> tokens(m), pos(m), row(m), seed(m);
-  std::vector<int32_t> top_k(m);
-  std::vector<float> temperature(m), top_p(m);
-  for (size_t i = 0; i < m; ++i) {
-    const int64_t number = numbers[std::min(i, numbers.size() - 1)];
-    const Row& r = rows[static_cast<size_t>(number)];
-    const Sampling& s = r.request.sampling;
-    tokens[i] = r.token(), pos[i] = r.position, row[i] = number;
-    temperature[i] = s.temperature, top_k[i] = s.top_k, top_p[i] = s.top_p, seed[i] = s.seed;
+// What step.values hold for `places`; the last is repeated where the entry takes more: it writes what it has written. The step before has been
+// waited for, so that nothing reads step.host.
+void Batch::Impl::write(Step& step, const std::vector<Place>& places) {
+  auto put = [&](const char* name, size_t i, auto value) {
+    if (auto found = step.offsets.find(name); found != step.offsets.end())
+      std::memcpy(static_cast<char*>(step.host.data()) + found->second + i * sizeof value, &value, sizeof value);
+  };
+  for (size_t i = 0; i < static_cast<size_t>(step.tokens); ++i) {
+    const Place& p = places[std::min(i, places.size() - 1)];
+    put("tokens", i, p.token), put("pos", i, p.position), put("row", i, p.row);
+    put("temperature", i, p.sampling.temperature), put("top_k", i, int32_t{p.sampling.top_k}), put("top_p", i, p.sampling.top_p);
+    put("seed", i, p.sampling.seed);
   }
-  const std::pair<const char*, const void*> all[] = {{"tokens", tokens.data()}, {"pos", pos.data()},     {"row", row.data()},  {"temperature", temperature.data()},
-                                                     {"top_k", top_k.data()},   {"top_p", top_p.data()}, {"seed", seed.data()}};
-  for (const auto& [name, from] : all)
-    if (auto found = step.values.find(name); found != step.values.end()) timeline->write(found->second, from);
+  timeline->copy(step.block, step.host);
+}
+
+BatchProbe Batch::Impl::probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& numbers,
+                              const std::vector<Sampling>& sampling, int64_t times) {
+  if (!in_order(&Row::used).empty()) fail("probe() while timelines are in the batch: it writes over what they have read");
+  const auto m = static_cast<int64_t>(tokens.size());
+  if (m != 1 && !several.count(m)) fail("probe() of ", m, " tokens: the artifact has no step of as many");
+  if (positions.size() != tokens.size() || numbers.size() != tokens.size() || sampling.size() != tokens.size() || times < 1)
+    fail("probe() of ", m, " tokens: ", positions.size(), " positions, ", numbers.size(), " rows, ", sampling.size(), " samplings, ", times, " times");
+  std::vector<Place> places;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= shared.vocab_size || positions[i] < 0 || positions[i] >= shared.artifact.max_seq_len || numbers[i] < 0 ||
+        numbers[i] >= options.rows)
+      fail("probe(): token ", tokens[i], " at position ", positions[i], " of row ", numbers[i], " is outside of the artifact");
+    check_sampling(sampling[i]);
+    places.push_back({tokens[i], positions[i], numbers[i], sampling[i]});
+  }
+  Step& step = m == 1 ? decode_of(numbers[0]) : several.at(m);
+  write(step, places);
+  timeline->synchronize();
+  const auto began = Clock::now();
+  for (int64_t i = 0; i < times; ++i) run(step);
+  timeline->synchronize();
+  BatchProbe found;
+  found.seconds = std::chrono::duration<double>(Clock::now() - began).count();
+  found.tokens.resize(tokens.size()), found.logits.resize(tokens.size() * static_cast<size_t>(shared.vocab_size));
+  timeline->read(found.tokens.data(), step.out.token);
+  timeline->read(found.logits.data(), step.out.logits);
+  return found;
+}
+
+// What each of the timelines drafts for the step that all of them take.
+void Batch::Impl::draft(const std::vector<int64_t>& numbers) {
+  std::vector<std::vector<double>> chances(numbers.size());
+  int64_t room = costs.sizes().back() - static_cast<int64_t>(numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    Row& row = rows[static_cast<size_t>(numbers[i])];
+    if (!row.drafts) continue;
+    const int64_t length = row.request.drafting.length ? row.request.drafting.length : costs.sizes().back() - 1;
+    int64_t most = std::min({length, room, shared.artifact.max_seq_len - row.position - 1});
+    if (row.request.max_new_tokens) most = std::min(most, row.request.max_new_tokens - row.produced - 1);
+    row.drafts->now = row.drafts->ngram.draft(most);
+    chances[i] = row.drafts->acceptance.chances();
+    chances[i].resize(row.drafts->now.size());
+  }
+  const std::vector<int64_t> shares = share_drafts(chances, costs);
+  for (int64_t share : shares) room -= share;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    Row& row = rows[static_cast<size_t>(numbers[i])];
+    if (!row.drafts) continue;
+    const bool due = !shares[i] && room > 0 && !row.drafts->now.empty() && row.drafts->acceptance.due();
+    room -= due;
+    row.drafts->now.resize(static_cast<size_t>(shares[i] + due));
+  }
 }
 
 void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events) {
-  auto fits = several.lower_bound(static_cast<int64_t>(numbers.size()));
-  Step& step = numbers.size() == 1 ? decode_of(numbers[0]) : fits->second;
-  write(step, numbers);
+  draft(numbers);
+  std::vector<Place> places;
+  for (int64_t number : numbers) {
+    const Row& r = rows[static_cast<size_t>(number)];
+    places.push_back({r.token(), r.position, number, r.request.sampling});
+    if (r.drafts)
+      for (int64_t token : r.drafts->now) places.push_back({token, places.back().position + 1, number, r.request.sampling});
+  }
+  const auto size = static_cast<int64_t>(places.size());
+  Step& step = size == 1 ? decode_of(numbers[0]) : several.lower_bound(size)->second;
+  const auto began = Clock::now();
+  write(step, places);
   run(step);
   std::vector<int64_t> tokens(static_cast<size_t>(step.out.token.numel()));
   timeline->read(tokens.data(), step.out.token);
+  if (++step.runs > kColdRuns) costs.took(size, std::chrono::duration<double>(Clock::now() - began).count());
   std::vector<float> logits;
   if (options.keep_logits) logits.resize(static_cast<size_t>(step.out.logits.numel())), timeline->read(logits.data(), step.out.logits);
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    Row& row = rows[static_cast<size_t>(numbers[i])];
+  auto at = tokens.begin();
+  for (int64_t number : numbers) {
+    Row& row = rows[static_cast<size_t>(number)];
+    int64_t agreed = 0, drafted = 0;
+    if (row.drafts) {
+      drafted = static_cast<int64_t>(row.drafts->now.size());
+      agreed = Acceptance::agreed(row.drafts->now, {at, at + drafted + 1});
+      row.drafts->acceptance.took(drafted, agreed);
+      for (int64_t i = 0; i < drafted && i <= agreed; ++i) ++counts.tried[static_cast<size_t>(i)], counts.right[static_cast<size_t>(i)] += i < agreed;
+      ++counts.steps, counts.tokens += agreed + 1;
+    }
     row.read += row.left();
-    ++row.position;
-    if (options.keep_logits) row.logits.assign(logits.begin() + static_cast<int64_t>(i) * shared.vocab_size, logits.begin() + static_cast<int64_t>(i + 1) * shared.vocab_size);
-    events.push_back(took(numbers[i], tokens[i]));
+    for (int64_t i = 0; i <= agreed; ++i) {
+      ++row.position;
+      const auto from = logits.begin() + (at - tokens.begin() + i) * shared.vocab_size;
+      if (options.keep_logits) row.logits.assign(from, from + shared.vocab_size);
+      events.push_back(took(number, at[i]));
+      if (events.back().stop || !events.back().error.empty()) break;
+    }
+    at += drafted + 1;
   }
 }
 
@@ -363,6 +486,12 @@ std::vector<RowEvent> Batch::step() {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->step();
 }
+BatchProbe Batch::probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& rows,
+                        const std::vector<Sampling>& sampling, int64_t times) {
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
+  return impl_->probe(tokens, positions, rows, sampling, times);
+}
+int64_t Batch::early_launches() const { return impl_->timeline->early_launches(); }
 void Batch::leave(int64_t handle) {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   impl_->row_of(handle) = Row();
@@ -375,6 +504,10 @@ int64_t Batch::active() const {
 int64_t Batch::position(int64_t handle) const {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->row_of(handle).position;
+}
+DraftCounts Batch::draft_counts() const {
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
+  return impl_->counts;
 }
 const std::vector<float>& Batch::logits(int64_t handle) const {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);

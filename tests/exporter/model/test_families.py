@@ -49,6 +49,7 @@ MODELS = (
     Model("gemma3-tiny", preset=True), Model("llama-tiny", preset=True),
     Model("qwen3moe-tiny"), Model("gemma4-tiny-moe"), Model("gemma4-tiny-moe-wide-Q4_K_M", 1e-3),
     Model("qwen35-tiny-mtp"), Model("qwen35moe-tiny-mtp"),
+    Model("qwen35moe-tiny-wide-Q4_K_M", 1e-3),  # with heads that the kernels take
 )  # fmt: skip
 models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
@@ -160,7 +161,7 @@ def test_compiled_and_played(model: Model, files: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", MODELS[2:8], ids=lambda model: model.name)  # those with a delta rule have no GPU kernels yet
+@pytest.mark.parametrize("model", [*MODELS[2:8], *MODELS[10:]], ids=lambda model: model.name)
 def test_on_a_gpu(model: Model, files: Path, tmp_path: Path) -> None:
     """bfloat16 activations, fused decode: no further from the reference than 1.2 times what eager bfloat16 is."""
     runner = pytest.importorskip("kiln")
