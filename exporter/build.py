@@ -26,7 +26,7 @@ from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
 from kiln.exporter.compiler.host import check_gpu_tools
 from kiln.exporter.compiler.torch_private import check_versions
-from kiln.exporter.compiler.trace import GraphSpec
+from kiln.exporter.compiler.trace import ENTRIES, GraphSpec
 from kiln.exporter.compiler.workers import none_left
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
@@ -266,7 +266,8 @@ def check_places(spec: GraphSpec) -> None:
     for entry in () if spec.options.allow_unfused else spec.entries:
         for name, places in expected_places(spec.config, spec.plan, kv, spec.options, entry).items():
             if missed := [f"{place} ({why})" for place, why in places.items() if why]:
-                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {UNFUSED}")
+                instead = UNFUSED if entry in ENTRIES else "leave --decode-rows away"
+                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {instead}")
 
 
 def note_borrowed(targets: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ from kiln.passes.decode_patterns import (
     viewed,
     writes_of,
 )
-from kiln.passes.edit import KILN
+from kiln.passes.edit import KILN, PassError
 from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
@@ -45,6 +45,12 @@ FUSED = {KILN.sliding_attention.default: (KILN.sliding_decode.default, KILN.slid
          KILN.tq4_rows.default: (KILN.tq4_decode_rows.default, KILN.tq4_read_rows.default, slice(1, 10))}  # fmt: skip
 SLIDING = (KILN.sliding_attention.default, KILN.sliding_rows.default)
 GLOBAL = (KILN.global_attention.default, KILN.global_rows.default)
+# What the compiler, or a library, adds up in an order that may depend on the number of rows.
+IN_ANY_ORDER = (
+    KILN.rms_norm.default, KILN.quantized_linear.default, KILN.expert_linear.default, KILN.route.default, KILN.sliding_rows.default,
+    KILN.tq4_rows.default, aten.linear.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.addmm.default,
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.softmax.int, aten.cumsum.default,
+)  # fmt: skip
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
@@ -66,6 +72,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     edit.drop_dead(ep, fuser.made)  # a matmul's counters are back at zero when it is done
     fuser.round_late()
     edit.drop_dead(ep)
+    if fuser.several and (left := next((n for n in ep.graph.nodes if edit.is_call(n, *IN_ANY_ORDER)), None)):
+        raise PassError(f"pass fuse_decode: {left.name} ({left.target}) of several tokens may add up in another order than of one")
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
     note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
     return PassReport("fuse_decode", "applied", tuple(dict.fromkeys(fuser.places)), note)

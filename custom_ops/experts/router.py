@@ -103,8 +103,7 @@ def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used:
     block = triton.next_power_of_2(d)
     constants = {"D": d, "BLOCK": block, **root_constants(squares), "FACTORS": factors, **route.constants(experts, used, renormalized),
                  "NORMED": normed, "BESIDE": beside, "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
-    compared = constants["PADDED"] if constants["PADDED"] <= route.COUNTED.value else 0  # each with each, by one program
-    return constants, min(max(block // (32 * HELD), compared // 32, 4), 16)
+    return constants, min(max(block // (32 * HELD), 4), 16)
 
 
 def _launch(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,

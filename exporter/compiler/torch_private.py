@@ -147,7 +147,10 @@ def _once_for_each_form(analyze: Callable) -> Callable:
     def analyzed(kernel: Any, kwargs: dict[str, Any], descriptors: dict) -> list[str]:
         if descriptors:  # made on the host, which no kernel of ours asks for
             return analyze(kernel, kwargs, descriptors)
-        key = (kernel, *((name, *form(value)) for name, value in kwargs.items()))
+        given, fn = kwargs, kernel
+        if isinstance(kernel, triton.runtime.Autotuner):  # made anew for each call, around the kernel
+            given, fn = kwargs | (kernel.configs[0].kwargs if kernel.configs else {}), kernel.fn
+        key = (fn, *((name, *form(value)) for name, value in given.items()))
         if key not in known:
             known[key] = analyze(kernel, kwargs, descriptors)
         return list(known[key])

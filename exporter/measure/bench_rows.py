@@ -31,6 +31,8 @@ def check(manifest: dict, rows: list[int], depths: list[int], steps: int) -> Non
         found = ", ".join(map(str, entries(manifest)))
         raise KilnError(f"--rows {missing[0]}: the artifact's steps are of {found} tokens; export it with --decode-rows")
     last = manifest["max_seq_len"] - max(rows) - steps - REPEATS
+    if last < 1:
+        raise KilnError(f"--steps {steps}: the artifact holds {manifest['max_seq_len']} tokens, which leaves no depth for as many")
     if wrong := [depth for depth in depths if not 1 <= depth <= last]:
         raise KilnError(f"--depths {wrong[0]}: the artifact holds {manifest['max_seq_len']} tokens, which leaves depths of 1 to {last}")
 

@@ -17,7 +17,7 @@ from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
-EXPERTS = "experts of several tokens have no kernels yet"
+EXPERTS, EMBEDDING = (f"{name} of several tokens has no kernels yet" for name in ("a choice of experts", "a per-layer embedding"))
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
@@ -72,8 +72,10 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> di
     routers = {f"blk.{i}.ffn_gate_inp" for i in experts}  # in float32, and part of the choice
     found = {name: "" if p.block_type in LAYOUTS else f"its weight is {p.block_type}" for name, p in matmuls.items()
              if name not in routers or p.block_type in LAYOUTS}
-    if found.get(PER_LAYER) and not several:  # of several tokens a product of floats may add up in another order than of one
+    if found.get(PER_LAYER):
         del found[PER_LAYER]  # a file's packer leaves it as it is; once a token, it is a small part of a step
+    if several and config.per_layer_embedding:
+        found[PER_LAYER] = EMBEDDING
 
     def floats(names: Sequence[str]) -> str:
         """Those of the matmuls beside a place whose weights take no fixed point."""

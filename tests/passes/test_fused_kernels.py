@@ -159,7 +159,7 @@ def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)
 
 
-@pytest.mark.parametrize("turboquant", [False, True])
+@pytest.mark.parametrize("turboquant", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def interpreted_hybrids(turboquant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed, ops = HYBRIDS[turboquant]
     check(tmp_path, monkeypatch, turboquant, dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], **DELTA, **changed), ops)
