@@ -425,7 +425,7 @@ def bench(as_json: bool, **options: Any) -> None:
                 raise click.UsageError(f"{given[0]} needs --draft or --draft-rates")
             record, text = bench_command.bench(**options)
         else:
-            if options.pop("profile") or options.pop("picture") or options.pop("rows"):
+            if any([options.pop(name) for name in ("profile", "picture", "rows")]):
                 raise click.UsageError("--profile, --plot and --rows are not of texts with drafts; run them apart")
             record, text = speed.bench_drafts(**drafting, **options)
     click.echo(json.dumps(record, indent=1) if as_json else text)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kiln.custom_ops.attention.row_attention import attend_rows, in_window, ring_positions
-from kiln.exporter.model.decoder import Block, Cache, Decoder, SlidingCache
+from kiln.exporter.model.decoder import Block, Cache, Decoder, SlidingCache, below
 from kiln.exporter.model.parts import Matrix, Norm, constant
-from kiln.exporter.model.records import DraftConfig, cache_specs
+from kiln.exporter.model.records import Attention, CacheSpec, DraftConfig, cache_specs
 from kiln.exporter.source.weights import WeightPlan
 
 
@@ -28,8 +29,7 @@ class Before:
 
     def attend(self, q: Tensor, k: None, v: None, pos: Tensor, window: int | None, first: bool, last: bool) -> Tensor:
         """q [T, H, hd] -> [T, H, hd]. Of a window a token's own slot is one, which is empty."""
-        if isinstance(self.cache, SlidingCache):
-            assert window is not None
+        if isinstance(self.cache, SlidingCache) and window is not None:
             slots = self.cache.k_ring.shape[0]
             keys = ring_positions(slots, pos)
             slot, seen = keys % slots, in_window(pos, keys, window) & (keys < pos[:, None])
@@ -37,6 +37,10 @@ class Before:
         keys = torch.arange(self.cache.k_cache.shape[0], device=pos.device)
         shape = (len(pos), *self.cache.k_cache.shape)
         return attend_rows(q, self.cache.k_cache.expand(shape), self.cache.v_cache.expand(shape), keys < pos[:, None])
+
+
+def _no_cache(cache: CacheSpec) -> Cache:
+    raise AssertionError("a drafter's layer has no cache of its own")
 
 
 class Assistant(nn.Module):
@@ -52,11 +56,10 @@ class Assistant(nn.Module):
         caches = {cache.layer: cache for cache in cache_specs(target.config)}
         self.blk = nn.ModuleList()
         for layer in config.layers:
-            source = layer.mixer.kv_from  # type: ignore[union-attr]
-            prefix = f"blk.{layer.index}."
-            own = {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
-            before = SimpleNamespace(at=SimpleNamespace(cache=Before(target.blk[source].cache)))
-            self.blk.append(Block(config, layer, own, caches[source], lambda cache: Cache(cache, 0, self.dtype, None), self.dtype, before))
+            assert isinstance(layer.mixer, Attention) and layer.mixer.kv_from is not None
+            source = layer.mixer.kv_from
+            before: Any = SimpleNamespace(at=SimpleNamespace(cache=Before(target.blk[source].cache)))
+            self.blk.append(Block(config, layer, below(weights, f"blk.{layer.index}."), caches[source], _no_cache, self.dtype, before))
         for name, rope in config.ropes.items():
             self.register_parameter(name, constant(rope.size // 2, dtype=torch.float32))
 
@@ -67,7 +70,7 @@ class Assistant(nn.Module):
         -> float32 [T, V], hidden [T, D]."""
         x = self.nextn_pre_projection.linear(torch.cat((embedding, hidden), -1))
         tables = self.rope_tables(pos)
-        theirs = {mixer.kv_from: (None, None) for mixer in self.config.attentions.values()}
+        theirs: Any = {mixer.kv_from: (None, None) for mixer in self.config.attentions.values()}
         for layer in self.blk:
             x = layer(x, pos, tables, theirs, None)
         return self.token_embd.linear(self.output_norm(x, torch.float32)), self.nextn_post_projection.linear(self.output_norm(x))

@@ -285,7 +285,7 @@ def _same_cache(config: ModelConfig, reader: int, source: int) -> bool:
     return other is not None and source < reader and other.kv_from is None and all(getattr(own, f) == getattr(other, f) for f in fields)
 
 
-def _below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]:
+def below(weights: dict[str, WeightPlan], prefix: str) -> dict[str, WeightPlan]:
     return {name.removeprefix(prefix): plan for name, plan in weights.items() if name.startswith(prefix)}
 
 
@@ -315,7 +315,7 @@ class Decoder(nn.Module):
         for layer in config.layers:
             source = config.attentions[layer.index].kv_from if layer.index in config.attentions else None
             source = None if source is None else self.blk[source].mix
-            self.blk.append(Block(config, layer, _below(weights, f"blk.{layer.index}."), caches[layer.index], make,
+            self.blk.append(Block(config, layer, below(weights, f"blk.{layer.index}."), caches[layer.index], make,
                                   cache_dtype or dtype, source))  # fmt: skip
         if config.per_layer_embedding:
             self.per_layer_token_embd = Matrix(weights["per_layer_token_embd"])

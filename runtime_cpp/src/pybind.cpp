@@ -122,6 +122,12 @@ py::dict memory_of(const kiln::MemoryReport& m) {
   return out;
 }
 
+py::dict counts_of(const kiln::DraftCounts& c) {
+  py::dict out;
+  out["steps"] = c.steps, out["tokens"] = c.tokens, out["tried"] = c.tried, out["right"] = c.right;
+  return out;
+}
+
 void bind_batch(py::module_& m);  // pybind_batch.cpp
 
 PYBIND11_MODULE(_runtime, m) {
@@ -209,12 +215,7 @@ PYBIND11_MODULE(_runtime, m) {
            py::arg("draft") = py::none(), py::arg("draft_length") = 0,
            "(tokens, stop reason); on_token(id) may return False to stop. draft: 'ngram' (a ScriptedDrafter, to measure), and at most how many a step "
            "(0: as many as fit).")
-      .def_property_readonly("draft_counts", [](const Session& s) {
-            const kiln::DraftCounts c = s.draft_counts();
-            py::dict out;
-            out["steps"] = c.steps, out["tokens"] = c.tokens, out["tried"] = c.tried, out["right"] = c.right;
-            return out;
-          }, "Of the last generate() with drafts: steps, the tokens they gave, and of each place of a draft how often it was tried and right.")
+      .def_property_readonly("draft_counts", [](const Session& s) { return counts_of(s.draft_counts()); }, "Of the last generate() with drafts: steps, the tokens they gave, and of each place of a draft how often it was tried and right.")
       .def("logits", [](Session& s) {
             const std::vector<float>* row;
             {

@@ -10,6 +10,7 @@ using kiln::Batch;
 
 // pybind.cpp
 py::dict memory_of(const kiln::MemoryReport& m);
+py::dict counts_of(const kiln::DraftCounts& c);
 py::array_t<float> to_numpy(const std::vector<float>& row);
 
 void bind_batch(py::module_& m) {
@@ -22,11 +23,13 @@ void bind_batch(py::module_& m) {
            py::arg("model"), py::arg("rows") = 0, py::arg("prefill_chunk") = 0, py::arg("max_gap_ms") = 0., py::arg("keep_logits") = false,
            py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
       .def("join", [](Batch& b, const std::vector<int64_t>& prompt, float temperature, int32_t top_k, float top_p, int64_t seed, int64_t max_new_tokens,
-                      bool stop_at_eog) {
-             return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog});
+                      bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length) {
+             return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog, {kiln::draft_source(draft.value_or("off")), draft_length}});
            },
            py::arg("prompt"), py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0,
-           py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, ReleaseGil(), "A handle for a new timeline.")
+           py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, py::arg("draft") = py::none(), py::arg("draft_length") = 0, ReleaseGil(),
+           "A handle for a new timeline. draft: as Session.generate(); drafts of all timelines share what room a step has.")
+      .def_property_readonly("draft_counts", [](const Batch& b) { return counts_of(b.draft_counts()); }, "Of all steps of timelines that draft, as Session's.")
       .def("step", [](Batch& b) {
              std::vector<kiln::RowEvent> events;
              {
@@ -41,7 +44,8 @@ void bind_batch(py::module_& m) {
                out.append(py::make_tuple(e.handle, token, stop, error));
              }
              return out;
-           }, "[(handle, token or None, stop reason or None, error or None)]: a chunk of a waiting prompt, then a token of every other timeline.")
+           }, "[(handle, token or None, stop reason or None, error or None)]: a chunk of a waiting prompt, then a token of every other timeline, or "
+           "several in order where drafts were right.")
       .def("leave", &Batch::leave, py::arg("handle"), ReleaseGil())
       .def("position", &Batch::position, py::arg("handle"), ReleaseGil())
       .def("logits", [](const Batch& b, int64_t handle) { return to_numpy(b.logits(handle)); }, py::arg("handle"),

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import kiln as command
 from tests.conftest import shared
-from tests.gguf_files import two_layers
+from tests.runtime.batches import batch_artifact
 from tests.runtime.toy import write_artifact
 
 
@@ -36,18 +35,14 @@ def toy(device, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def several(device, tmp_path_factory) -> Path:
+    return batch_artifact(device, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def three_rows(tmp_path_factory) -> Path:
-    """Steps of 1, 2 and 4 tokens over 3 timelines of 64 positions, read in chunks of 32. A layer with a ring of 16 + 6 slots and one with
-    TQ4 and an exact window of 32 + 6: both are passed. KILN_TEST_BATCH names a folder that has it as cpu/.
-    """
-
-    def make(path: Path) -> None:
-        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
-        command("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", 64, "--prefill-chunk", 32,
-                "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", 3)  # fmt: skip
-
-    kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) / "cpu" if kept else shared(tmp_path_factory, "artifact-batch", make)
+    """`several` of the CPU, whatever else a test runs on."""
+    return batch_artifact("cpu", tmp_path_factory)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +13,7 @@ import torch
 import kiln
 from tests import timelines as timelines_
 from tests.conftest import kiln as command
-from tests.conftest import shared
-
-CHUNK, ROWS = 32, 3
-# By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
-# layer's of 16 + 6 slots and an exact window of 32 + 6, within 192 of 128 + 14 and 32 + 14.
-FORMS = {"cpu": ((2, 4), 64, {"ring": (22, 16), "exact": (38, 32)}), "cuda": ((2, 4, 8), 192, {"ring": (142, 128), "exact": (46, 32)})}
-NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
+from tests.runtime.batches import FORMS, ROWS, load, spoil
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +22,8 @@ def slots(device) -> int:
 
 
 @pytest.fixture(scope="module")
-def artifact(device, slots, request, tmp_path_factory) -> Path:
-    """On the CPU two layers of a small fixture, on a GPU the small trained model, whose weights are packed; with TQ4.
-
-    KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
-    """
-    if device == "cpu":
-        return request.getfixturevalue("three_rows")
-
-    def make(path: Path) -> None:
-        command("export", "--gguf", NANO, "--out", path, "--target", "native", "--weights", "gguf", "--max-seq-len", slots,
-                "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS, "--decode-rows", "1,2,4,8")  # fmt: skip
-
-    kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
-
-
-@pytest.fixture(scope="module")
-def model(artifact, device) -> kiln.Model:
-    return kiln.Model(str(artifact), device, **({} if device == "cpu" else {"weights": str(NANO)}))
-
-
-def spoil(address: int, size: int, device: str) -> None:
-    """Fills memory of caches with NaN."""
-    if device == "cpu":
-        ctypes.memset(address, 0xFF, size)
-    else:
-        torch.cuda.synchronize()  # makes the GPU's context current
-        assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(address), ctypes.c_ubyte(0xFF), ctypes.c_size_t(size)) == 0
-        torch.cuda.synchronize()
+def model(several, device) -> kiln.Model:
+    return load(several, device)
 
 
 def requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -243,13 +207,13 @@ def test_refused(model, slots):
             kiln.Batch(model, **options)
 
 
-def test_memory_of_rows(artifact, model, device):
+def test_memory_of_rows(several, model, device):
     """What the manifest says of one row, times the rows; inspect and the runner say the same."""
-    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest = json.loads((several / "manifest.json").read_text())
     each = sum(kv["bytes"] for kv in manifest["kv"])
     assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", *(f"decode_{m}" for m in FORMS[device][0])]
     memory = kiln.Batch(model).memory()
     assert memory["kv_ring"] + memory["kv_global"] == ROWS * each
     rings = {kv["name"].rpartition(".")[2]: (kv["shape"][0], kv["window"]) for kv in manifest["kv"] if kv["kind"] == "ring"}
     assert rings == {f"{side}_{kind}": form for kind, form in FORMS[device][2].items() for side in "kv"}
-    assert f"x {ROWS} rows" in command("inspect", artifact).stdout
+    assert f"x {ROWS} rows" in command("inspect", several).stdout

@@ -11,6 +11,7 @@ import subprocess
 import numpy as np
 
 import kiln
+from tests.conftest import kiln as command
 from tests.runtime.toy import KILN_RUN, MAX_SEQ, PROMPT, TOLERANCE, VOCAB, WIDTH, change, eager, fails, ids, run
 
 
@@ -113,3 +114,13 @@ def test_drafts(three_rows, toy) -> None:
     ):
         fails(words, three_rows, *options, code=2)
     fails("no steps of several tokens", toy, *prompt, "--draft", "ngram")
+
+
+def test_bench_of_drafts(three_rows, tmp_path) -> None:
+    """`kiln bench`: the same text with and without, a row each with the acceptance of each place; what does not go together is told."""
+    options = ("--draft-rates", "1,0.5", "--depths", "8,20", "--steps", 16, "--threads", 1, "--out", tmp_path / "r.json")
+    said = command("bench", three_rows, *options).stdout
+    assert [row["depth"] for row in json.loads((tmp_path / "r.json").read_text())["drafts"]] == [8, 20]
+    assert re.search(r"^ +8 +17 .* 1\.00 0\.\d\d$", said, re.MULTILINE), said
+    for bad in (("--draft-length", 2), ("--draft", "ngram", "--rows", "2")):
+        assert command("bench", three_rows, *bad, check=False).returncode == 2

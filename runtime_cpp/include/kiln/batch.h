@@ -25,9 +25,10 @@ struct Request {
   Sampling sampling;
   int64_t max_new_tokens = 0;  // 0: as many as fit
   bool stop_at_eog = true;
+  Drafting drafting = {};      // what its tokens are drafted by; `own` is no row's
 };
 
-// What a step did for one timeline.
+// What a step did for one timeline. Where drafts were right a timeline has several, in order.
 struct RowEvent {
   int64_t handle = 0;
   int64_t token = -1;        // sampled; -1: none
@@ -54,10 +55,11 @@ class Batch {
   // A handle for a new timeline, which begins with the next step. Error, before anything changes, when no row is free, or as Session::prefill().
   int64_t join(const Request& request);
   // Reads a chunk of the prompt that waits longest, then takes one token of every timeline whose prompt is read. Where it throws, no timeline has
-  // moved but for chunks that were read.
+  // moved but for chunks that were read. Drafts of all timelines share what room the step has.
   std::vector<RowEvent> step();
   void leave(int64_t handle);  // Error for a timeline that has ended or left
 
+  DraftCounts draft_counts() const;  // of all steps of timelines whose tokens are drafted, those that have ended too
   int64_t rows() const;    // timelines that it takes
   int64_t active() const;  // timelines in it
   int64_t position(int64_t handle) const;  // tokens in its caches

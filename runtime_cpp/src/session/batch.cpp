@@ -8,7 +8,9 @@
 #include <numeric>
 
 #include "compiled/compiled_model.h"
+#include "kiln/draft.h"
 #include "session/not_finite.h"
+#include "session/speculation.h"
 #include "session/turn.h"
 
 namespace kiln {
@@ -19,6 +21,13 @@ using Clock = std::chrono::steady_clock;
 
 constexpr char kInUse[] = "the batch is in use by another thread";
 
+struct RowDrafts {
+  explicit RowDrafts(int64_t most) : acceptance(most) {}
+  NgramDrafter ngram;  // its text is the timeline's, with what was sampled last
+  Acceptance acceptance;
+  std::vector<int64_t> now;  // of the step that is taken
+};
+
 struct Row {
   int64_t handle = -1;  // -1: the row is free
   Request request;
@@ -27,6 +36,7 @@ struct Row {
   int64_t next = -1;        // sampled, not fed yet
   int64_t produced = 0;     // tokens handed out
   std::vector<float> logits;
+  std::unique_ptr<RowDrafts> drafts;  // null: none
 
   bool used() const { return handle >= 0; }
   size_t left() const { return request.prompt.size() - read; }  // of the prompt
@@ -53,6 +63,7 @@ struct Step {
   int64_t tokens = 0;
   CompiledModel::Output out;
   std::optional<size_t> recording;
+  int64_t runs = 0;
 };
 
 }  // namespace
@@ -79,6 +90,7 @@ struct Batch::Impl {
   void read_chunk(int64_t row, std::vector<RowEvent>& events);
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
+  void draft(const std::vector<int64_t>& rows);
   // Rows of the caches: an entry of several tokens may touch all that it was compiled for.
   int64_t made() const { return shared.artifact.steps().empty() ? options.rows : shared.artifact.rows; }
   std::vector<int64_t> in_order(bool (Row::*which)() const) const;  // numbers of rows, the one that joined first first
@@ -97,13 +109,22 @@ struct Batch::Impl {
   std::map<int64_t, Step> several;  // by their number of tokens
   std::vector<Row> rows;
   int64_t last_handle = 0;
+  StepCosts costs;
+  DraftCounts counts;
   mutable std::atomic<bool> busy{false};
 };
 
+static std::vector<int64_t> all_sizes(const Artifact& artifact) {
+  std::vector<int64_t> sizes = artifact.steps();
+  sizes.insert(sizes.begin(), 1);
+  return sizes;
+}
+
 Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
-    : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()) {
+    : model(std::move(m)), shared(model->impl()), options(o), timeline(shared.backend->make_timeline()), costs(all_sizes(shared.artifact)) {
   const Artifact& artifact = shared.artifact;
   chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
+  counts.tried.resize(static_cast<size_t>(costs.sizes().back() - 1)), counts.right = counts.tried;
   if (chunk < 2 || chunk > artifact.prefill_chunk) fail("prefill chunk ", chunk, ": the artifact takes 2 to ", artifact.prefill_chunk, " tokens at a time");
   if (options.rows == 0) options.rows = artifact.rows;
   if (options.rows < 1 || options.rows > artifact.rows)
@@ -232,6 +253,9 @@ int64_t Batch::Impl::join(const Request& request) {
          "; shorten it or export with a larger --max-seq-len");
   if (request.max_new_tokens < 0) fail("max_new_tokens is ", request.max_new_tokens, ", must be 0 (as many as fit) or more");
   check_sampling(request.sampling);
+  if (request.drafting.own) fail("drafts of a batch: a drafter of one's own is a session's");
+  const bool drafts = request.drafting.source != DraftSource::Off;
+  const int64_t most = drafts ? step_sizes(shared.artifact, request.drafting).back() - 1 : 0;
   const auto& values = decode_of(0).values;
   if (request.sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
@@ -241,6 +265,7 @@ int64_t Batch::Impl::join(const Request& request) {
   Row row;
   row.request = request;
   row.handle = ++last_handle;
+  if (drafts) row.drafts = std::make_unique<RowDrafts>(most), row.drafts->ngram.append(request.prompt);
   *free = std::move(row);
   return last_handle;
 }
@@ -284,6 +309,7 @@ RowEvent Batch::Impl::took(int64_t number, int64_t token) {
     return event;
   }
   row.next = token;
+  if (row.drafts) row.drafts->ngram.append({token});
   if (row.request.stop_at_eog && model->is_eog(token)) {
     event.stop = Stop::Eog;
   } else {
@@ -363,26 +389,70 @@ BatchProbe Batch::Impl::probe(const std::vector<int64_t>& tokens, const std::vec
   return found;
 }
 
+// What each of the timelines drafts for the step that all of them take.
+void Batch::Impl::draft(const std::vector<int64_t>& numbers) {
+  std::vector<std::vector<double>> chances(numbers.size());
+  int64_t room = costs.sizes().back() - static_cast<int64_t>(numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    Row& row = rows[static_cast<size_t>(numbers[i])];
+    if (!row.drafts) continue;
+    const int64_t length = row.request.drafting.length ? row.request.drafting.length : costs.sizes().back() - 1;
+    int64_t most = std::min({length, room, shared.artifact.max_seq_len - row.position - 1});
+    if (row.request.max_new_tokens) most = std::min(most, row.request.max_new_tokens - row.produced - 1);
+    row.drafts->now = row.drafts->ngram.draft(most);
+    chances[i] = row.drafts->acceptance.chances();
+    chances[i].resize(row.drafts->now.size());
+  }
+  const std::vector<int64_t> shares = share_drafts(chances, costs);
+  for (int64_t share : shares) room -= share;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    Row& row = rows[static_cast<size_t>(numbers[i])];
+    if (!row.drafts) continue;
+    const bool due = !shares[i] && room > 0 && !row.drafts->now.empty() && row.drafts->acceptance.due();
+    room -= due;
+    row.drafts->now.resize(static_cast<size_t>(shares[i] + due));
+  }
+}
+
 void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events) {
-  auto fits = several.lower_bound(static_cast<int64_t>(numbers.size()));
-  Step& step = numbers.size() == 1 ? decode_of(numbers[0]) : fits->second;
+  draft(numbers);
   std::vector<Place> places;
   for (int64_t number : numbers) {
     const Row& r = rows[static_cast<size_t>(number)];
     places.push_back({r.token(), r.position, number, r.request.sampling});
+    if (r.drafts)
+      for (int64_t token : r.drafts->now) places.push_back({token, places.back().position + 1, number, r.request.sampling});
   }
+  const auto size = static_cast<int64_t>(places.size());
+  Step& step = size == 1 ? decode_of(numbers[0]) : several.lower_bound(size)->second;
+  const auto began = Clock::now();
   write(step, places);
   run(step);
   std::vector<int64_t> tokens(static_cast<size_t>(step.out.token.numel()));
   timeline->read(tokens.data(), step.out.token);
+  if (++step.runs > kColdRuns) costs.took(size, std::chrono::duration<double>(Clock::now() - began).count());
   std::vector<float> logits;
   if (options.keep_logits) logits.resize(static_cast<size_t>(step.out.logits.numel())), timeline->read(logits.data(), step.out.logits);
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    Row& row = rows[static_cast<size_t>(numbers[i])];
+  auto at = tokens.begin();
+  for (int64_t number : numbers) {
+    Row& row = rows[static_cast<size_t>(number)];
+    int64_t agreed = 0, drafted = 0;
+    if (row.drafts) {
+      drafted = static_cast<int64_t>(row.drafts->now.size());
+      agreed = Acceptance::agreed(row.drafts->now, {at, at + drafted + 1});
+      row.drafts->acceptance.took(drafted, agreed);
+      for (int64_t i = 0; i < drafted && i <= agreed; ++i) ++counts.tried[static_cast<size_t>(i)], counts.right[static_cast<size_t>(i)] += i < agreed;
+      ++counts.steps, counts.tokens += agreed + 1;
+    }
     row.read += row.left();
-    ++row.position;
-    if (options.keep_logits) row.logits.assign(logits.begin() + static_cast<int64_t>(i) * shared.vocab_size, logits.begin() + static_cast<int64_t>(i + 1) * shared.vocab_size);
-    events.push_back(took(numbers[i], tokens[i]));
+    for (int64_t i = 0; i <= agreed; ++i) {
+      ++row.position;
+      const auto from = logits.begin() + (at - tokens.begin() + i) * shared.vocab_size;
+      if (options.keep_logits) row.logits.assign(from, from + shared.vocab_size);
+      events.push_back(took(number, at[i]));
+      if (events.back().stop || !events.back().error.empty()) break;
+    }
+    at += drafted + 1;
   }
 }
 
@@ -434,6 +504,10 @@ int64_t Batch::active() const {
 int64_t Batch::position(int64_t handle) const {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->row_of(handle).position;
+}
+DraftCounts Batch::draft_counts() const {
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
+  return impl_->counts;
 }
 const std::vector<float>& Batch::logits(int64_t handle) const {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);

@@ -10,8 +10,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
-
 double seconds_since(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }
 
 }  // namespace
@@ -22,20 +20,25 @@ DraftSource draft_source(const std::string& name) {
   fail("drafts by '", name, "': must be ngram or off");
 }
 
-void Session::Impl::set_drafts(const Drafting& drafting) {
-  if (drafting.source == DraftSource::Off && !drafting.own) {
-    speculation = nullptr;
-    return;
-  }
-  std::vector<int64_t> sizes = shared.artifact.steps();
+std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting) {
+  std::vector<int64_t> sizes = artifact.steps();
   if (sizes.empty()) {
-    for (const KvSpec& k : shared.artifact.kv)
+    for (const KvSpec& k : artifact.kv)
       if (k.state) fail("drafts: the model has layers with a state, which takes one token after the other; leave drafts off");
     fail("drafts: the artifact has no steps of several tokens; export it with --decode-rows 1,2,4,8");
   }
   if (drafting.length < 0 || drafting.length >= sizes.back())
     fail("drafts: ", drafting.length, " a step: the artifact's largest step takes ", sizes.back(), " tokens, so 1 to ", sizes.back() - 1, " drafts, or 0 for that");
   sizes.insert(sizes.begin(), 1);
+  return sizes;
+}
+
+void Session::Impl::set_drafts(const Drafting& drafting) {
+  if (drafting.source == DraftSource::Off && !drafting.own) {
+    speculation = nullptr;
+    return;
+  }
+  const std::vector<int64_t> sizes = step_sizes(shared.artifact, drafting);
   if (!drafts) drafts = std::make_unique<Speculation>(sizes);
   speculation = drafts.get();
   speculation->drafting = drafting;

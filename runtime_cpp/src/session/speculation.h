@@ -22,6 +22,11 @@ struct WideStep {
   int64_t runs = 0;
 };
 
+// Tokens of the artifact's steps, 1 first. Error where they cannot check what `drafting` asks for.
+std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting);
+
+constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
+
 // What a session that drafts has beside its caches.
 struct Speculation {
   explicit Speculation(const std::vector<int64_t>& sizes) : costs(sizes), acceptance(sizes.back() - 1) {}
