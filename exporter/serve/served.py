@@ -18,13 +18,13 @@ from kiln.exporter.conversation.request import Request, RequestError
 from kiln.exporter.conversation.vocabulary import vocabulary
 from kiln.exporter.errors import KilnError
 from kiln.exporter.serve.answer import Answer, Wishes
-from kiln.exporter.serve.engine import Busy, Closed, Engine, Steps
-from kiln.exporter.serve.grammar import Grammars
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.settings import Settings
-from kiln.exporter.serve.steer import Lexicon
-from kiln.exporter.serve.timelines import Timeline
+from kiln.exporter.serve.steps.engine import Busy, Closed, Engine, Steps
+from kiln.exporter.serve.steps.grammar import Grammars
+from kiln.exporter.serve.steps.steer import Lexicon
+from kiln.exporter.serve.steps.timelines import Timeline
 
 T = TypeVar("T")
 # One choice: its prompt's ids, where later prompts may part from them, its parser, the tools' names, what makes its grammar.

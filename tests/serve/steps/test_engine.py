@@ -13,9 +13,9 @@ import torch
 
 import kiln
 from kiln.custom_ops.step.sample import reference
-from kiln.exporter.serve.engine import Busy, Closed, Job, Outcome, Sampling, Steps
-from kiln.exporter.serve.rows import Rows, sample
-from kiln.exporter.serve.timelines import Timeline, chosen
+from kiln.exporter.serve.steps.engine import Busy, Closed, Job, Outcome, Sampling, Steps
+from kiln.exporter.serve.steps.rows import Rows, sample
+from kiln.exporter.serve.steps.timelines import Timeline, chosen
 from tests.serve import solo
 
 CHUNK, MOST = 8, 96
@@ -177,7 +177,7 @@ def test_what_fails_is_that_jobs_alone(engine: Steps, model: kiln.Model) -> None
 
 def test_a_mistake_of_the_engine_is_told(model: kiln.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Steps([Timeline(kiln.Session(model, prefill_chunk=CHUNK))], 8, CHUNK, MOST)
-    monkeypatch.setattr("kiln.exporter.serve.engine.chosen", lambda *given: 1 / 0)
+    monkeypatch.setattr("kiln.exporter.serve.steps.engine.chosen", lambda *given: 1 / 0)
     jobs = [Waiting(prompt(5), 4) for _ in range(3)]
     engine.submit([w.job for w in jobs])
     assert all(w.done.wait(10) for w in jobs) and jobs[0].outcome.why == "error" and "ZeroDivisionError" in engine.broken

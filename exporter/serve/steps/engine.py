@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kiln.exporter.serve.timelines import Timeline, chosen
+from kiln.exporter.serve.steps.timelines import Timeline, chosen
 
 log = logging.getLogger("kiln.serve")
 
