@@ -16,6 +16,7 @@ import torch
 
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.tokenizer import read_tokenizer
+from tests.gguf_files import two_layers
 from tests.timeline import FIXTURES
 
 TEMPLATE = """{{ bos_token }}
@@ -133,6 +134,22 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
         else:
             found[name] = shared(tmp_path_factory, f"artifact-{name}", export(name))
     return found
+
+
+@pytest.fixture(scope="session")
+def rows_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer with a ring of 16 + 6 slots and one with TQ4 and an exact window of 32 + 6: both are passed within 64 positions.
+
+    Steps of 2 and 4 tokens. KILN_TEST_BATCH names one that is there.
+    """
+
+    def make(path: Path) -> None:
+        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf")
+        kiln("export", "--gguf", gguf, "--out", path, "--target", "cpu", "--max-seq-len", 64, "--prefill-chunk", 32,
+             "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", 3)  # fmt: skip
+
+    kept = os.environ.get("KILN_TEST_BATCH")
+    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kiln._runtime import (
         Acceptance,
         Batch,
+        BatchRow,
         Error,
         Model,
         NgramDrafter,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Acceptance",
     "Batch",
+    "BatchRow",
     "Error",
     "Model",
     "NgramDrafter",
