@@ -54,14 +54,20 @@ installed:
 build: $(SETUP)
 	$(if $(SETUP),$(runtime),$(runtime_by_cmake))
 
-# Both distributions as they are uploaded, checked
+# Both distributions as they are uploaded, checked: the runtime by zig, against glibc 2.28 whatever this machine has, with the threads' library
+# of torch's wheel, which is as old; installed alone, it plays what `make demo` left.
+ZIG = $$("$$PY" -c 'import os, ziglang; print(os.path.join(os.path.dirname(ziglang.__file__), "zig"))')
+GOMP = $$("$$PY" -c 'import importlib.util, os; print(os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib", "libgomp.so.1"))')
 wheels: $(SETUP)
-	$(runtime)
-	@rm -rf "$$BUILD"/dist/*.whl
+	@rm -rf "$$BUILD"/dist/*.whl "$$BUILD/zig" && mkdir -p "$$BUILD/dist"
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/dist" .
-	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel repair --wheel-dir "$$BUILD/dist" "$$BUILD"/wheels/kiln_runtime-*.whl
-	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel show "$$BUILD"/dist/kiln_runtime-*.whl
+	PATH=$(BIN):"$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/zig" \
+	  --config-settings=build-dir="$(FOLDER)-zig" --config-settings=cmake.define.KILN_LIBGOMP="$(GOMP)" \
+	  --config-settings=cmake.define.CMAKE_CXX_COMPILER="$(ZIG)" \
+	  --config-settings=cmake.define.CMAKE_CXX_COMPILER_ARG1="c++ -target x86_64-linux-gnu.2.28" ./runtime_cpp
+	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir "$$BUILD/dist" "$$BUILD"/zig/kiln_runtime-*.whl
 	"$$PY" -m twine check --strict "$$BUILD"/dist/*.whl
+	"$$PY" -m tests.tools.check_wheel "$$BUILD"/dist/kiln_runtime-*.whl $$([ ! -f "$$BUILD/demo/manifest.json" ] || echo "$$BUILD/demo")
 
 # The runner without Python: kiln-run, the C library, examples and licences
 RUNNER = kiln-runtime-$(shell sed -n 's/^project.kiln_runtime VERSION \([0-9.]*\).*/\1/p' runtime_cpp/CMakeLists.txt)-linux-x86_64

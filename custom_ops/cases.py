@@ -18,6 +18,7 @@ MODULES = (
     "weights.matmul",
     "weights.embedding",
     "delta.step",
+    "delta.decode",
     "delta.chunk",
     "experts.route",
     "experts.router",

@@ -86,7 +86,9 @@ class Geometry:
     @property
     def form(self) -> dict[str, Any]:
         """Of attention's preparation, as its kernel's constants."""
-        return {"QK_NORM": True, "V_NORM": self.v_norm, "SCALE": self.full.dim**-0.5 if self.scaled_scores else 1.0, "NEIGHBOURS": False}
+        scale = self.full.dim**-0.5 if self.scaled_scores else 1.0
+        return {"QK_NORM": True, "V_NORM": self.v_norm, "SCALE": scale, "NEIGHBOURS": False, "GATED": self.delta is not None,
+                "TURNED": self.rotary}  # fmt: skip
 
     def is_full(self, layer: int) -> bool:
         return layer % self.full_every == self.full_every - 1

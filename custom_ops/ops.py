@@ -10,6 +10,7 @@ from kiln.custom_ops.attention import (  # noqa: F401
     sliding_rows,
 )
 from kiln.custom_ops.delta import chunk  # noqa: F401
+from kiln.custom_ops.delta import decode as delta_decode  # noqa: F401
 from kiln.custom_ops.delta import step as delta_step  # noqa: F401
 from kiln.custom_ops.experts import branches, route, router  # noqa: F401
 from kiln.custom_ops.experts import decode as expert_decode  # noqa: F401

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes
+from kiln.custom_ops.delta import rule as delta
 from kiln.custom_ops.dtypes import DTYPES, dtype_name
 from kiln.custom_ops.gpu.early import waiting_kernels
 from kiln.custom_ops.gpu.tables import borrowed, lacking
 from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.tq4.codec import check_dim
+from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.fixed_point import TERMS
 from kiln.exporter.artifact.mapping import constant_records, gguf_record
 from kiln.exporter.artifact.memory import memory_plan
@@ -97,9 +99,6 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
     cpu = targets == ("cpu",)
-    rule = next((layer.index for layer in config.layers if isinstance(layer.mixer, DeltaNet)), None)
-    if rule is not None and not cpu:
-        raise KilnError(f"{config.name}: layer {rule} is a gated delta rule, whose kernels ran on no GPU yet; give --target cpu")
     dtype = options.activation_dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -111,7 +110,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     if options.turboquant and not global_layers:
         raise KilnError(f"{config.name} has no global layers, whose caches TQ4 is for; give --kv-cache f16")
     if not cpu and options.decode_rows != (1,):
-        raise KilnError("--decode-rows: steps of several tokens cannot be compiled for a GPU yet; give --target cpu, or leave it away")
+        _check_several(options, plan)
     if options.decode_rows != (1,) and any(cache.kind == "state" for cache in cache_specs(config)):
         raise KilnError(f"--decode-rows: {config.name} has layers with a state, which takes one token after the other; leave it away")
     spec = GraphSpec(
@@ -142,6 +141,15 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     return spec
 
 
+def _check_several(options: ExportOptions, plan: ModelPlan) -> None:
+    """KilnError where a GPU's step of several tokens would not be what steps of one are: fused kernels alone keep a token's bits."""
+    if not options.fuse_decode or options.allow_unfused:
+        other = "--no-fuse-decode" if not options.fuse_decode else "--allow-unfused"
+        raise KilnError(f"--decode-rows: only fused kernels keep a token's bits among others'; it does not go with {other}")
+    if not any(p.block_type in LAYOUTS for p in plan.weights):
+        raise KilnError(f"--decode-rows: {plan.config.name} has no quantized weights, which a GPU's steps of several tokens multiply")
+
+
 def _check_rows(spec: GraphSpec) -> None:
     """KilnError where a row's caches would not begin where compiled code expects memory to begin."""
     if spec.options.rows == 1:
@@ -159,6 +167,8 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
         for cache in cache_specs(spec.config):
             if spec.options.turboquant and cache.kind == "global":
                 check_dim(cache.head_dim)
+        for rule in (layer.mixer for layer in spec.config.layers if gpu and isinstance(layer.mixer, DeltaNet)):
+            delta.check_kernel_shapes(rule.key_dim, rule.value_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
             if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
@@ -253,10 +263,11 @@ def check_places(spec: GraphSpec) -> None:
     after the weights were packed.
     """
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
-    for entry in () if spec.options.allow_unfused else ENTRIES:
+    for entry in () if spec.options.allow_unfused else spec.entries:
         for name, places in expected_places(spec.config, spec.plan, kv, spec.options, entry).items():
             if missed := [f"{place} ({why})" for place, why in places.items() if why]:
-                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {UNFUSED}")
+                instead = UNFUSED if entry in ENTRIES else "leave --decode-rows away"
+                raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {instead}")
 
 
 def note_borrowed(targets: tuple[str, ...]) -> None:

@@ -138,6 +138,7 @@ def _decode_rows(text: str) -> tuple[int, ...]:
     show_default=True,
     help="copy: packed into the artifact; gguf: they stay in the file, which is named again when it is played, or another one like it.",
 )
+@click.option("--draft-gguf", type=PATH, help="A drafter of the model. It is checked against it; compiling it is not supported yet.")
 @click.option("--hash-weights", is_flag=True, help="With --weights gguf: the manifest gets a checksum of every tensor, for --verify.")
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
@@ -173,6 +174,11 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
         scan = options["dry_run"] and not options["allow_nonfinite"]
         plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
+        if (drafter := options.pop("draft_gguf")) is not None:
+            from kiln.exporter.source.drafter import read_drafter
+
+            named = read_drafter(drafter, plan).config.name
+            raise KilnError(f"--draft-gguf: {named} fits {plan.config.name}, but a drafter is not compiled yet; leave it away")
         if not options["dry_run"]:
             prepare(AT_ONCE)  # they import PyTorch while this process does
         from kiln.exporter.build import ExportOptions, export_artifact
@@ -242,6 +248,16 @@ def run(arguments: tuple[str, ...]) -> None:
 CONVERSING = ("system", "messages", "think", "stop")  # options of `kiln run` that are played from Python
 
 
+def drafts(command: Any) -> Any:
+    """The options of what is drafted, and checked in steps of several tokens."""
+    most = click.option("--draft-length", type=click.IntRange(0), default=0, metavar="N", help="Most drafts a step.  [default: what fits]")
+    which = click.option(
+        "--draft", type=click.Choice(["off", "ngram"]), default="off", show_default=True,
+        help="Check several tokens a step: ngram, what followed where the text's end occurred before. The text stays the same.",
+    )  # fmt: skip
+    return which(most(command))
+
+
 def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, seed: str) -> Callable[[Any], Any]:
     """The options of answers, with the defaults of one command."""
 
@@ -252,6 +268,7 @@ def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, s
             click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=top_p, show_default=True, help="1 is off."),
             click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help=f"Of the sampling.  [default: {seed}]"),
             click.option("--max-new-tokens", type=click.IntRange(1, (1 << 31) - 1), default=tokens, help="Longest answer, in tokens."),
+            drafts,
             click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N."),
             click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
@@ -379,19 +396,37 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--depths", metavar="N,N,...", help="Tokens in the caches.  [default: 128 and up in steps of 4; with --profile: 2048]")
 @click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of the timed prefill call.  [default: the artifact's]")
 @click.option("--steps", type=click.IntRange(1), default=64, show_default=True, help="Decode steps timed at each depth.")
+@drafts
+@click.option("--prompt-file", type=PATH, help="With --draft: the text that is measured, as of kiln run.")
+@click.option("--raw", is_flag=True, help="With --prompt-file: no chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(2), help="With --draft: tokens that are written.  [default: 128]")
+@click.option("--draft-rates", metavar="F,F,...", help="Draft what will come, each place of a draft right as often, by a seeded coin.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
+@click.option("--rows", metavar="M,M,...", help="Instead: steps of as many tokens, of one session and of M sessions.")
 @click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
 def bench(as_json: bool, **options: Any) -> None:
-    """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do."""
-    from kiln.exporter.measure.bench import bench as measure
+    """Measure an artifact: prefill and decode at several depths, memory, share of what the device can do.
+
+    With --draft or --draft-rates: the same text with and without drafts, the acceptance of each place, tokens a step, speed-up.
+    """
+    names = ("draft", "draft_length", "draft_rates", "prompt_file", "raw", "max_new_tokens")
+    drafting = {name: options.pop(name) for name in names}
+    from kiln.exporter.measure import bench as measure
 
     with working_folder():
-        record, text = measure(**options)
+        if drafting["draft"] == "off" and drafting["draft_rates"] is None:
+            if given := [f"--{name.replace('_', '-')}" for name in names[1:] if drafting[name]]:
+                raise click.UsageError(f"{given[0]} needs --draft or --draft-rates")
+            record, text = measure.bench(**options)
+        else:
+            if options.pop("profile") or options.pop("picture"):
+                raise click.UsageError("--profile and --plot are not of texts with drafts; run them apart")
+            record, text = measure.bench_drafts(**drafting, **options)
     click.echo(json.dumps(record, indent=1) if as_json else text)
 
 

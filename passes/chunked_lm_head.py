@@ -33,7 +33,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         emit = _packed_chunk if _packed(head, names) else _float_chunk
         pieces = [emit(ep, head, a, min(a + rows, n)) for a in range(0, n, rows)]
         edit.replace(ep, head, edit.emit(ep, head, aten.cat.default, pieces, -1))
-    ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
+    edit.drop_dead(ep)
     if not chunked:
         note = f"the dequantized head fits the budget of {options.materialized_head_budget} bytes"
         return PassReport("chunked_lm_head", "not needed", note=note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ def user_input(ep: ExportedProgram, name: str) -> Node:
         if node.op == "placeholder" and node.name == name and name in names:
             return node
     raise PassError(f"the graph has no input named {name}; it has {sorted(names)}")
+
+
+def has_input(ep: ExportedProgram, name: str) -> bool:
+    return any(s.kind == InputKind.USER_INPUT and s.arg.name == name for s in ep.graph_signature.input_specs)
 
 
 def symbolic(size: int | torch.SymInt) -> bool:
@@ -111,13 +115,13 @@ def resolve(node: Any) -> Any:
     return node
 
 
-def emit(ep: ExportedProgram, before: Node, target: Callable, *args: Any) -> Node:
+def emit(ep: ExportedProgram, before: Node, target: Callable, *args: Any, **kwargs: Any) -> Node:
     """A new call before `before`, its fake value computed from its arguments."""
     with ep.graph.inserting_before(before):
-        node = ep.graph.call_function(target, args)
-    value = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        node = ep.graph.call_function(target, args, kwargs)
+    value, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with fake_mode(ep), torch.no_grad():
-        node.meta["val"] = target(*value)
+        node.meta["val"] = target(*value, **named)
     return node
 
 
@@ -150,6 +154,13 @@ def remove_buffer(ep: ExportedProgram, node: Node) -> None:
     specs[:] = [s for s in specs if s.arg.name != node.name]
     del ep.state_dict[fqn]
     ep.graph.erase_node(node)
+
+
+def drop_dead(ep: ExportedProgram, pure: Container[Node] = ()) -> None:
+    """Erase what nobody reads, in one sweep from the end; of calls that write only those of `pure`, whose writes say nothing."""
+    for node in reversed(ep.graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and (node in pure or not written_args(node)):
+            ep.graph.erase_node(node)
 
 
 def finish(ep: ExportedProgram) -> None:

@@ -1,8 +1,10 @@
-"""One token's layer in a few kernels: matmuls on fixed-point activations, and one kernel for what lies between two matmuls.
+"""The layer of a decode step in a few kernels: matmuls on fixed-point activations, and one kernel for what lies between two matmuls.
 
 The residual stream and the results of matmuls stay in float32. An activation becomes fixed point (`custom_ops/weights/fixed_point.py`)
 where it is made: in the norm, in gelu(gate) * value, or in the attention before the matmul. A matmul whose weight is not packed stays as
 it is, and so does every neighbour of another form.
+
+A step of several tokens takes the same rules: its ops compute each token as those of one token do, and its attention writes all keys first.
 """
 
 from __future__ import annotations
@@ -15,20 +17,47 @@ from torch.fx import Node
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights.gemv import COUNTERS, glu_fits
 from kiln.passes import edit, fuse_experts
-from kiln.passes.edit import KILN
+from kiln.passes.decode_patterns import (
+    Rotated,
+    branch_added,
+    exact_window_of,
+    frequencies,
+    gated_step,
+    key_cache,
+    normed_value,
+    projection,
+    rotated,
+    ungated,
+    viewed,
+    writes_of,
+)
+from kiln.passes.edit import KILN, PassError
 from kiln.passes.records import Lowered, PassOptions, PassReport
 
 aten = torch.ops.aten
 WITH_SQUARES = {KILN.fixed_linear.default: KILN.fixed_linear_squares.default,  # a matmul -> the same, with sums of squares of its result
                 KILN.expert_sum.default: KILN.expert_sum_squares.default}  # fmt: skip
-VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
+# An attention -> the op that also prepares and writes, the one that reads what another layer wrote, and its arguments that they take:
+# caches, positions, rows, window. Of `global_...` none does so.
+FUSED = {KILN.sliding_attention.default: (KILN.sliding_decode.default, KILN.sliding_read.default, slice(3, 7)),
+         KILN.tq4_attention.default: (KILN.tq4_decode.default, KILN.tq4_read.default, slice(3, 10)),
+         KILN.sliding_rows.default: (KILN.sliding_decode_rows.default, KILN.sliding_read_rows.default, slice(1, 6)),
+         KILN.tq4_rows.default: (KILN.tq4_decode_rows.default, KILN.tq4_read_rows.default, slice(1, 10))}  # fmt: skip
+SLIDING = (KILN.sliding_attention.default, KILN.sliding_rows.default)
+GLOBAL = (KILN.global_attention.default, KILN.global_rows.default)
+# What the compiler, or a library, adds up in an order that may depend on the number of rows.
+IN_ANY_ORDER = (
+    KILN.rms_norm.default, KILN.quantized_linear.default, KILN.expert_linear.default, KILN.route.default, KILN.sliding_rows.default,
+    KILN.tq4_rows.default, aten.linear.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.addmm.default,
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.softmax.int, aten.cumsum.default,
+)  # fmt: skip
 
 
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not options.decode_bytes:
         return PassReport("fuse_decode", "off", note="the target's matmuls take activations as they are")
     ep = lowered.program
-    if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1:
+    if edit.user_input(ep, "tokens").meta["val"].shape[0] != 1 and not edit.has_input(ep, "row"):
         return PassReport("fuse_decode", "not needed", note="many tokens")
     packed = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default, KILN.expert_linear.default)]
     if not packed:
@@ -40,9 +69,11 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             fuse_experts.rewrite(fuser, matmul)
         else:
             fuser.rewrite(matmul)
-    fuser.drop_dead_matmuls()
+    edit.drop_dead(ep, fuser.made)  # a matmul's counters are back at zero when it is done
     fuser.round_late()
-    ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
+    edit.drop_dead(ep)
+    if fuser.several and (left := next((n for n in ep.graph.nodes if edit.is_call(n, *IN_ANY_ORDER)), None)):
+        raise PassError(f"pass fuse_decode: {left.name} ({left.target}) of several tokens may add up in another order than of one")
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
     note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
     return PassReport("fuse_decode", "applied", tuple(dict.fromkeys(fuser.places)), note)
@@ -51,6 +82,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 class _Fuser:
     def __init__(self, ep, terms: int):
         self.ep, self.terms = ep, terms
+        self.several = edit.has_input(ep, "row")  # tokens, each of one of several rows of caches
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
         self.squares: dict[Node, Node] = {}  # the residual stream -> sums of its squares
@@ -60,7 +92,7 @@ class _Fuser:
         self.partials: dict[Node, Node] = {}  # a matmul -> the same, to be summed by its reader
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.sources: dict[Node, tuple[Node, Node]] = {}  # a cache of keys that a fused op writes -> the token's key and value
-        self.made: list[Node] = []
+        self.made: set[Node] = set()  # matmuls
         first = next(n for n in ep.graph.nodes if n.op != "placeholder")
         device = edit.user_input(ep, "tokens").meta["val"].device
         with ep.graph.inserting_before(first):
@@ -68,8 +100,8 @@ class _Fuser:
         with edit.fake_mode(ep):
             self.counters.meta["val"] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
-    def emit(self, before: Node, target, *args) -> Node:
-        return edit.emit(self.ep, before, target, *args)
+    def emit(self, before: Node, target, *args, **kwargs) -> Node:
+        return edit.emit(self.ep, before, target, *args, **kwargs)
 
     def name(self, constant: Node) -> str:
         """A weight's name, without that of its plane."""
@@ -79,7 +111,7 @@ class _Fuser:
         x, words, halves, block_type = matmul.args
         fixed, *root = self.to_fixed(x, matmul)
         new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root)
-        self.made.append(new)
+        self.made.add(new)
         self.places.append(self.name(words))
         self.replace_rounded(matmul, new)
 
@@ -94,12 +126,6 @@ class _Fuser:
         """What was rewritten once more, and the places of these weights."""
         self.counts[name] = self.counts.get(name, 0) + 1
         self.places += [self.name(weight) for weight in weights]
-
-    def drop_dead_matmuls(self) -> None:
-        for node in self.made:
-            self.ep.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(edit.written_args(n)))
-            if not node.users:
-                self.ep.graph.erase_node(node)
 
     def round_late(self) -> None:
         """What still reads a value of which float32 is known reads that one, rounded: else the value would be computed twice."""
@@ -129,10 +155,13 @@ class _Fuser:
         return self.float32[node]
 
     def raw(self, node: Node, before: Node, in_parts: bool) -> Node:
-        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`."""
-        whole, begin, end = _projection(node)
+        """The projection behind views and a split of it, float32 [S, heads * D], to be summed over S; S is 1 unless `in_parts`. Of several
+        tokens [S, T, heads * D]."""
+        whole, begin, end = projection(node)
         value = self.parts(whole, before) if in_parts else self.exact(whole, before)
-        return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1, begin, end)
+        if self.several and len(value.meta["val"].shape) == 2:
+            value = self.emit(before, aten.unsqueeze.default, value, 0)
+        return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1 + self.several, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
         """What sums to `node`: a matmul that leaves its sum to its reader, or the value itself."""
@@ -187,12 +216,14 @@ class _Fuser:
 
     def added(self, y: Node, weight: Node | None, eps: float | None, before: Node) -> tuple[Node, Node] | None:
         """y * weight in fixed point and sums of squares of y, a sum that is not known yet. eps: of the branch's norm; None: any."""
-        added = None if y in self.float32 else _branch_added(y, eps)
+        added = None if y in self.float32 else branch_added(y, eps)
         if added is None:
             return None
         stream, branch, post_weight, scale, eps = added
-        stream, op = self.exact(stream, before), KILN.add_norm.default
         two = None if post_weight is None else fuse_experts.branches(branch, eps)
+        if self.several and post_weight is not None and (two or self.exact(branch, before).target not in WITH_SQUARES):
+            return None  # a sum of squares that the compiler orders, by the number of tokens
+        stream, op = self.exact(stream, before), KILN.add_norm.default
         if post_weight is None:
             branches = [self.exact(branch, before), None]
         elif two:
@@ -238,86 +269,105 @@ class _Fuser:
         exact = self.emit(before, aten.select.int, self.exact(source, before), *index)
         return (self.emit(before, KILN.gate_fixed.default, self.parts(gate, before), exact, self.terms),)
 
+    def delta(self, x: Node, before: Node) -> tuple[Node] | None:
+        """silu(z) * rms_norm(o, weight), o what a delta rule's step reads: with the step, from the parts of all four projections."""
+        found = gated_step(x)
+        if found is None:
+            return None
+        step, z, weight = found
+        u, alpha, beta, conv, a, bias, conv_state, delta_state, pos, key_heads, eps = step.args
+        projections = [self.raw(node, before, True) for node in (u, alpha, beta, z)]
+        self.made.add(step)  # nothing reads it any more, and its states are written here
+        self.places.append(edit.layer_part(self.ep, (conv,), "delta"))
+        self.counts["delta"] = self.counts.get("delta", 0) + 1
+        return (self.emit(before, KILN.delta_decode.default, *projections, conv, a, bias, weight, conv_state, delta_state, pos,
+                          self.counters, key_heads, eps, self.terms),)  # fmt: skip
+
     def attention(self, x: Node, before: Node) -> tuple[Node] | None:
-        """Attention of one token with the preparation of its queries, keys and values, and the cache's write."""
-        call = _viewed(x)
+        """Attention with the preparation of its queries, keys and values, and the cache's write."""
+        x, gates = ungated(x)
+        call = viewed(x)
         if edit.is_call(call, aten.to.dtype):  # from the cache's dtype to the activations'
             x = call.args[0]
-            call = _viewed(x)
-        if not edit.is_call(call, KILN.sliding_attention.default, KILN.global_attention.default, KILN.tq4_attention.default):
+            call = viewed(x)
+        if not edit.is_call(call, *FUSED, *GLOBAL):
             return None
-        q = _rotated(call.args[0])
-        if q is not None and edit.resolve(_key_cache(call)) in self.sources:
-            return self.reader(x, call, q, before)
-        write = _write(call)
-        if q is None or write is None:
+        q = rotated(call.args[0])
+        if q is None or q.gates is not gates or (self.several and (gates or q.in_part)):
             return None
-        k, v = _rotated(_viewed(write.k)), _normed_value(write.v)
+        if edit.resolve(key_cache(call)) in self.sources:
+            return None if gates else self.reader(x, call, q, before)
+        write = writes_of(call)
+        if write is None:
+            return None
+        k, v = rotated(viewed(write.k)), normed_value(write.v)
         if k is None or k.cos is not q.cos or k.sin is not q.sin or k.scale != 1 or k.neighbours != q.neighbours:
             return None
         if (k.weight is None) != (q.weight is None) or len({eps for eps in (q.eps, k.eps, v.eps) if eps is not None}) > 1:
             return None
-        sliding = edit.is_call(call, KILN.sliding_attention.default)
-        if sliding and (q.neighbours or q.weight is None):
+        sliding = edit.is_call(call, *SLIDING)
+        if sliding and (q.neighbours or q.weight is None or q.in_part or gates):
             return None  # a form that its kernel does not have
         eps = next((eps for eps in (q.eps, v.eps) if eps is not None), 0.0)
-        first = min(write.nodes[0], before)  # a ring is written after the last of the layers that read it
-        if not _projection(q.x)[0] < first:
+        first = min(write.nodes[0], before)  # of one token a ring is written after the last of the layers that read it
+        if not projection(q.x)[0] < first:
             return None  # a layer that reads the cache of one that was left as it is
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
-        self.sources[edit.resolve(_key_cache(call))] = write.k, write.v
-        together = _projection(q.x)[0] is _projection(k.x)[0]  # matmuls of their own are split differently
+        self.sources[edit.resolve(key_cache(call))] = write.k, write.v
+        together = projection(q.x)[0] is projection(k.x)[0]  # matmuls of their own are split differently
         projections = [self.raw(n, first, parts) for n, parts in ((q.x, together), (k.x, together), (v.x, True))]
         shared = (*projections, q.weight, k.weight, *self.table(q.cos, q.sin))
         form = (q.scale, v.eps is not None) + (() if sliding else (q.neighbours,))
         form = () if form == (1.0, True, False)[: len(form)] else form  # the ops' defaults
-        if edit.is_call(call, KILN.sliding_attention.default):
-            _, _, _, k_ring, v_ring, pos, window = call.args
-            self.counts["sliding"] += 1
+        gated = {"gated": True} if gates else {}
+        self.counts["sliding" if sliding else "global"] += 1
+        if call.target in FUSED:
             for node in write.nodes:
-                self.ep.graph.erase_node(node)
-            return (self.emit(before, KILN.sliding_decode.default, *shared, k_ring, v_ring, pos, window, eps, self.terms, *form),)
-        self.counts["global"] += 1
-        if edit.is_call(call, KILN.tq4_attention.default):
-            for node in write.nodes:
-                self.ep.graph.erase_node(node)
-            return (self.emit(before, KILN.tq4_decode.default, *shared, *call.args[3:10], eps, self.terms, *form),)
-        call.args = (*call.args[:-1], None)  # one token's position bounds the cache too, and needs no kernel to compute
-        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form)
+                edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
+            op, _, given = FUSED[call.target]
+            more = exact_window_of(call) | gated
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
+        self.bounded(call)
+        prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form, **gated)
         for i, old in enumerate((call.args[0], write.k, write.v)):
             old.replace_all_uses_with(self.emit(first, operator.getitem, prepared, i))
+        if gates:
+            return (self.emit(before, KILN.attention_gate_fixed.default, projections[0], call, self.terms),)
         return self.converted(x, before)
 
-    def reader(self, x: Node, call: Node, q: _Rotated, before: Node) -> tuple[Node] | None:
-        """Attention of one token over a cache that another layer's fused op has written its key and value to."""
-        sliding = edit.is_call(call, KILN.sliding_attention.default)
-        tq4 = edit.is_call(call, KILN.tq4_attention.default)
-        if sliding or tq4:
-            own = tuple(_viewed(a) for a in call.args[1:3])
-            if own != tuple(_viewed(a) for a in self.sources[edit.resolve(_key_cache(call))]):
+    def reader(self, x: Node, call: Node, q: Rotated, before: Node) -> tuple[Node] | None:
+        """Attention over a cache that another layer's fused op has written the tokens' keys and values to."""
+        sliding, fused = edit.is_call(call, *SLIDING), call.target in FUSED
+        if fused and not self.several:
+            own = tuple(viewed(a) for a in call.args[1:3])
+            if own != tuple(viewed(a) for a in self.sources[edit.resolve(key_cache(call))]):
                 return None
-        if sliding and (q.neighbours or q.weight is None):
+        if q.in_part or (sliding and (q.neighbours or q.weight is None)):
             return None  # a form that its kernel does not have
         self.places.append(edit.layer_part(self.ep, call.args, "attention"))
         self.counts["shared"] = self.counts.get("shared", 0) + 1
-        at = before if sliding or tq4 else call
+        at = before if fused else call
         shared = (self.raw(q.x, at, True), q.weight, *self.table(q.cos, q.sin))
         form = (q.scale,) if sliding else (q.scale, q.neighbours)
         form = () if form == (1.0, False)[: len(form)] else form  # the ops' defaults
         eps = q.eps or 0.0
-        if sliding:
-            return (self.emit(before, KILN.sliding_read.default, *shared, *call.args[3:7], eps, self.terms, *form),)
-        if tq4:
-            return (self.emit(before, KILN.tq4_read.default, *shared, *call.args[3:10], eps, self.terms, *form),)
-        call.args = (*call.args[:-1], None)
+        if fused:
+            _, op, given = FUSED[call.target]
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **exact_window_of(call)),)
+        self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)
         call.args[0].replace_all_uses_with(query)
         return self.converted(x, before)
 
+    def bounded(self, call: Node) -> None:
+        """One token's position bounds the cache as its length does, and needs no kernel to compute."""
+        if edit.is_call(call, KILN.global_attention.default):
+            call.args = (*call.args[:-1], None)
+
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
         """cos and sin from one kernel; as they are, every reader would compute its own."""
         if (cos, sin) not in self.tables:
-            pos, inv_freq = edit.user_input(self.ep, "pos"), _frequencies(cos, sin, edit.user_input(self.ep, "pos"))
+            pos, inv_freq = edit.user_input(self.ep, "pos"), frequencies(cos, sin, edit.user_input(self.ep, "pos"))
             if inv_freq is None:
                 self.tables[cos, sin] = cos, sin
             else:
@@ -327,133 +377,5 @@ class _Fuser:
         return self.tables[cos, sin]
 
 
-def _frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
-    """The parameter inv_freq of cos(pos * inv_freq) and sin(pos * inv_freq)."""
-    if not edit.is_call(cos, aten.cos.default) or not edit.is_call(sin, aten.sin.default) or cos.args[0] is not sin.args[0]:
-        return None
-    angle = cos.args[0]
-    if not edit.is_call(angle, aten.mul.Tensor):
-        return None
-    position, inv_freq = angle.args
-    while edit.is_call(position, aten.unsqueeze.default, aten.to.dtype):
-        position = position.args[0]
-    return inv_freq if position is pos and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None
-
-
 # In the order in which they are tried; each counts what it takes.
-RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.attention, _Fuser.stream, _Fuser.converted)
-
-
-class _Rotated:
-    """rope(rms_norm(x, weight)), or rope(x) without weight and eps."""
-
-    def __init__(self, node: Node):
-        x, self.cos, self.sin, self.scale, self.neighbours = (*node.args, *(1.0, False)[len(node.args) - 3 :])  # defaults are left out
-        self.x, self.weight, self.eps = _behind_conversion(x), None, None
-        if edit.is_call(self.x, KILN.rms_norm.default):
-            self.x, self.weight, self.eps, _ = self.x.args
-
-
-def _rotated(node: Node) -> _Rotated | None:
-    if not edit.is_call(node, KILN.rope.default) or 2 * node.args[1].meta["val"].shape[-1] != node.args[0].meta["val"].shape[-1]:
-        return None  # a part of the head turns, which no kernel does
-    found = _Rotated(node)
-    return None if found.eps is not None and found.weight is None else found
-
-
-class _NormedValue:
-    """rms_norm(x), or x as it is, without eps."""
-
-    def __init__(self, x: Node, eps: float | None):
-        self.x, self.eps = x, eps
-
-
-def _normed_value(node: Node) -> _NormedValue:
-    node = _behind_conversion(_viewed(node))
-    if edit.is_call(node, KILN.rms_norm.default) and node.args[1] is None:
-        return _NormedValue(node.args[0], node.args[2])
-    return _NormedValue(node, None)
-
-
-def _behind_conversion(node: Node) -> Node:
-    """What a value was before it took the cache's dtype."""
-    return node.args[0] if edit.is_call(node, aten.to.dtype) else node
-
-
-class _Writes:
-    """The nodes that write a token's key and value to the caches of an attention, in graph order, and what they write."""
-
-    def __init__(self, nodes: list[Node], k: Node, v: Node):
-        self.nodes, self.k, self.v = nodes, k, v
-
-
-def _key_cache(call: Node) -> Node:
-    """What an attention reads earlier keys from: a ring, a global cache or codes."""
-    return call.args[1 if edit.is_call(call, KILN.global_attention.default) else 3]
-
-
-def _write(call: Node) -> _Writes | None:
-    tq4 = edit.is_call(call, KILN.tq4_attention.default)
-    ring = tq4 or edit.is_call(call, KILN.sliding_attention.default)
-    caches = [edit.resolve(c) for c in (call.args[7:9] if tq4 else call.args[3:5] if ring else call.args[1:3])]
-    writes = [[u for u in c.users if edit.is_call(u, aten.index_copy_.default)] for c in caches]
-    if [len(w) for w in writes] != [1, 1]:
-        return None
-    (k_write,), (v_write,) = writes
-    k, v = k_write.args[3], v_write.args[3]
-    if ring:
-        own = not k_write.users and not v_write.users and (_viewed(k), _viewed(v)) == tuple(_viewed(x) for x in call.args[1:3])
-        pos = call.args[9 if tq4 else 5]
-        if not own or not all(_at_slot(w, pos, caches[0].meta["val"].shape[0]) for w in (k_write, v_write)):
-            return None
-    nodes = [k_write, v_write]
-    if tq4:
-        encoded = [u for u in call.args[3].users if edit.is_call(u, KILN.tq4_write.default)]
-        if len(encoded) != 1 or tuple(encoded[0].args[4:6]) != tuple(call.args[1:3]):
-            return None
-        nodes += encoded
-    return _Writes(sorted(nodes), k, v)
-
-
-def _at_slot(write: Node, pos: Node, slots: int) -> bool:
-    """`write` puts the token into the ring's slot pos % slots."""
-    return write.args[1] == 0 and edit.is_call(write.args[2], aten.remainder.Scalar) and write.args[2].args == (pos, slots)
-
-
-def _projection(node: Node) -> tuple[Node, int | None, int | None]:
-    """(projection, begin, end): what `node` is a view of, and the columns of it where it is split."""
-    node = _viewed(node)
-    if edit.is_call(node, operator.getitem):
-        pieces, index = node.args
-        if edit.is_call(pieces, aten.split_with_sizes.default, aten.split.sizes) and len(pieces.args[0].meta["val"].shape) == 2:
-            sizes = pieces.args[1]
-            begin = sum(sizes[:index])
-            return pieces.args[0], begin, begin + sizes[index]
-    return node, None, None
-
-
-def _viewed(node: Node) -> Node:
-    while edit.is_call(node, *VIEWS):
-        node = node.args[0]
-    return node
-
-
-def _branch_added(y: Node, eps: float | None) -> tuple[Node, Node, Node | None, Node | None, float] | None:
-    """(stream, branch, weight, scale, eps) of y = (stream + rms_norm(branch, weight, eps)) * scale, with or without norm and scale.
-
-    eps: the only one that may be; None: any.
-    """
-    scale = None
-    if edit.is_call(y, aten.to.dtype) and edit.is_call(y.args[0], aten.mul.Tensor):
-        left, scale = y.args[0].args
-        if not edit.is_call(left, aten.to.dtype) or not isinstance(scale, Node) or scale.op != "placeholder":
-            return None
-        y = left.args[0]
-    if not edit.is_call(y, aten.add.Tensor) or len(y.args) != 2:
-        return None
-    stream, branch = y.args
-    if not edit.is_call(branch, KILN.rms_norm.default):
-        return stream, branch, None, scale, eps or 0.0
-    if branch.args[1] is None or branch.args[2] != (branch.args[2] if eps is None else eps):
-        return None
-    return stream, branch.args[0], branch.args[1], scale, branch.args[2]
+RULES = (_Fuser.norm, _Fuser.gated, _Fuser.per_layer, _Fuser.delta, _Fuser.attention, _Fuser.stream, _Fuser.converted)

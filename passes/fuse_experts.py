@@ -47,6 +47,7 @@ class _Experts:
     count: int
     router: _Router
     sum: Node
+    beside: tuple[Node, Node] | None  # (y, gate), of y * sigmoid(h . gate), which `sum` has in it
 
 
 def rewrite(fuser: Any, down: Node) -> None:
@@ -64,15 +65,18 @@ def rewrite(fuser: Any, down: Node) -> None:
         fixed, squares, _ = fuser.to_fixed(found.h, before)  # by its norm
     arguments = (fuser.exact(stream, before), squares, router.eps, router.scale, router.factor, router.matrix, router.used,
                  router.renormalized, router.factors, fuser.counters)  # fmt: skip
+    value, gate = found.beside or (None, None)
     op = KILN.choose_experts_norm if own else KILN.choose_experts
-    parts = fuser.emit(before, op.default, *arguments, *own)
+    parts = fuser.emit(before, op.default, *arguments, *(own or ([gate] if found.beside else [])))
     chosen, weights, *rest = (fuser.emit(before, operator.getitem, parts, i) for i in range(3 if own else 2))
     gated = fuser.emit(before, KILN.expert_glu.default, rest[0] if own else fixed, *found.gates, found.block_types[0], chosen, found.count,
                        fuser.counters, squares, eps, found.activation)  # fmt: skip
     new = fuser.emit(before, KILN.expert_sum.default, gated, *found.down, found.block_types[1], chosen, weights, found.count,
-                     fuser.counters)  # fmt: skip
-    fuser.made.append(new)
+                     fuser.counters, *([fuser.exact(value, before)] if found.beside else []))  # fmt: skip
+    fuser.made.add(new)
     fuser.count("experts")
+    if found.beside:
+        fuser.count("shared gates", gate)
     fuser.places.append(fuser.name(found.down[0]).rpartition(".")[0] + ".experts")
     fuser.replace_rounded(found.sum, new)
 
@@ -108,7 +112,11 @@ def _experts(down: Node) -> _Experts | None:
     router = _router(chosen, weights)
     if router is None or router.stream is not norm[0] or router.eps != norm[2]:
         return None
-    return _Experts(h, (*weight, *other), activation, tuple(down_weight), (block_type, down_type), count, router, total)
+    plain = router.scale is norm[1] and router.factor == 1.0  # the router reads what the gate beside it does
+    beside = _beside(total, h) if plain else None
+    whole = beside[0] if beside else total
+    return _Experts(h, (*weight, *other), activation, tuple(down_weight), (block_type, down_type), count, router, whole,
+                    beside[1:] if beside else None)  # fmt: skip
 
 
 def _gates(gate: Any, up: Any) -> tuple[Node, ...] | None:
@@ -130,6 +138,23 @@ def _weighted_sum(down: Node) -> tuple[Node, Node] | None:
         return None
     total = _one_user(product, aten.sum.dim_IntList)
     return (product.args[1].args[0], _converted(total)) if total is not None and total.args[1:] == ([1],) else None
+
+
+def _beside(total: Node, h: Node) -> tuple[Node, Node, Node] | None:
+    """(the sum, y, gate) of total + y * sigmoid(h . gate)."""
+    whole = _one_user(total, aten.add.Tensor)
+    if whole is None or len(whole.args) != 2:
+        return None
+    product = _unconverted(whole.args[0] if whole.args[1] is total else whole.args[1])
+    if not edit.is_call(product, aten.mul.Tensor) or not edit.is_call(product.args[1], aten.sigmoid.default):
+        return None
+    value, summed = product.args[0], product.args[1].args[0]
+    if not edit.is_call(summed, aten.sum.dim_IntList) or summed.args[1:] != ([-1], True):
+        return None
+    weighted = summed.args[0]
+    if not edit.is_call(weighted, aten.mul.Tensor) or _unconverted(weighted.args[0]) is not h or weighted.args[1].op != "placeholder":
+        return None
+    return whole, _unconverted(value), weighted.args[1]
 
 
 def _router(chosen: Any, weights: Any) -> _Router | None:

@@ -33,14 +33,10 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         new = edit.emit(ep, node, aten.index_copy_.default, cache, dim, index, value)
         edit.replace(ep, node, new)
         places.append(buffers[cache])
-    ep.graph.eliminate_dead_code(is_impure_node=_impure)
+    edit.drop_dead(ep)
     if not places:
         raise edit.PassError("pass index_copy: no cache write found; the model must write its caches with cache[pos] = x")
     return PassReport("index_copy", "applied", tuple(places))
-
-
-def _impure(node: Node) -> bool:
-    return node.op in ("placeholder", "output") or bool(edit.written_args(node))
 
 
 def _index_put(node: Node, buffers) -> tuple | None:

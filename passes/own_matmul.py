@@ -17,7 +17,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("own_matmul", "off")
     ep = lowered.program
     linears = [n for n in ep.graph.nodes if edit.is_call(n, aten.linear.default) and len(n.args) == 2 and n.args[0].meta["val"].dim() == 2]
-    places = tuple(_name(node.args[1], edit.states(ep)) for node in linears)
+    names = edit.states(ep)
+    places = tuple(_name(node.args[1], names) for node in linears)
     for node in linears:
         edit.replace(ep, node, edit.emit(ep, node, KILN.matmul.default, *node.args, True))
     return PassReport("own_matmul", "applied" if linears else "not needed", places)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from kiln.passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, turboquant
 from kiln.passes.edit import PassError, finish
 from kiln.passes.records import UNFUSED, Expected, Lowered, PassOptions, PassReport
-from kiln.passes.verifier import verify
+from kiln.passes.verifier import Known, verify
 
 Pass = Callable[[Lowered, PassOptions], PassReport]
 
@@ -37,13 +37,14 @@ def run_pipeline(
     Raises PassError where a pass fails, or rewrites other places than are `expected` and options do not allow it.
     """
     lowered = Lowered(program)
-    verify(program, "export")
+    known: Known = {}
+    verify(program, "export", known)
     _dump(program, dump, 0, "export")
     for i, (name, run) in enumerate(PIPELINE, 1):
         report = run(lowered, options)
         finish(program)
         try:
-            verify(program, name)
+            verify(program, name, known)
         except PassError as e:
             raise PassError(f"after pass {name}: {e}") from e
         if expected is not None:

@@ -17,20 +17,34 @@ _PYTHON = {
 }
 
 
-def verify(ep: ExportedProgram, stage: str) -> None:
+Known = dict[Node, tuple]  # a call that was found right -> what that rests on: operator, arguments, fake values
+
+
+def verify(ep: ExportedProgram, stage: str, known: Known | None = None) -> None:
     """Legal ops, shapes that recompute to what the nodes say, exactly the buffers mutated, no aliasing.
 
+    known: of the graph's last verification, brought up to date; calls for which nothing has changed are not computed again.
     Raises PassError naming the stage and the node.
     """
+    known = {} if known is None else known
     _signature(ep, stage)
     for node in ep.graph.nodes:
         if node.op == "call_function":
+            rests_on = (node.target, node.args, node.kwargs, node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes))
+            if _same(rests_on, known.get(node, ())):
+                continue
             _legal(node, stage)
             _shape(ep, node, stage)
+            known[node] = rests_on
         elif node.op not in ("placeholder", "output"):
             raise PassError(f"{stage}: {node.op} node {node.name} is not legal")
     _mutations(ep, stage)
     _aliases(ep, stage)
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    """Each the very same object: a node's tuple of arguments is made anew when one of them changes."""
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _signature(ep: ExportedProgram, stage: str) -> None:
@@ -61,8 +75,11 @@ def _shape(ep: ExportedProgram, node: Node, stage: str) -> None:
     if node.target in _PYTHON:
         return
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with edit.fake_mode(ep), torch.no_grad():
-        value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function node's
+    try:
+        with edit.fake_mode(ep), torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function node's
+    except Exception as e:
+        raise PassError(f"{stage}: {node.name} ({node.target}) takes no such arguments: {str(e).splitlines()[0]}") from e
     got = value if isinstance(value, (tuple, list)) else (value,)
     said = node.meta.get("val")
     said = said if isinstance(said, (tuple, list)) else (said,)

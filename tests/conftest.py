@@ -137,10 +137,9 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def rows_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer with a ring of 16 + 6 slots and one with TQ4 and an exact window of 32 + 6: both are passed within 64 positions.
-
-    Steps of 2 and 4 tokens. KILN_TEST_BATCH names one that is there.
+def three_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps of 1, 2 and 4 tokens over 3 timelines of 64 positions, read in chunks of 32. A layer with a ring of 16 + 6 slots and one with
+    TQ4 and an exact window of 32 + 6: both are passed. KILN_TEST_BATCH names a directory that has it as `cpu`.
     """
 
     def make(path: Path) -> None:
@@ -149,7 +148,7 @@ def rows_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
              "--turboquant", "--residual-length", 32, "--decode-rows", "1,2,4", "--rows", 3)  # fmt: skip
 
     kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) if kept else shared(tmp_path_factory, "artifact-batch", make)
+    return Path(kept) / "cpu" if kept else shared(tmp_path_factory, "artifact-batch", make)
 
 
 @pytest.fixture(scope="session")

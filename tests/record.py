@@ -1,4 +1,5 @@
-"""A pytest plugin: `-p tests.record --record FILE.json` writes which commit was tested where, and every test's outcome and seconds.
+"""A pytest plugin: `-p tests.record --record FILE.json` writes which commit was tested where, and every test's outcome and seconds;
+what failed is in FILE.failures.txt as soon as it does.
 
 The commit is KILN_COMMIT where that is set (there may be no git on the machine), else git's, with "+changes" where files differ from it.
 """
@@ -52,6 +53,9 @@ def reason(report: pytest.TestReport) -> str:
 class Record:
     def __init__(self, path: Path):
         self.path, self.began, self.tests = path, time.monotonic(), {}
+        self.failures = path.with_suffix(".failures.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.failures.unlink(missing_ok=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "passed", "seconds": 0.0})
@@ -59,6 +63,9 @@ class Record:
         if report.outcome != "passed" and test["outcome"] == "passed":
             test["outcome"] = "error" if report.outcome == "failed" and report.when != "call" else report.outcome
             test["reason"] = reason(report)
+        if report.outcome == "failed":  # at once: a run that is cut short writes no record
+            with self.failures.open("a") as file:
+                file.write(f"---- {report.nodeid} ({report.when})\n{report.longreprtext}\n")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         tests = sorted(self.tests.values(), key=lambda test: test["name"])
@@ -66,7 +73,6 @@ class Record:
         record = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
                   "workers": getattr(session.config.option, "numprocesses", None) or 1, "seconds": round(time.monotonic() - self.began, 1),
                   "exit_status": int(exitstatus), "counts": counts, "tests": tests}  # fmt: skip
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
-from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
+from kiln.custom_ops.geometry import EPS, GEMMA4_31B, GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
@@ -51,12 +51,64 @@ def query_reference(q, q_weight, cos, sin, eps: float, dtype: torch.dtype, scale
 @triton.jit
 def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
                   EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr,
-                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr):
+                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr, GATED: tl.constexpr = False,
+                  TURNED: tl.constexpr = 0):
     """Both halves, float32 [D / 2], of head `head` of queries, keys and values: RMSNorm and, but for values, weight and rotary embedding.
 
     A projection is the sum of `splits` parts, `stride` elements apart (q and k alike). Without QK_NORM queries and keys have no norm and no
-    weight, without V_NORM values have none. Queries are multiplied by SCALE. NEIGHBOURS: as `markers.rope`.
+    weight, without V_NORM values have none. Queries are multiplied by SCALE. NEIGHBOURS: as `markers.rope`. GATED: behind each query of q
+    lies the gate of its head's output. TURNED: of so many dimensions, the first, the halves turn; 0: all.
     """
+    if TURNED > 0:
+        return _turned_in_part(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                               EPS, HEADS, KV, D, V_NORM, SCALE, EARLY, GATED, TURNED)
+    else:
+        return _turned(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride, EPS,
+                       HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY, GATED)
+
+
+@triton.jit
+def _turned_in_part(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
+                    EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr,
+                    EARLY: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr):
+    """`prepared_head` with norms, where TURNED dimensions turn: each element is loaded with the one that it turns with."""
+    PAIRS: tl.constexpr = TURNED // 2
+    rotated = head < HEADS + KV
+    dim = tl.arange(0, D)
+    other = tl.where(dim < PAIRS, dim + PAIRS, tl.where(dim < TURNED, dim - PAIRS, dim))
+    weight = tl.where(head < HEADS, q_weight_ptr, k_weight_ptr)
+    own_weight = tl.load(weight + dim, rotated, other=1.0)
+    other_weight = tl.load(weight + other, rotated, other=1.0)
+    wait_for_earlier_kernels(EARLY)
+    parts = splits
+    step = stride
+    if head < HEADS:
+        source = q_ptr + head * (2 * D if GATED else D)
+    elif rotated:
+        source = k_ptr + (head - HEADS) * D
+    else:
+        source = v_ptr + (head - HEADS - KV) * D
+        parts = v_splits
+        step = v_stride
+    x = sum_splits(source + dim, step, parts, None, D, TOGETHER=16)
+    y = sum_splits(source + other, step, parts, None, D, TOGETHER=16)
+    turns = (dim < TURNED) & rotated
+    cos = tl.load(cos_ptr + dim % PAIRS, turns, other=1.0)
+    sin = tl.load(sin_ptr + dim % PAIRS, turns, other=0.0)
+    norm = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
+    if not V_NORM:
+        norm = tl.where(rotated, norm, 1.0)
+    x = x * norm * own_weight * cos + y * norm * other_weight * tl.where(dim < PAIRS, -sin, sin)
+    if SCALE != 1:
+        x *= tl.where(head < HEADS, SCALE, 1.0)
+    return tl.split(tl.permute(tl.reshape(x, [2, D // 2]), [1, 0]))
+
+
+@triton.jit
+def _turned(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride, EPS: tl.constexpr,
+            HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr, SCALE: tl.constexpr,
+            NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr, GATED: tl.constexpr):
+    """`prepared_head` where all of a head turns."""
     H: tl.constexpr = D // 2
     dim = tl.arange(0, H)
     rotated = head < HEADS + KV
@@ -68,7 +120,7 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     parts = splits
     step = stride
     if head < HEADS:
-        source = q_ptr + head * D
+        source = q_ptr + head * (2 * D if GATED else D)
     elif rotated:
         source = k_ptr + (head - HEADS) * D
     else:
@@ -105,7 +157,7 @@ def prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, splits, stride,
                    v_splits, v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
                    V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, EARLY: tl.constexpr, TOKEN: tl.constexpr,
-                   V_TOKEN: tl.constexpr):
+                   V_TOKEN: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr):
     """`prepared_head` of each token. Grid (HEADS + 2 KV, tokens). TOKEN, V_TOKEN: of several, elements from one to the next; 0 of one."""
     head = tl.program_id(0)
     if TOKEN > 0:
@@ -113,13 +165,13 @@ def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_p
         q_ptr += token * TOKEN
         k_ptr += token * TOKEN
         v_ptr += token * V_TOKEN
-        cos_ptr += token * (D // 2)
-        sin_ptr += token * (D // 2)
+        cos_ptr += token * ((TURNED if TURNED > 0 else D) // 2)
+        sin_ptr += token * ((TURNED if TURNED > 0 else D) // 2)
         q_out_ptr += token * (HEADS * D)
         k_out_ptr += token * (KV * D)
         v_out_ptr += token * (KV * D)
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
-                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY)
+                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY, GATED, TURNED)
     if head < HEADS:
         target = q_out_ptr + head * D
     elif head < HEADS + KV:
@@ -131,20 +183,39 @@ def kiln_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_p
     tl.store(target + D // 2 + dim, b)
 
 
-def form_constants(q_weight: torch.Tensor | None, v_norm: bool, scale: float, neighbours: bool = False) -> dict:
-    """What `prepared_head` is told of a model's form."""
-    return {"QK_NORM": q_weight is not None, "V_NORM": v_norm, "SCALE": scale, "NEIGHBOURS": neighbours}
+def form_constants(q_weight: torch.Tensor | None, v_norm: bool, scale: float, neighbours: bool = False, cos: torch.Tensor | None = None,
+                   gated: bool = False) -> dict:
+    """What `prepared_head` is told of a model's form. cos: of what may turn in part."""
+    turned = 0 if cos is None or q_weight is None or 2 * cos.shape[1] == q_weight.shape[0] else 2 * cos.shape[1]
+    return {"QK_NORM": q_weight is not None, "V_NORM": v_norm, "SCALE": scale, "NEIGHBOURS": neighbours, "GATED": gated, "TURNED": turned}
 
 
-def check_projections(op: str, q, k, v, q_weight, k_weight, cos) -> int:
-    """How many tokens there are; ValueError where the projections [S, heads * D] of one, [S, T, heads * D] of several, do not fit."""
+def queries_of(q: torch.Tensor, dim: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q [..., H dim]; gated: of [..., H 2 dim] the queries, and the gates behind each of them, [..., H dim] both."""
+    if not gated:
+        return q, None
+    query, gate = q.unflatten(-1, (-1, 2, dim)).unbind(-2)
+    return query.flatten(-2), gate.flatten(-2)
+
+
+def check_projections(op: str, q, k, v, q_weight, k_weight, cos, part: bool = False, gated: bool = False) -> int:
+    """How many tokens there are; ValueError where the projections [S, heads * D] of one, [S, T, heads * D] of several, do not fit.
+
+    part: a part of each head may turn, by cos [T, turned / 2]. gated: q has 2 D for each head.
+    """
     dim, tokens = head_dim(q_weight, cos), q.shape[1] if q.dim() == 3 else 1
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{op}: a norm's weight for q or k alone; expected both or none")
     sizes = [x.shape[-1] for x in (q, k, v)]
+    if gated:
+        if sizes[0] % (2 * dim):
+            raise ValueError(f"{op}: q has {sizes[0]} elements; expected a query and a gate of {dim} for each head")
+        sizes[0] //= 2
     if any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in (q, k, v)) or any(s % dim for s in sizes) or sizes[1] != sizes[2]:
         raise ValueError(f"{op}: q, k, v have {sizes} elements; expected float32, whole heads of {dim}, as many keys as values")
-    if sizes[0] % sizes[1] or cos.shape != (tokens, dim // 2):
+    turned = 2 * cos.shape[-1]
+    pairs = turned // 2 if part and q_weight is not None and 0 < turned < dim and not turned & (turned - 1) else dim // 2
+    if sizes[0] % sizes[1] or cos.shape != (tokens, pairs):
         raise ValueError(f"{op}: {sizes[0] // dim} heads to {sizes[1] // dim}, cos {tuple(cos.shape)}; expected [{tokens}, {dim // 2}]")
     if q.shape[0] != k.shape[0] or (q.shape[0] > 1 and q.stride(0) != k.stride(0)):
         raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
@@ -194,24 +265,27 @@ def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor,
 @triton_op("kiln::prepare_qkv", mutates_args=())
 def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                 cos: torch.Tensor, sin: torch.Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0, v_norm: bool = True,
-                neighbours: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                neighbours: bool = False, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections, float32 [S, heads * D] of one token, [S, T, heads * D] of several, to be summed over S, to what attention takes:
     [T, heads, D] in dtype each. No token's bits depend on the others.
 
     q and k: RMSNorm over D, times weight float32 [D], neither without weights; rotary embedding by cos, sin float32 [T, D / 2] (as
-    `markers.rope`), q then times scale. v: RMSNorm if `v_norm`. ValueError when a shape does not fit.
+    `markers.rope`; with weights [T, R / 2], R a power of two, of which then the first R dimensions turn), q then times scale. v: RMSNorm if
+    `v_norm`. gated: q is [S, heads * 2 D], behind each query a gate, which is left out here. ValueError when a shape does not fit.
     """
-    tokens = check_projections("prepare_qkv", q, k, v, q_weight, k_weight, cos)
-    if not use_triton(q):
-        return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype, scale, v_norm, neighbours)
+    tokens = check_projections("prepare_qkv", q, k, v, q_weight, k_weight, cos, part=not neighbours, gated=gated)
     dim = head_dim(q_weight, cos)
-    outs = [torch.empty((tokens, x.shape[-1] // dim, dim), dtype=dtype, device=q.device) for x in (q, k, v)]
+    if not use_triton(q):
+        q, _ = queries_of(q, dim, gated)
+        return prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, dtype, scale, v_norm, neighbours)
+    sizes = (q.shape[-1] // (2 if gated else 1), k.shape[-1], v.shape[-1])
+    outs = [torch.empty((tokens, size // dim, dim), dtype=dtype, device=q.device) for size in sizes]
     heads, kv_heads = (x.shape[1] for x in outs[:2])
     parts = (q.shape[0], q.stride(0), v.shape[0], v.stride(0))
     weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_prepare)[(heads + 2 * kv_heads, tokens)](q, k, v, *weights, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
-                                                         D=dim, **form_constants(q_weight, v_norm, scale, neighbours), EARLY=early(),
-                                                         **token_strides(q, v), num_warps=PREPARE_WARPS)
+                                                         D=dim, **form_constants(q_weight, v_norm, scale, neighbours, cos, gated),
+                                                         EARLY=early(), **token_strides(q, v), num_warps=PREPARE_WARPS)
     return outs[0], outs[1], outs[2]
 
 
@@ -240,6 +314,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     signature = raw | dict.fromkeys(("q_out_ptr", "k_out_ptr", "v_out_ptr"), "*fp16") | numbers
     constants = {"EPS": EPS, "HEADS": model.full.queries, "KV": model.full.kv, "D": model.full.dim, "EARLY": early(target)}
     size = (model.full.queries + model.full.kv) * model.full.dim  # of a token in the matmul of q and k, which v is taken from as well
-    return [KernelCase(f"prepare {model.full.label}{name}", kiln_prepare, signature, constants | model.form | apart,
-                       {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride"))
-            for name, apart in (("", {"TOKEN": 0, "V_TOKEN": 0}), (", several tokens", {"TOKEN": size, "V_TOKEN": size}))]
+    forms = [("", model.form, {"TOKEN": 0, "V_TOKEN": 0}), (", several tokens", model.form, {"TOKEN": size, "V_TOKEN": size})]
+    if model is GEMMA4_31B:
+        forms.append((", gated, turned in part", GEOMETRIES["qwen35-27b"].form, {"TOKEN": 0, "V_TOKEN": 0}))
+    return [KernelCase(f"prepare {model.full.label}{name}", kiln_prepare, signature, constants | form | apart,
+                       {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")) for name, form, apart in forms]

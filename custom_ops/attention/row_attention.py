@@ -2,7 +2,8 @@
 
 All of a step's keys are in the caches before any of its tokens attends: token i attends to token j of the same step iff they are of one
 row and pos[j] <= pos[i]. The plain form adds up what `sliding_attention` and `global_attention` add up for one token, in the same order of
-keys, so that a token's result is theirs bit for bit, whatever tokens come with it.
+keys, so that a token's result is theirs bit for bit, whatever tokens come with it. On a GPU `global_rows` has a kernel; `fuse_decode` puts
+an op with kernels in the place of `sliding_rows`, or the export ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.library import triton_op
 
+from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.attention.global_attention import causal_mask
 from kiln.custom_ops.gpu.launch import use_triton
 
@@ -54,12 +56,6 @@ def check_rows(op: str, tokens: int, pos: torch.Tensor, row: torch.Tensor) -> No
             raise ValueError(f"{op}: {name} is {x.dtype} {tuple(x.shape)}; expected int64 [{tokens}]")
 
 
-def no_kernel(op: str, x: torch.Tensor) -> None:
-    """RuntimeError where x is on a GPU."""
-    if use_triton(x):
-        raise RuntimeError(f"{op}: there is no GPU kernel for a step of several tokens")
-
-
 @triton_op("kiln::sliding_rows", mutates_args=())
 def sliding_rows(q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, row: torch.Tensor,
                  window: int) -> torch.Tensor:
@@ -70,7 +66,6 @@ def sliding_rows(q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, po
     not fit.
     """
     _check("sliding_rows", q, k_ring, v_ring, pos, row)
-    no_kernel("sliding_rows", q)
     keys = ring_positions(k_ring.shape[1], pos)
     slot = row[:, None], keys % k_ring.shape[1]
     return attend_rows(q, k_ring[slot], v_ring[slot], in_window(pos, keys, window))
@@ -84,5 +79,6 @@ def global_rows(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, p
     Returns [M, H, D] in q's dtype. ValueError when a shape does not fit.
     """
     _check("global_rows", q, k_cache, v_cache, pos, row)
-    no_kernel("global_rows", q)
+    if use_triton(q):
+        return flash_rows(q, k_cache, v_cache, pos, row)
     return attend_rows(q, k_cache[row], v_cache[row], causal_mask(k_cache.shape[1], pos, None))

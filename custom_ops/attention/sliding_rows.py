@@ -36,10 +36,10 @@ def _attended(query: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, p
               terms: int) -> torch.Tensor:
     """The reference of the second half: a token at a time, its own key and value in the ring."""
     out = []
-    for i, (r, p) in enumerate(zip(row.tolist(), pos.tolist(), strict=True)):
-        slot = torch.tensor([p % k_ring.shape[1]])  # as a ring's, it stands for a position out of the window
-        keys, values = k_ring[r], v_ring[r]
-        out.append(sliding_attention.reference(query[[i]], keys[slot], values[slot], keys, values, pos[[i]], window))
+    for x, p, r in zip(query.split(1), pos.split(1), row.split(1), strict=True):
+        (keys,), (values,) = k_ring[r], v_ring[r]
+        slot = p % k_ring.shape[1]  # as a ring's, it stands for a position out of the window
+        out.append(sliding_attention.reference(x, keys[slot], values[slot], keys, values, p, window))
     return fixed_point.quantize(torch.cat(out).flatten(1), terms)
 
 

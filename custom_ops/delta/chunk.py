@@ -1,4 +1,4 @@
-"""The gated delta rule for many tokens, in blocks of 64: matmuls within a block, and one state from block to block.
+"""The gated delta rule for many tokens, in blocks: matmuls within a block, and one state from block to block.
 
 Within a block, with G the running sum of log decays and A[i, j] = beta_i (k_i . k_j) e^(G_i - G_j) for j < i: the changes of the state are
 D = U - W S, U = (I + A)^-1 (beta v), W = (I + A)^-1 (beta e^G k), S the state before the block. Behind it the state is M S + B, with
@@ -17,9 +17,11 @@ from kiln.custom_ops.delta import rule
 from kiln.custom_ops.delta.kernels import kiln_delta_blocks, kiln_delta_heads, kiln_delta_outputs, kiln_delta_states
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
-from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.gpu.tables import nearest
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
 
-BLOCK = 64
+BLOCK = 64  # tokens, of the reference
+BLOCKS = {80: 32, 86: 32, 90: 64}  # of the kernels, by architecture: the matrices of a block lie in registers
 ROWS = 16  # tokens of a program that makes heads
 COLUMNS, OUT_COLUMNS, WARPS = 32, 64, 4  # of a head's state that a program carries through the blocks; of a block's outputs
 BLOCK_WARPS, PIECE = 4, 16  # of the matmuls within a block, columns at a time
@@ -109,11 +111,11 @@ def delta_chunk(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: 
 
 
 def _launch(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads: int, eps: float) -> torch.Tensor:
-    tokens, (_, value_heads, key_dim, value_dim) = u.shape[0], delta_state.shape
+    tokens, (_, value_heads, key_dim, value_dim), block = u.shape[0], delta_state.shape, kernel_block(current_target())
     rule.check_kernel_shapes(key_dim, value_dim)
     constants = rule.constants(conv_state, delta_state, key_heads)
     heads = {name: value for name, value in constants.items() if name != "TAPS"}
-    blocks, columns = triton.cdiv(tokens, BLOCK), min(COLUMNS, value_dim)
+    blocks, columns = triton.cdiv(tokens, block), min(COLUMNS, value_dim)
 
     def empty(*shape: int | torch.SymInt) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
@@ -123,30 +125,36 @@ def _launch(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_
     kernel(kiln_delta_heads)[(triton.cdiv(tokens, ROWS), 2 * key_heads + value_heads)](
         u, conv, conv_state, pos, q, k, v, kept, tokens, EPS=eps, **constants, WIDE=max(key_dim, value_dim), ROWS=ROWS, num_warps=4
     )
-    given, seen, mixed, total = (empty(blocks, value_heads, BLOCK, *last) for last in ((value_dim,), (key_dim,), (BLOCK,), ()))
+    given, seen, mixed, total = (empty(blocks, value_heads, block, *last) for last in ((value_dim,), (key_dim,), (block,), ()))
     kernel(kiln_delta_blocks)[(blocks, value_heads)](
-        q, k, v, alpha, beta, a, dt_bias, given, seen, mixed, total, tokens, **heads, BLOCK=BLOCK,
+        q, k, v, alpha, beta, a, dt_bias, given, seen, mixed, total, tokens, **heads, BLOCK=block,
         PIECE=min(PIECE, key_dim, value_dim), PRECISION=PRECISION, num_warps=BLOCK_WARPS, num_stages=1
     )
     out, states = empty(tokens, value_heads, value_dim), empty(blocks, value_heads, key_dim, value_dim)
     kernel(kiln_delta_states)[(value_heads, value_dim // columns)](
-        k, given, seen, total, kept, states, conv_state, delta_state, pos, tokens, **constants, BLOCK=BLOCK, BV=columns,
+        k, given, seen, total, kept, states, conv_state, delta_state, pos, tokens, **constants, BLOCK=block, BV=columns,
         PRECISION=PRECISION, num_warps=WARPS, num_stages=1
     )  # fmt: skip
     wide = min(OUT_COLUMNS, value_dim)
     kernel(kiln_delta_outputs)[(blocks, value_heads, value_dim // wide)](
-        q, given, mixed, total, states, out, tokens, **heads, BLOCK=BLOCK, BV=wide, PIECE=min(PIECE, key_dim), PRECISION=PRECISION,
+        q, given, mixed, total, states, out, tokens, **heads, BLOCK=block, BV=wide, PIECE=min(PIECE, key_dim), PRECISION=PRECISION,
         num_warps=WARPS, num_stages=1
     )  # fmt: skip
     return out
 
 
+def kernel_block(target: GpuTarget) -> int:
+    """Tokens of a kernel's block."""
+    return BLOCKS[nearest(BLOCKS, target)]
+
+
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
-    """At the heads of the hybrids, activations of both dtypes; for sm_90, the one architecture that tiles were chosen for."""
+    """At the heads of the hybrids, activations of both dtypes."""
     cases: list[KernelCase] = []
+    block = kernel_block(target)
     floats = ("conv_ptr", "a_ptr", "bias_ptr", "conv_state_ptr", "delta_state_ptr", "out_ptr", "q_ptr", "k_ptr", "v_ptr", "kept_ptr",
               "given_ptr", "change_ptr", "states_ptr", "seen_ptr", "mixed_ptr", "total_ptr")  # fmt: skip
-    for model in rule.HYBRIDS if target.sm == 90 else ():
+    for model in rule.HYBRIDS:
         for dtype in ("*fp32", "*bf16"):
             given = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("u_ptr", "alpha_ptr", "beta_ptr"), dtype)
             given |= {"pos_ptr": "*i64", "tokens": "i32"}
@@ -154,11 +162,11 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             heads = {name: value for name, value in constants.items() if name != "TAPS"}
             for fn, own, options in (
                 (kiln_delta_heads, {**constants, "EPS": EPS, "ROWS": ROWS, "WIDE": max(model.delta[2:4])}, {"num_warps": 4}),
-                (kiln_delta_blocks, {**heads, "BLOCK": BLOCK, "PIECE": PIECE, "PRECISION": PRECISION},
+                (kiln_delta_blocks, {**heads, "BLOCK": block, "PIECE": PIECE, "PRECISION": PRECISION},
                  {"num_warps": BLOCK_WARPS, "num_stages": 1}),
-                (kiln_delta_states, {**constants, "BLOCK": BLOCK, "BV": COLUMNS, "PRECISION": PRECISION},
+                (kiln_delta_states, {**constants, "BLOCK": block, "BV": COLUMNS, "PRECISION": PRECISION},
                  {"num_warps": WARPS, "num_stages": 1}),
-                (kiln_delta_outputs, {**heads, "BLOCK": BLOCK, "BV": OUT_COLUMNS, "PIECE": PIECE, "PRECISION": PRECISION},
+                (kiln_delta_outputs, {**heads, "BLOCK": block, "BV": OUT_COLUMNS, "PIECE": PIECE, "PRECISION": PRECISION},
                  {"num_warps": WARPS, "num_stages": 1}),
             ):  # fmt: skip
                 types = {name: given[name] for name in fn.arg_names if name not in own}

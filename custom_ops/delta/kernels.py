@@ -30,7 +30,7 @@ def _shift(u_ptr, past_ptr, next_ptr, channel, first, C: tl.constexpr, TAPS: tl.
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
@@ -61,7 +61,7 @@ def kiln_delta_step(u_ptr, alpha_ptr, beta_ptr, conv_ptr, a_ptr, bias_ptr, conv_
     _shift(u_ptr, past, following, v_channel, first, C, TAPS)
     q *= tl.rsqrt(tl.sum(q * q, 0) + EPS) * (DK**-0.5)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
-    g = tl.load(a_ptr + head) * _softplus(tl.load(alpha_ptr + head).to(tl.float32) + tl.load(bias_ptr + head))
+    g = tl.load(a_ptr + head) * softplus(tl.load(alpha_ptr + head).to(tl.float32) + tl.load(bias_ptr + head))
     b = 1 / (1 + tl.exp(-tl.load(beta_ptr + head).to(tl.float32)))
     state *= tl.exp(g)
     change = b * (v - tl.sum(state * k[:, None], 0))
@@ -125,7 +125,7 @@ def kiln_delta_blocks(q_ptr, k_ptr, v_ptr, alpha_ptr, beta_ptr, a_ptr, bias_ptr,
     key_at = token[:, None].to(tl.int64) * (KEY_HEADS * DK) + (head % KEY_HEADS) * DK + dim[None, :]
     alpha = tl.load(alpha_ptr + token.to(tl.int64) * VALUE_HEADS + head, mask=held, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + token.to(tl.int64) * VALUE_HEADS + head, mask=held, other=0.0).to(tl.float32)
-    g = tl.where(held, tl.load(a_ptr + head) * _softplus(alpha + tl.load(bias_ptr + head)), 0.0)
+    g = tl.where(held, tl.load(a_ptr + head) * softplus(alpha + tl.load(bias_ptr + head)), 0.0)
     b = tl.where(held, 1 / (1 + tl.exp(-beta)), 0.0)
     total = tl.cumsum(g, 0)
     decay = tl.where(i[:, None] >= j[None, :], tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)), 0.0)

@@ -85,15 +85,19 @@ def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_wo
 
 
 def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor, weights: torch.Tensor,
-         count: int, counters: torch.Tensor, leave_squares: bool) -> tuple[torch.Tensor, torch.Tensor]:
+         count: int, counters: torch.Tensor, leave_squares: bool, beside: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     used = chosen.shape[-1]
     _check(op, x, words, halves, block_type, chosen, count, used)
-    if weights.shape != chosen.shape or weights.dtype != torch.float32:
-        raise ValueError(f"{op}: weights are {weights.dtype} {tuple(weights.shape)}; expected float32 {tuple(chosen.shape)}")
+    expected = (1, used + (0 if beside is None else 1))
+    if weights.shape != expected or weights.dtype != torch.float32:
+        raise ValueError(f"{op}: weights are {weights.dtype} {tuple(weights.shape)}; expected float32 {expected}")
     n, k = words.shape[2] // count, x.shape[1] * GROUP
+    if beside is not None and (beside.shape != (1, n) or beside.dtype != torch.float32):
+        raise ValueError(f"{op}: beside is {beside.dtype} {tuple(beside.shape)}; expected float32 {(1, n)}")
     if not use_triton(x):
         y = chosen_rows(fixed_point.dequantize(x).unsqueeze(0), words, halves, block_type, chosen, count)
-        total = (y * weights.unsqueeze(-1)).sum(1)
+        total = (y * weights[:, :used].unsqueeze(-1)).sum(1)
+        total = total if beside is None else total + weights[:, used:] * beside
         return total, (total * total).sum(1)
     constants, splits, warps = chosen_launch(block_type, used, n, k, current_target())
     grid = (triton.cdiv(n, constants["ROWS"]), splits, used)
@@ -102,27 +106,30 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     out = torch.empty((1, n), dtype=torch.float32, device=x.device)
     squares = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
     kernel(kiln_chosen_sum, constants["REGISTERS"], x)[grid](
-        x, words, halves, chosen, weights, partials, counters, out, squares, n, k, splits, words.stride(1), halves.stride(1),
-        **format_constants(block_type), TERMS=terms_of(x), PAIRS=used, SQUARES=leave_squares, **constants, num_warps=warps)  # fmt: skip
+        x, words, halves, chosen, weights, partials if beside is None else beside, partials, counters, out, squares, n, k, splits,
+        words.stride(1), halves.stride(1), **format_constants(block_type), TERMS=terms_of(x), PAIRS=used, SQUARES=leave_squares,
+        BESIDE=beside is not None, **constants, num_warps=warps)  # fmt: skip
     return out, squares
 
 
 @triton_op("kiln::expert_sum", mutates_args=("counters",))
 def expert_sum(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor, weights: torch.Tensor,
-               count: int, counters: torch.Tensor) -> torch.Tensor:
+               count: int, counters: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over u of weights[u] times x[u] by the rows of expert chosen[u]: float32 [1, N].
 
     x int32 [U, K / 32, 8 terms + 4], fixed point; the packed matrix [count * N, K]; chosen int64 [1, U], weights float32 [1, U]. counters:
-    int32 zeros, one for each block of rows, and zeros again afterwards. Raises ValueError when a shape does not fit.
+    int32 zeros, one for each block of rows, and zeros again afterwards. With beside, float32 [1, N], there is one weight more, which it
+    is added by. Raises ValueError when a shape does not fit.
     """
-    return _sum("expert_sum", x, words, halves, block_type, chosen, weights, count, counters, False)[0]
+    return _sum("expert_sum", x, words, halves, block_type, chosen, weights, count, counters, False, beside)[0]
 
 
 @triton_op("kiln::expert_sum_squares", mutates_args=("counters",))
 def expert_sum_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor,
-                       weights: torch.Tensor, count: int, counters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                       weights: torch.Tensor, count: int, counters: torch.Tensor,
+                       beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`expert_sum`, and float32 partial sums of its squares; the kernel chooses how many."""
-    return _sum("expert_sum_squares", x, words, halves, block_type, chosen, weights, count, counters, True)
+    return _sum("expert_sum_squares", x, words, halves, block_type, chosen, weights, count, counters, True, beside)
 
 
 # Inner size, hidden size, activation, gates apart from values, a norm after, types of gates and of down: of Gemma 4 26B-A4B, of
@@ -149,8 +156,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                     constants |= root_constants(torch.empty(triton.cdiv(k, PIECE)))
                     fn, own = kiln_chosen_gemv, {"up_words": "*i32", "halves": half, "up_halves": half, "out": "*i32"}
                 else:
-                    constants |= {"PAIRS": USED, "SQUARES": normed}
-                    fn, own = kiln_chosen_sum, {"halves": half, "weights": "*fp32", "out": "*fp32"}
+                    constants |= {"PAIRS": USED, "SQUARES": normed, "BESIDE": not normed}
+                    fn, own = kiln_chosen_sum, {"halves": half, "weights": "*fp32", "beside": "*fp32", "out": "*fp32"}
                 options = {"num_warps": warps, "maxnreg": launched["REGISTERS"]}
                 targets = usual_targets(block_type) if normed and size > 96 else RARE_TARGETS
                 cases.append(KernelCase(f"{name} {block_type} {n}x{k}", fn, shared | own, constants, options, targets, ("n", "k")))

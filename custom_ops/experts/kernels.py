@@ -49,12 +49,14 @@ def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, co
 
 @waits()
 @triton.jit
-def kiln_chosen_sum(x, words, halves, chosen, weights, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
+def kiln_chosen_sum(x, words, halves, chosen, weights, beside, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
                     halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
                     HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
                     GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-                    REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, PAIRS: tl.constexpr, SQUARES: tl.constexpr):
+                    REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, PAIRS: tl.constexpr, SQUARES: tl.constexpr, BESIDE: tl.constexpr):
     """out [n] = the sum over p of weights[p] times x[p] by the rows of expert chosen[p]. Grid (row blocks, splits, PAIRS).
+
+    BESIDE: and weights[PAIRS] times beside [n].
 
     partials [splits, PAIRS, n]; counters: int32 zeros, one for each row block, and zeros again at the end. The last program of a row block
     adds up, in a fixed order; SQUARES: it leaves the sum of squares of its rows in `squares`.
@@ -77,6 +79,8 @@ def kiln_chosen_sum(x, words, halves, chosen, weights, partials, counters, out, 
             keep = (part < parts)[:, None] & (rows < n)[None, :]
             values = tl.load(partials + part.to(tl.int64)[:, None] * n + rows[None, :], keep, other=0.0, cache_modifier=".cg")
             total += tl.sum(values * weight[:, None], 0)
+        if BESIDE:
+            total += tl.load(weights + PAIRS) * tl.load(beside + rows, rows < n, other=0.0)
         tl.store(out + rows, total, rows < n)
         if SQUARES:
             tl.store(squares + block, tl.sum(total * total, 0))

@@ -13,7 +13,7 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 
 MOST_EXPERTS = 1024  # a program has a token's whole row
-COUNTED = tl.constexpr(256)  # experts of which each is compared with each; of more, the largest are found by turns
+COUNTED = tl.constexpr(128)  # experts of which each is compared with each; of more, which would spill, the largest are found by turns
 WARPS = 4
 
 

@@ -1,7 +1,7 @@
 """One token's router: its logits from the residual stream, in float32, and the choice of experts, in one kernel.
 
 The root of the stream's norm is applied to a logit, with which it commutes (see `step.add_norm`). Where the experts read the stream by a
-norm of their own, further programs of the same kernel put it into fixed point.
+norm of their own, further programs of the same kernel put it into fixed point. The gate of a network beside the experts is one more row.
 """
 
 from __future__ import annotations
@@ -27,39 +27,47 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HELD = 32  # elements of a row that a thread holds of each of three
 
 
-@waits("router", "scale", "factors", "weight")
+@waits("router", "scale", "factors", "weight", "beside")
 @triton.jit
-def kiln_choose_experts(x, squares, router, scale, factors, weight, logits, counters, chosen, weights, out, FACTOR: tl.constexpr,
+def kiln_choose_experts(x, squares, router, scale, factors, weight, beside, logits, counters, chosen, weights, out, FACTOR: tl.constexpr,
                         EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
                         FACTORS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr,
-                        NORMED: tl.constexpr, TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
-    """Grid (EXPERTS, and with NORMED D / PIECE more).
+                        NORMED: tl.constexpr, BESIDE: tl.constexpr, TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
+    """Grid (EXPERTS, and with BESIDE one, and with NORMED D / PIECE more).
 
     A program below EXPERTS computes FACTOR / RMS(x) times the product of x * scale and its row of the router; the last of them to finish
-    chooses. The others put x * weight into fixed point. counters: an int32 zero, and zero again at the end.
+    chooses. With BESIDE the one after them does so by the row `beside` and without FACTOR: its sigmoid is the last of weights [USED + 1].
+    The others put x * weight into fixed point. counters: an int32 zero, and zero again at the end.
     """
     if NORMED:
-        if tl.program_id(0) < EXPERTS:
-            _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS,
-                   EXPERTS, PADDED, USED, RENORMALIZED, EARLY)
+        if tl.program_id(0) < EXPERTS + BESIDE:
+            _logit(x, squares, router, scale, factors, beside, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD,
+                   FACTORS, EXPERTS, PADDED, USED, RENORMALIZED, BESIDE, EARLY)
         else:
-            piece = tl.program_id(0) - EXPERTS
+            piece = tl.program_id(0) - EXPERTS - BESIDE
             i = piece * PIECE + tl.arange(0, PIECE)
             w = tl.load(weight + i, i < D, other=0.0)
             wait_for_earlier_kernels(EARLY)
             store_fixed(tl.load(x + i, i < D, other=0.0) * w, out, piece * (PIECE // 32), D // 32, TERMS, PIECE)
     else:
-        _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS, EXPERTS,
-               PADDED, USED, RENORMALIZED, EARLY)
+        _logit(x, squares, router, scale, factors, beside, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS,
+               EXPERTS, PADDED, USED, RENORMALIZED, BESIDE, EARLY)
 
 
 @triton.jit
-def _logit(x, squares, router, scale, factors, logits, counters, chosen, weights, FACTOR: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr,
-           BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, FACTORS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
-           USED: tl.constexpr, RENORMALIZED: tl.constexpr, EARLY: tl.constexpr):
+def _logit(x, squares, router, scale, factors, beside, logits, counters, chosen, weights, FACTOR: tl.constexpr, EPS: tl.constexpr,
+           D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, FACTORS: tl.constexpr, EXPERTS: tl.constexpr,
+           PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr, BESIDE: tl.constexpr, EARLY: tl.constexpr):
     expert = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    row = tl.load(router + expert * D + i, i < D, other=0.0).to(tl.float32)
+    factor = FACTOR
+    if BESIDE:
+        chooses = expert < EXPERTS
+        row = tl.load(router + expert * D + i, (i < D) & chooses, other=0.0).to(tl.float32)
+        row += tl.load(beside + i, (i < D) & (expert == EXPERTS), other=0.0)
+        factor = tl.where(chooses, FACTOR, 1.0)
+    else:
+        row = tl.load(router + expert * D + i, i < D, other=0.0).to(tl.float32)
     by = tl.load(scale + i, i < D, other=0.0)
     each = tl.zeros((PADDED,), tl.float32) + 1.0
     if FACTORS:
@@ -67,52 +75,61 @@ def _logit(x, squares, router, scale, factors, logits, counters, chosen, weights
         each = tl.load(factors + number, number < EXPERTS, other=0.0)
     wait_for_earlier_kernels(EARLY)
     product = tl.sum(tl.load(x + i, i < D, other=0.0) * by * row, 0)
-    tl.store(logits + expert, product * (load_root(squares, D, EPS, COUNT, PAD) * FACTOR), cache_modifier=".cg")
+    tl.store(logits + expert, product * (load_root(squares, D, EPS, COUNT, PAD) * factor), cache_modifier=".cg")
     tl.debug_barrier()
-    if tl.atomic_add(counters, 1, sem="acq_rel") == EXPERTS - 1:
+    if tl.atomic_add(counters, 1, sem="acq_rel") == EXPERTS + BESIDE - 1:
         tl.debug_barrier()
         tl.store(counters, 0)
         choose(logits, each, chosen, weights, EXPERTS, PADDED, USED, RENORMALIZED)
+        if BESIDE:
+            tl.store(weights + USED, 1.0 / (1.0 + tl.exp(-tl.load(logits + EXPERTS, cache_modifier=".cg"))))
 
 
 def reference(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
-              renormalized: bool, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+              renormalized: bool, factors: torch.Tensor | None,
+              beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The op in plain torch; arguments as `choose_experts`."""
-    z = x * root(squares, x.shape[1], eps) * scale * factor
-    chosen, weights = route.reference(torch.nn.functional.linear(z, router.float()), used, renormalized)
-    return chosen, weights if factors is None else weights * factors[chosen]
+    h = x * root(squares, x.shape[1], eps) * scale
+    chosen, weights = route.reference(torch.nn.functional.linear(h * factor, router.float()), used, renormalized)
+    weights = weights if factors is None else weights * factors[chosen]
+    if beside is not None:
+        weights = torch.cat((weights, (h * beside).sum(-1, keepdim=True).sigmoid()), 1)
+    return chosen, weights
 
 
 def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used: int, renormalized: bool, normed: bool, terms: int,
-               target: GpuTarget | None = None) -> tuple[dict[str, int | bool], int]:
+               target: GpuTarget | None = None, beside: bool = False) -> tuple[dict[str, int | bool], int]:
     """Constants of the kernel beside FACTOR and EPS, and its warps."""
     block = triton.next_power_of_2(d)
     constants = {"D": d, "BLOCK": block, **root_constants(squares), "FACTORS": factors, **route.constants(experts, used, renormalized),
-                 "NORMED": normed, "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
+                 "NORMED": normed, "BESIDE": beside, "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
     return constants, min(max(block // (32 * HELD), 4), 16)
 
 
 def _launch(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
-            renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor | None,
-            terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    experts, d = router.shape
+            renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor | None, terms: int,
+            beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (experts, d), more = router.shape, 0 if beside is None else 1
     chosen = torch.empty((1, used), dtype=torch.int64, device=x.device)
-    weights = torch.empty((1, used), dtype=torch.float32, device=x.device)
-    logits = torch.empty(experts, dtype=torch.float32, device=x.device)
+    weights = torch.empty((1, used + more), dtype=torch.float32, device=x.device)
+    logits = torch.empty(experts + more, dtype=torch.float32, device=x.device)
     out = logits if weight is None else torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
-    constants, warps = _constants(d, squares, factors is not None, experts, used, renormalized, weight is not None, terms)
-    kernel(kiln_choose_experts)[(experts + (0 if weight is None else triton.cdiv(d, PIECE)),)](
-        x, squares, router, scale, scale if factors is None else factors, scale if weight is None else weight, logits, counters, chosen,
-        weights, out, FACTOR=factor, EPS=eps, **constants, num_warps=warps)  # fmt: skip
+    constants, warps = _constants(d, squares, factors is not None, experts, used, renormalized, weight is not None, terms,
+                                  beside=beside is not None)
+    given = [scale if t is None else t for t in (factors, weight, beside)]  # what is not read is any pointer
+    kernel(kiln_choose_experts)[(experts + more + (0 if weight is None else triton.cdiv(d, PIECE)),)](
+        x, squares, router, scale, *given, logits, counters, chosen, weights, out, FACTOR=factor, EPS=eps, **constants,
+        num_warps=warps)  # fmt: skip
     return chosen, weights, out
 
 
 def _check(op: str, x: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor, router: torch.Tensor, used: int,
-           factors: torch.Tensor | None, weight: torch.Tensor | None = None) -> None:
-    floats = [t for t in (x, squares, scale, factors, weight) if t is not None]
+           factors: torch.Tensor | None, weight: torch.Tensor | None = None, beside: torch.Tensor | None = None) -> None:
+    floats = [t for t in (x, squares, scale, factors, weight, beside) if t is not None]
     fits = router.dim() == 2 and router.dtype in FLOATS and router.is_contiguous() and 1 <= used <= router.shape[0] <= MOST_EXPERTS
     fits = fits and x.shape == (1, router.shape[1]) and router.shape[1] % GROUP == 0 and squares.dim() == 1 and squares.numel() > 0
-    fits = fits and all(t is None or t.shape == x.shape[1:] for t in (scale, weight)) and all(t.dtype == torch.float32 for t in floats)
+    fits = fits and all(t is None or t.shape == x.shape[1:] for t in (scale, weight, beside))
+    fits = fits and all(t.dtype == torch.float32 for t in floats)
     if not fits or (factors is not None and factors.shape != router.shape[:1]):
         shapes = ["none" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, squares, scale, router, factors, weight)]
         given = "x {}, squares {}, scale {}, router {}, factors {}, weight {}".format(*shapes)
@@ -122,17 +139,18 @@ def _check(op: str, x: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor,
 
 @triton_op("kiln::choose_experts", mutates_args=("counters",))
 def choose_experts(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
-                   renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                   renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor,
+                   beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`route` of the logits factor * RMSNorm(x) * scale @ router^T, the weights of its experts times their `factors`.
 
     x float32 [1, D]; squares float32 [P], which add up to x . x; scale float32 [D]; router [E, D] of floats; factors float32 [E] or none;
-    counters: int32 zeros, and zeros again afterwards. Returns int64 [1, used] and float32 [1, used]. Raises ValueError when a shape or
-    dtype does not fit.
+    counters: int32 zeros, and zeros again afterwards. Returns int64 [1, used] and float32 [1, used]; with beside, float32 [D], one weight
+    more, the sigmoid of RMSNorm(x) * scale . beside. Raises ValueError when a shape or dtype does not fit.
     """
-    _check("choose_experts", x, squares, scale, router, used, factors)
+    _check("choose_experts", x, squares, scale, router, used, factors, beside=beside)
     if not use_triton(x):
-        return reference(x, squares, eps, scale, factor, router, used, renormalized, factors)
-    return _launch(x, squares, eps, scale, factor, router, used, renormalized, factors, counters, None, 1)[:2]
+        return reference(x, squares, eps, scale, factor, router, used, renormalized, factors, beside)
+    return _launch(x, squares, eps, scale, factor, router, used, renormalized, factors, counters, None, 1, beside)[:2]
 
 
 @triton_op("kiln::choose_experts_norm", mutates_args=("counters",))
@@ -149,13 +167,13 @@ def choose_experts_norm(
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
-    """Of Gemma 4 26B-A4B, which has all that there may be, of Qwen3-30B-A3B, and of more experts than are counted."""
-    types = dict.fromkeys(("x", "squares", "router", "scale", "factors", "weight", "logits", "weights"), "*fp32")
+    """Of Gemma 4 26B-A4B, of Qwen3-30B-A3B, of Qwen3.5-35B-A3B with its gate beside, and of more experts than are counted."""
+    types = dict.fromkeys(("x", "squares", "router", "scale", "factors", "weight", "beside", "logits", "weights"), "*fp32")
     types |= {"counters": "*i32", "chosen": "*i64", "out": "*i32"}
     cases = []
-    for d, experts, used, whole in ((2816, 128, 8, True), (2048, 128, 8, False), (2048, 512, 10, False)):
+    for d, experts, used, whole in ((2816, 128, 8, True), (2048, 128, 8, False), (2048, 256, 8, False), (2048, 512, 10, False)):
         squares = torch.empty(triton.cdiv(d, PIECE))
-        constants, warps = _constants(d, squares, whole, experts, used, True, whole, 2, target)
+        constants, warps = _constants(d, squares, whole, experts, used, True, whole, 2, target, experts == 256)
         constants |= {"FACTOR": d**-0.5 if whole else 1.0, "EPS": EPS}
         cases.append(KernelCase(f"choose_experts {used} of {experts} by {d}", kiln_choose_experts, types, constants, {"num_warps": warps},
                                 None if whole else RARE_TARGETS))

@@ -137,11 +137,13 @@ def step(instruction: Instruction, state: State, named: dict[str, Parameter]) ->
         return state
     sources = operands[1:]
     width = registers_written(instruction)
+    narrow = 2 if "WIDE" in instruction.op.split(".") else 0  # factors of a wide product have one register, what it is added to two
     after = dict(state)
     for i in range(width):
         made: frozenset[str] = frozenset()
         if access(instruction) is None:
-            made = frozenset().union(*(of_registers(s, state, width) | of_constant(s, i, instruction, named) for s in sources))
+            made = frozenset().union(*(of_registers(s, state, 1 if at < narrow else width) | of_constant(s, i, instruction, named)
+                                       for at, s in enumerate(sources)))
         register = f"{written[1]}{int(written[2]) + i}"
         after[register] = made | (state.get(register, frozenset()) if instruction.guard else frozenset())
     return after

@@ -1,4 +1,7 @@
-"""The gate of a per-layer embedding between two matmuls of a few tokens: the parts of the first added up, GELU, the value, fixed point."""
+"""Gates between two matmuls: the parts of the first added up, their activation, times a value, in fixed point.
+
+Of a per-layer embedding, by GELU; of attention's output, by a sigmoid, where a head's gate lies behind its query.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ TOGETHER = 16  # parts in flight
 @waits()
 @triton.jit
 def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr,
-              MANY: tl.constexpr):
+              MANY: tl.constexpr, D: tl.constexpr):
     """BLOCK elements of gelu(sum of `splits` rows of gate, `stride` apart) * value [n], in fixed point. Grid (n / BLOCK, tokens).
 
-    MANY: there are several tokens, whose n elements lie one after the other.
+    MANY: there are several tokens, whose n elements lie one after the other. D > 0: a sigmoid, the gate of each D values being the second
+    half of 2 D elements.
     """
     if MANY:
         token = tl.program_id(1)
@@ -38,8 +42,13 @@ def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: t
     first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
     keep = i < n
-    total = sum_splits(gate + i, stride, splits, keep, BLOCK, TOGETHER)
-    store_fixed(gelu_tanh(total) * tl.load(value + i, keep, other=0.0), out, first // 32, n // 32, TERMS, BLOCK)
+    if D > 0:
+        total = sum_splits(gate + i + (i // D + 1) * D, stride, splits, keep, BLOCK, TOGETHER)
+        by = 1.0 / (1.0 + tl.exp(-total))
+    else:
+        total = sum_splits(gate + i, stride, splits, keep, BLOCK, TOGETHER)
+        by = gelu_tanh(total)
+    store_fixed(by * tl.load(value + i, keep, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK)
 
 
 @triton_op("kiln::gate_fixed", mutates_args=())
@@ -62,11 +71,34 @@ def gate_fixed(gate: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Ten
     return out
 
 
-def _constants(terms: int, target: GpuTarget | None = None, tokens: int = 1) -> dict[str, int | bool]:
-    return {"MANY": tokens > 1, "TERMS": terms, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "EARLY": early(target)}
+@triton_op("kiln::attention_gate_fixed", mutates_args=())
+def attention_gate_fixed(q: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Tensor:
+    """sigmoid(gate) * value in fixed point of `terms` bytes, int32 [1, H D / 32, 8 terms + 4].
+
+    value [1, H, D] of floats, attention's output; q float32 [S, H 2 D], to be summed over S, of each head D of its query and the D of its
+    gate. ValueError when a shape or dtype does not fit.
+    """
+    tokens, heads, dim = value.shape if value.dim() == 3 else (0, 1, 1)
+    if q.dim() != 2 or q.shape[1] != 2 * heads * dim or q.dtype != torch.float32 or q.stride(1) != 1 or tokens != 1 or dim % GROUP:
+        given = f"q is {q.dtype} {tuple(q.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"attention_gate_fixed: {given}; expected float32 [S, H * 2 D] and [1, H, D], D a multiple of {GROUP}")
+    if not use_triton(q):
+        gate = q.sum(0).view(heads, 2, dim)[:, 1]
+        return fixed_point.quantize((value[0].float() * gate.sigmoid()).view(1, -1), terms)
+    n = heads * dim
+    out = torch.empty((1, n // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    kernel(kiln_gate)[(triton.cdiv(n, BLOCK), 1)](q, value.contiguous(), out, n, q.shape[0], q.stride(0), **_constants(terms, dim=dim),
+                                                  num_warps=WARPS)
+    return out
+
+
+def _constants(terms: int, target: GpuTarget | None = None, tokens: int = 1, dim: int = 0) -> dict[str, int | bool]:
+    return {"MANY": tokens > 1, "TERMS": terms, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "EARLY": early(target), "D": dim}
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """The kernel, which no shape of a model changes."""
     types = {"gate": "*fp32", "value": "*fp32", "out": "*i32", "n": "i32", "splits": "i32", "stride": "i32"}
-    return [KernelCase("gate", kiln_gate, types, _constants(2, target), {"num_warps": WARPS}, aligned=("n", "stride"))]
+    of_attention = KernelCase("gate of attention", kiln_gate, types | {"value": "*fp16"}, _constants(2, target, dim=256),
+                              {"num_warps": WARPS}, (90,), ("n", "stride"))
+    return [KernelCase("gate", kiln_gate, types, _constants(2, target), {"num_warps": WARPS}, aligned=("n", "stride")), of_attention]

@@ -39,6 +39,7 @@ from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from kiln.custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
 from kiln.custom_ops.weights.fixed_point import largest, largest_size, store_fixed
+from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
 DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(keys=64, warps=4, stages=3)}
@@ -233,12 +234,14 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 
 @waits()
 @triton.jit
-def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
-                     EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                     TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
+def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
+                     D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr,
+                     GATED: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
 
-    MANY, with TERMS: grid (heads, tokens), each token's parts apart.
+    MANY, with TERMS: grid (heads, tokens), each token's parts apart. GATED: times the sigmoid of the head's gate, which is the second half
+    of its 2 D elements of the sum of `gate_splits` rows, `gate_stride` apart.
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
@@ -260,6 +263,9 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, EXACT_WINDOW: tl.constexpr, 
     scale_codes = tl.exp2(m_codes - new)
     total = total * scale + total_codes * scale_codes
     y = unrotated(acc_codes * (scale_codes / total), D) + (acc * (scale / total))[None, :]
+    if GATED:
+        gate = sum_splits(gate_ptr + head * (2 * D) + D + dim, gate_stride, gate_splits, None, D, TOGETHER=16)
+        y *= (1.0 / (1.0 + tl.exp(-gate)))[None, :]
     if TERMS > 0:
         store_fixed(tl.reshape(y, [D]), out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
     else:
@@ -345,7 +351,7 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
               "EARLY": early(target)}
     split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm, "RING": ring or exact_window}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
-                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False}
+                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False, "GATED": False}
 
 
 def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
@@ -355,10 +361,10 @@ def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_win
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0) -> None:
+           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0, gates: torch.Tensor | None = None) -> None:
     """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
 
-    Into `out`: [1, H, D], or a row in fixed point. exact_window: 0 for the rings' slots.
+    Into `out`: [1, H, D], or a row in fixed point. exact_window: 0 for the rings' slots. gates: float32 [S, H * 2 D], see `kiln_tq4_merge`.
     """
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
     (kv_heads, slots, _), ring = k_codes.shape, rings[0].shape[0]
@@ -369,7 +375,9 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
     kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
                                                 num_stages=tile.stages)
-    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, **merge, num_warps=merge_warps(dim))
+    merge |= {"GATED": gates is not None}
+    given = (part, 0, 0) if gates is None else (gates, gates.shape[0], gates.stride(0))
+    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, *given, **merge, num_warps=merge_warps(dim))
 
 
 def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -385,9 +393,10 @@ def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torc
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-            pos: torch.Tensor, out: torch.Tensor) -> None:
+            pos: torch.Tensor, out: torch.Tensor, exact_window: int = 0) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
-    (tokens, heads, dim), (kv_heads, slots, _), exact_window = q.shape, caches[0].shape, rings[0].shape[0]
+    (tokens, heads, dim), (kv_heads, slots, _) = q.shape, caches[0].shape
+    exact_window = exact_window or rings[0].shape[0]
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
     flash_prefill(q, k, v, *rings, pos, exact_window, out, lse)
     still_rotated = torch.empty_like(out)
@@ -426,8 +435,6 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
         raise ValueError(f"tq4_attention: an exact window of {exact_window} in a ring of {k_exact.shape[0]} slots")
     if not use_triton(q):
         return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window)
-    if exact_window not in (0, k_exact.shape[0]):
-        raise RuntimeError("tq4_attention: there is no GPU kernel for a ring longer than its window")
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -436,9 +443,9 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     if tokens == 1:
         slot = pos % k_exact.shape[0]
         rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
-        decode(q, *rotated(q), caches, rings, pos, out)
+        decode(q, *rotated(q), caches, rings, pos, out, exact_window=exact_window)
     else:
-        prefill(q, k, v, caches, rings, pos, out)
+        prefill(q, k, v, caches, rings, pos, out, exact_window)
     return out
 
 
@@ -474,9 +481,10 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             if not terms:
                 cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
                                         options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else pointer}
-            cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes", kiln_tq4_merge, signature, merge,
-                                    {"num_warps": merge_warps(dim)}))
+            signature = parts | {"out_ptr": "*i32" if terms else pointer, "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+            for gated in (False, True) if terms and model is GEMMA4_31B else (False,):
+                cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes{', gated' if gated else ''}", kiln_tq4_merge, signature,
+                                        merge | {"GATED": gated}, {"num_warps": merge_warps(dim)}, (90,) if gated else None))
         cases.append(prefill_case(f"{name} prefill of the exact window {h.label}", dtype, pointer, target, h.queries, h.kv, dim,
                                   exact_window, exact_window, True))
         if not float32:

@@ -15,10 +15,11 @@ from kiln.custom_ops.attention.prepare import (
     head_dim,
     prepare_reference,
     prepared_head,
+    queries_of,
     query_reference,
 )
 from kiln.custom_ops.cases import KernelCase
-from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
+from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.early import early, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
@@ -34,25 +35,26 @@ from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
                        EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
-                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr,
-                       RING: tl.constexpr, EARLY: tl.constexpr):
+                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr,
+                       SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr):
     """`prepared_head` of one token. Queries as they are to x_ptr, and rotated; keys and values to slot pos % RING of a ring [RING, KV, D],
     and encoded to slot pos. Grid (HEADS + 2 KV).
     """
     head = tl.program_id(0)
     prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                   k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride, EPS,
-                  HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, SLOTS, RING, EARLY)
+                  HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, GATED, TURNED, SLOTS, RING, EARLY)
 
 
 @triton.jit
 def prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                   k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, splits, stride, v_splits, v_stride,
                   EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, V_NORM: tl.constexpr,
-                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr):
+                  SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr, SLOTS: tl.constexpr,
+                  RING: tl.constexpr, EARLY: tl.constexpr):
     """The head that a program of `kiln_tq4_prepare` prepares."""
     a, b = prepared_head(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, splits, stride, v_splits, v_stride,
-                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY)
+                         EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, EARLY, GATED, TURNED)
     pos = tl.load(pos_ptr).to(tl.int32)
     row = pos % RING * KV
     if head < HEADS:
@@ -80,30 +82,33 @@ def prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int,
-               scale: float = 1.0, v_norm: bool = True, neighbours: bool = False, exact_window: int = 0) -> torch.Tensor:
+               scale: float = 1.0, v_norm: bool = True, neighbours: bool = False, exact_window: int = 0,
+               gated: bool = False) -> torch.Tensor:
     """`prepare_qkv`, the token's key and value into the codes as `tq4_write` and into the exact window, then `tq4_attention`.
 
     Projections, weights, cos, sin as `prepare_qkv` takes them, caches and exact window as `tq4_attention`; pos [1] int64. Products with
     codes are in float16, in float32 where that is the exact window's dtype. exact_window: keys that are read exactly, of a ring that has
-    spare slots; 0: as many as it has. Returns the output in fixed point of `terms` bytes, int32
-    [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
+    spare slots; 0: as many as it has. gated: the output is multiplied by the sigmoid of the gates in q. Returns it in fixed point of
+    `terms` bytes, int32 [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
     """
-    check_projections("tq4_decode", q, k, v, q_weight, k_weight, cos)
+    check_projections("tq4_decode", q, k, v, q_weight, k_weight, cos, part=not neighbours, gated=gated)
     dim, (kv_heads, slots, _) = head_dim(q_weight, cos), k_codes.shape
     codec.check_dim(dim)
-    heads = q.shape[1] // dim
+    heads = q.shape[1] // (2 * dim if gated else dim)
     if k.shape[1] != kv_heads * dim or 4 * k_codes.shape[2] != dim:
         raise ValueError(f"tq4_decode: k has {k.shape[1]} elements, k_codes is {tuple(k_codes.shape)}; expected [KV, S, D/4], D {dim}")
     attention.check_exact_window("tq4_decode", k_exact, v_exact, kv_heads, dim)
     caches, rings, dtype, ring_slots = (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact), k_exact.dtype, k_exact.shape[0]
     if not use_triton(q):
+        q, gate = queries_of(q, dim, gated)
         query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32, scale, v_norm, neighbours)
         codec.reference_write(*caches, *own, pos)
         own = [x.to(dtype) for x in own]
         out = attention.reference(query, *own, *caches, *rings, pos, None, exact_window)
         for ring, x in zip(rings, own, strict=True):
             ring.index_copy_(0, pos % ring_slots, x)
-        return fixed_point.quantize(out.flatten(1), terms)
+        out = out.flatten(1)
+        return fixed_point.quantize(out if gate is None else out * gate.sum(0).sigmoid(), terms)
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
@@ -111,10 +116,10 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0], v.stride(0),
-        EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours), SLOTS=slots,
+        EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours, cos, gated), SLOTS=slots,
         RING=ring_slots, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
-    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window)
+    attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window, q if gated else None)
     return out
 
 
@@ -164,6 +169,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for exact_window in ("*fp16", "*bf16", "*fp32"):
         signature = types | {"q_out_ptr": "*fp32" if exact_window == "*fp32" else "*fp16"}
         signature |= dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), exact_window)
-        cases.append(KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}", kiln_tq4_prepare, signature, constants | model.form,
-                                {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
+        forms = [("", model.form)] + ([(", gated, turned in part", GEOMETRIES["qwen35-27b"].form)] if model is GEMMA4_31B else [])
+        cases += [KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}{name}", kiln_tq4_prepare, signature, constants | form,
+                             {"num_warps": PREPARE_WARPS}, (90,) if name else None, ("stride", "v_stride")) for name, form in forms]
     return cases

@@ -39,8 +39,8 @@ Caches = tuple[torch.Tensor, ...]  # codes and scales of keys, of values
 def kiln_tq4_prepare_rows(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                        k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, row_ptr, splits, stride, v_splits,
                        v_stride, EPS: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
-                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, SLOTS: tl.constexpr, RING: tl.constexpr,
-                       EARLY: tl.constexpr, TOKEN: tl.constexpr, V_TOKEN: tl.constexpr):
+                       V_NORM: tl.constexpr, SCALE: tl.constexpr, NEIGHBOURS: tl.constexpr, GATED: tl.constexpr, TURNED: tl.constexpr,
+                       SLOTS: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr, TOKEN: tl.constexpr, V_TOKEN: tl.constexpr):
     """`kiln_tq4_prepare` of each of several tokens, TOKEN elements apart, of v V_TOKEN, into the caches of its row.
 
     Grid (HEADS + 2 KV, tokens).
@@ -54,7 +54,7 @@ def kiln_tq4_prepare_rows(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_p
              cos_ptr + token * (D // 2), sin_ptr + token * (D // 2), pos_ptr + token, x_ptr + heads * D, q_out_ptr + heads * D,
              q_scale_ptr + heads, k_codes_ptr + codes * (D // 4), k_scales_ptr + codes, v_codes_ptr + codes * (D // 4),
              v_scales_ptr + codes, k_ring_ptr + keys, v_ring_ptr + keys, splits, stride, v_splits, v_stride, EPS, HEADS, KV, D, QK_NORM,
-             V_NORM, SCALE, NEIGHBOURS, SLOTS, RING, EARLY)
+             V_NORM, SCALE, NEIGHBOURS, GATED, TURNED, SLOTS, RING, EARLY)
 
 
 @waits("row_ptr")
@@ -97,10 +97,10 @@ def _attended(query: torch.Tensor, caches: Caches, rings: Caches, pos: torch.Ten
               terms: int) -> torch.Tensor:
     """The reference of the second half: a token at a time, its own key and value in the caches."""
     out = []
-    for i, (r, p) in enumerate(zip(row.tolist(), pos.tolist(), strict=True)):
-        mine = [ring[r] for ring in rings]
-        own = [ring[[p % ring.shape[0]]] for ring in mine]
-        out.append(attention.reference(query[[i]], *own, *(c[r] for c in caches), *mine, pos[[i]], None, exact_window))
+    for x, p, r in zip(query.split(1), pos.split(1), row.split(1), strict=True):
+        mine = [ring[r][0] for ring in rings]
+        own = [ring[p % ring.shape[0]] for ring in mine]
+        out.append(attention.reference(x, *own, *(c[r][0] for c in caches), *mine, p, None, exact_window))
     return fixed_point.quantize(torch.cat(out).flatten(1), terms)
 
 
@@ -123,8 +123,10 @@ def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight:
         return _launch((q, k, v), weights, cos, sin, caches, rings, caches, rings, pos, row, exact_window, eps, terms,
                        form_constants(q_weight, v_norm, scale, neighbours))
     query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, torch.float32, scale, v_norm, neighbours)
-    for i, r in enumerate(row.tolist()):
-        codec.reference_write(*(c[r] for c in caches), *(x[[i]] for x in own), pos[[i]])
+    index = row[:, None], torch.arange(k_codes.shape[1], device=pos.device), pos[:, None]  # [T, KV]
+    for codes, scales, x in ((k_codes, k_scales, own[0]), (v_codes, v_scales, own[1])):
+        for cache, encoded in zip((codes, scales), zip(*map(codec.encode, x.split(1)), strict=True), strict=True):
+            cache.index_put_(index, torch.cat(encoded))
     for ring, x in zip(rings, own, strict=True):
         ring[row, pos % ring.shape[1]] = x.to(ring.dtype)
     return _attended(query, caches, rings, pos, row, exact_window, terms)
@@ -173,7 +175,7 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     sums = torch.empty(tokens, splits, heads, 2, dtype=torch.float32, device=q.device)
     kernel(kiln_tq4_decode_rows)[(kv_heads, splits, tokens)](rotated, q_scale, plain, *caches, *rings, pos, part, sums, row, **split,
                                                              num_warps=tile.warps, num_stages=tile.stages)
-    kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, **merge | {"MANY": True}, num_warps=merge_warps(dim))
+    kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, part, 0, 0, **merge | {"MANY": True}, num_warps=merge_warps(dim))
     return out
 
 
@@ -197,6 +199,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         cases.append(KernelCase(f"tq4_decode_rows {pointer[1:]} {h.label}", kiln_tq4_decode_rows,
                                 {"q_ptr": pointer, "q_scale_ptr": "*fp32"} | rings | caches | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
-        cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge,
-                                parts | {"pos_ptr": "*i64", "out_ptr": "*i32"}, merge | {"MANY": True}, {"num_warps": merge_warps(h.dim)}))
+        types = parts | {"pos_ptr": "*i64", "out_ptr": "*i32", "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+        cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge, types, merge | {"MANY": True},
+                                {"num_warps": merge_warps(h.dim)}))
     return cases

@@ -1,4 +1,7 @@
-"""TQ4 for a step of M tokens, each of one of B timelines whose caches lie side by side: as `tq4_write` and `tq4_attention` of one token."""
+"""TQ4 for a step of M tokens, each of one of B timelines whose caches lie side by side: as `tq4_write` and `tq4_attention` of one token.
+
+In plain torch on every device: for a GPU `fuse_decode` puts `tq4_decode_rows` in their place, or the export ends.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch.library import triton_op
 
 from kiln.custom_ops.attention.global_attention import causal_mask
-from kiln.custom_ops.attention.row_attention import attend_rows, check_rows, in_window, no_kernel, ring_positions
+from kiln.custom_ops.attention.row_attention import attend_rows, check_rows, in_window, ring_positions
 from kiln.custom_ops.tq4 import codec
 
 
@@ -26,7 +29,6 @@ def tq4_write_rows(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch
     """
     _check("tq4_write_rows", k, k_codes)
     check_rows("tq4_write_rows", k.shape[0], pos, row)
-    no_kernel("tq4_write_rows", k)
     index = row[:, None], torch.arange(k.shape[1], device=pos.device), pos[:, None]  # [M, KV]
     for codes, scales, x in ((k_codes, k_scales, k), (v_codes, v_scales, v)):
         new_codes, new_scales = codec.encode(x)
@@ -48,7 +50,6 @@ def tq4_rows(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_c
     batch, _, kv_heads, dim = k_exact.shape
     if k_exact.shape != v_exact.shape or (batch, kv_heads, dim) != (k_codes.shape[0], k_codes.shape[1], q.shape[2]):
         raise ValueError(f"tq4_rows: exact windows {tuple(k_exact.shape)} and {tuple(v_exact.shape)}; codes {tuple(k_codes.shape)}")
-    no_kernel("tq4_rows", q)
     compute = torch.promote_types(q.dtype, torch.float32)
     keys = ring_positions(k_exact.shape[1], pos)
     slot = row[:, None], keys % k_exact.shape[1]

@@ -20,7 +20,7 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
  11. `torch._inductor.cpp_builder.CppBuilder.build`: the objects of one graph are compiled side by side
  12. `torch._inductor.cpp_builder.CppBuilder.__init__`: paths in commands are quoted
  13. `torch._higher_order_ops.triton_kernel_wrap.ttir_to_functions`: whether a kernel's assembly writes memory; and its log, which alone
-     tells that the analysis of a kernel gave up
+     tells that the analysis of a kernel gave up; `identify_mutated_tensors`: once for each kernel and form of arguments, not for each call
  14. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
  15. `torch._inductor.fx_passes.post_grad.should_prefer_unfused_addmm`: a branch is added to the stream as it is, wherever it is computed
 
@@ -42,6 +42,7 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import sympy
 import torch
@@ -127,6 +128,34 @@ def _what_kernels_write() -> None:
 
     wrap.ttir_to_functions = ttir_to_functions
     wrap.log.addFilter(refuse)
+    wrap.identify_mutated_tensors = _once_for_each_form(wrap.identify_mutated_tensors)
+
+
+def _once_for_each_form(analyze: Callable) -> Callable:
+    """`analyze` for each kernel and form of its arguments once, not for each call. As there, of a tensor only the dtype counts, a free size
+    is as any other, and a number is itself."""
+    from torch._inductor.ir import TensorBox
+
+    known: dict[tuple, list[str]] = {}
+
+    def form(value: Any) -> tuple:
+        if isinstance(value, torch.Tensor | TensorBox):
+            return (torch.Tensor, value.dtype)
+        free = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr)
+        return (sympy.Expr,) if free else (type(value), value)
+
+    def analyzed(kernel: Any, kwargs: dict[str, Any], descriptors: dict) -> list[str]:
+        if descriptors:  # made on the host, which no kernel of ours asks for
+            return analyze(kernel, kwargs, descriptors)
+        given, fn = kwargs, kernel
+        if isinstance(kernel, triton.runtime.Autotuner):  # made anew for each call, around the kernel
+            given, fn = kwargs | (kernel.configs[0].kwargs if kernel.configs else {}), kernel.fn
+        key = (fn, *((name, *form(value)) for name, value in given.items()))
+        if key not in known:
+            known[key] = analyze(kernel, kwargs, descriptors)
+        return list(known[key])
+
+    return analyzed
 
 
 def _sums_stay_apart() -> None:

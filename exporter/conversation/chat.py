@@ -41,6 +41,8 @@ class Options:
     top_p: float = 0.95
     seed: int = 0
     max_new_tokens: int | None = None
+    draft: str = "off"  # or ngram
+    draft_length: int = 0  # most drafts of a step; 0: as many as fit
     stop: tuple[str, ...] = ()
 
 
@@ -108,7 +110,8 @@ class Chat:
         prompt = self.dialect.prompt(request, cuts=self.player.store is not None)
         parser = self.dialect.parser(prompt, request, options.stop)
         session.set_sampling(options.temperature, options.top_k, options.top_p, options.seed)
-        self.last = self.player.answer(prompt, parser, options.max_new_tokens or self.player.max_seq_len, show)
+        self.last = self.player.answer(prompt, parser, options.max_new_tokens or self.player.max_seq_len, show,
+                                       {"draft": options.draft, "draft_length": options.draft_length})  # fmt: skip
         message = parser.message
         if message.content or message.reasoning or message.calls or self.last.stopped != "interrupted":
             self.messages = [*messages, message.record()]

@@ -65,6 +65,7 @@ class Turn:
     new: int = 0
     reading: float = 0.0  # seconds
     writing: float = 0.0
+    drafts: dict[str, Any] | None = None  # Session.draft_counts, where there were any
     stopped: str = ""  # eog, length, max_seq_len, callback, interrupted
 
     def text(self) -> str:
@@ -74,7 +75,11 @@ class Turn:
         if self.parted is not None:
             lines += f"\nthe caches held {self.held} tokens and parted from this prompt after {self.parted}"
         lines += f"\nanswer {self.new} tokens in {self.writing:.2f} s"
-        return lines + (f" ({(self.new - 1) / self.writing:.1f} tok/s)" if self.new > 1 and self.writing > 0 else "")
+        lines += f" ({(self.new - 1) / self.writing:.1f} tok/s)" if self.new > 1 and self.writing > 0 else ""
+        if counts := self.drafts:
+            rate = counts["tokens"] / max(counts["steps"], 1)
+            lines += f"\n{rate:.2f} tokens a step, {sum(counts['right'])} of {sum(counts['tried'])} drafts right"
+        return lines
 
 
 class Player:
@@ -125,8 +130,11 @@ class Player:
         self._ends = [*(end for end in ends if end < at), at]
         return at
 
-    def answer(self, prompt: Prompt, parser: Parser, most: int, show: Callable[[Delta], None] = lambda delta: None) -> Turn:
-        """Reads the prompt and writes an answer of at most `most` tokens, which ends up in `parser.message`.
+    def answer(
+        self, prompt: Prompt, parser: Parser, most: int, show: Callable[[Delta], None] = lambda delta: None,
+        drafts: Mapping[str, Any] | None = None,
+    ) -> Turn:  # fmt: skip
+        """Reads the prompt and writes an answer of at most `most` tokens, which ends up in `parser.message`. drafts: of `Session.generate`.
 
         Ctrl-C ends it early, `stopped` says so. Raises KilnError where the prompt is too long or the session fails.
         """
@@ -144,7 +152,7 @@ class Player:
             self._read(prompt, ids, turn.reused)
             turn.reading = time.monotonic() - start
             start = time.monotonic()
-            self._write(turn, parser, most, show)
+            self._write(turn, parser, most, show, drafts or {})
         except KeyboardInterrupt:
             turn.stopped = "interrupted"
         except kiln.Error as e:
@@ -167,14 +175,16 @@ class Player:
         self.session.prefill(ids[start:])
         self._stepped = len(ids)
 
-    def _write(self, turn: Turn, parser: Parser, most: int, show: Callable[[Delta], None]) -> None:
+    def _write(self, turn: Turn, parser: Parser, most: int, show: Callable[[Delta], None], drafts: Mapping[str, Any]) -> None:
         def took(token: int) -> bool:
             turn.new += 1
             for delta in parser.push([token]):
                 show(delta)
             return not parser.ended
 
-        turn.stopped = self.session.generate(most, took)[1]
+        turn.stopped = self.session.generate(most, took, **drafts)[1]
+        if drafts.get("draft", "off") != "off":
+            turn.drafts = self.session.draft_counts
 
 
 def stops(cuts: Mapping[int, Sequence[str]], start: int, end: int) -> list[int]:

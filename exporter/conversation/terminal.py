@@ -210,7 +210,8 @@ def run_once(chat: Chat, text: str | None, as_json: bool) -> None:
 def record(message: Message, chat: Chat) -> dict[str, Any]:
     turn = chat.last
     assert turn
-    figures = {"prompt_tokens": turn.prompt, "completion_tokens": turn.new, "prefill_s": turn.reading, "decode_s": turn.writing}
+    figures: dict[str, Any] = {"prompt_tokens": turn.prompt, "completion_tokens": turn.new}
+    figures |= {"prefill_s": turn.reading, "decode_s": turn.writing, **({"drafts": turn.drafts} if turn.drafts else {})}
     return {"message": message.record(), "finish_reason": message.finish, "stop_text": message.stop_text, **figures}
 
 

@@ -15,12 +15,12 @@ from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
 from kiln.exporter.measure.runner import runner
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str, option: str = "--depths") -> list[int]:
     """`128,512` as a list; raises KilnError."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise KilnError(f"--depths {text}: must be integers separated by commas") from None
+        raise KilnError(f"{option} {text}: must be integers separated by commas") from None
 
 
 # ---- costs, from the manifest ----
@@ -84,16 +84,13 @@ def ceilings_of(device: str) -> dict[str, float] | None:
         return asdict(measure_ceilings())
 
 
-def measure(
-    artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None,
-    weights: Path | None = None,
-) -> dict:
-    """Runs kiln-run --bench and adds, to each depth, the cost of the work and the share of the ceilings. Raises KilnError."""
+def _measured(artifact: Path, device: str, **options: object) -> tuple[dict, dict]:
+    """What kiln-run --bench says with those options, of which None are left away, and of what; the manifest. Raises KilnError."""
     manifest = read_manifest(artifact)
-    command = [runner(), str(artifact), "--bench", "--json", "--steps", str(steps), "--device", device]
-    for option, value in (("--depths", depths), ("--prefill-chunk", prefill_chunk), ("--threads", threads), ("--weights", weights)):
-        if value is not None:
-            command += [option, str(value)]
+    command = [runner(), str(artifact), "--bench", "--json", "--device", device]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -104,10 +101,56 @@ def measure(
         "max_seq_len": manifest["max_seq_len"],
         "kv_cache": manifest["kv_cache"],
         "producer": manifest["producer"],
-        "steps": steps,
+        **({"steps": options["steps"]} if options.get("steps") else {}),
         **json.loads(done.stdout),
     }
     record["device_name"] = device_name(record["device"])
+    return record, manifest
+
+
+def bench_drafts(
+    artifact: Path, draft: str, draft_length: int, draft_rates: str | None, prompt_file: Path | None, raw: bool, max_new_tokens: int | None,
+    depths: str | None, prefill_chunk: int | None, steps: int, device: str, threads: int | None, out: Path | None, weights: Path | None,
+) -> tuple[dict, str]:  # fmt: skip
+    """The same text with and without drafts: the record, also written to `out`, and its text. Raises KilnError."""
+    record, _ = _measured(
+        artifact, device, draft=draft, draft_length=draft_length or None, draft_rates=draft_rates, prompt_file=prompt_file, raw=raw,
+        max_new_tokens=max_new_tokens, depths=depths, prefill_chunk=prefill_chunk, steps=steps if draft_rates else None, threads=threads,
+        weights=weights,
+    )  # fmt: skip
+    what = f"each place right as often as {draft_rates}" if draft_rates else draft
+    lines = [
+        f"{record['model']} on {record['device_name']} ({record['target']}), KV cache {record['kv_cache']}; drafts: {what}",
+        f"{'depth':>8} {'tokens':>7} {'plain tok/s':>12} {'tok/s':>9} {'speed-up':>9} {'tokens/step':>12}  acceptance of each place",
+    ]
+    for row in record["drafts"]:
+        counts = row["counts"]
+        shares = [f"{right / tried:.2f}" for right, tried in zip(counts["right"], counts["tried"], strict=True) if tried]
+        lines.append(
+            f"{row['depth']:8d} {row['tokens']:7d} {row['plain_tok_s']:12.2f} {row['tok_s']:9.2f} {row['speed_up']:9.2f} "
+            f"{counts['tokens_a_step']:12.2f}  {' '.join(shares) or '-'}"
+        )
+    write_record(record, out)
+    return record, "\n".join(lines)
+
+
+def write_record(record: dict, out: Path | None) -> None:
+    """To `out`, where that is named. Raises KilnError."""
+    if out:
+        try:
+            out.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as e:
+            raise KilnError(f"--out {out}: {e.strerror}") from e
+
+
+def measure(
+    artifact: Path, depths: str | None, prefill_chunk: int | None, steps: int, device: str = "auto", threads: int | None = None,
+    weights: Path | None = None,
+) -> dict:
+    """Runs kiln-run --bench and adds, to each depth, the cost of the work and the share of the ceilings. Raises KilnError."""
+    record, manifest = _measured(
+        artifact, device, depths=depths, prefill_chunk=prefill_chunk, steps=steps, threads=threads, weights=weights
+    )
     record["ceilings"] = ceilings_of(record["device"])
     return add_costs(record, manifest)
 
@@ -198,14 +241,26 @@ def bench(
     out: Path | None,
     picture: Path | None,
     weights: Path | None = None,
+    rows: str | None = None,
 ) -> tuple[dict, str]:
     """The command: the record, also written to `out`, and its text."""
-    if profile:
+    taken = numbers(rows, "--rows") if rows else []
+    if taken:
+        from kiln.exporter.measure import bench_rows
+
+        if picture or prefill_chunk:
+            raise KilnError("--rows goes with neither --plot nor --prefill-chunk")
+        bench_rows.check(read_manifest(artifact), taken, numbers(depths or bench_rows.DEFAULT_DEPTHS), steps)
+    if taken and not profile:
+        asked = numbers(depths or bench_rows.DEFAULT_DEPTHS)
+        record = bench_rows.measure(artifact, taken, asked, steps, device, threads, weights)
+        text = bench_rows.table(record)
+    elif profile:
         from kiln.exporter.measure import kernel_times as steptime
 
         if picture:
             raise KilnError("--plot draws speed against depth, --profile has none; run them apart")
-        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights)
+        record = steptime.profile(artifact, numbers(depths) if depths else [], prefill_chunk, device, weights, taken)
         text = steptime.text(record)
     else:
         if picture:
@@ -214,11 +269,7 @@ def bench(
             numbers(depths)
         record = measure(artifact, depths, prefill_chunk, steps, device, threads, weights)
         text = table(record)
-    if out:
-        try:
-            out.write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as e:
-            raise KilnError(f"--out {out}: {e.strerror}") from e
+    write_record(record, out)
     if picture:
         plot(record, picture)
     return record, text

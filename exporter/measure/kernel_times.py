@@ -86,8 +86,10 @@ def text(record: dict) -> str:
     return "\n".join(lines)
 
 
-def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device: str = "auto", weights: Path | None = None) -> dict:
-    """Profiles both entry points at each depth, over random caches. Raises KilnError without a GPU that the artifact has a target for."""
+def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device: str = "auto", weights: Path | None = None,
+            rows: list[int] | None = None) -> dict:
+    """Profiles decode and prefill at each depth, or steps of `rows` tokens, over random caches. Raises KilnError without a GPU that the
+    artifact has a target for."""
     import torch
 
     manifest = read_manifest(artifact)
@@ -108,9 +110,11 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
     try:
         model = kiln.Model(str(artifact), f"cuda:{torch.cuda.current_device()}", weights=weights and str(weights))
         profiles = []
+        batches = [filled(kiln.Batch(model, graph=graph), model) for graph in (True, False) if rows]
         for depth in depths or [DEFAULT_DEPTH]:
             at = max(min(depth, limit), 2)
-            profiles += [_decode(model, at), _prefill(model, at, min(chunk, at))]
+            several = [_rows(batches[0], batches[1], at, m) for m in rows or ()]
+            profiles += several or [_decode(model, at), _prefill(model, at, min(chunk, at))]
     except kiln.Error as e:
         raise KilnError(str(e)) from e
     return {
@@ -125,14 +129,17 @@ def profile(artifact: Path, depths: list[int], prefill_chunk: int | None, device
 
 
 def _session(model: Any, **options: Any) -> Any:
-    """A session over caches of random values: zeros would time a softmax over equal scores, and take less power than real work."""
-    import torch
-
     import kiln
 
-    session = kiln.Session(model, **options)
+    return filled(kiln.Session(model, **options), model)
+
+
+def filled(owner: Any, model: Any) -> Any:
+    """A session or a batch over caches of random values: zeros would time a softmax over equal scores, and take less power than work."""
+    import torch
+
     dtypes = {kv["name"]: getattr(torch, kv["dtype"]) for kv in model.manifest["kv"]}
-    for name, (address, size) in session.cache_memory().items():
+    for name, (address, size) in owner.cache_memory().items():
         view = types.SimpleNamespace(__cuda_array_interface__={"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3})
         cache = torch.as_tensor(view, device="cuda").view(dtypes[name])
         if cache.dtype == torch.int16:
@@ -140,7 +147,17 @@ def _session(model: Any, **options: Any) -> Any:
         else:
             cache.uniform_(0.5, 1.5)
     torch.cuda.synchronize()
-    return session
+    return owner
+
+
+def _rows(batch: Any, direct: Any, depth: int, m: int) -> dict:
+    """A step of m tokens of one session. direct: a batch without graphs."""
+
+    def steps(of: Any, count: int) -> None:
+        of.probe([5 + i for i in range(m)], list(range(depth, depth + m)), [0] * m, times=count)
+
+    measured, trace = _microseconds(lambda n: steps(batch, n), REPLAYS), _trace(lambda n: steps(direct, n), DECODE_STEPS)
+    return _part(f"decode_{m}" if m > 1 else "decode", depth, m, True, measured, trace, DECODE_STEPS)
 
 
 def _decode(model: Any, depth: int) -> dict:

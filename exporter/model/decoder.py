@@ -334,12 +334,16 @@ class Decoder(nn.Module):
             tables[name] = angle.cos(), angle.sin()
         return tables
 
-    def hidden(self, tokens: Tensor, pos: Tensor, row: Tensor | None = None) -> Tensor:
-        """tokens, pos, row [T] int64 -> [T, D] after the last layer."""
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """[T] -> [T, D] as the first layer gets it."""
         x = self.token_embd.rows(tokens)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        x = x.to(self.dtype)
+        return x.to(self.dtype)
+
+    def hidden(self, tokens: Tensor, pos: Tensor, row: Tensor | None = None) -> Tensor:
+        """tokens, pos, row [T] int64 -> [T, D] after the last layer."""
+        x = self.embedding(tokens)
         tables = self.rope_tables(pos)
         own, kv = self.per_layer(tokens, x), {}
         for i, layer in enumerate(self.blk):
@@ -389,5 +393,4 @@ class RowDecoder(Decoder):
         self, tokens: Tensor, pos: Tensor, row: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:  # tokens, pos, row [M] int64; sampling [M] -> token [M] int64, logits [M, V] float32
         logits = self.logits(self.hidden(tokens, pos, row))
-        inputs = (self.allowed(logits), temperature, top_k, top_p, seed, pos)
-        return torch.cat([torch.ops.kiln.sample(*(x[i : i + 1] for x in inputs)) for i in range(len(tokens))]), logits
+        return torch.ops.kiln.sample(self.allowed(logits), temperature, top_k, top_p, seed, pos), logits

@@ -15,8 +15,9 @@ from kiln.exporter.source.weights import WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
+DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
-DELTA, GATED, SHARED = (f"{name} not fused yet" for name in ("gated delta rules are", "gated attention is", "a shared expert's gate is"))
+EXPERTS, EMBEDDING = (f"{name} of several tokens has no kernels yet" for name in ("a choice of experts", "a per-layer embedding"))
 
 
 def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions, entry: str) -> Expected:
@@ -24,7 +25,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
     full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
     indexed = [cache for cache in cache_specs(config) if cache.kind != "state"]  # a state is written by its op
     caches = {b.name for cache in indexed for b in exact_buffers(cache, 1, torch.float32)}
-    fused = _fused(config, plan) if options.decode_bytes and entry == "decode" else {}
+    fused = _fused(config, plan, entry.startswith("decode_")) if options.decode_bytes and entry != "prefill" else {}
     routers = {place.replace(".experts", ".ffn_gate_inp") for place, kept in fused.items() if place.endswith(".experts") and not kept}
     found: Expected = {
         "index_copy": dict.fromkeys(sorted(caches), ""),
@@ -62,8 +63,8 @@ def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
     return [name for name, p in _matmuls(config, plan).items() if p.block_type not in LAYOUTS]
 
 
-def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
-    """Every matmul, norm, residual addition, GELU and attention of a token. Without a packed matrix nothing is."""
+def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> dict[str, str]:
+    """Every matmul, norm, residual addition, GELU and attention of a step. Without a packed matrix nothing is. several: tokens."""
     matmuls, stacks = _matmuls(config, plan), {p.name: p for p in plan if p.stack > 1}
     if not any(p.block_type in LAYOUTS for p in (*matmuls.values(), *stacks.values())):
         return {}
@@ -73,6 +74,8 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
              if name not in routers or p.block_type in LAYOUTS}
     if found.get(PER_LAYER):
         del found[PER_LAYER]  # a file's packer leaves it as it is; once a token, it is a small part of a step
+    if several and config.per_layer_embedding:
+        found[PER_LAYER] = EMBEDDING
 
     def floats(names: Sequence[str]) -> str:
         """Those of the matmuls beside a place whose weights take no fixed point."""
@@ -81,25 +84,25 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, str]:
     for layer in config.layers:
         at = f"blk.{layer.index}"
         delta = isinstance(layer.mixer, DeltaNet)
-        names = ("ssm_in", "ssm_gate", "ssm_alpha", "ssm_beta") if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        names = DELTA if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
         projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
         alone = ffn is not None and ffn.shared is None  # no network that takes every token
-        kept = ffn and _experts(at, ffn, matmuls, stacks)
+        kept = ffn and (EXPERTS if several else _experts(at, ffn, matmuls, stacks))
         found |= {
             f"{at}.attn_norm": floats(projections),
             f"{at}.ffn_norm": (kept or "") if alone else floats(gates),
         }
         if delta:
-            found[f"{at}.delta"] = DELTA
+            found[f"{at}.delta"] = floats([f"{at}.ssm_out"])
         else:
-            found[f"{at}.attention"] = GATED if layer.mixer.gated else floats([f"{at}.attn_output"])
+            found[f"{at}.attention"] = floats([f"{at}.attn_output"])
         if ffn is not None:
             places = ("experts", *(("pre_ffw_norm_2",) if ffn.own_input else ()))
             if ffn.branch_norms and ffn.shared:
                 places += ("post_ffw_norm_1", "post_ffw_norm_2")
-            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": SHARED} if ffn.shared_gated else {})
+            found |= {f"{at}.{place}": kept or "" for place in places} | ({f"{at}.shared_gate": kept or ""} if ffn.shared_gated else {})
         if not alone:
             found[f"{at}.glu"] = _glu(at, matmuls) or floats([f"{at}.ffn_gate_up", f"{at}.ffn_down"])
         if layer.post_norms:

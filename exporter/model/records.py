@@ -112,9 +112,9 @@ class DeltaNet:
 
     @property
     def token_scratch(self) -> int:
-        """Bytes of a token of many: its heads, what a block of 64 makes of them, its outputs, a block's share of the state before it."""
+        """Bytes of a token of many: its heads, what a block of 32 makes of them, its outputs, its share of the state before the block."""
         keys, rows = 2 * self.key_heads * self.key_dim, self.key_dim + 3 * self.value_dim + 64
-        return 4 * (keys + self.value_heads * (rows + self.key_dim * self.value_dim // 64))
+        return 4 * (keys + self.value_heads * (rows + self.key_dim * self.value_dim // 32))
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,16 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class DraftConfig(ModelConfig):
+    """A model that drafts for another one: every layer reads the keys and values of that one's layer `kv_from`. It has none of its own.
+
+    target_hidden: the other's hidden size. Its rows come in, beside its embedding of a token, and what goes out takes their place.
+    """
+
+    target_hidden: int = 0
 
 
 @dataclass(frozen=True)

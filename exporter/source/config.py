@@ -18,7 +18,7 @@ from kiln.custom_ops.dtypes import FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import Problems
 from kiln.exporter.model.families import Family
-from kiln.exporter.model.records import Attention, DeltaNet, Dense, Experts, Layer, ModelConfig
+from kiln.exporter.model.records import Attention, DeltaNet, Dense, DraftConfig, Experts, Layer, ModelConfig
 from kiln.exporter.source.fields import Fields, as_integer, check_keys, shown
 from kiln.exporter.source.gguf import GGUFFile
 from kiln.exporter.source.identify import other_model
@@ -27,14 +27,21 @@ MAX_LAYERS = 1024
 MIN_CONTEXT = 16  # tokens
 
 
-@functools.cache
 def families() -> dict[str, dict[str, Any]]:
     """Every supported architecture's table, by the name in `general.architecture`; `configs/keys.toml` is part of each."""
+    return {name: table for name, table in tables().items() if "drafter" not in table}
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, Any]]:
+    """Those of `families`, and of models that draft for them."""
     texts = {f.name: f.read_text(encoding="utf-8") for f in files("kiln.configs").iterdir() if f.name.endswith(".toml")}
     shared = tomllib.loads(texts.pop("keys.toml"))
     found = {}
     for name, text in texts.items():
         table = tomllib.loads(text)
+        if "drafter" in table:
+            table["architecture"] = table["drafter"]
         if "architecture" not in table:
             continue
         start = f"{table['architecture']}."
@@ -142,7 +149,8 @@ def from_gguf(gguf: GGUFFile) -> ModelConfig:
 def _sizes(config: ModelConfig, layer: Layer | None) -> dict[str, int]:
     """The dimensions by which a family's table tells the shapes of tensors."""
     divided = next((rope.size // 2 for rope in config.ropes.values() if rope.divisors), 0)
-    sizes = {"one": 1, "hidden": config.hidden_size, "vocab": config.vocab_size, "rope_pairs": divided}
+    sizes = {"target": config.target_hidden, "twice_target": 2 * config.target_hidden} if isinstance(config, DraftConfig) else {}
+    sizes |= {"one": 1, "hidden": config.hidden_size, "vocab": config.vocab_size, "rope_pairs": divided}
     if layer and isinstance(mixer := layer.mixer, Attention):
         sizes |= {"head_dim": mixer.head_dim, "q_dim": mixer.q_dim * (2 if mixer.gated else 1), "kv_dim": mixer.kv_dim,
                   "out_dim": mixer.q_dim}  # fmt: skip
@@ -187,7 +195,7 @@ def _conditions(config: ModelConfig, layer: Layer | None) -> dict[str, bool]:
 
 def expected_tensors(config: ModelConfig, present: Container[str] = ()) -> dict[str, tuple[int, ...]]:
     """Every tensor the model needs and its shape. A fused tensor takes the place of its parts where `present` has it."""
-    table = families()[config.architecture]
+    table = tables()[config.architecture]
     expected: dict[str, tuple[int, ...]] = {}
     for layer in (None, *config.layers):
         prefix = f"blk.{layer.index}." if layer else ""
@@ -207,7 +215,7 @@ def expected_tensors(config: ModelConfig, present: Container[str] = ()) -> dict[
 
 def _skipped(config: ModelConfig, expected: Container[str]) -> set[str]:
     """Tensors that a family's table says may stand in the file of a model, or a layer, that does not use them."""
-    table = families()[config.architecture]
+    table = tables()[config.architecture]
     names = {name for name, spec in table["tensors"].items() if spec.get("may_be_unused")}
     layered = [name for name, spec in table["layer_tensors"].items() if spec.get("may_be_unused")]
     drafting = [*table["layer_tensors"], *table.get("draft_tensors", ())]
@@ -219,7 +227,7 @@ def _skipped(config: ModelConfig, expected: Container[str]) -> set[str]:
 
 def tensor_spec(config: ModelConfig, name: str) -> dict[str, Any]:
     """What the family's table says of a tensor of a model or a layer; nothing of a fused one."""
-    table = families()[config.architecture]
+    table = tables()[config.architecture]
     _, _, own = name.split(".", 2) if name.startswith("blk.") else ("", "", name)
     return table["layer_tensors" if name.startswith("blk.") else "tensors"].get(own, {})
 
@@ -244,7 +252,7 @@ def tensor_problems(config: ModelConfig, gguf: GGUFFile, problems: list[str]) ->
             layout = LAYOUTS[info.type]
             misshapen.append(f"tensor {name} has rows of {shape[-1]} elements; {layout.together} {info.type} blocks are packed as one, so "
                              f"that {layout.block} must divide them; {_instead(info.type)}")  # fmt: skip
-    harmless = tuple(families()[config.architecture]["harmless"]["tensors"])
+    harmless = tuple(tables()[config.architecture]["harmless"]["tensors"])
     skipped = _skipped(config, expected)
     unused: list[str] = []
     unknown: dict[str, list[str]] = {}

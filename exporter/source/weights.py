@@ -21,6 +21,9 @@ ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this
 _FUSIONS = (
     ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
     ("attn_qk", ("attn_q", "attn_k")),
+    ("ssm_in_gates", ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta")),
+    ("ssm_gates", ("attn_gate", "ssm_alpha", "ssm_beta")),
+    ("ssm_alpha_beta", ("ssm_alpha", "ssm_beta")),
     ("ffn_gate_up", ("ffn_gate", "ffn_up")),
     ("ffn_gate_up", ("ffn_gate_shexp", "ffn_up_shexp")),  # of a network beside experts
 )

@@ -123,6 +123,23 @@ typedef int (*kiln_on_token)(int64_t token, const char* text, size_t bytes, void
  * go on and hand it out), the session is full or the callback stops it. Without a tokenizer the text is empty. *stop may be NULL. */
 kiln_status kiln_generate(kiln_session* session, int64_t max_new_tokens, int past_eog, kiln_on_token on_token, void* user, kiln_stop* stop);
 
+#define KILN_DRAFT_OFF 0
+#define KILN_DRAFT_NGRAM 1 /* what followed where the end of the text occurred before */
+
+/* Of every kiln_generate() of the session from here on: tokens are drafted, and one step checks several. No token of a text becomes another by that,
+ * and it is left where it does not pay. source: one of the above; length: most drafts of a step, 0: as many as fit. KILN_FAILED where the artifact has no
+ * steps of several tokens, or none that takes so many. */
+kiln_status kiln_set_drafts(kiln_session* session, int source, int64_t length);
+
+typedef struct kiln_draft_counts {
+  size_t size;   /* set by the caller */
+  int64_t steps; /* of the last kiln_generate() with drafts, those of one token too */
+  int64_t tokens;          /* that they gave */
+  int64_t tried, right;    /* drafts; what came behind a wrong one was not tried */
+} kiln_draft_counts;
+
+kiln_status kiln_count_drafts(const kiln_session* session, kiln_draft_counts* counts);
+
 /* Logits of the last position: `capacity` must be at least the model's vocab_size. */
 kiln_status kiln_logits(kiln_session* session, float* logits, size_t capacity);
 

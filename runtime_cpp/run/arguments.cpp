@@ -20,6 +20,9 @@ std::vector<Option> option_table(Arguments& a) {
       {"--top-k", "N", "0 is off (0)", integer("--top-k", a.top_k, 0, INT32_MAX)},
       {"--top-p", "F", "1 is off (1)", real("--top-p", a.top_p, 0, 1)},
       {"--seed", "N", "of the sampling (0)", integer("--seed", a.seed, 0, INT64_MAX)},
+      {"--draft", "ngram", "check drafts in steps of several tokens: the text stays the same; ngram: what followed where its end occurred before", text(a.draft)},
+      {"--draft-length", "N", "most drafts of a step (as many as the artifact's steps take)", integer("--draft-length", a.draft_length, 1, INT32_MAX)},
+      {"--draft-rates", "0.9,0.8", "with --bench: draft what will come, each place right as often as this, by a seeded coin", text(a.rates)},
       {"--prefill-chunk", "N", "tokens of one prefill call, up to the artifact's (the artifact's)", integer("--prefill-chunk", a.prefill_chunk, 1, INT32_MAX)},
       {"--device", "DEVICE", "cpu, cuda or cuda:N (a GPU when the artifact has a GPU target)", text(a.device)},
       {"--threads", "N", "CPU threads (all cores)", integer("--threads", a.threads, 1, 1024)},
@@ -57,6 +60,20 @@ std::vector<int64_t> parse_ids(const char* option, std::string_view list) {
   }
 }
 
+// Of --draft-rates.
+static std::vector<double> parse_rates(std::string_view list) {
+  std::vector<double> rates;
+  for (const char *p = list.data(), *end = p + list.size();;) {
+    double rate = -1;
+    const auto r = std::from_chars(p, end, rate);
+    if (r.ec != std::errc() || (r.ptr != end && *r.ptr != ',') || !(rate >= 0 && rate <= 1))
+      usage("--draft-rates ", excerpt(list), ": must be numbers from 0 to 1 separated by commas, number ", rates.size() + 1, " is not");
+    rates.push_back(rate);
+    if (r.ptr == end) return rates;
+    p = r.ptr + 1;
+  }
+}
+
 Arguments parse_arguments(int argc, char** argv, std::string* help) {
   Arguments a;
   auto options = option_table(a);
@@ -69,7 +86,14 @@ Arguments parse_arguments(int argc, char** argv, std::string* help) {
   a.artifact = positional[0];
   int sources = a.prompt.has_value() + a.prompt_file.has_value() + a.tokens.has_value();
   if (a.bench && a.tokenize) usage("--bench and --tokenize-stdin exclude each other");
-  if (a.bench || a.tokenize ? sources != 0 : sources != 1) usage("give one of --prompt, --prompt-file, --tokens, --bench, --tokenize-stdin");
+  if (a.draft != "off" && a.draft != "ngram") usage("--draft ", excerpt(a.draft), ": must be ngram or off");
+  if (a.rates && (!a.bench || a.draft != "off")) usage("--draft-rates needs --bench, without --draft");
+  if (a.rates) a.draft_rates = parse_rates(*a.rates);
+  if (a.draft_length && a.draft == "off" && !a.rates) usage("--draft-length needs --draft");
+  const bool needs_text = !a.tokenize && (!a.bench || a.draft != "off");
+  if (needs_text && a.bench && sources != 1) usage("--bench with --draft measures a text: give one of --prompt, --prompt-file, --tokens");
+  if (needs_text ? sources != 1 : sources != 0) usage("give one of --prompt, --prompt-file, --tokens, --bench, --tokenize-stdin");
+  if (a.bench && a.draft != "off" && a.depths) usage("--depths and --draft exclude each other: a text has its own length");
   if (a.tokens) a.ids = parse_ids("--tokens", *a.tokens);
   if (a.depths && !a.bench) usage("--depths needs --bench");
   if (a.depths) a.ids = parse_ids("--depths", *a.depths);

@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "bench.h"
+#include "bench_drafts.h"
 #include "artifact/file.h"
 #include "kiln/json.h"
 #include "kiln/session.h"
@@ -100,6 +101,7 @@ void report(const Arguments& a, const Run& run, const Session& session) {
                        ", \"stop\": \"" + stop + "\", \"device\": \"" + session.model().device() + "\", \"load_s\": " + json_number(run.load_s) +
                        ", \"ttft_s\": " + json_number(run.ttft_s) + ", \"prefill_tok_s\": " + json_number(run.prefill_rate()) +
                        ", \"decode_tok_s\": " + json_number(run.decode_rate());
+    if (a.draft != "off") line += ", \"drafts\": " + drafts_json(session.draft_counts());
     if (a.memory) line += ", " + memory_json(session, session.memory());
     if (!a.logits_file.empty()) line += ", \"logits\": " + json_rows(run.logits);
     return print(line + "}\n");
@@ -107,6 +109,7 @@ void report(const Arguments& a, const Run& run, const Session& session) {
   print("\n");
   std::fprintf(stderr, "prefill %zu tokens, %.1f tok/s; decode %zu tokens, %.1f tok/s; first token after %.3f s; load %.2f s; stop: %s\n", run.prompt.size(),
                run.prefill_rate(), run.tokens.size(), run.decode_rate(), run.ttft_s, run.load_s, stop);
+  if (a.draft != "off") std::fprintf(stderr, "drafts: %s\n", drafts_text(session.draft_counts()).c_str());
   if (run.stop == Stop::MaxSeqLen && !noted_signal())
     std::fprintf(stderr, "note: stopped at the artifact's limit of %lld tokens\n", static_cast<long long>(session.model().artifact().max_seq_len));
   if (a.memory) std::fputs(memory_text(session, session.memory()).c_str(), stderr);
@@ -140,13 +143,35 @@ SessionOptions session_options(const Arguments& a) {
   return options;
 }
 
+Drafting drafting(const Arguments& a) { return {draft_source(a.draft), a.draft_length}; }
+
+// Before the model is loaded: what cannot be read is told at once.
+std::string prompt_text(const Arguments& a) { return a.prompt_file ? read_text(*a.prompt_file) : a.prompt.value_or(""); }
+std::vector<int64_t> prompt_ids(const Arguments& a, const Model& model, const std::string& text) { return a.tokens ? a.ids : model.encode_prompt(text, a.raw); }
+
 int measure(const Arguments& a) {
   auto start = Clock::now();
+  const std::string text = prompt_text(a);
   LoadProgress progress;
   auto model = load_model(a, progress);
   Session session(model, session_options(a));
   session.set_sampling(sampling(a));
   double load_s = seconds(start, Clock::now());
+  if (drafting(a).source != DraftSource::Off || !a.draft_rates.empty()) {
+    DraftBenchOptions options;
+    if (a.draft_rates.empty()) options.prompt = prompt_ids(a, *model, text);
+    options.depths = a.depths ? a.ids : std::vector<int64_t>();
+    options.tokens = a.draft_rates.empty() ? a.max_new_tokens : a.steps + 1;
+    options.drafting = drafting(a), options.rates = a.draft_rates, options.seed = static_cast<uint64_t>(a.seed), options.look = end_if_noted;
+    const std::vector<DraftBenchRow> rows = bench_drafts(session, options);
+    if (a.json)
+      print("{\"device\": \"" + model->device() + "\", \"target\": " + json_quote(model->target().target) + ", \"load_s\": " + json_number(load_s) + ", " +
+            draft_bench_json(rows) + "}\n");
+    else
+      print(model->device() + ", load " + json_number(load_s, "%.2f") + " s\n" + draft_bench_table(rows));
+    progress.succeeded();
+    return 0;
+  }
   int64_t chunk = a.prefill_chunk ? a.prefill_chunk : model->artifact().prefill_chunk;
   BenchReport report = bench(session, {a.ids, chunk, a.steps, end_if_noted});
   if (a.json)
@@ -162,13 +187,14 @@ int measure(const Arguments& a) {
 
 int play(const Arguments& a) {
   auto start = Clock::now();
-  std::string text = a.prompt_file ? read_text(*a.prompt_file) : a.prompt.value_or("");
+  const std::string text = prompt_text(a);
   LoadProgress progress;
   auto model = load_model(a, progress);
   Run run;
-  run.prompt = a.tokens ? a.ids : model->encode_prompt(text, a.raw);
+  run.prompt = prompt_ids(a, *model, text);
   Session session(model, session_options(a));
   session.set_sampling(sampling(a));
+  session.set_drafts(drafting(a));
   std::ofstream logits_file;
   if (!a.logits_file.empty()) {
     logits_file.open(a.logits_file, std::ios::binary);

@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 
@@ -282,6 +283,25 @@ kiln_status kiln_generate(kiln_session* handle, int64_t max_new_tokens, int past
         !past_eog);
     if (const std::string rest = decoder ? decoder->finish() : ""; !rest.empty()) on_token(-1, rest.c_str(), rest.size(), user);
     if (stop) *stop = stop_of(why);
+  });
+}
+
+kiln_status kiln_set_drafts(kiln_session* handle, int source, int64_t length) {
+  return guarded("kiln_set_drafts", [&] {
+    const auto session = sessions().get(handle);
+    if (source != KILN_DRAFT_OFF && source != KILN_DRAFT_NGRAM) misused("the source ", source, " is none");
+    session->set_drafts({source == KILN_DRAFT_NGRAM ? kiln::DraftSource::Ngram : kiln::DraftSource::Off, length});
+  });
+}
+
+kiln_status kiln_count_drafts(const kiln_session* handle, kiln_draft_counts* counts) {
+  return guarded("kiln_count_drafts", [&] {
+    const auto session = sessions().get(handle);
+    kiln_draft_counts found = options_of(needed(counts, "counts"));
+    const kiln::DraftCounts c = session->draft_counts();
+    found.steps = c.steps, found.tokens = c.tokens;
+    found.tried = std::accumulate(c.tried.begin(), c.tried.end(), int64_t{0}), found.right = std::accumulate(c.right.begin(), c.right.end(), int64_t{0});
+    std::memcpy(static_cast<void*>(counts), &found, std::min(counts->size, sizeof(found)));
   });
 }
 

@@ -72,11 +72,19 @@ std::function<void()> signals_at_intervals() {
   };
 }
 
-py::tuple generate(Session& session, int64_t max_new_tokens, py::object on_token, bool stop_at_eog) {
+kiln::Drafting drafting_of(const py::object& draft, int64_t length) {
+  if (py::isinstance<kiln::ScriptedDrafter>(draft)) return {kiln::DraftSource::Off, length, draft.cast<std::shared_ptr<kiln::ScriptedDrafter>>()};
+  return {kiln::draft_source(draft.is_none() ? "off" : draft.cast<std::string>()), length};
+}
+
+py::tuple generate(Session& session, int64_t max_new_tokens, py::object on_token, bool stop_at_eog, const py::object& draft,
+                   int64_t draft_length) {
+  const kiln::Drafting drafting = drafting_of(draft, draft_length);
   std::vector<int64_t> tokens;
   kiln::Stop stop;
   {
     py::gil_scoped_release release;
+    session.set_drafts(drafting);
     stop = session.generate(
         max_new_tokens,
         [&](int64_t token) {
@@ -199,7 +207,15 @@ PYBIND11_MODULE(_runtime, m) {
       .def("decode", [](Session& s) { return s.decode(); }, ReleaseGil(), "Feeds the token sampled last; returns the next one.")
       .def("decode", [](Session& s, int64_t token) { return s.decode(token); }, py::arg("token"), ReleaseGil(), "Feeds `token`; returns the next one.")
       .def("generate", &generate, py::arg("max_new_tokens"), py::arg("on_token") = py::none(), py::arg("stop_at_eog") = true,
-           "(tokens, stop reason); on_token(id) may return False to stop.")
+           py::arg("draft") = py::none(), py::arg("draft_length") = 0,
+           "(tokens, stop reason); on_token(id) may return False to stop. draft: 'ngram' (a ScriptedDrafter, to measure), and at most how many a step "
+           "(0: as many as fit).")
+      .def_property_readonly("draft_counts", [](const Session& s) {
+            const kiln::DraftCounts c = s.draft_counts();
+            py::dict out;
+            out["steps"] = c.steps, out["tokens"] = c.tokens, out["tried"] = c.tried, out["right"] = c.right;
+            return out;
+          }, "Of the last generate() with drafts: steps, the tokens they gave, and of each place of a draft how often it was tried and right.")
       .def("logits", [](Session& s) {
             const std::vector<float>* row;
             {
@@ -258,13 +274,21 @@ PYBIND11_MODULE(_runtime, m) {
       .def("cut", &kiln::NgramDrafter::cut, py::arg("length"))
       .def("draft", &kiln::NgramDrafter::draft, py::arg("most"))
       .def("__len__", &kiln::NgramDrafter::length);
+  py::class_<kiln::ScriptedDrafter, std::shared_ptr<kiln::ScriptedDrafter>>(m, "ScriptedDrafter", "Drafts what is known to come, each place right as often as it is told: for measurements.")
+      .def(py::init<std::vector<int64_t>, std::vector<double>, int64_t, uint64_t>(), py::arg("script"), py::arg("rates"), py::arg("vocab_size"),
+           py::arg("seed") = 0);
   py::class_<kiln::Acceptance>(m, "Acceptance", "How many of a step's drafts were right, and how many are worth drafting next.")
       .def(py::init<int64_t>(), py::arg("most"))
       .def_static("agreed", &kiln::Acceptance::agreed, py::arg("drafts"), py::arg("written"))
       .def("took", &kiln::Acceptance::took, py::arg("drafted"), py::arg("accepted"))
-      .def("worth", &kiln::Acceptance::worth)
-      .def_property_readonly("steps", &kiln::Acceptance::steps)
+      .def("chances", &kiln::Acceptance::chances, "Of each place: how likely the draft is right up to it.")
+      .def_property_readonly("due", &kiln::Acceptance::due, "Nothing was drafted for so long that one draft is tried whatever the chances.")
       .def_property_readonly("tried", &kiln::Acceptance::tried)
       .def_property_readonly("right", &kiln::Acceptance::right);
+  py::class_<kiln::StepCosts>(m, "StepCosts", "What steps of several tokens take, as they were measured.")
+      .def(py::init<std::vector<int64_t>>(), py::arg("sizes"))
+      .def("took", &kiln::StepCosts::took, py::arg("tokens"), py::arg("seconds"))
+      .def("of", &kiln::StepCosts::of, py::arg("tokens"));
+  m.def("share_drafts", &kiln::share_drafts, py::arg("chances"), py::arg("costs"), "How many drafts of each row are worth taking into one step.");
   bind_batch(m);
 }

@@ -62,6 +62,23 @@ void bind_batch(py::module_& m) {
       .def("logits", [](const Batch& b, int64_t handle) { return to_numpy(b.logits(handle)); }, py::arg("handle"),
            "float32 [vocab_size] that the timeline's last token was sampled from; with keep_logits. Of an ended one, too.")
       .def("memory", [](const Batch& b) { return memory_of(b.memory()); }, "As Session.memory(), the caches of all rows.")
+      .def("probe", [](Batch& b, const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& rows,
+                       const std::vector<std::tuple<float, int32_t, float, int64_t>>& sampling, int64_t times) {
+             std::vector<kiln::Sampling> each;
+             for (const auto& [temperature, top_k, top_p, seed] : sampling) each.push_back({temperature, top_k, top_p, seed});
+             if (sampling.empty()) each.resize(tokens.size());
+             kiln::BatchProbe found;
+             {
+               py::gil_scoped_release release;
+               found = b.probe(tokens, positions, rows, each, times);
+             }
+             const auto m = static_cast<py::ssize_t>(found.tokens.size());
+             return py::make_tuple(found.tokens, to_numpy(found.logits).attr("reshape")(m, -1), found.seconds);
+           },
+           py::arg("tokens"), py::arg("positions"), py::arg("rows"), py::arg("sampling") = py::list(), py::arg("times") = 1,
+           "For measurements and tests: a step as it is given, sampling (temperature, top_k, top_p, seed) for each token, greedy without: "
+           "(sampled, float32 [tokens, vocab_size], seconds of all).")
+      .def_property_readonly("early_launches", &Batch::early_launches)
       .def("cache_memory", [](const Batch& b) {
              py::dict out;
              for (const auto& cache : b.cache_memory()) out[cache.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(cache.data), cache.bytes);

@@ -25,7 +25,7 @@ from tests.conftest import kiln, with_peak_memory
 from tests.gguf_files import rewrite
 from tests.timeline import FIXTURES
 
-TINY = FIXTURES / "gemma4-tiny-dense.gguf"
+TINY, WIDE = FIXTURES / "gemma4-tiny-dense.gguf", FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"
 
 
 def fails(tmp_path: Path, *arguments, match: str, code: int = 1) -> None:
@@ -225,7 +225,13 @@ def test_the_cpu_target_goes_alone(tmp_path):
 
 def test_steps_of_several_tokens_are_refused_where_nothing_computes_them(tmp_path):
     rows = ("--decode-rows", "1,2", "--rows", "2")
-    fails(tmp_path, "--gguf", TINY, "--target", "sm_90", *rows, match="steps of several tokens cannot be compiled for a GPU yet")
+    gpu = ("--target", "sm_90", *rows, "--dry-run")
+    fails(tmp_path, "--gguf", TINY, *gpu, match="has no quantized weights, which a GPU's steps of several tokens multiply")
+    for other in ("--no-fuse-decode", "--allow-unfused"):
+        fails(tmp_path, "--gguf", WIDE, *gpu, other, match=f"keep a token's bits among others'; it does not go with {other}")
+    moe, edge = (FIXTURES / f"gemma4-tiny-{name}-wide-Q4_K_M.gguf" for name in ("moe", "edge"))
+    fails(tmp_path, "--gguf", moe, *gpu, match="not rewrite blk.0.experts (a choice of experts of several tokens has no kernels yet)")
+    fails(tmp_path, "--gguf", edge, *gpu, match="(a per-layer embedding of several tokens has no kernels yet); leave --decode-rows away")
     hybrid = FIXTURES / "qwen35-tiny-mtp.gguf"
     fails(tmp_path, "--gguf", hybrid, "--target", "cpu", *rows, match="has layers with a state, which takes one token after the other")
 

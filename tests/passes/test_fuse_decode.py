@@ -94,6 +94,20 @@ def test_the_pattern_is_gone() -> None:
         assert [b.name for b in after.kv] == [b.name for b in before.kv]
 
 
+def test_steps_of_several_tokens() -> None:
+    """The ops of one token, but for attention; what the compiler would add up in an order of its own is refused."""
+    rows = {"decode_bytes": 2, "decode_rows": (1, 2), "rows": 2}
+    after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **rows), "decode_2", "cpu")
+    found = report(after)
+    assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())
+    expected = {"norm_fixed": 1, "add_norm": 12, "fixed_glu": 6, "fixed_linear": 1, "fixed_linear_squares": 12, "fixed_partials": 8,
+                "sliding_decode_rows": 4, "tq4_decode_rows": 2, "rope_table": 2, "sample": 1, "tq4_write_rows": 0}  # fmt: skip
+    assert {name: count(after.program, getattr(kiln, name).default) for name in expected} == expected
+    assert not count(after.program, aten.index_put_.default, *fuse_decode.IN_ANY_ORDER)
+    with pytest.raises(KilnError, match=r"of several tokens may add up in another order than of one"):
+        lower(graph_spec(FIXTURES / "gemma4-tiny-edge-wide-Q4_K_M.gguf", allow_unfused=True, **rows), "decode_2", "cpu")
+
+
 class Rounded(torch.fx.Interpreter):
     """The graph that is not fused, the activations of its matmuls rounded to fixed point as the fused one's are."""
 

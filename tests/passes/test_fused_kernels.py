@@ -16,6 +16,7 @@ from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.tools.synth import write_synthetic
 from tests.custom_ops.interpret import interpreted
 from tests.timeline import GREEDY, graph_spec, weights
+from tests.timelines import sampling
 
 # One sliding layer and a full one, V of another type than Q and K in the first, in every op of a fused step.
 PAIR = dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256)
@@ -32,6 +33,14 @@ EXPERTS = {
         "add_norm", "fixed_glu", "choose_experts_norm", "expert_glu", "expert_sum_squares", "add_norm_two", "fixed_linear_squares"}),
     "qwen3-moe-tiny": ({"layers": 1, "full_every": 1, "experts": (6, 3, 64)}, {
         "add_norm", "norm_fixed", "choose_experts", "expert_glu", "expert_sum", "prepare_qkv"}),
+}  # fmt: skip
+# A delta rule and gated attention of which a part of each head turns, with a gated network beside experts, and without experts.
+DELTA = {"layers": 2, "full_every": 2, "delta": (2, 4, 32, 32, 4)}
+HYBRID = {"add_norm", "norm_fixed", "delta_decode", "rope_table", "fixed_glu", "fixed_partials", "fixed_linear"}
+HYBRIDS = {
+    False: ({"experts": (4, 2, 32), "ffn": 64}, HYBRID | {
+        "choose_experts", "expert_glu", "expert_sum", "prepare_qkv", "attention_gate_fixed"}),
+    True: ({"family": "qwen35", "experts": None, "ffn": 64}, HYBRID | {"tq4_decode"}),
 }  # fmt: skip
 
 
@@ -74,6 +83,68 @@ def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, ge
         assert cache.any() and (found - expected).norm() <= LIMIT * expected.norm(), name
 
 
+# (position, row) of two steps of two tokens: of one row, of two in any order. Their products are of four bytes at a time: tensor cores take
+# the interpreter minutes, and test_gemv_rows has them. By day tests/exporter/model/test_rows.py has these graphs by the ops' references.
+STEPS = ([(60, 0), (61, 0)], [(60, 1), (62, 0)])
+
+
+def poured(lowered) -> dict[str, torch.Tensor]:
+    """Caches over a past of random keys and values: rings are full, codes are read."""
+    g = torch.Generator().manual_seed(0)
+    caches = make_kv(lowered.kv)
+    for cache in caches.values():
+        if cache.dtype == torch.int16:
+            cache.random_(-(1 << 15), 1 << 15, generator=g)
+        else:
+            cache.copy_(torch.rand(cache.shape, generator=g) + 0.5 if cache.dim() == 3 else torch.randn(cache.shape, generator=g))
+    return caches
+
+
+def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
+    """Every token of a step of two has, bit for bit, the logits and the sample of a step of one, and so have the caches."""
+    monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    monkeypatch.setitem(gemv.ROWS_CONFIGS, (90, 4), gemv.RowsConfig(False, 128))
+    path = directory / "pair.gguf"
+    write_synthetic(path, "pair", "q4_k_m", 0)
+    state = weights(path, directory)
+    spec = graph_spec(path, turboquant=turboquant, residual_length=32, decode_bytes=TERMS, decode_rows=(1, 2), rows=2)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        one, two = (lower(spec, entry, "cpu") for entry in ("decode", "decode_2"))
+    called = {str(node.target).removeprefix("kiln.").removesuffix(".default") for node in two.program.graph.nodes}
+    assert called >= {f"{op}_rows" if op in ("sliding_decode", "tq4_decode") else {"global_attention": "global_rows"}.get(op, op)
+                      for op in OPS[turboquant]}  # fmt: skip
+    together = poured(two)
+    apart = {name: cache.clone() for name, cache in together.items()}
+    with compiling_for(TARGET):
+        step = runnable(two.program, state | together)
+        alone = [runnable(one.program, state | {name: cache[row] for name, cache in apart.items()}) for row in range(2)]
+        for places in STEPS:
+            pos, row = (torch.tensor(x) for x in zip(*places, strict=True))
+            tokens = (pos * 7 + row * 31) % 300
+            sampled, logits = step(tokens, pos, row, *sampling(row.tolist()))
+            assert logits.isfinite().all() and logits.std() > 0
+            found = {}
+            for at in sorted(set(places)):
+                i = places.index(at)
+                found[at] = alone[at[1]](tokens[[i]], pos[[i]], *sampling([at[1]]))
+            for i, at in enumerate(places):
+                assert torch.equal(logits[i], found[at][1][0]) and int(sampled[i]) == int(found[at][0]), (places, i)
+    for name, cache in apart.items():
+        assert torch.equal(together[name], cache), name
+
+
+@pytest.mark.nightly
+def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows(tmp_path, monkeypatch, turboquant=False)
+
+
+@pytest.mark.nightly
+def interpreted_rows_of_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows(tmp_path, monkeypatch, turboquant=True)
+
+
 def interpreted_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tmp_path, monkeypatch, turboquant=False)
 
@@ -86,6 +157,12 @@ def interpreted_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed, ops = EXPERTS[name]
     check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)
+
+
+@pytest.mark.parametrize("turboquant", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def interpreted_hybrids(turboquant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, ops = HYBRIDS[turboquant]
+    check(tmp_path, monkeypatch, turboquant, dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], **DELTA, **changed), ops)
 
 
 test_kernels_interpreted = interpreted(__file__)

@@ -4,22 +4,63 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
+import os
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import kiln
+from tests import timelines as timelines_
 from tests.conftest import kiln as command
+from tests.conftest import shared
 
-SLOTS, ROWS = 64, 3  # of the artifact
+CHUNK, ROWS = 32, 3
+# By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
+# layer's of 16 + 6 slots and an exact window of 32 + 6, within 192 of 128 + 14 and 32 + 14.
+FORMS = {"cpu": ((2, 4), 64, {"ring": (22, 16), "exact": (38, 32)}), "cuda": ((2, 4, 8), 192, {"ring": (142, 128), "exact": (46, 32)})}
+NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
 
 
 @pytest.fixture(scope="module")
-def model(rows_artifact) -> kiln.Model:
-    return kiln.Model(str(rows_artifact))
+def slots(device) -> int:
+    return FORMS[device][1]
+
+
+@pytest.fixture(scope="module")
+def artifact(device, slots, request, tmp_path_factory) -> Path:
+    """On the CPU two layers of a small fixture, on a GPU the small trained model, whose weights are packed; with TQ4.
+
+    KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
+    """
+    if device == "cpu":
+        return request.getfixturevalue("three_rows")
+
+    def make(path: Path) -> None:
+        steps = ",".join(map(str, (1, *FORMS[device][0])))
+        command("export", "--gguf", NANO, "--out", path, "--max-seq-len", slots, "--prefill-chunk", CHUNK, "--turboquant", "--rows", ROWS,
+                "--residual-length", 32, "--decode-rows", steps, "--target", "native", "--weights", "gguf")  # fmt: skip
+
+    kept = os.environ.get("KILN_TEST_BATCH")
+    return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
+
+
+@pytest.fixture(scope="module")
+def model(artifact, device) -> kiln.Model:
+    return kiln.Model(str(artifact), device, **({} if device == "cpu" else {"weights": str(NANO)}))
+
+
+def spoil(address: int, size: int, device: str) -> None:
+    """Fills memory of caches with NaN."""
+    if device == "cpu":
+        ctypes.memset(address, 0xFF, size)
+    else:
+        torch.cuda.synchronize()  # makes the GPU's context current
+        assert ctypes.CDLL("libcuda.so.1").cuMemsetD8_v2(ctypes.c_uint64(address), ctypes.c_ubyte(0xFF), ctypes.c_size_t(size)) == 0
+        torch.cuda.synchronize()
 
 
 def requests(count: int, seed: int) -> list[dict[str, Any]]:
@@ -42,16 +83,60 @@ def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog
     session.prefill(prompt)
     logits.append(session.logits().copy())
     session.set_logits_sink(lambda row: logits.append(row.copy()))
-    tokens, stop = session.generate(most or SLOTS + 1, stop_at_eog=stop_at_eog)
+    tokens, stop = session.generate(most or model.max_seq_len + 1, stop_at_eog=stop_at_eog)
     return tokens, stop, logits
 
 
-def test_timelines_that_come_and_go(model):
+def test_rows_of_a_step(model, device, slots):
+    """Every M, any mix of timelines, padding, drafts of which 0 to M - 1 are rejected: all bits are those of a session that is fed token by
+    token. Rings are passed more than once. On a GPU by direct calls as by replays, with early launch and without."""
+    counts, vocab, rng = FORMS[device][0], model.vocab_size, random.Random(3)
+    timelines = [[rng.randrange(8, vocab) for _ in range(n)] for n in (slots, slots * 5 // 6, slots // 2)]
+    expected = []
+    for row, tokens in enumerate(timelines):
+        session = kiln.Session(model)
+
+        def one(token, pos, *settings, session=session):
+            session.set_sampling(*(x.item() for x in settings))
+            sampled = session.decode(token.item())
+            return torch.tensor([sampled]), torch.from_numpy(session.logits())[None]
+
+        expected.append(timelines_.solo(one, tokens, row))
+        del session
+    for options in ({}, {"early_launch": False}, {"graph": False}) if device == "cuda" else ({},):
+        batch = kiln.Batch(model, **options)
+        assert bool(batch.early_launches) == (device == "cuda" and not options)
+
+        def several(token, pos, row, *settings, batch=batch):
+            each = list(zip(*(x.tolist() for x in settings), strict=True))
+            sampled, logits, _ = batch.probe(token.tolist(), pos.tolist(), row.tolist(), each)
+            return torch.tensor(sampled), torch.from_numpy(logits)
+
+        for address, size in batch.cache_memory().values():
+            spoil(address, size, device)
+        schedule = timelines_.Schedule(timelines, counts, vocab)
+        assert timelines_.check(dict.fromkeys(counts, several), schedule, expected) > sum(map(len, timelines))
+        assert {(m, wrong) for m in counts for wrong in range(m)} <= schedule.rejected
+        for row, tokens in enumerate(timelines):  # what a step of one token goes on from is the same, whichever steps wrote it
+            _, logits, _ = batch.probe(tokens[-1:], [len(tokens) - 1], [row])
+            assert np.array_equal(logits[0], expected[row][1][-1].numpy())
+    for bad, what in (({"tokens": [1] * 3, "positions": [0] * 3, "rows": [0] * 3}, "no step of as many"),
+                      ({"tokens": [1], "positions": [slots], "rows": [0]}, f"position {slots}"),
+                      ({"tokens": [1], "positions": [0], "rows": [ROWS]}, f"row {ROWS}")):  # fmt: skip
+        with pytest.raises(kiln.Error, match=what):
+            batch.probe(**bad)
+    batch.join(prompt=[5])
+    with pytest.raises(kiln.Error, match="timelines are in the batch"):
+        batch.probe([1], [0], [0])
+
+
+def test_timelines_that_come_and_go(model, device):
     """Some hundred steps; rows come, end, are sent away; every token and every logit is that of the timeline alone."""
     rng = random.Random(4)
     todo = requests(36, 1)
     expected = [solo(model, request) for request in todo]
-    assert {stop for _, stop, _ in expected} == {"eog", "length", "max_seq_len"} or {"length", "max_seq_len"} <= {s for _, s, _ in expected}
+    stops = {stop for _, stop, _ in expected}
+    assert stops >= ({"length", "max_seq_len"} if device == "cpu" else {"length"}) and len(stops) > 1
     batch = kiln.Batch(model, keep_logits=True)
     assert batch.rows == ROWS
     texts: dict[int, list[int]] = {}
@@ -110,7 +195,7 @@ def test_chunks_of_prompts(model):
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_row_that_fails_is_alone(model, rows):
+def test_a_row_that_fails_is_alone(model, device, rows):
     """Its error names the place; the others' texts are what they are, and the row serves again."""
     asked = [{"prompt": [40 + i, 50, 60], "max_new_tokens": 12} for i in range(rows)]
     batch = kiln.Batch(model, rows=rows)
@@ -120,8 +205,7 @@ def test_a_row_that_fails_is_alone(model, rows):
     for step in range(rows + 12):
         if step == rows + 2:  # all are written in one step by now
             address, size = batch.cache_memory()["blk.0.cache.k_ring"]
-            own = (ctypes.c_float * (size // ROWS // 4)).from_address(address + size // ROWS)  # the second row's
-            own[:] = [math.nan] * len(own)
+            spoil(address + size // ROWS, size // ROWS, device)  # the second row's
         for handle, token, _, error in batch.step():
             if error:
                 errors.append((handle, error))
@@ -137,9 +221,11 @@ def test_a_row_that_fails_is_alone(model, rows):
     assert again not in texts and text == solo(model, asked[0], stop_at_eog=False)[0]
 
 
-def test_refused(model):
+def test_refused(model, slots):
     batch = kiln.Batch(model, rows=2)
-    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [512]}, "token 512"), ({"prompt": [1] * 65}, "65 tokens"),
+    vocab = model.vocab_size
+    for bad, what in (({"prompt": []}, "no tokens"), ({"prompt": [vocab]}, f"token {vocab}"),
+                      ({"prompt": [1] * (slots + 1)}, f"{slots + 1} tokens"),
                       ({"prompt": [1], "temperature": -1.0}, "temperature"), ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens")):
         with pytest.raises(kiln.Error, match=what):
             batch.join(**bad)
@@ -158,150 +244,13 @@ def test_refused(model):
             kiln.Batch(model, **options)
 
 
-def test_memory_of_rows(rows_artifact, model):
+def test_memory_of_rows(artifact, model, device):
     """What the manifest says of one row, times the rows; inspect and the runner say the same."""
-    manifest = json.loads((rows_artifact / "manifest.json").read_text())
+    manifest = json.loads((artifact / "manifest.json").read_text())
     each = sum(kv["bytes"] for kv in manifest["kv"])
-    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", "decode_2", "decode_4"]
+    assert manifest["rows"] == ROWS and list(manifest["entry_points"]) == ["prefill", "decode", *(f"decode_{m}" for m in FORMS[device][0])]
     memory = kiln.Batch(model).memory()
     assert memory["kv_ring"] + memory["kv_global"] == ROWS * each
     rings = {kv["name"].rpartition(".")[2]: (kv["shape"][0], kv["window"]) for kv in manifest["kv"] if kv["kind"] == "ring"}
-    assert rings == {"k_ring": (22, 16), "v_ring": (22, 16), "k_exact": (38, 32), "v_exact": (38, 32)}
-    assert f"x {ROWS} rows" in command("inspect", rows_artifact).stdout
-
-
-def spelled(model: kiln.Model, *pieces: list[int] | int, chunk: int = 8) -> list[int]:
-    """A session that reads lists as prompts and takes ids one by one; the last piece is how many tokens it writes then, with seed 5."""
-    session = kiln.Session(model, prefill_chunk=chunk)
-    session.set_sampling(1.0, 0, 1.0, 5)
-    *fed, most = pieces
-    for piece in fed:
-        (session.decode if isinstance(piece, int) else session.prefill)(piece)
-    return session.generate(most, stop_at_eog=False)[0]
-
-
-SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "stop_at_eog": False}
-
-
-def write(batch: kiln.Batch, handle: int, most: int) -> list[int]:
-    """The next tokens of a timeline, whatever else the batch does; it stays."""
-    found: list[int] = []
-    while len(found) < most:
-        found += [token for who, token, *_ in batch.step() if who == handle]
-    return found
-
-
-def test_a_row_goes_on(model):
-    """What a timeline leaves in its row need not be read again: tokens are those of a session that reads the same pieces."""
-    batch = kiln.Batch(model, prefill_chunk=8)
-    prompt, more = list(range(20, 33)), [40, 41, 42]
-    busy = batch.join([9, 9, 9], **SEEDED)
-    handle = batch.join(prompt, max_new_tokens=4, **SEEDED)
-    text = write(batch, handle, 4)
-    row = batch.row(1)
-    assert row.tokens == prompt + text[:3] and (row.number, row.position) == (1, 16)
-    again = batch.join([*prompt, *text, *more], row=1, **SEEDED)
-    assert batch.position(again) == 16
-    assert write(batch, again, 9) == spelled(model, prompt, *text[:3], [text[3], *more], 9)
-    for refused in (lambda: row.rewind(0), lambda: batch.join([9, 9, 9, 9], row=1), lambda: batch.join([5], row=0)):
-        with pytest.raises(kiln.Error, match="in use by timeline"):
-            refused()
-    batch.leave(again)
-    held = row.position
-    assert row.earliest == held - 7  # a window of 16 in 22 slots
-    with pytest.raises(kiln.Error, match="have lost"):
-        row.rewind(row.earliest - 1)
-    row.rewind(held - 2)
-    for prompt_, what in (([1, 2, 3], "does not begin"), (row.tokens, "none is left")):
-        with pytest.raises(kiln.Error, match=what):
-            batch.join(prompt_, row=1)
-    assert not batch.active - 1 and row.position == held - 2
-    kept = row.tokens
-    third = batch.join([*kept, 50, 51], row=1, **SEEDED)
-    pieces = spelled(model, prompt, *text[:3], [text[3], *more], *kept[20:], [50, 51], 5)
-    assert write(batch, third, 5) == pieces
-    for number in (-1, 3):
-        with pytest.raises(kiln.Error, match="the batch has 3"):
-            batch.row(number)
-    batch.leave(busy)
-
-
-@pytest.mark.parametrize("by_steps", [True, False])
-def test_what_comes_in_a_tokens_place(model, by_steps):
-    """Ids that are given instead of the token sampled last; others go on beside them."""
-    batch, prompt, given = kiln.Batch(model, prefill_chunk=8), [9, 8, 7], list(range(60, 72))
-    other = batch.join([30, 31], **SEEDED)
-    handle = batch.join(prompt, max_new_tokens=9, **SEEDED)
-    before = write(batch, handle, 3)
-    batch.extend(handle, given, by_steps)
-    with pytest.raises(kiln.Error, match="12 tokens still to be read"):
-        batch.extend(handle, [5])
-    events = [batch.step() for _ in range(4)]
-    assert all(who == other for step in events[: 3 if by_steps else 1] for who, *_ in step)
-    after = [token for step in events for who, token, *_ in step if who == handle]
-    while batch.active > 1:
-        after += [token for who, token, *_ in batch.step() if who == handle]
-    assert len(after) == 7  # the one that gave way does not count
-    pieces: list[Any] = [*given] if by_steps else [given]
-    assert after == spelled(model, prompt, *before[:2], *pieces, 7)
-    for bad, what in (([], "no tokens"), ([512], "token 512"), ([5] * 70, "70 tokens after")):
-        with pytest.raises(kiln.Error, match=what):
-            batch.extend(other, bad)
-
-
-def test_snapshots_of_rows(model):
-    """A row goes back to where it stood, once its ring has forgotten that; another row and a session take what it was, too."""
-    batch, store = kiln.Batch(model, prefill_chunk=8), kiln.SnapshotStore(0, 1 << 20)
-    prompt, other = list(range(20, 41)), [50, 51, 52]
-    handle = batch.join(prompt, **SEEDED)
-    write(batch, handle, 1)
-    row = batch.row(0)
-    assert store.take(row, "a") and store.take(row, "a") and store.counts()["kept"] == 1
-    snapshot = row.snapshot()
-    assert (snapshot.position, snapshot.tokens) == (21, prompt)
-    write(batch, handle, 20)
-    with pytest.raises(kiln.Error, match="in use by timeline"):
-        row.restore(snapshot)
-    batch.leave(handle)
-    assert row.earliest > 21
-    expected = spelled(model, prompt, other, 9)
-    elsewhere, session = batch.row(2), kiln.Session(model, prefill_chunk=8)
-    assert not elsewhere.can_restore(snapshot) and row.can_restore(snapshot)
-    for taker in (elsewhere, session):
-        taker.restore(snapshot)
-    session.set_sampling(1.0, 0, 1.0, 5)
-    session.prefill(other)
-    assert session.generate(9, stop_at_eog=False)[0] == expected
-    found = store.longest(row, [*prompt, *other], "b")
-    assert found is not None and found.position == 21 and store.longest(row, [*prompt[:-1], *other], "b") is None
-    row.restore(found)
-    texts: dict[int, list[int]] = {batch.join([*prompt, *other], row=number, **SEEDED): [] for number in (0, 2)}
-    while min(map(len, texts.values())) < 9:
-        for who, token, *_ in batch.step():
-            texts[who].append(token)
-    assert all(text[:9] == expected for text in texts.values())
-
-
-def test_logits_of_one_timeline(model):
-    """They come to the host for it alone, and stay until another timeline joins in its row."""
-    batch = kiln.Batch(model, rows=2)
-    quiet, loud = batch.join([9, 8], **SEEDED), batch.join([7, 6, 5], max_new_tokens=2, keep_logits=True, **SEEDED)
-    expected = solo(model, {"prompt": [7, 6, 5], "max_new_tokens": 2, "temperature": 1.0, "seed": 5}, stop_at_eog=False)[2]
-    for row in expected:
-        write(batch, loud, 1)
-        assert np.array_equal(batch.logits(loud), row)
-        with pytest.raises(kiln.Error, match="keep_logits"):
-            batch.logits(quiet)
-    assert batch.active == 1
-    again = batch.join([5], **SEEDED)
-    with pytest.raises(kiln.Error, match=f"timeline {loud} is in no row"):
-        batch.logits(loud)
-    assert again != loud
-
-
-def test_prompts_are_read_by_turns(model):
-    """A short prompt does not wait for a long one that came before."""
-    batch = kiln.Batch(model, prefill_chunk=4)
-    long, short = batch.join(list(range(20, 60)), **SEEDED), batch.join([9, 8, 7], **SEEDED)
-    order = [handle for _ in range(12) for handle, *_ in batch.step()]
-    assert order.index(short) <= 2 and long in order
+    assert rings == {f"{side}_{kind}": form for kind, form in FORMS[device][2].items() for side in "kv"}
+    assert f"x {ROWS} rows" in command("inspect", artifact).stdout

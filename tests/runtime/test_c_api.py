@@ -177,6 +177,28 @@ def test_bad_values(lib, toy, device, tmp_path) -> None:
     assert lib.kiln_session_free(session) == OK and lib.kiln_model_free(model) == OK
 
 
+class DraftCounts(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("steps", c.c_int64), ("tokens", c.c_int64), ("tried", c.c_int64), ("right", c.c_int64)]
+
+
+def test_drafts(lib, toy, three_rows) -> None:
+    """The same text with fewer steps; what cannot be is told."""
+    model, plain = load(lib, three_rows, "cpu"), load(lib, toy, "cpu")
+    prompt, counts, texts = [9, 8, 7, 9, 8, 7, 9], DraftCounts(c.sizeof(DraftCounts)), []
+    for source in (0, 1):
+        session = opened(lib, model)
+        assert lib.kiln_set_drafts(session, source, c.c_int64(0)) == OK
+        assert prefill(lib, session, prompt)[0] == OK
+        texts.append(generate(lib, session, 30))
+        assert lib.kiln_count_drafts(session, c.byref(counts)) == OK
+        assert (counts.tried > 0) == (source == 1) and counts.tokens == counts.steps + counts.right
+    assert texts[0] == texts[1] and counts.right > 0
+    refused(lib, lib.kiln_set_drafts(session, 7, c.c_int64(0)), MISUSED, "source 7")
+    refused(lib, lib.kiln_set_drafts(session, 1, c.c_int64(9)), FAILED, "9 a step")
+    refused(lib, lib.kiln_set_drafts(opened(lib, plain), 1, c.c_int64(0)), FAILED, "no steps of several tokens")
+    refused(lib, lib.kiln_count_drafts(session, None), MISUSED, "counts is NULL")
+
+
 class SnapshotInfo(c.Structure):
     _fields_ = [("size", c.c_size_t), ("position", c.c_int64), ("device_bytes", c.c_uint64), ("host_bytes", c.c_uint64), ("whole", c.c_int)]
 

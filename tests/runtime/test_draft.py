@@ -71,28 +71,64 @@ def test_a_text_that_repeats() -> None:
     assert drafter.draft(4) == [0, 1, 0, 1]
 
 
+def play(chances_of_right: float, cost_of_more: float, tokens: int, seed: int = 0) -> tuple[float, kiln.Acceptance, int]:
+    """Time of a text over that without drafts; `cost_of_more`: of each further token of a step, over a step of one."""
+    acceptance, costs, random = kiln.Acceptance(7), kiln.StepCosts([1, 2, 4, 8]), Random(seed)
+    written, time, steps = 0, 0.0, 0
+    while written < tokens:
+        chances = acceptance.chances()
+        drafts = max(kiln.share_drafts([chances], costs)[0], int(acceptance.due))
+        size = next(m for m in (1, 2, 4, 8) if m > drafts)
+        seconds = 1 + cost_of_more * (size - 1)
+        right = next((i for i in range(drafts) if random.random() >= chances_of_right), drafts)
+        costs.took(size, seconds)
+        acceptance.took(drafts, right)
+        written, time, steps = written + right + 1, time + seconds, steps + 1
+    return time / tokens, acceptance, steps
+
+
 def test_acceptance() -> None:
-    """What is drafted follows what was right; where nothing is, hardly any step pays for a draft."""
+    """What is drafted follows what was right and what it costs; where nothing is right, hardly any step pays for a draft."""
     assert kiln.Acceptance.agreed([1, 2, 3], [1, 2, 9, 4]) == 2 and kiln.Acceptance.agreed([], [5]) == 0
-    good, bad, random = kiln.Acceptance(7), kiln.Acceptance(7), Random(0)
-    for _ in range(400):
-        n = good.worth()
-        right = next((i for i in range(n) if random.random() > 0.95), n)
-        good.took(n, right)
-        n = bad.worth()
-        bad.took(n, 0)
-    assert good.worth() >= 5 and good.steps == 400 and good.right[0] / good.tried[0] == pytest.approx(0.95, abs=0.03)
+    for cost in (0.02, 0.08, 0.3, 1.0):
+        time, never, _ = play(0, cost, 2000)
+        assert time <= 1 / 0.97 and sum(never.right) == 0 < sum(never.tried), cost
+    time, good, _ = play(0.95, 0.05, 2000)
+    assert time < 0.3 and good.chances()[-1] > 0.5 and good.right[0] / good.tried[0] == pytest.approx(0.95, abs=0.03)
     assert good.tried == sorted(good.tried, reverse=True)
-    assert sum(bad.tried) < 0.1 * 400 and sum(bad.right) == 0
-    for _ in range(120):  # and it finds out when that changes
-        bad.took(n := bad.worth(), n)
-        for _ in range(0 if n else 16):
-            bad.took(0, 0)
-    assert bad.worth() == 7
-    assert kiln.Acceptance(0).worth() == 0
+    time, half, steps = play(0.5, 0.05, 2000)
+    assert time < 0.65 and 0.4 < half.right[0] / half.tried[0] < 0.6 and sum(half.tried[4:]) < 0.1 * steps
+    assert play(0.9, 1.0, 2000)[0] <= 1 / 0.97  # right nearly always, and no more than another step
+
+    late, costs = kiln.Acceptance(7), kiln.StepCosts([1, 2, 4, 8])
+    costs.took(1, 1.0)
+    for _ in range(600):
+        late.took(1 if late.due else 0, 0)
+    for _ in range(600):  # it finds out when that changes, all places of a draft
+        n = max(kiln.share_drafts([late.chances()], costs)[0], int(late.due))
+        late.took(n, n)
+    assert kiln.share_drafts([late.chances()], costs) == [7]
+    assert kiln.Acceptance(0).chances() == []
     for pair in ((8, 0), (2, 3), (-1, 0)):
         with pytest.raises(kiln.Error, match="accepted"):
             good.took(*pair)
+
+
+def test_rows_share_a_step() -> None:
+    """The likeliest drafts of all rows, as long as each token that may be hoped for is cheaper than in a step of its own."""
+    costs = kiln.StepCosts([1, 2, 4, 8])
+    for size, seconds in ((1, 1.0), (2, 1.05), (4, 1.1), (8, 1.3)):
+        costs.took(size, seconds)
+    assert costs.of(3) == costs.of(4) and costs.of(8) > costs.of(4) > costs.of(2) > costs.of(1)
+    assert kiln.share_drafts([[0.9, 0.8, 0.2], [0.1, 0.05]], costs) == [2, 0]
+    assert kiln.share_drafts([[0.9, 0.8, 0.7], [0.1, 0.05]], costs) == [3, 2]  # room that is there anyway is used
+    assert kiln.share_drafts([[0.95, 0.9, 0.86, 0.8, 0.77], [0.9, 0.8]], costs) == [4, 2]
+    assert kiln.share_drafts([[0.01] * 3, [0.01] * 3], costs) == [0, 0]
+    assert kiln.share_drafts([[], [0.9]], costs) == [0, 1]
+    assert kiln.share_drafts([[0.9]] * 8, costs) == [0] * 8  # no room
+    assert kiln.share_drafts([[0.9]], kiln.StepCosts([1, 2])) == [0]  # nothing to compare with
+    with pytest.raises(kiln.Error, match="no step takes 9"):
+        costs.of(9)
 
 
 def test_declared_types() -> None:

@@ -85,3 +85,31 @@ def test_help_version_and_usage_errors(toy):
     fails("--max-new-tokens 0", toy, "--tokens", "1", "--max-new-tokens", "0", code=2)
     fails("--tokens 1,,2", toy, "--tokens", "1,,2", code=2)
     fails("needs --tokenize-stdin", toy, "--tokens", "1", "--parse-special", code=2)
+
+
+def test_drafts(three_rows, toy) -> None:
+    """The same text, and how many tokens a step gave; measured as well, by what occurred before and by a coin."""
+    prompt = ("--tokens", ids([9, 8, 7, 9, 8, 7, 9]), "--max-new-tokens", 30)
+    plain, drafted = (json.loads(run(three_rows, *prompt, "--json", *options).stdout) for options in ((), ("--draft", "ngram")))
+    assert plain["tokens"] == drafted["tokens"] and "drafts" not in plain
+    counts = drafted["drafts"]
+    assert counts["tokens"] == 29 == counts["steps"] + sum(counts["right"]) and counts["right"][0] > 0
+    said = run(three_rows, *prompt, "--draft", "ngram").stderr
+    assert re.search(r"^drafts: \d\.\d\d tokens a step, \d+ of \d+ drafts right \(\d\.\d\d", said, re.MULTILINE)
+
+    (row,) = json.loads(run(three_rows, "--bench", "--json", "--draft", "ngram", *prompt).stdout)["drafts"]
+    assert (row["depth"], row["tokens"]) == (7, 30) and row["counts"]["tokens"] == 29 and row["speed_up"] > 0
+    rows = json.loads(run(three_rows, "--bench", "--json", "--draft-rates", "1,0.5", "--depths", "8,20", "--steps", 20).stdout)
+    assert [(r["depth"], r["tokens"]) for r in rows["drafts"]] == [(8, 21), (20, 21)]
+    for row in rows["drafts"]:
+        counts = row["counts"]
+        assert counts["right"][0] == counts["tried"][0] and 0 < counts["right"][1] < counts["tried"][1] and counts["tried"][2] == 0
+    for options, words in (
+        (("--draft", "magic", *prompt), "--draft magic: must be ngram or off"),
+        (("--draft-length", 2, *prompt), "--draft-length needs --draft"),
+        (("--draft-rates", "0.5", *prompt), "--draft-rates needs --bench"),
+        (("--draft-rates", "0.5,2", "--bench"), "number 2 is not"),
+        (("--draft", "ngram", "--bench"), "--bench with --draft measures a text"),
+    ):
+        fails(words, three_rows, *options, code=2)
+    fails("no steps of several tokens", toy, *prompt, "--draft", "ngram")

@@ -21,12 +21,12 @@ def test_some_seconds(real: Running, talking: Path) -> None:
     assert real.idle()
 
 
-def test_some_seconds_of_shared_steps(rows_artifact: Path, settings: Settings) -> None:
+def test_some_seconds_of_shared_steps(three_rows: Path, settings: Settings) -> None:
     """Over the rows of a batch: joins, ends and clients that leave between its steps change no text."""
     given = dataclasses.replace(settings, sessions=0, chunk=8, hosts=None)
-    with running(Served.load(rows_artifact, "cpu", 1, given)) as server:
+    with running(Served.load(three_rows, "cpu", 1, given)) as server:
         assert isinstance(server.served.engine, Together)
-        found = soak(server.url, kiln.Model(str(rows_artifact), "cpu"), 8, 4.0, 12, salted=True)
+        found = soak(server.url, kiln.Model(str(three_rows), "cpu"), 8, 4.0, 12, salted=True)
         assert found["completed"] > 3 and found["left"] and found["refused"] and not found["cached"], found
         assert server.idle()
 

@@ -3,7 +3,8 @@
     python -m tests.tools.measure_31b --compiled NEW [--baseline OLD --baseline-checkout DIR] --work DIR --out F.json [--budget 570]
 
 `--compiled` and `--baseline` hold manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here by `kiln synth`: nothing
-but code travels. Each side is completed, played and measured by the runner and the Python of its own checkout (built there: `make build`).
+but code travels. Those of an artifact of `--weights gguf` stay in that file. Each side is completed, played and measured by the runner
+and the Python of its own checkout (built there: `make build`).
 Speeds are measured in turns, new and old, `--rounds` times. F.json is written after every step, and what it holds already is not measured
 again: where the budget ends, the same command goes on. Exit code 1 where something is wrong or a step failed, 3 where steps are left.
 """
@@ -45,7 +46,8 @@ import json, sys
 import kiln
 from tests.sessions import interleaved_equal_solo
 prompts = [[2, *((i * (37 + at)) % int(sys.argv[2]) for i in range(int(sys.argv[3]) * (1 + at) // 2))] for at in range(2)]
-print(json.dumps(interleaved_equal_solo(kiln.Model(sys.argv[1]), prompts, 12)))
+more = {"weights": sys.argv[4]} if sys.argv[4:] else {}
+print(json.dumps(interleaved_equal_solo(kiln.Model(sys.argv[1], **more), prompts, 12)))
 """
 
 
@@ -67,6 +69,16 @@ class Side:
     @property
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.compiled / "manifest.json").read_text())
+
+    @property
+    def in_gguf(self) -> bool:
+        """Whether the weights stay in the model file."""
+        return "gguf" in self.manifest["weights"]
+
+    @property
+    def plays(self) -> tuple[object, ...]:
+        """What the runner is told to play."""
+        return (self.artifact, *(("--weights", self.artifact.parent.parent / "model.gguf") if self.in_gguf else ()))
 
 
 def side(name: str, compiled: Path, checkout: Path, work: Path) -> Side:
@@ -130,7 +142,7 @@ class Measurement:
         return done.stderr if stderr else done.stdout
 
     def play(self, side: Side, prompt: list[int], *options: object) -> dict:
-        command = (side.runner, side.artifact, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", *options)
+        command = (side.runner, *side.plays, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", *options)
         return json.loads(self.run(side, *command))
 
 
@@ -147,6 +159,10 @@ def complete(m: Measurement, side: Side, gguf: Path, other: Side | None) -> dict
         return [{k: v for k, v in c.items() if k != "sha256"} for c in constants]
 
     shutil.rmtree(side.artifact, ignore_errors=True)
+    if side.in_gguf:
+        shutil.copytree(side.compiled, side.artifact)
+        done.write_text("in the model file")
+        return {"weights": done.read_text()}
     how = "packed"
     packed_already = other is not None and (other.artifact.parent / "complete").is_file()
     if other and packed_already and layout(other.manifest["constants"]) == layout(side.manifest["constants"]):
@@ -166,7 +182,7 @@ def complete(m: Measurement, side: Side, gguf: Path, other: Side | None) -> dict
 
 def speeds(m: Measurement, side: Side, options: argparse.Namespace) -> dict:
     chunk = ("--prefill-chunk", options.prefill_chunk) if options.prefill_chunk else ()
-    command = (side.runner, side.artifact, "--bench", "--json", "--depths", options.depths, "--steps", options.steps, *chunk)
+    command = (side.runner, *side.plays, "--bench", "--json", "--depths", options.depths, "--steps", options.steps, *chunk)
     record = json.loads(m.run(side, *command)) | {"ceilings": m.record["device"].get("ceilings")}
     return add_costs(record, side.manifest)
 
@@ -198,7 +214,7 @@ def peak_memory(m: Measurement, side: Side, prompt: list[int], *options: object)
         return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 
     before, peak = used(), 0
-    command = [side.runner, side.artifact, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", "--memory", "--max-new-tokens", 64,
+    command = [side.runner, *side.plays, "--tokens", ",".join(map(str, prompt)), "--no-eog", "--json", "--memory", "--max-new-tokens", 64,
                *options]  # fmt: skip
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -349,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         if at.python == sys.executable and at is old:
             print(f"{at.name}: no Python of its own in {at.checkout}/.venv: its sessions are not interleaved", flush=True)
             continue
-        interleave = (at.python, "-c", INTERLEAVED, at.artifact, vocab, len(prompt))
+        interleave = (at.python, "-c", INTERLEAVED, at.artifact, vocab, len(prompt), *at.plays[2:])
         m.step(at.name, "interleaved sessions equal solo", 30, lambda at=at, c=interleave: {"equal": json.loads(m.run(at, *c))})
     print(table(m.record))
     for line in m.failed + [f"wrong: {line}" for line in wrong(m.record)]:

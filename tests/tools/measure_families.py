@@ -21,8 +21,8 @@ from typing import Any
 from kiln.exporter.measure.bench import add_costs, ceilings_of
 from tests.tools.measure_31b import ROOT, VOCAB, Failed, Measurement, Side, device, peak_memory, side
 
-CONTEXT = {"gemma4": 131072, "qwen3": 40960}  # by the beginning of a preset's name
-PRESETS = ("gemma4-e4b", "gemma4-26b-a4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b")
+CONTEXT = {"gemma4": 131072, "qwen3": 40960, "qwen35": 131072}  # by the beginning of a preset's name
+PRESETS = ("gemma4-e4b", "gemma4-26b-a4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "qwen35-27b", "qwen35-35b-a3b")
 FINISHED = re.compile(r" in (?P<seconds>\d+) s, peak memory of one process (?P<gib>[\d.]+) GiB")
 
 
@@ -51,8 +51,8 @@ def export(m: Measurement, at: Side, preset: str, options: argparse.Namespace) -
             "peak_gib": float(found["gib"]) if found else None, "artifact_bytes": size}  # fmt: skip
 
 
-def speeds(m: Measurement, at: Side, gguf: Path, options: argparse.Namespace) -> dict[str, Any]:
-    command = (at.runner, at.artifact, "--weights", gguf, "--bench", "--json", "--depths", options.depths, "--steps", options.steps)
+def speeds(m: Measurement, at: Side, options: argparse.Namespace) -> dict[str, Any]:
+    command = (at.runner, *at.plays, "--bench", "--json", "--depths", options.depths, "--steps", options.steps)
     return add_costs(json.loads(m.run(at, *command)) | {"ceilings": m.record["device"].get("ceilings")}, at.manifest)
 
 
@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument("--mix", default="q4_k_m")
     parser.add_argument("--target", default="native")
-    parser.add_argument("--context", type=int, help="at most so many positions  [131,072 of Gemma 4, 40,960 of Qwen3]")
+    parser.add_argument("--context", type=int, help="at most so many positions  [131,072 of Gemma 4 and Qwen3.5, 40,960 of Qwen3]")
     parser.add_argument("--depths", default="128,2048,32768")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2, help="exports at a time, two processes each")
@@ -111,10 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         def play(preset: str = preset, at: Side = at, gguf: Path = gguf) -> None:
             synthesize(m, at, preset, options.mix, gguf)
-            m.step(preset, "speeds", 10, lambda: speeds(m, at, gguf, options))
+            m.step(preset, "speeds", 10, lambda: speeds(m, at, options))
             if options.target != "cpu":
                 prompt = [2, *(i * 7919 % at.manifest["config"]["vocab_size"] for i in range(3000))]
-                m.step(preset, "peak memory", 5, lambda: peak_memory(m, at, prompt, "--weights", gguf))
+                m.step(preset, "peak memory", 5, lambda: peak_memory(m, at, prompt))
 
         if "speeds" not in m.record[preset] or ("peak memory" not in m.record[preset] and options.target != "cpu"):
             if m.left() < 45:

@@ -26,7 +26,8 @@ def test_a_model_from_its_geometry_to_its_row(tmp_path: Path, capsys) -> None:
 
 
 def test_contexts() -> None:
-    assert [measure_families.context(p) for p in ("gemma4-e4b", "qwen3-30b-a3b", "qwen3-tiny")] == [131072, 40960, 4096]
+    presets = ("gemma4-e4b", "qwen3-30b-a3b", "qwen35-27b", "qwen3-tiny")
+    assert [measure_families.context(p) for p in presets] == [131072, 40960, 131072, 4096]
 
 
 def test_what_is_left_is_said(tmp_path: Path, capsys) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's file says. Each module here has one, as FAMILY.
+    """What a family's file says. Each module here has one, as FAMILY, but for those of drafters, which have `read_layers`.
 
     read: the fields of a file with so many layers -> what of `ModelConfig` is the family's own, `layers` among them.
     synthetic: the same of a geometry's first layers, for files of random weights.

@@ -43,6 +43,13 @@ struct RowEvent {
 // rewind() are an Error while a timeline is in it. A row's snapshot has no next token.
 class BatchRow;
 
+// Of a step as it was given.
+struct BatchProbe {
+  std::vector<int64_t> tokens;  // sampled
+  std::vector<float> logits;    // [tokens, vocab_size]
+  double seconds = 0;           // of all its repeats
+};
+
 // Several timelines over one model, each with its own prompt, sampling, seed and end. Those whose prompts are read take their tokens in the same
 // steps. A timeline's tokens are those that it would have alone, bit for bit, whatever the others do. A second call at the same time, from another
 // thread, is an Error.
@@ -70,6 +77,11 @@ class Batch {
   // Logits [vocab_size] that the timeline's last token was sampled from; with keep_logits. Of one that has ended, too, until another joins in its row.
   const std::vector<float>& logits(int64_t handle) const;
   MemoryReport memory() const;
+  // For measurements and tests: a step of `tokens` at `positions` of `rows`, whatever the caches hold, `times` over and queued one behind the
+  // other. Error where the artifact has no step of as many tokens, or a timeline is in the batch.
+  BatchProbe probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& rows,
+                   const std::vector<Sampling>& sampling, int64_t times = 1);
+  int64_t early_launches() const;  // kernels of a step of one token that start early
   std::vector<Session::CacheMemory> cache_memory() const;  // for measurements: those of all rows, one row's behind the other's
 
   struct Impl;

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <random>
 #include <unordered_map>
 #include <vector>
 
@@ -28,6 +29,7 @@ class NgramDrafter : public Drafter {
   void cut(int64_t length) override;
   int64_t length() const override { return static_cast<int64_t>(text_.size()); }
   std::vector<int64_t> draft(int64_t most) const override;
+  const std::vector<int64_t>& text() const { return text_; }
 
  private:
   uint64_t key(int64_t end) const;
@@ -40,7 +42,24 @@ class NgramDrafter : public Drafter {
   std::vector<int64_t> before_;  // [length() + 1], -1: none
 };
 
-// How many of a step's drafts were right, and how many are worth drafting next.
+// Tokens that are known to come, of which each place of a draft is right as often as `rates` says, by a coin of `seed`: for measurements. Its text
+// is what was appended, the first of which is the script's.
+class ScriptedDrafter : public Drafter {
+ public:
+  ScriptedDrafter(std::vector<int64_t> script, std::vector<double> rates, int64_t vocab_size, uint64_t seed);
+  void append(const std::vector<int64_t>& tokens) override { length_ += static_cast<int64_t>(tokens.size()); }
+  void cut(int64_t length) override { length_ = length; }
+  int64_t length() const override { return length_; }
+  std::vector<int64_t> draft(int64_t most) const override;
+
+ private:
+  std::vector<int64_t> script_;
+  std::vector<double> rates_;
+  int64_t vocab_size_, length_ = 0;
+  mutable std::mt19937_64 coin_;
+};
+
+// How many drafts of one text were right, and what may be hoped of the next.
 class Acceptance {
  public:
   explicit Acceptance(int64_t most);  // drafts of a step
@@ -48,12 +67,12 @@ class Acceptance {
   // Of the drafts how many the model agrees with: it wrote `written`, which has one token more.
   static int64_t agreed(const std::vector<int64_t>& drafts, const std::vector<int64_t>& written);
   void took(int64_t drafted, int64_t accepted);
-  // Drafts of the next step, 0 .. most: as many as are still right as a whole often enough, and now and then one where none is.
-  int64_t worth() const;
+  // [most]: how likely the next i + 1 drafts are all right.
+  std::vector<double> chances() const;
+  // Nothing was drafted for so long that one draft is due, whatever the chances. The more often that was in vain, the longer it takes.
+  bool due() const { return idle_ >= patience_; }
+  void count_from_here();  // tried() and right() begin again; what was learned stays
 
-  int64_t steps() const { return steps_; }
-  int64_t drafted() const;
-  int64_t accepted() const;
   // [most]: how often each place of a draft was tried (behind a wrong one nothing is known), and right.
   const std::vector<int64_t>& tried() const { return tried_; }
   const std::vector<int64_t>& right() const { return right_; }
@@ -61,7 +80,33 @@ class Acceptance {
  private:
   std::vector<int64_t> tried_, right_;
   std::vector<double> recent_;  // share that was right, of late
-  int64_t steps_ = 0, idle_ = 0;
+  int64_t idle_ = 0, patience_;
 };
+
+// What steps of several tokens take, as they were measured.
+class StepCosts {
+ public:
+  explicit StepCosts(std::vector<int64_t> sizes);  // tokens of a step, ascending
+  void took(int64_t tokens, double seconds);
+  // Of the smallest step that `tokens` fit into. One that was not measured is believed to go on as smaller ones do, one that was not of late to
+  // cost little more than those.
+  double of(int64_t tokens) const;
+  bool knows(int64_t tokens) const { return costs_[fits(tokens)].seconds > 0; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+
+ private:
+  size_t fits(int64_t tokens) const;
+  std::vector<int64_t> sizes_;
+  struct Cost {
+    double seconds = 0;  // 0: not measured
+    int64_t age = 0;     // steps since it was
+  };
+  std::vector<Cost> costs_;
+};
+
+// How many drafts of each row are worth taking into one step, so that it gives most tokens for its time. chances[r]: of each place of row r's draft.
+// None before a step
+// without drafts was measured. All rows fit into the largest step.
+std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chances, const StepCosts& costs);
 
 }  // namespace kiln

@@ -24,6 +24,26 @@ struct SessionOptions {
   bool early_launch = true;   // in that graph, let kernels the artifact names start while the one before them ends
 };
 
+class Drafter;  // kiln/draft.h
+
+// Where generate() gets drafts: tokens that the model may write next, which one step then checks together. They change no text, only its speed.
+enum class DraftSource { Off, Ngram };  // Ngram: what followed where the end of the text occurred before
+
+DraftSource draft_source(const std::string& name);  // "ngram", "off"; Error for another
+
+struct Drafting {
+  DraftSource source = DraftSource::Off;
+  int64_t length = 0;                    // most drafts of a step; 0: as many as the artifact's largest step takes beside its one token
+  // For measurements: drafts by this one instead, as many as it has, whatever they cost. Its text begins with the token that generate() hands out first.
+  std::shared_ptr<Drafter> own = {};
+};
+
+// Of a generate() with drafts.
+struct DraftCounts {
+  int64_t steps = 0, tokens = 0;        // of the model, those of one token too; what they gave
+  std::vector<int64_t> tried, right;    // of each place of a draft; a place behind a wrong one is not tried
+};
+
 enum class Stop { Eog, Length, MaxSeqLen, Callback };
 const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
@@ -103,6 +123,9 @@ class Session final : public Resumable {
   void load(const std::string& path);
 
   void set_sampling(const Sampling& sampling);  // Error on values out of range
+  // Of every generate() from here on. Error where the artifact has no steps of several tokens, or none that takes so many.
+  void set_drafts(const Drafting& drafting);
+  DraftCounts draft_counts() const;  // of the last generate()
 
   // Logits [vocab_size] of the last position. Error before the first prefill, and after a generate() on a GPU that stopped
   // with a step in flight, unless a sink is set.

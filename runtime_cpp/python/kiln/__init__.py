@@ -18,13 +18,16 @@ if TYPE_CHECKING:
         Error,
         Model,
         NgramDrafter,
+        ScriptedDrafter,
         Session,
         Snapshot,
         SnapshotStore,
+        StepCosts,
         StreamDecoder,
         Tokenizer,
         __version__,
         set_threads,
+        share_drafts,
     )
 
 __all__ = [
@@ -34,13 +37,16 @@ __all__ = [
     "Error",
     "Model",
     "NgramDrafter",
+    "ScriptedDrafter",
     "Session",
     "Snapshot",
     "SnapshotStore",
+    "StepCosts",
     "StreamDecoder",
     "Tokenizer",
     "__version__",
     "set_threads",
+    "share_drafts",
 ]
 
 

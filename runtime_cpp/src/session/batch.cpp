@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <numeric>
@@ -43,10 +44,21 @@ struct Row : Caches {
   void clear() { lineage.cut(0), position = written = 0, logits.clear(); }
 };
 
+constexpr uint64_t kBetween = 64;  // bytes, of what inputs begin at a multiple of: compiled code asks for 16
+
+// A token of a step.
+struct Place {
+  int64_t token, position, row;
+  Sampling sampling;
+};
+
 // A decode entry: what it is given at fixed addresses, and on a GPU its recording.
 struct Step {
   std::unique_ptr<CompiledModel> model;
-  TensorMap values;
+  Tensor block, host;  // all inputs, on the device and as the host writes them: one copy takes them there
+  TensorMap values;    // views of the block
+  std::map<std::string, uint64_t> offsets;
+  int64_t tokens = 0;
   CompiledModel::Output out;
   std::optional<size_t> recording;
 };
@@ -70,7 +82,9 @@ struct Batch::Impl {
   void record(Step& step, const std::string& entry);
   void warm_up();
   CompiledModel::Output run_prefill(int64_t row, const int64_t* tokens, int64_t n, int64_t position);
-  void write(Step& step, const std::vector<int64_t>& rows);
+  void write(Step& step, const std::vector<Place>& places);
+  BatchProbe probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& numbers,
+                   const std::vector<Sampling>& sampling, int64_t times);
   void read_chunk(int64_t row, std::vector<RowEvent>& events);
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
@@ -181,14 +195,22 @@ Step Batch::Impl::make_step(const std::string& entry, int64_t tokens, const Tens
   Step step;
   step.model = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
   step.model->bind(tensors);
+  uint64_t end = 0;
   for (const ValueSpec& v : shared.artifact.entry(entry).inputs) {
     const bool known = v.name == "temperature" || v.name == "top_p" ? v.dtype == DType::F32
                        : v.name == "top_k"                          ? v.dtype == DType::I32
                        : v.name == "tokens" || v.name == "pos" || v.name == "row" || v.name == "seed" ? v.dtype == DType::I64
                                                                                                        : false;
     if (!known) fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
-    step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {tokens}));
+    step.offsets.emplace(v.name, end);
+    end += (scalar_bytes(scalar_of(v.dtype)) * static_cast<uint64_t>(tokens) + kBetween - 1) / kBetween * kBetween;
   }
+  step.tokens = tokens;
+  step.block = timeline->make(Scalar::U8, {static_cast<int64_t>(end)});
+  step.host = shared.backend->keep(end, true);
+  std::memset(step.host.data(), 0, end);
+  for (const ValueSpec& v : shared.artifact.entry(entry).inputs)
+    step.values.emplace(v.name, Tensor::over(static_cast<char*>(step.block.data()) + step.offsets.at(v.name), shared.backend->device(), scalar_of(v.dtype), {tokens}));
   return step;
 }
 
@@ -213,7 +235,7 @@ void Batch::Impl::warm_up() {
     const std::vector<int64_t> zeros(static_cast<size_t>(n), 0);
     run_prefill(0, zeros.data(), n, 0);
   }
-  for (int64_t row = 0; row < options.rows; ++row) record(decode_of(row), "decode");
+  for (int64_t row = 0; row < options.rows; ++row) prefill_of(row), record(decode_of(row), "decode");
   for (auto& [m, step] : several) record(step, "decode_" + std::to_string(m));
   for (auto& [name, cache] : kv) timeline->zero(cache);
   timeline->synchronize();
@@ -351,29 +373,61 @@ void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
   events.push_back(took(number, token));
 }
 
-// What step.values hold for the timelines `numbers`; the last is repeated where the entry takes more: it writes what it has written.
-void Batch::Impl::write(Step& step, const std::vector<int64_t>& numbers) {
-  const auto m = static_cast<size_t>(step.values.at("tokens").numel());
-  std::vector<int64_t> tokens(m), pos(m), row(m), seed(m);
-  std::vector<int32_t> top_k(m);
-  std::vector<float> temperature(m), top_p(m);
-  for (size_t i = 0; i < m; ++i) {
-    const int64_t number = numbers[std::min(i, numbers.size() - 1)];
-    const Row& r = rows[static_cast<size_t>(number)];
-    const Sampling& s = r.request.sampling;
-    tokens[i] = r.token(), pos[i] = r.position, row[i] = number;
-    temperature[i] = s.temperature, top_k[i] = s.top_k, top_p[i] = s.top_p, seed[i] = s.seed;
+// What step.values hold for `places`; the last is repeated where the entry takes more: it writes what it has written. The step before has been
+// waited for, so that nothing reads step.host.
+void Batch::Impl::write(Step& step, const std::vector<Place>& places) {
+  auto put = [&](const char* name, size_t i, auto value) {
+    if (auto found = step.offsets.find(name); found != step.offsets.end())
+      std::memcpy(static_cast<char*>(step.host.data()) + found->second + i * sizeof value, &value, sizeof value);
+  };
+  for (size_t i = 0; i < static_cast<size_t>(step.tokens); ++i) {
+    const Place& p = places[std::min(i, places.size() - 1)];
+    put("tokens", i, p.token), put("pos", i, p.position), put("row", i, p.row);
+    put("temperature", i, p.sampling.temperature), put("top_k", i, int32_t{p.sampling.top_k}), put("top_p", i, p.sampling.top_p);
+    put("seed", i, p.sampling.seed);
   }
-  const std::pair<const char*, const void*> all[] = {{"tokens", tokens.data()}, {"pos", pos.data()},     {"row", row.data()},  {"temperature", temperature.data()},
-                                                     {"top_k", top_k.data()},   {"top_p", top_p.data()}, {"seed", seed.data()}};
-  for (const auto& [name, from] : all)
-    if (auto found = step.values.find(name); found != step.values.end()) timeline->write(found->second, from);
+  timeline->copy(step.block, step.host);
+}
+
+BatchProbe Batch::Impl::probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& numbers,
+                              const std::vector<Sampling>& sampling, int64_t times) {
+  if (!in_order(&Row::used).empty()) fail("probe() while timelines are in the batch: it writes over what they have read");
+  const auto m = static_cast<int64_t>(tokens.size());
+  if (m != 1 && !several.count(m)) fail("probe() of ", m, " tokens: the artifact has no step of as many");
+  if (positions.size() != tokens.size() || numbers.size() != tokens.size() || sampling.size() != tokens.size() || times < 1)
+    fail("probe() of ", m, " tokens: ", positions.size(), " positions, ", numbers.size(), " rows, ", sampling.size(), " samplings, ", times, " times");
+  std::vector<Place> places;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= shared.vocab_size || positions[i] < 0 || positions[i] >= shared.artifact.max_seq_len || numbers[i] < 0 ||
+        numbers[i] >= options.rows)
+      fail("probe(): token ", tokens[i], " at position ", positions[i], " of row ", numbers[i], " is outside of the artifact");
+    check_sampling(sampling[i]);
+    places.push_back({tokens[i], positions[i], numbers[i], sampling[i]});
+  }
+  for (Row& row : rows) row.clear();  // what it held is written over
+  Step& step = m == 1 ? decode_of(numbers[0]) : several.at(m);
+  write(step, places);
+  timeline->synchronize();
+  const auto began = Clock::now();
+  for (int64_t i = 0; i < times; ++i) run(step);
+  timeline->synchronize();
+  BatchProbe found;
+  found.seconds = std::chrono::duration<double>(Clock::now() - began).count();
+  found.tokens.resize(tokens.size()), found.logits.resize(tokens.size() * static_cast<size_t>(shared.vocab_size));
+  timeline->read(found.tokens.data(), step.out.token);
+  timeline->read(found.logits.data(), step.out.logits);
+  return found;
 }
 
 void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events) {
   auto fits = several.lower_bound(static_cast<int64_t>(numbers.size()));
   Step& step = numbers.size() == 1 ? decode_of(numbers[0]) : fits->second;
-  write(step, numbers);
+  std::vector<Place> places;
+  for (int64_t number : numbers) {
+    const Row& r = rows[static_cast<size_t>(number)];
+    places.push_back({r.token(), r.position, number, r.request.sampling});
+  }
+  write(step, places);
   run(step);
   std::vector<int64_t> tokens(static_cast<size_t>(step.out.token.numel()));
   timeline->read(tokens.data(), step.out.token);
@@ -425,6 +479,12 @@ std::vector<RowEvent> Batch::step() {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   return impl_->step();
 }
+BatchProbe Batch::probe(const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& rows,
+                        const std::vector<Sampling>& sampling, int64_t times) {
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
+  return impl_->probe(tokens, positions, rows, sampling, times);
+}
+int64_t Batch::early_launches() const { return impl_->timeline->early_launches(); }
 void Batch::leave(int64_t handle) {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
   impl_->row_of(handle).end();

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <numeric>
 
 #include "kiln/draft.h"
 #include "kiln/error.h"
@@ -9,10 +8,6 @@ namespace kiln {
 namespace {
 
 constexpr int64_t kLooked = 64;       // earlier places that a draft compares, newest first
-constexpr double kStart = 0.6;        // share of right drafts that is believed before any was seen
-constexpr double kMemory = 0.9;       // of what is known of a place, how much stays when one more is seen
-constexpr double kWorth = 0.3;        // a place whose drafts are right less often is not drafted
-constexpr int64_t kPatience = 16;     // steps without a draft before one is tried again
 
 }  // namespace
 
@@ -62,39 +57,5 @@ std::vector<int64_t> NgramDrafter::draft(int64_t most) const {
     found.push_back(i < now ? text_[static_cast<size_t>(i)] : found[static_cast<size_t>(i - now)]);
   return found;
 }
-
-Acceptance::Acceptance(int64_t most)
-    : tried_(static_cast<size_t>(std::max<int64_t>(most, 0))), right_(tried_.size()), recent_(tried_.size(), kStart) {}
-
-int64_t Acceptance::agreed(const std::vector<int64_t>& drafts, const std::vector<int64_t>& written) {
-  int64_t n = 0;
-  while (n < static_cast<int64_t>(drafts.size()) && n < static_cast<int64_t>(written.size()) && drafts[static_cast<size_t>(n)] == written[static_cast<size_t>(n)]) ++n;
-  return n;
-}
-
-void Acceptance::took(int64_t drafted, int64_t accepted) {
-  if (drafted < 0 || drafted > static_cast<int64_t>(tried_.size()) || accepted < 0 || accepted > drafted) fail("drafts: ", accepted, " of ", drafted, " accepted");
-  ++steps_;
-  idle_ = drafted ? 0 : idle_ + 1;
-  for (size_t i = 0; i < static_cast<size_t>(drafted) && i <= static_cast<size_t>(accepted); ++i) {  // behind a wrong one nothing is known
-    const bool right = i < static_cast<size_t>(accepted);
-    ++tried_[i], right_[i] += right;
-    recent_[i] = kMemory * recent_[i] + (1 - kMemory) * right;
-  }
-}
-
-int64_t Acceptance::worth() const {
-  int64_t n = 0;
-  double all = 1;  // that a draft of this length is right as a whole
-  for (double share : recent_) {
-    if ((all *= share) < kWorth) break;
-    ++n;
-  }
-  if (n == 0 && idle_ >= kPatience && !recent_.empty()) return 1;
-  return n;
-}
-
-int64_t Acceptance::drafted() const { return std::accumulate(tried_.begin(), tried_.end(), int64_t{0}); }
-int64_t Acceptance::accepted() const { return std::accumulate(right_.begin(), right_.end(), int64_t{0}); }
 
 }  // namespace kiln

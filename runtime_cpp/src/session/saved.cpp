@@ -104,7 +104,7 @@ void Session::Impl::save(const std::string& path) {
   std::vector<float> row = s.logits;
   const std::vector<Place> parts = places(shared.artifact, s.mark.position, ids, row, s.copies);
   const std::vector<std::string> sums = hashes(parts);
-  SessionRecord record{shared.identity, shared.target->target, s.mark.position, s.next, s.handed_out, {}};
+  SessionRecord record{shared.identity, shared.target->target, s.mark.position, s.next, s.handed_out, s.written, {}};
   for (size_t i = 0; i < parts.size(); ++i) record.parts.push_back({parts[i].name, parts[i].bytes, sums[i]});
   NewFile file(path);
   const std::string head = session_head(record);
@@ -122,8 +122,8 @@ void Session::Impl::load(const std::string& path) {
   const SessionRecord record = parse_session(head, file.size(), path);
   if (record.artifact != shared.identity) fail(path, ": a session of another artifact, or of other weights");
   if (record.target != shared.target->target) fail(path, ": a session of the target ", record.target, ", this is ", shared.target->target);
-  if (record.position > shared.artifact.max_seq_len || record.next >= shared.vocab_size)
-    fail(path, ": damaged: position ", record.position, ", next token ", record.next);
+  if (record.position > shared.artifact.max_seq_len || record.next >= shared.vocab_size || record.written > shared.artifact.max_seq_len)
+    fail(path, ": damaged: position ", record.position, ", next token ", record.next, ", written to ", record.written);
 
   auto state = std::make_unique<Snapshot::State>();
   std::vector<int64_t> ids(static_cast<size_t>(record.position));
@@ -153,7 +153,7 @@ void Session::Impl::load(const std::string& path) {
   state->past = state->past.until(record.position);
   state->mark = state->past.mark(record.position);
   state->whole = true;
-  state->next = record.next, state->handed_out = record.handed_out;
+  state->next = record.next, state->handed_out = record.handed_out, state->written = record.written;
   restore(Snapshot(std::move(state)));
 }
 

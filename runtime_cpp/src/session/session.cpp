@@ -1,6 +1,7 @@
 #include "session/session_impl.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <exception>
 #include <numeric>
@@ -22,8 +23,8 @@ bool has_input(const EntryPoint& point, const char* name) {
 
 }  // namespace
 
-Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& options)
-    : Caches(std::move(m)), timeline(shared.backend->make_timeline()) {
+Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o)
+    : Caches(std::move(m)), timeline(shared.backend->make_timeline()), options(o) {
   line = timeline.get(), taken = &busy;
   const Artifact& artifact = shared.artifact;
   chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
@@ -41,7 +42,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& option
     for (const ValueSpec& v : artifact.entry(entry).inputs)
       if (scalar_of(v.dtype) != values.at(v.name).scalar)
         fail("manifest.json: the input '", v.name, "' is ", dtype_name(v.dtype), ", this runner gives ", scalar_name(values.at(v.name).scalar));
-  if (timeline->asynchronous()) warm_up(options);
+  if (timeline->asynchronous()) warm_up();
 }
 
 // Work may be queued that uses the memory which goes now.
@@ -76,7 +77,7 @@ void Session::Impl::bind_constants() {
 // First runs load the kernels and make the libraries' workspaces: a capture cannot do that, and a first prompt should not.
 // They write to the caches, which are zeroed again afterwards.
 // The longest prefill goes first: memory that shorter ones had split into pieces would be too small for it.
-void Session::Impl::warm_up(const SessionOptions& options) {
+void Session::Impl::warm_up() {
   if (int64_t n = std::min(chunk, shared.artifact.max_seq_len); n >= 2) {
     std::vector<int64_t> zeros(static_cast<size_t>(n), 0);
     run_prefill(zeros.data(), n);
@@ -233,6 +234,12 @@ void Session::Impl::take_next(int64_t unread) {
   handed_out = false;
   if (next >= 0) return;
   for (int64_t i = 1; i < unread; ++i, --position) timeline->receive();
+  check_next();
+}
+
+// `next` was sampled at position() - 1. Error where it is no token.
+void Session::Impl::check_next() {
+  if (next >= 0) return;
   lineage.cut(position);
   next = -1;
   forget_step();
@@ -271,10 +278,12 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
     if (position >= most) return Stop::MaxSeqLen;
     next_step();
   }
+  begin_drafts();
   // On a GPU one step stays queued behind the one whose token is awaited, so that the device never waits for the host.
-  const int64_t depth = timeline->asynchronous() && !sink ? 2 : 1;
+  const int64_t run_ahead = timeline->asynchronous() && !sink ? 2 : 1;
   int64_t unread = 0;  // steps launched whose token was not received
   auto discard = [&] {
+    if (speculation && !speculation->ahead.empty()) speculation->ahead.clear(), lineage.cut(position);
     if (!unread) return;
     for (; unread; --unread, --position) timeline->receive();
     lineage.cut(position);
@@ -302,6 +311,13 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
         stop = Stop::MaxSeqLen;
         break;
       }
+      if (speculation && !unread && take_drafts(std::min(max_new_tokens - produced, most - position), stop_at_eog)) {
+        if (look && speculation->ahead.empty()) look();
+        continue;
+      }
+      const bool queued = unread > 0;
+      const auto began = std::chrono::steady_clock::now();
+      const int64_t depth = speculation && speculation->hopes() ? 1 : run_ahead;  // what a draft follows must be known
       for (; unread < depth && position < most && produced + unread < max_new_tokens; ++unread) {
         launch();
         timeline->send(values.at("tokens"));
@@ -311,6 +327,7 @@ Stop Session::Impl::generate(int64_t max_new_tokens, const std::function<bool(in
       take_next(waiting);
       unread = waiting - 1;
       if (unread && !pretended) lineage.name(position - unread, next);  // a step that was queued has fed it already
+      if (speculation) took_one(began, queued);
       if (look) look();
     }
   } catch (...) {
@@ -335,12 +352,13 @@ void check_sampling(const Sampling& sampling) {
   if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("top_p is ", sampling.top_p, ", must be above 0 and at most 1");
 }
 
-void Session::Impl::set_sampling(const Sampling& sampling) {
-  check_sampling(sampling);
-  if (sampling.temperature > 0)
+void Session::Impl::set_sampling(const Sampling& wanted) {
+  check_sampling(wanted);
+  if (wanted.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
       if (!has_input(shared.artifact.entry("decode"), name))
         fail("the artifact is greedy only: its decode model has no input '", name, "'");
+  sampling = wanted;
   timeline->fill(values.at("temperature"), sampling.temperature);
   timeline->fill(values.at("top_k"), int64_t{sampling.top_k});
   timeline->fill(values.at("top_p"), sampling.top_p);

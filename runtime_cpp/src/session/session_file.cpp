@@ -35,7 +35,8 @@ int64_t count_at(const Json& object, std::string_view key, int64_t least) {
 
 std::string session_head(const SessionRecord& r) {
   std::string json = "{\"artifact\": " + json_quote(r.artifact) + ", \"target\": " + json_quote(r.target) + ", \"position\": " + std::to_string(r.position) +
-                     ", \"next\": " + std::to_string(r.next) + ", \"handed_out\": " + (r.handed_out ? "true" : "false") + ", \"parts\": [";
+                     ", \"next\": " + std::to_string(r.next) + ", \"handed_out\": " + (r.handed_out ? "true" : "false") +
+                     ", \"written\": " + std::to_string(r.written) + ", \"parts\": [";
   for (const SessionRecord::Part& p : r.parts)
     json += (&p == r.parts.data() ? "" : ", ") + ("{\"name\": " + json_quote(p.name)) + ", \"bytes\": " + std::to_string(p.bytes) +
             ", \"sha256\": " + json_quote(p.sha256) + "}";
@@ -66,6 +67,7 @@ SessionRecord parse_session(std::string_view head, uint64_t file_bytes, const st
     r.position = count_at(root, "position", 0);
     r.next = count_at(root, "next", -1);
     r.handed_out = root.at("handed_out").as_bool();
+    r.written = root.find("written") ? count_at(root, "written", r.position) : r.position;
     uint64_t left = file_bytes - head.size();
     for (const Json& p : root.at("parts")) {
       r.parts.push_back({std::string(p.at("name").as_string()), static_cast<uint64_t>(count_at(p, "bytes", 0)), std::string(p.at("sha256").as_string())});

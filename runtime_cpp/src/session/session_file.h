@@ -19,6 +19,7 @@ struct SessionRecord {
   std::string artifact, target;  // Model::identity(), "cpu"
   int64_t position = 0, next = -1;
   bool handed_out = false;
+  int64_t written = 0;  // how far the rings had been written, at least to the position
   std::vector<Part> parts;
 };
 

@@ -8,6 +8,7 @@
 
 #include "kiln/session.h"
 #include "session/caches.h"
+#include "session/speculation.h"
 #include "session/turn.h"
 
 namespace kiln {
@@ -27,10 +28,11 @@ struct Session::Impl : Caches {
   void save(const std::string& path);
   void load(const std::string& path);
   void set_sampling(const Sampling& sampling);
+  void set_drafts(const Drafting& drafting);
 
   void make_caches();
   void bind_constants();
-  void warm_up(const SessionOptions& options);
+  void warm_up();
   void check_tokens(const std::vector<int64_t>& tokens) const;
   CompiledModel::Output run_prefill(const int64_t* tokens, int64_t n);
   void prefill_chunk(const int64_t* tokens, int64_t n);
@@ -38,6 +40,13 @@ struct Session::Impl : Caches {
   void launch();
   void next_step() { launch(), timeline->send(values.at("tokens")), take_next(1); }
   void take_next(int64_t unread);
+  void check_next();
+  void begin_drafts();
+  bool take_drafts(int64_t room, bool stop_at_eog);
+  WideStep& wide_step(int64_t tokens);
+  int64_t run_drafts(WideStep& step, const std::vector<int64_t>& drafts);
+  void next_of_step();
+  void took_one(std::chrono::steady_clock::time_point began, bool queued);
   template <typename F>
   auto all_or_nothing(F&& f) -> decltype(f());
   void zero_caches() {
@@ -66,6 +75,11 @@ struct Session::Impl : Caches {
   bool in_step = false;     // the device's tokens hold `next`
   std::function<void(const std::vector<float>&)> sink;
   std::function<void()> look;  // Session::set_look
+  SessionOptions options;
+  Sampling sampling;
+  std::unique_ptr<Speculation> drafts;   // what was learned stays where drafts are switched off
+  Speculation* speculation = nullptr;    // of generate() as it is set now; null: no drafts
+  DraftCounts draft_counts;
   mutable std::atomic<bool> busy{false};
 };
 

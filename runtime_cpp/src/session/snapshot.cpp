@@ -69,6 +69,7 @@ std::unique_ptr<Snapshot::State> Caches::keep(const SnapshotOptions& options, st
   state->model = model;
   state->past = lineage.until(position);
   state->mark = lineage.mark(position);
+  state->written = written;
   state->whole = options.whole;
   state->source = std::move(self);
   return state;
@@ -101,7 +102,7 @@ void Caches::restore(const Snapshot& snapshot) {
     });
   line->synchronize();  // the snapshot and the other session may go now
   if (!shares) lineage = from.past, pretended = false;
-  position = written = to;
+  position = to, written = from.written;
 }
 
 int64_t Caches::earliest() const {

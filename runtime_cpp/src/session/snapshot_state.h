@@ -10,6 +10,7 @@ struct Snapshot::State {
   std::shared_ptr<const Model> model;
   Lineage past;
   Mark mark;
+  int64_t written = 0;  // how far the rings had been written; beyond the position where tokens were forgotten
   bool whole = false;
   int64_t next = -1;
   bool handed_out = false;

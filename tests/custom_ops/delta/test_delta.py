@@ -11,6 +11,7 @@ from torch.export import Dim
 
 from kiln.custom_ops import ops  # noqa: F401  registers torch.ops.kiln
 from kiln.custom_ops.delta import rule
+from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from tests.custom_ops.interpret import interpreted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,6 +165,14 @@ def interpreted_kernels() -> None:
     global KEY_DIM, VALUE_DIM, CHANNELS  # the kernels' least
     KEY_DIM = VALUE_DIM = 32
     CHANNELS = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
+    with compiling_for(gpu_targets()["sm_90"]):
+        _check_kernels()
+    tokens = random_tokens(40)
+    with compiling_for(gpu_targets()["sm_80"]):  # smaller blocks
+        torch.testing.assert_close(fed(tokens, 40).double(), recurrence(tokens), rtol=0, atol=LOSS)
+
+
+def _check_kernels() -> None:
     tokens = random_tokens(75)
     right, kept = recurrence(tokens), states(torch.nan)
     found = [fed(tokens.cut(slice(0, 2)), 2, kept), fed(tokens.cut(slice(2, 4)), 1, kept, start=2)]

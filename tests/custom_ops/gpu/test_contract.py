@@ -128,6 +128,14 @@ def test_what_keeps_the_contract_passes(target: str) -> None:
         assert found(fn, target, **options) == [], fn.__name__
 
 
+def test_a_factor_of_a_wide_product_is_one_register() -> None:
+    """Of R6, R7 = R3 * 8 + (R6, R7) the register R4 is no source, whatever lies there; what is added is two."""
+    product = cubin.Instruction(0, "", "IMAD.WIDE.U32", ("R6", "R3", "0x8", "R6"))
+    state = contract.step(product, {"R4": frozenset("x"), "R6": frozenset("w"), "R7": frozenset("w")}, {})
+    assert state["R6"] == state["R7"] == frozenset("w")
+    assert contract.step(product, {"R3": frozenset("x")}, {})["R6"] == contract.step(product, {"R7": frozenset("x")}, {})["R6"] == frozenset("x")
+
+
 def test_names() -> None:
     """A kernel is one of those that wait by its name; its arguments have to be those that are declared."""
     declared = waiting_kernels()

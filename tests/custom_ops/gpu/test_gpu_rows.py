@@ -21,6 +21,7 @@ kiln = torch.ops.kiln
 SPARE = 14  # slots of a ring beyond its window, for 8 tokens
 MATRICES = {(m.n, m.k, m.end): m for m in GEMMA4_31B.matrices()}.values()
 TOGETHER = (2, 3, 4, 8)
+HEAD_ROWS = 65536
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -50,11 +51,11 @@ def check_gemv(block_type: str, n: int, k: int, tokens: int, terms: int, g: torc
         assert all(same(a[i], b[0]) for a, b in zip(together, alone, strict=True)), (block_type, n, k, tokens, terms, i)
 
 
-@pytest.mark.parametrize("tokens", TOGETHER)
 @pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K"])
 @pytest.mark.parametrize("matrix", MATRICES, ids=lambda m: f"{m.name} {m.n}x{m.k}")
-def test_gemv_of_the_31b(matrix, block_type, tokens):
-    check_gemv(block_type, matrix.n, matrix.k, tokens, 2, torch.Generator("cuda").manual_seed(tokens))
+def test_gemv_of_the_31b(matrix, block_type):
+    for tokens in TOGETHER:  # of the head a part: in float32 the whole takes 6 GB, and several workers test at once
+        check_gemv(block_type, min(matrix.n, HEAD_ROWS), matrix.k, tokens, 2, torch.Generator("cuda").manual_seed(tokens))
 
 
 @pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "rows"])

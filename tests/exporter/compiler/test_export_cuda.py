@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu import contract
 from kiln.custom_ops.gpu.cubin import kernels, parameters
 from kiln.custom_ops.weights.gemv import GemvConfig
@@ -230,3 +232,79 @@ def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):
     assert result.returncode == used.exists() and ("name the file libcublasLt.so.13 in KILN_CUBLASLT" in result.stderr) == used.exists()
     result, _ = fake_gpu(artifact, "--tokens", "5,6", "--max-new-tokens", 2, FAKE_CUDA_WITHOUT="cuGraphGetEdges")
     assert result.returncode == 0 and "note: no early launch in the decode graph" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def of_rows(tmp_path_factory):
+    """The same model with steps of up to 8 tokens over 3 timelines."""
+    root = tmp_path_factory.mktemp("rows")
+    write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", "--target", "sm_90", "--max-seq-len", 4096, "--turboquant",
+         "--weights", "gguf", "--decode-rows", "1,2,4,8", "--rows", 3)  # fmt: skip
+    return root / "artifact"
+
+
+@pytest.mark.nightly
+def test_steps_of_several_tokens_are_fused(of_rows):
+    """Every place of the model, in kernels of several tokens whose machine code waits as it is declared."""
+    record = json.loads((of_rows / "manifest.json").read_text())
+    entries = record["entry_points"]
+    assert list(entries) == ["prefill", "decode", "decode_2", "decode_4", "decode_8"] and record["rows"] == 3
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])  # of the last entry
+    images = cubins(of_rows / "model.sm_90.pt2")
+    for entry in ("decode_2", "decode_4", "decode_8"):
+        found = {re.sub(r"_\d+$", "", name) for image in images[entry] for name in kernels(image) if name.startswith("kiln_")}
+        waiting = {name for name in found if name.startswith(tuple(entries[entry]["waits"]))}
+        assert waiting == {"kiln_gemv_tiles", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge",
+                           "kiln_tq4_prepare_rows", "kiln_tq4_decode_rows", "kiln_tq4_merge"}  # fmt: skip
+        assert found - waiting == {"kiln_dequantize", "kiln_row_maxima", "kiln_weigh_bins", "kiln_settle_bins", "kiln_choose"}
+        assert [finding for image in images[entry] for finding in contract.check(image)] == []
+
+
+BATCH = """
+import sys
+import kiln
+
+model = kiln.Model(sys.argv[1], device="cuda:1", weights=sys.argv[2])
+for graph in (True, False):
+    batch = kiln.Batch(model, prefill_chunk=64, keep_logits=True, graph=graph)
+    for m in (1, 2, 4, 8):
+        for places in (list(range(60, 60 + m)), [0] * m), ([70] * m, [i % 3 for i in range(m)]):
+            sampled, logits, _ = batch.probe([5 + i for i in range(m)], *places, times=3)
+            assert len(sampled) == m and logits.shape == (m, model.vocab_size)
+    for i in range(3):
+        batch.join([5, *range(9, 9 + 40 * i)], max_new_tokens=6, stop_at_eog=False)
+    while batch.active:
+        assert not any(error for *_, error in batch.step())
+    del batch
+"""
+
+
+@pytest.mark.nightly
+def test_a_batch_plays_on_a_driver_without_a_gpu(of_rows, fake_gpu):
+    result, left = fake_gpu(of_rows, program=BATCH)
+    assert result.returncode == 0, result.stderr
+    assert not any(left[what] for what in LEFT) and left["replays"] > 0, left
+
+
+@pytest.mark.nightly  # three minutes: two more exports
+@pytest.mark.parametrize("cache", ["f16", "tq4"])
+def test_a_hybrid(cache, fake_gpu, tmp_path, monkeypatch):
+    """Delta rules, gated attention and experts beside a gated network: nothing is left unfused, and states are copied where they lie."""
+    monkeypatch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], layers=2, full_every=2))
+    write_synthetic(tmp_path / "model.gguf", "pair", "q4_k_m", 0)
+    artifact = tmp_path / "artifact"
+    kiln("export", "--gguf", tmp_path / "model.gguf", "--out", artifact, "--target", "sm_90", "--kv-cache", cache, "--max-seq-len", 512,
+         "--prefill-chunk", 128, "--weights", "gguf")  # fmt: skip
+    record = json.loads((artifact / "manifest.json").read_text())
+    assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])
+    images = cubins(artifact / "model.sm_90.pt2")
+    names = {entry: {re.sub(r"_\d+$", "", n) for image in found for n in kernels(image)} for entry, found in images.items()}
+    assert {"kiln_delta_decode", "kiln_choose_experts", "kiln_chosen_sum"} <= names["decode"] and "kiln_delta_step" not in names["decode"]
+    assert {"kiln_delta_heads", "kiln_delta_blocks", "kiln_delta_states", "kiln_delta_outputs"} <= names["prefill"]
+    assert all(contract.check(image) == [] for image in images["decode"])
+    for arguments in ((), ("--no-graph",)):
+        result, left = fake_gpu(artifact, "--tokens", ",".join(map(str, range(2, 260))), "--max-new-tokens", 5, "--no-eog", *arguments)
+        assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)
+    result, left = fake_gpu(artifact, tmp_path / "session", program=SNAPSHOTS)
+    assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)

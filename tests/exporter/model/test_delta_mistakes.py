@@ -15,6 +15,7 @@ from torch import Tensor
 from kiln.custom_ops.delta import chunk, rule, step
 from kiln.exporter.model import decoder
 from kiln.exporter.model.records import Attention, ModelConfig
+from kiln.exporter.source import weights as planned
 from tests.exporter.model.test_expert_mistakes import each, ffn, renamed
 from tests.exporter.model.test_families import MODELS, Model, model_file
 from tests.exporter.model.test_mistakes import RIGHT, WRONG, miss
@@ -26,6 +27,14 @@ DENSE, MOE = (next(m for m in MODELS if m.name == name) for name in ("qwen35-tin
 SMALL = 2e-3  # of what is hardly more than rounding
 HEADS, SIZE, TURNED = 2, 32, 8  # of the attention of both
 State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def projections_apart():
+    """Each by its own name: the packer joins none of a delta rule's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planned, "_FUSIONS", tuple(f for f in planned._FUSIONS if not f[0].startswith("ssm_")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
 from kiln.exporter.compiler.trace import lower, trace
 from kiln.exporter.errors import KilnError
+from kiln.exporter.model.records import DeltaNet
 from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
@@ -49,6 +50,7 @@ MODELS = (
     Model("gemma3-tiny", preset=True), Model("llama-tiny", preset=True),
     Model("qwen3moe-tiny"), Model("gemma4-tiny-moe"), Model("gemma4-tiny-moe-wide-Q4_K_M", 1e-3),
     Model("qwen35-tiny-mtp"), Model("qwen35moe-tiny-mtp"),
+    Model("qwen35moe-tiny-wide-Q4_K_M", 1e-3),  # with heads that the kernels take
 )  # fmt: skip
 models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
@@ -114,7 +116,7 @@ def test_exported_and_after_every_pass(model: Model, files: Path) -> None:
         check(model, path, programs(gpu, state, lambda entry: lower(gpu, entry, "cpu").program), 29)
 
 
-@pytest.mark.parametrize("preset", ["qwen3-tiny", "gemma3-tiny", "llama-tiny"])
+@pytest.mark.parametrize("preset", ["qwen3-tiny", "gemma3-tiny", "llama-tiny", "qwen35-moe-tiny"])
 @pytest.mark.parametrize("turboquant", [False, True])
 def test_the_whole_decode_is_fused_for_a_gpu(preset: str, turboquant: bool, tmp_path: Path) -> None:
     """Nothing of the plain decoder is left, every place is rewritten, and the stream is float32 from the embedding to the head."""
@@ -124,16 +126,18 @@ def test_the_whole_decode_is_fused_for_a_gpu(preset: str, turboquant: bool, tmp_
     with compiling_for(gpu_targets()["sm_90"]):
         lowered = lower(graph_spec(path, dtype="bfloat16", **options), "decode", "cuda")
     calls = [n for n in lowered.program.graph.nodes if n.op == "call_function"]
-    plain = (KILN.quantized_linear, KILN.rms_norm, KILN.rope, KILN.gelu_mul, KILN.silu_mul, KILN.sliding_attention)
+    plain = (KILN.quantized_linear, KILN.rms_norm, KILN.rope, KILN.gelu_mul, KILN.silu_mul, KILN.sliding_attention, KILN.delta_step)
     assert not [n.name for n in calls if edit.is_call(n, *(op.default for op in plain))]
     report = next(r for r in lowered.reports if r.name == "fuse_decode")
     assert report.matches == report.expected > 0 and not report.missed
-    layers = len(graph_spec(path).config.layers)
+    config = graph_spec(path).config
+    layers, rules = len(config.layers), sum(isinstance(layer.mixer, DeltaNet) for layer in config.layers)
+    assert sum(edit.is_call(n, KILN.delta_decode.default) for n in calls) == rules
     assert sum(edit.is_call(n, KILN.add_norm.default) for n in calls) == 2 * layers
     assert sum(edit.is_call(n, KILN.fixed_glu.default) for n in calls) == layers
     assert {n.meta["val"].dtype for n in calls if isinstance(n.meta["val"], torch.Tensor)}.isdisjoint({torch.bfloat16})
     if turboquant:
-        full = sum(mixer.window is None for mixer in graph_spec(path).config.attentions.values())
+        full = sum(mixer.window is None for mixer in config.attentions.values())
         assert sum(edit.is_call(n, KILN.tq4_decode.default) for n in calls) == full
 
 
@@ -160,7 +164,7 @@ def test_compiled_and_played(model: Model, files: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", MODELS[2:8], ids=lambda model: model.name)  # those with a delta rule have no GPU kernels yet
+@pytest.mark.parametrize("model", [*MODELS[2:8], *MODELS[10:]], ids=lambda model: model.name)
 def test_on_a_gpu(model: Model, files: Path, tmp_path: Path) -> None:
     """bfloat16 activations, fused decode: no further from the reference than 1.2 times what eager bfloat16 is."""
     runner = pytest.importorskip("kiln")

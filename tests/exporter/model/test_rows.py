@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.exporter.compiler.trace import lower, make_kv, runnable
 from kiln.exporter.model.caches import kv_plan
+from kiln.exporter.tools.synth import write_synthetic
 from kiln.passes.records import PassOptions
 from tests.by_rows import by_rows
 from tests.gguf_files import two_layers
@@ -34,10 +37,19 @@ def poisoned(spec) -> dict[str, torch.Tensor]:
     return {name: torch.full((ROWS, *t.shape), torch.nan if t.is_floating_point() else 0x1234, dtype=t.dtype) for name, t in kv.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"turboquant": True, "residual_length": 12}], ids=["exact", "tq4"])
-def test_batch_invariance(options, tmp_path):
+TQ4 = {"turboquant": True, "residual_length": 12}
+
+
+@pytest.mark.parametrize("options", [{}, TQ4, TQ4 | {"decode_bytes": 2}, pytest.param({"decode_bytes": 3}, marks=pytest.mark.nightly)],
+                         ids=["exact", "tq4", "tq4 fused", "exact fused"])
+def test_batch_invariance(options, tmp_path, monkeypatch):
     """All M, any mix of timelines, drafts that are rejected; rings (16 and 12, with 14 spare slots) are passed more than once."""
-    gguf = two_layers(tmp_path / "two.gguf")
+    gguf = tmp_path / "two.gguf"
+    if "decode_bytes" in options:  # by the references of the kernels, which multiply packed weights
+        monkeypatch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256))
+        write_synthetic(gguf, "pair", "q4_k_m", 0)
+    else:
+        two_layers(gguf)
     spec = graph_spec(gguf, SLOTS, SLOTS, decode_rows=(1, *COUNTS), rows=ROWS, **options)
     state = weights(gguf, tmp_path)
     rng = random.Random(3)

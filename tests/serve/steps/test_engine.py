@@ -30,7 +30,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(kind: str, request: pytest.FixtureRequest) -> kiln.Model:
-    return kiln.Model(str(request.getfixturevalue("talking" if kind == "turns" else "rows_artifact")), "cpu")
+    return kiln.Model(str(request.getfixturevalue("talking" if kind == "turns" else "three_rows")), "cpu")
 
 
 def made(model: kiln.Model, count: int, queue: int = 8, store: kiln.SnapshotStore | None = None) -> Steps:

@@ -1,0 +1,199 @@
+// Steps of a session that check drafts: their tokens are those that steps of one token would give, bit for bit.
+#include <algorithm>
+#include <chrono>
+
+#include "session/session_impl.h"
+
+namespace kiln {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
+
+double seconds_since(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }
+
+}  // namespace
+
+DraftSource draft_source(const std::string& name) {
+  if (name == "off") return DraftSource::Off;
+  if (name == "ngram") return DraftSource::Ngram;
+  fail("drafts by '", name, "': must be ngram or off");
+}
+
+void Session::Impl::set_drafts(const Drafting& drafting) {
+  if (drafting.source == DraftSource::Off && !drafting.own) {
+    speculation = nullptr;
+    return;
+  }
+  std::vector<int64_t> sizes = shared.artifact.steps();
+  if (sizes.empty()) {
+    for (const KvSpec& k : shared.artifact.kv)
+      if (k.state) fail("drafts: the model has layers with a state, which takes one token after the other; leave drafts off");
+    fail("drafts: the artifact has no steps of several tokens; export it with --decode-rows 1,2,4,8");
+  }
+  if (drafting.length < 0 || drafting.length >= sizes.back())
+    fail("drafts: ", drafting.length, " a step: the artifact's largest step takes ", sizes.back(), " tokens, so 1 to ", sizes.back() - 1, " drafts, or 0 for that");
+  sizes.insert(sizes.begin(), 1);
+  if (!drafts) drafts = std::make_unique<Speculation>(sizes);
+  speculation = drafts.get();
+  speculation->drafting = drafting;
+}
+
+// The drafter's text is what stands in the caches, and `next`.
+void Session::Impl::begin_drafts() {
+  draft_counts = {};
+  if (!speculation) return;
+  speculation->acceptance.count_from_here();
+  if (speculation->drafting.own) {
+    speculation->drafter().cut(0);
+  } else {
+    needs_history();
+    const std::vector<int64_t>& text = speculation->ngram.text();
+    const auto end = lineage.ids().begin() + position;
+    const auto differs = std::mismatch(lineage.ids().begin(), end, text.begin(), text.end());
+    speculation->ngram.cut(differs.second - text.begin());
+    speculation->ngram.append({differs.first, end});
+  }
+  speculation->drafter().append({next});
+}
+
+WideStep& Session::Impl::wide_step(int64_t tokens) {
+  const int64_t m = *std::lower_bound(speculation->costs.sizes().begin(), speculation->costs.sizes().end(), tokens);
+  WideStep& step = speculation->steps[m];
+  if (step.model) return step;
+  const std::string entry = "decode_" + std::to_string(m);
+  for (const ValueSpec& v : shared.artifact.entry(entry).inputs) {
+    const bool row = v.name == "row";
+    const auto given = values.find(row ? "pos" : v.name);
+    if (given == values.end() || given->second.scalar != scalar_of(v.dtype))
+      fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
+    step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {m}));
+  }
+  // The entry takes caches of all the artifact's rows, of which a step touches those that it is given tokens of. This session is row 0.
+  TensorMap all = shared.constants;
+  for (const KvSpec& k : shared.artifact.kv) {
+    std::vector<int64_t> shape{shared.artifact.rows};
+    shape.insert(shape.end(), k.shape.begin(), k.shape.end());
+    all.emplace(k.name, Tensor::over(kv.at(k.name).data(), shared.backend->device(), scalar_of(k.dtype), shape));
+  }
+  auto opened = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
+  opened->bind(all);
+  step.model = std::move(opened);
+  return step;
+}
+
+// One step over `next` and what may follow it. How many of the drafts the model agrees with; what it wrote is `ahead`.
+int64_t Session::Impl::run_drafts(WideStep& step, const std::vector<int64_t>& drafted) {
+  const auto m = static_cast<size_t>(step.values.at("tokens").numel());
+  std::vector<int64_t> tokens(m), pos(m), row(m, 0), seed(m, sampling.seed);
+  const std::vector<int32_t> top_k(m, sampling.top_k);
+  const std::vector<float> temperature(m, sampling.temperature), top_p(m, sampling.top_p);
+  for (size_t i = 0; i < m; ++i) {  // a step that takes more repeats the last, which writes what it has written
+    const size_t at = std::min(i, drafted.size());
+    tokens[i] = at ? drafted[at - 1] : next, pos[i] = position + static_cast<int64_t>(at);
+  }
+  const std::pair<const char*, const void*> all[] = {{"tokens", tokens.data()}, {"pos", pos.data()},     {"row", row.data()},  {"temperature", temperature.data()},
+                                                     {"top_k", top_k.data()},   {"top_p", top_p.data()}, {"seed", seed.data()}};
+  for (const auto& [name, from] : all)
+    if (auto found = step.values.find(name); found != step.values.end()) timeline->write(found->second, from);
+  auto run = [&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.values); };
+  if (step.runs == kColdRuns && timeline->asynchronous() && options.graph) {
+    const std::string entry = "decode_" + std::to_string(m);
+    const bool early = options.early_launch && shared.target->major >= 9;
+    step.recording = timeline->capture(run, early ? shared.artifact.entry(entry).waits : std::vector<std::string>());
+  }
+  ++step.runs;
+  step.recording ? timeline->replay(*step.recording) : run();
+  std::vector<int64_t> wrote_(m);
+  timeline->read(wrote_.data(), step.out.token);
+  const int64_t agreed = Acceptance::agreed(drafted, wrote_);
+  if (!pretended) lineage.write(position, tokens.data(), agreed + 1);
+  written = std::max<int64_t>(written, position + 1 + static_cast<int64_t>(drafted.size()));
+  for (int64_t i = 0; i <= agreed; ++i) speculation->ahead.emplace_back(i, wrote_[static_cast<size_t>(i)]);
+  speculation->last = &step;
+  return agreed;
+}
+
+// Goes on by one token that a step of several gave: one that is there, or the first of a step with at most `room` tokens. False: nothing is worth
+// drafting, and nothing has changed.
+bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
+  Speculation& s = *speculation;
+  if (s.ahead.empty()) {
+    const int64_t most = std::min(s.most(), room - 1);
+    if (most < 1 || !s.hopes()) return false;
+    std::vector<int64_t> drafted = s.drafter().draft(most);
+    for (size_t i = 0; i < drafted.size(); ++i) {
+      if (drafted[i] < 0 || drafted[i] >= shared.vocab_size) fail("drafts: token ", drafted[i], " is outside of the vocabulary of ", shared.vocab_size);
+      if (stop_at_eog && model->is_eog(drafted[i])) drafted.resize(i + 1);
+    }
+    if (!s.drafting.own) {
+      std::vector<double> chances = s.acceptance.chances();
+      chances.resize(drafted.size());
+      const auto worth = static_cast<size_t>(share_drafts({chances}, s.costs)[0]);
+      drafted.resize(std::min(drafted.size(), std::max(worth, size_t{s.acceptance.due()})));
+    }
+    if (drafted.empty()) return false;
+    const auto n = static_cast<int64_t>(drafted.size());
+    WideStep& step = wide_step(1 + n);
+    const auto began = Clock::now();
+    const int64_t agreed = run_drafts(step, drafted);
+    if (step.runs > kColdRuns + 1) s.costs.took(1 + n, seconds_since(began));
+    s.acceptance.took(n, agreed);
+    ++draft_counts.steps;
+  }
+  next_of_step();
+  return true;
+}
+
+// The first of `ahead` is next.
+void Session::Impl::next_of_step() {
+  const auto [row, token] = speculation->ahead.front();
+  speculation->ahead.pop_front();
+  ++position;
+  in_step = false;
+  const Tensor& rows = speculation->last->out.logits;
+  if (!rows.dense()) fail("internal error: logits with gaps");
+  logits = Tensor::over(static_cast<char*>(rows.data()) + static_cast<uint64_t>(row * shared.vocab_size) * scalar_bytes(rows.scalar), rows.device, rows.scalar, {1, shared.vocab_size});
+  copied = false;
+  try {
+    took_logits();
+  } catch (...) {  // as if the token had not been fed
+    speculation->ahead.clear();
+    lineage.cut(--position);
+    forget_step();
+    throw;
+  }
+  next = token;
+  handed_out = false;
+  check_next();
+  speculation->drafter().append({next});
+  ++draft_counts.tokens;
+}
+
+// A step of one token gave `next`; `queued`: another one was queued behind it.
+void Session::Impl::took_one(Clock::time_point began, bool queued) {
+  Speculation& s = *speculation;
+  const auto now = Clock::now();
+  // A step that was queued ran while the token before it was handed out.
+  s.costs.took(1, std::chrono::duration<double>(now - (queued && s.received ? *s.received : began)).count());
+  s.received = now;
+  s.acceptance.took(0, 0);
+  s.drafter().append({next});
+  ++draft_counts.steps, ++draft_counts.tokens;
+}
+
+void Session::set_drafts(const Drafting& drafting) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  impl_->set_drafts(drafting);
+}
+
+DraftCounts Session::draft_counts() const {
+  Turn turn(impl_->busy, *impl_->timeline);
+  DraftCounts found = impl_->draft_counts;
+  if (impl_->speculation) found.tried = impl_->speculation->acceptance.tried(), found.right = impl_->speculation->acceptance.right();
+  return found;
+}
+
+}  // namespace kiln

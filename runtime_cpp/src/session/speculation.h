@@ -1,0 +1,46 @@
+#pragma once
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "compiled/compiled_model.h"
+#include "kiln/draft.h"
+#include "kiln/session.h"
+
+namespace kiln {
+
+// The entry decode_M of a session: its inputs at fixed addresses, and on a GPU its recording.
+struct WideStep {
+  std::unique_ptr<CompiledModel> model;
+  TensorMap values;
+  CompiledModel::Output out;  // of the last run
+  std::optional<size_t> recording;
+  int64_t runs = 0;
+};
+
+// What a session that drafts has beside its caches.
+struct Speculation {
+  explicit Speculation(const std::vector<int64_t>& sizes) : costs(sizes), acceptance(sizes.back() - 1) {}
+
+  Drafting drafting;
+  NgramDrafter ngram;  // its text is the session's tokens, from the first
+  StepCosts costs;
+  Acceptance acceptance;
+  std::map<int64_t, WideStep> steps;  // by M; opened when they are needed
+
+  // Of the last step of several tokens, those that the model agreed with and that were not taken yet: (the row of its logits, the token).
+  std::deque<std::pair<int64_t, int64_t>> ahead;
+  const WideStep* last = nullptr;  // that step
+  std::optional<std::chrono::steady_clock::time_point> received;  // when the last step of one token was
+
+  Drafter& drafter() { return drafting.own ? *drafting.own : ngram; }
+  int64_t most() const { return drafting.length ? drafting.length : costs.sizes().back() - 1; }
+  // Whether it is worth to know what the next token is before the step behind it is queued.
+  bool hopes() const { return drafting.own || acceptance.due() || share_drafts({acceptance.chances()}, costs)[0] > 0; }
+};
+
+}  // namespace kiln

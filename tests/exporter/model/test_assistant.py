@@ -1,0 +1,148 @@
+"""The drafter that reads its model's caches, against another implementation: four drafts behind beginnings of a text, rounds, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kiln.exporter.artifact.load import load_weights
+from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.errors import KilnError
+from kiln.exporter.model import assistant
+from kiln.exporter.model.assistant import Assistant
+from kiln.exporter.model.decoder import Decoder
+from kiln.exporter.source.drafter import read_drafter
+from kiln.exporter.source.plan import read_plan
+from tests.conftest import kiln
+from tests.gguf_files import rewrite
+from tests.timeline import FIXTURES, fixture_tokens, graph_spec, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRS = {"gemma4-assistant-tiny": "gemma4-tiny-dense", "gemma4-assistant-tiny-edge": "gemma4-tiny-edge"}
+RIGHT, WRONG = 3e-4, 0.03
+VOCAB, DRAFTS = 512, 4
+
+
+def made(name: str, target: str, directory: Path) -> tuple[Decoder, Assistant]:
+    path = FIXTURES / f"{target}.gguf"
+    plan, model = read_plan(path), graph_spec(path).model()
+    model.load_state_dict(weights(path, directory), strict=False)
+    own = read_drafter(FIXTURES / f"{name}.gguf", plan)
+    write_weights(directory / "draft", own)
+    drafter = Assistant(own.config, own.weights, model)
+    found = drafter.load_state_dict({k: v for k, v in load_weights(directory / "draft").items() if not k.startswith("__pad")}, strict=False)
+    assert not found.missing_keys and not found.unexpected_keys
+    return model, drafter
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request, tmp_path_factory) -> SimpleNamespace:
+    """Both models, the text, and where the drafts begin with which token."""
+    name = request.param
+    model, drafter = made(name, PAIRS[name], tmp_path_factory.mktemp("assistant"))
+    ints = {end: np.fromfile(FIXTURES / f"{name}.{end}.i32", np.int32).tolist() for end in ("starts", "last", "draft_ids")}
+    floats = {end: torch.from_numpy(np.fromfile(FIXTURES / f"{name}.{end}.f32", np.float32)) for end in ("draft_logits", "draft_hidden")}
+    cases = list(zip(ints["starts"], ints["last"], strict=True))
+    shape = (len(cases), DRAFTS, -1)
+    return SimpleNamespace(model=model, drafter=drafter, tokens=fixture_tokens(PAIRS[name]), cases=cases,
+                           ids=torch.tensor(ints["draft_ids"]).view(len(cases), DRAFTS), name=name,
+                           logits=floats["draft_logits"].view(shape), hidden=floats["draft_hidden"].view(shape))  # fmt: skip
+
+
+def read(model: Decoder, tokens: Tensor, start: int = 0) -> Tensor:
+    """Into the caches; hidden rows behind the last norm."""
+    return model.output_norm(model.hidden(tokens, torch.arange(start, start + len(tokens))))
+
+
+@torch.inference_mode()
+def test_drafts(pair) -> None:
+    """Behind 1 to 80 tokens of a window of 16: logits, the rows that are passed on, tokens. Of the model's rows, too."""
+    target = torch.from_numpy(np.fromfile(FIXTURES / f"{pair.name}.target_hidden.f32", np.float32)).view(80, -1)
+    for i, (start, token) in enumerate(pair.cases):
+        row = read(pair.model, pair.tokens[:start])[-1:]
+        assert (row - target[start - 1]).abs().max() < RIGHT
+        now, pos = torch.tensor([token]), torch.tensor([start])
+        for j in range(DRAFTS):
+            logits, row = pair.drafter.draft(pair.model.embedding(now), row, pos)
+            assert (logits[0] - pair.logits[i, j]).abs().max() < RIGHT, (start, j)
+            assert (row[0] - pair.hidden[i, j]).abs().max() < 3 * RIGHT, (start, j)  # each comes of the one before
+            now = logits.argmax(-1)
+            assert int(now) == pair.ids[i, j]
+
+
+@torch.inference_mode()
+def test_mistakes(pair, monkeypatch) -> None:
+    """Each costs acceptance and never a token, so that nothing else would show it."""
+    i = len(pair.cases) - 1
+    start, token = pair.cases[i]
+    model, drafter = pair.model, pair.drafter
+    before = model.hidden(pair.tokens[:start], torch.arange(start))
+    rows, now = model.output_norm(before), torch.tensor([token])
+
+    def miss(row: Tensor | None = None, embedding: Tensor | None = None, pos: int = start) -> float:
+        given = model.embedding(now) if embedding is None else embedding, rows[-1:] if row is None else row
+        return float((drafter.draft(*given, torch.tensor([pos]))[0][0] - pair.logits[i, 0]).abs().max())
+
+    assert miss() < RIGHT
+    assert miss(row=before[-1:]) > WRONG and miss(row=rows[-2:-1]) > WRONG
+    assert miss(embedding=model.token_embd.rows(now)) > WRONG  # not scaled
+    assert miss(pos=start - 1) > WRONG and miss(pos=start + 1) > WRONG
+    mixed = drafter.nextn_pre_projection.weight
+    drafter.nextn_pre_projection.weight = torch.nn.Parameter(mixed.roll(mixed.shape[1] // 2, 1), requires_grad=False)
+    assert miss() > WRONG  # the hidden row first
+    drafter.nextn_pre_projection.weight = mixed
+    read(model, torch.cat((pair.tokens[:start], now)))  # its own key is there
+    assert miss() < RIGHT or start % 16 == 0
+    monkeypatch.setattr(assistant, "in_window", lambda pos, keys, window: (keys >= 0) & (keys <= pos[:, None]))
+    read(model, pair.tokens[:start])
+    assert miss() > WRONG  # a key more than the window shows
+
+
+@torch.inference_mode()
+def test_rounds(tmp_path: Path) -> None:
+    """Three drafts a round, checked by the model: how many are accepted in each round, and the text, which is the greedy one."""
+    model, drafter = made("gemma4-assistant-tiny-mtp", "gemma4-tiny-mtp", tmp_path)
+    case = json.loads((FIXTURES / "gemma4-assistant-tiny-mtp.spec.json").read_text())[0]
+    prompt, text, most = case["prompt"], case["tokens"], case["n_max"]
+    hidden = model.hidden(torch.tensor(prompt), torch.arange(len(prompt)))
+    fed, row = list(prompt), model.output_norm(hidden[-1:])
+    now, accepted = int(model.logits(hidden[-1:]).argmax()), []
+    for _ in case["accepted_per_round"]:
+        n, drafts, of, guess = len(fed), [], row, torch.tensor([now])
+        for _ in range(most):
+            logits, of = drafter.draft(model.embedding(guess), of, torch.tensor([n]))
+            guess = logits.argmax(-1)
+            drafts.append(int(guess))
+        right = 0
+        for i in range(most + 1):  # one by one: a rejected key is never written
+            hidden = model.hidden(torch.tensor([now]), torch.tensor([n + i]))
+            fed.append(now)
+            row, now = model.output_norm(hidden), int(model.logits(hidden).argmax())
+            if i == most or now != drafts[i]:
+                break
+            right += 1
+        accepted.append(right)
+    assert accepted == case["accepted_per_round"] and set(accepted) == {0, 1, 3}
+    assert [*fed, now][: len(text)] == text[: len(fed) + 1]
+
+
+def test_refused(tmp_path: Path) -> None:
+    """A file that drafts for another model, or is none, in one line each; export checks it and says that it compiles none yet."""
+    plan = read_plan(FIXTURES / "gemma4-tiny-dense.gguf")
+    source = FIXTURES / "gemma4-assistant-tiny.gguf"
+    with pytest.raises(KilnError, match="architecture 'gemma4' is no drafter that Kiln knows; supported: gemma4-assistant"):
+        read_drafter(FIXTURES / "gemma4-tiny-dense.gguf", plan)
+    with pytest.raises(KilnError, match="embedding_length_out is 72, and gemma4-tiny-dense has rows of 128"):
+        read_drafter(FIXTURES / "gemma4-assistant-tiny-edge.gguf", plan)
+    with pytest.raises(KilnError, match="drafts for gemma4, and qwen3-tiny is qwen3"):
+        read_drafter(source, read_plan(FIXTURES / "qwen3-tiny.gguf"))
+    with pytest.raises(KilnError, match="tensor nextn.pre_projection.weight is missing"):
+        read_drafter(rewrite(tmp_path / "a.gguf", source, drop=["nextn.pre_projection.weight"]), plan)
+    done = kiln("export", "--gguf", plan.gguf.path, "--draft-gguf", source, "--out", tmp_path / "out", "--target", "cpu", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "--draft-gguf" in done.stderr and not (tmp_path / "out").exists()
