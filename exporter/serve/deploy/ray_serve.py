@@ -127,15 +127,15 @@ class Plan:
 
 def application(artifact: Path, plan: Plan, device: str, threads: int | None = None, **options: Any) -> Any:
     """What `serve.run` takes. options: of `Settings`."""
-    replica = serve.deployment(
-        Replica,
+    router: Any = RequestRouterConfig  # what it takes is not declared as such
+    replica: Any = serve.deployment(
         autoscaling_config=AutoscalingConfig(min_replicas=plan.least, max_replicas=plan.most, target_ongoing_requests=plan.target),
         max_ongoing_requests=plan.room,
         ray_actor_options={"num_gpus": plan.gpus, "num_cpus": plan.cpus},
-        request_router_config=RequestRouterConfig(request_router_class=ByPrefix),
+        request_router_config=router(request_router_class="kiln.exporter.serve.deploy.ray_serve:ByPrefix"),
         health_check_period_s=5,
-    )
-    ingress = serve.deployment(Ingress, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    )(Replica)
+    ingress: Any = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})(Ingress)
     options = {"names": (artifact.name,), **options}
     return ingress.bind(replica.bind(str(artifact.resolve()), device, threads, options), options.get("body", 16 << 20))
 
