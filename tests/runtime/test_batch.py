@@ -40,9 +40,8 @@ def artifact(device, slots, request, tmp_path_factory) -> Path:
         return request.getfixturevalue("three_rows")
 
     def make(path: Path) -> None:
-        steps = ",".join(map(str, (1, *FORMS[device][0])))
-        command("export", "--gguf", NANO, "--out", path, "--max-seq-len", slots, "--prefill-chunk", CHUNK, "--turboquant", "--rows", ROWS,
-                "--residual-length", 32, "--decode-rows", steps, "--target", "native", "--weights", "gguf")  # fmt: skip
+        command("export", "--gguf", NANO, "--out", path, "--target", "native", "--weights", "gguf", "--max-seq-len", slots,
+                "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS, "--decode-rows", "1,2,4,8")  # fmt: skip
 
     kept = os.environ.get("KILN_TEST_BATCH")
     return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
