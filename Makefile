@@ -14,7 +14,7 @@ BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup build wheels tarball demo demo-real serve-demo test test-page nightly lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
+.PHONY: setup build wheels tarball demo demo-real serve-demo test test-page nightly soak lint test-gpu sanitize sanitize-cpu tidy fuzz bench-ops tune clean
 
 # kiln-runtime, the wheel, as it ships; built again where a source is newer. Its backend runs in runtime_cpp and reads braces in the folder's name.
 FOLDER = $$("$$PY" -c 'import os; print(os.path.abspath(os.environ["BUILD"] + "/cpp").replace("{", "{{").replace("}", "}}"))')
@@ -125,6 +125,13 @@ lint: $(SETUP)
 # what is slow and says little that `make test` does not: every kernel for every architecture, and the like
 nightly: build lint
 	"$$PY" -m pytest -m "nightly and not gpu" $(KILN_PYTEST)
+
+# Random clients of kiln serve over rows of a batch, for SOAK_MINUTES: every completed text is the solo one, nothing is stuck, no memory is left
+SOAK_MINUTES ?= 120
+soak: build
+	[ -f "$$BUILD/soak/manifest.json" ] || "$$PY" -m exporter export --gguf tests/fixtures/gemma4-tiny-dense.gguf --out "$$BUILD/soak" --target cpu \
+	  --max-seq-len 96 --prefill-chunk 32 --decode-rows 1,2,4 --rows 4
+	"$$PY" -m tests.tools.soak_serve "$$BUILD/soak" --minutes $(SOAK_MINUTES) --sessions 4
 
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.

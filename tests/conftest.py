@@ -136,6 +136,14 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def three_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps of 1, 2 and 4 tokens over 3 timelines of 64 positions, on the CPU."""
+    from tests.runtime.batches import batch_artifact
+
+    return batch_artifact("cpu", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def talking(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plain artifact with a chat template."""
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from kiln.exporter.conversation.markup import Markup
 from kiln.exporter.conversation.parser import REASONING, Delta, Message, Parser
 from kiln.exporter.conversation.vocabulary import Vocabulary
-from kiln.exporter.serve.engine import Engine, Job, Outcome, Sampling
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem
-from kiln.exporter.serve.rows import Likely, Rows, likely
 from kiln.exporter.serve.settings import Settings
-from kiln.exporter.serve.steer import Calling, Lexicon, Steer, bars
+from kiln.exporter.serve.steps.engine import Engine, Job, Outcome, Sampling
+from kiln.exporter.serve.steps.rows import Likely, Rows, likely
+from kiln.exporter.serve.steps.steer import Calling, Lexicon, Steer, bars
 
 
 class Around(Protocol):

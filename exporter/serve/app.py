@@ -20,11 +20,11 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kiln.exporter.serve.chat import chat
-from kiln.exporter.serve.completions import completions, detokenize, tokenize
-from kiln.exporter.serve.messages import count_tokens, messages
+from kiln.exporter.serve.api.chat import chat
+from kiln.exporter.serve.api.completions import completions, detokenize, tokenize
+from kiln.exporter.serve.api.messages import count_tokens, messages
+from kiln.exporter.serve.api.responses import responses
 from kiln.exporter.serve.problem import Problem
-from kiln.exporter.serve.responses import responses
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.web import Endpoint, Json, refused
 

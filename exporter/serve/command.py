@@ -15,9 +15,13 @@ from kiln.exporter.parameters import PATH
 @click.argument("artifact", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free, which is printed.")
-@click.option("--sessions", type=click.IntRange(1, 1024), default=1, show_default=True, help="Answers at once, each with its caches.")
+@click.option("--sessions", type=click.IntRange(1, 1024), help="Answers at once, each with its caches.  [default: the artifact's --rows]")
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
 @click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
+@click.option(
+    "--max-gap-ms", type=click.FloatRange(0), default=0.0,
+    help="What prompts may take between two steps of others, where the artifact has rows; a chunk is read at least.",
+)  # fmt: skip
 @click.option("--snapshot-device-gib", type=click.FloatRange(0), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
 @click.option("--snapshot-host-gib", type=click.FloatRange(0), default=0.0, help="The same of the host; on the CPU the only one.")
 @click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
@@ -38,7 +42,7 @@ from kiln.exporter.parameters import PATH
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
-    artifact: Path, host: str, port: int, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
+    artifact: Path, host: str, port: int, sessions: int | None, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
     cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
     snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None,
     **options: Any,
@@ -52,6 +56,7 @@ def serve(
         raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
     settings = Settings(
         names=names or (artifact.resolve().name or "kiln",),
+        sessions=sessions or 0,
         chunk=prefill_chunk or 0,
         keys=read_keys(api_keys) if api_keys else (),
         origins=cors_origins,

@@ -18,18 +18,43 @@ from kiln.exporter.conversation.request import Request, RequestError
 from kiln.exporter.conversation.vocabulary import vocabulary
 from kiln.exporter.errors import KilnError
 from kiln.exporter.serve.answer import Answer, Wishes
-from kiln.exporter.serve.engine import Busy, Closed, Engine, Steps
-from kiln.exporter.serve.grammar import Grammars
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.settings import Settings
-from kiln.exporter.serve.steer import Lexicon
-from kiln.exporter.serve.timelines import Timeline
+from kiln.exporter.serve.steps.engine import Busy, Closed, Engine
+from kiln.exporter.serve.steps.grammar import Grammars
+from kiln.exporter.serve.steps.steer import Lexicon
+from kiln.exporter.serve.steps.timelines import Timeline
+from kiln.exporter.serve.steps.together import Together
+from kiln.exporter.serve.steps.turns import Turns
 
 T = TypeVar("T")
 # One choice: its prompt's ids, where later prompts may part from them, its parser, the tools' names, what makes its grammar.
 Wanted = tuple[Wishes, tuple[int, ...], tuple[int, ...], Parser, tuple[str, ...], Callable[[], Any]]
 CONTROL = 3  # a token's type in GGUF
+
+
+def together(model: Any, settings: Settings, store: Any) -> Together:
+    """The engine of an artifact with rows. Raises kiln.Error."""
+    import kiln
+
+    chunk = min(settings.chunk or model.prefill_chunk, model.prefill_chunk)
+    batch = kiln.Batch(model, rows=settings.sessions, prefill_chunk=chunk, max_gap_ms=settings.max_gap_ms)
+    return Together(batch, [Timeline(batch.row(i), store) for i in range(batch.rows)], settings.queue, chunk, model.max_seq_len)
+
+
+def by_turns(model: Any, settings: Settings, store: Any) -> Turns:
+    """The engine of an artifact whose steps are of one token. Raises kiln.Error, and KilnError where some of the sessions fit."""
+    import kiln
+
+    chunk, timelines, count = min(settings.chunk or model.prefill_chunk, model.prefill_chunk), list[Timeline](), settings.sessions or 1
+    try:
+        while len(timelines) < count:
+            timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk), store))
+    except kiln.Error as e:
+        fewer = f" for session {len(timelines) + 1} of {count}; give --sessions {len(timelines)}" if timelines else ""
+        raise KilnError(f"{e}{fewer}") from e
+    return Turns(timelines, settings.queue, chunk, model.max_seq_len)
 
 
 class Served:
@@ -67,18 +92,10 @@ class Served:
             count = threads or len(os.sched_getaffinity(0))
             model = kiln.Model(str(directory), device=device, threads=count)
             kiln.set_threads(count)
-            chunk = min(settings.chunk or model.prefill_chunk, model.prefill_chunk)
+            store = kiln.SnapshotStore(*settings.snapshots) if any(settings.snapshots) else None
+            engine: Engine = together(model, settings, store) if manifest.get("rows", 1) > 1 else by_turns(model, settings, store)
         except kiln.Error as e:
             raise KilnError(str(e)) from e
-        timelines: list[Timeline] = []
-        store = kiln.SnapshotStore(*settings.snapshots) if any(settings.snapshots) else None
-        try:
-            while len(timelines) < settings.sessions:
-                timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk), store))
-        except kiln.Error as e:
-            fewer = f" for session {len(timelines) + 1} of {settings.sessions}; give --sessions {len(timelines)}" if timelines else ""
-            raise KilnError(f"{e}{fewer}") from e
-        engine = Steps(timelines, settings.queue, chunk, model.max_seq_len)
         try:
             served = cls(directory, manifest, model.tokenizer, model.max_seq_len, engine, settings)
         except BaseException:

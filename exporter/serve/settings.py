@@ -11,9 +11,10 @@ class Settings:
 
     names: tuple[str, ...] = ("kiln",)
     any_model: bool = False
-    sessions: int = 1
+    sessions: int = 0  # answers at once; 0: as many as the artifact has rows
     queue: int = 64
     chunk: int = 0  # ids of a prompt between two steps of others; 0: the artifact's
+    max_gap_ms: float = 0.0  # what prompts may take between two steps of others, of an artifact with rows; a chunk is read at least
     snapshots: tuple[int, int] = (0, 0)  # bytes kept on the device and on the host
     timeout: float = 0.0
     drain: float = 10.0

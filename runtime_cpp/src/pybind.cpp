@@ -201,7 +201,8 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("host_bytes", &Snapshot::host_bytes)
       .def("to_host", [](const Snapshot& s) { return shared(s.to_host()); }, ReleaseGil(), "The same with its copies in pinned memory of the host.");
 
-  py::class_<Session>(m, "Session")
+  py::class_<kiln::Resumable>(m, "Resumable", "A session, or a row of a batch.");
+  py::class_<Session, kiln::Resumable>(m, "Session")
       .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
              auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
              session->set_look(signals_at_intervals());
@@ -254,7 +255,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def(py::init<uint64_t, uint64_t>(), py::arg("device_bytes"), py::arg("host_bytes"))
       .def("take", &SnapshotStore::take, py::arg("session"), py::arg("conversation"), py::arg("whole") = false, ReleaseGil(),
            "Keeps a snapshot of the session as it stands. False: it is larger than the budgets.")
-      .def("longest", [](SnapshotStore& store, const Session& session, const std::vector<int64_t>& ids, const std::string& conversation) {
+      .def("longest", [](SnapshotStore& store, const kiln::Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
             return shared(store.longest(session, ids, conversation));
           }, py::arg("session"), py::arg("ids"), py::arg("conversation"), ReleaseGil(),
            "The longest whose tokens `ids` begins with and goes on from, and that the session can restore; None: there is none.")

@@ -7,6 +7,7 @@
 
 namespace py = pybind11;
 using kiln::Batch;
+using kiln::BatchRow;
 
 // pybind.cpp
 py::dict memory_of(const kiln::MemoryReport& m);
@@ -15,6 +16,16 @@ py::array_t<float> to_numpy(const std::vector<float>& row);
 
 void bind_batch(py::module_& m) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<BatchRow, kiln::Resumable>(m, "BatchRow", "A row of a batch, between two timelines in it.")
+      .def_property_readonly("number", &BatchRow::number)
+      .def_property_readonly("position", &BatchRow::position, "Tokens in its caches.")
+      .def_property_readonly("tokens", &BatchRow::tokens)
+      .def("snapshot", [](const BatchRow& r, bool whole, bool host) { return std::const_pointer_cast<kiln::Snapshot>(r.snapshot({whole, host})); },
+           py::arg("whole") = false, py::arg("host") = false, ReleaseGil(), "The row as it stands, without a token that is next.")
+      .def("restore", &BatchRow::restore, py::arg("snapshot"), ReleaseGil(), "Holds what the snapshot's row or session held. Error while a timeline is in it.")
+      .def("can_restore", &BatchRow::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another row.")
+      .def("rewind", &BatchRow::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
+      .def_property_readonly("earliest", &BatchRow::earliest, "The first position, but for 0, that rewind() can go back to.");
   py::class_<Batch>(m, "Batch", "Several timelines over one model, which take their tokens in the same steps.")
       .def(py::init([](std::shared_ptr<kiln::Model> model, int64_t rows, int64_t prefill_chunk, double max_gap_ms, bool keep_logits, bool graph,
                        bool early_launch) {
@@ -23,12 +34,15 @@ void bind_batch(py::module_& m) {
            py::arg("model"), py::arg("rows") = 0, py::arg("prefill_chunk") = 0, py::arg("max_gap_ms") = 0., py::arg("keep_logits") = false,
            py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
       .def("join", [](Batch& b, const std::vector<int64_t>& prompt, float temperature, int32_t top_k, float top_p, int64_t seed, int64_t max_new_tokens,
-                      bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length) {
-             return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog, {kiln::draft_source(draft.value_or("off")), draft_length}});
+                      bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length, int64_t row, bool keep_logits) {
+             return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog,
+                            {kiln::draft_source(draft.value_or("off")), draft_length}, row, keep_logits});
            },
            py::arg("prompt"), py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0,
-           py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, py::arg("draft") = py::none(), py::arg("draft_length") = 0, ReleaseGil(),
-           "A handle for a new timeline. draft: as Session.generate(); drafts of all timelines share what room a step has.")
+           py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, py::arg("draft") = py::none(), py::arg("draft_length") = 0,
+           py::arg("row") = -1, py::arg("keep_logits") = false, ReleaseGil(),
+           "A handle for a new timeline. draft: as Session.generate(); drafts of all timelines share what room a step has. row: a free one with whose "
+           "tokens the prompt begins, which are not read again.")
       .def_property_readonly("draft_counts", [](const Batch& b) { return counts_of(b.draft_counts()); }, "Of all steps of timelines that draft, as Session's.")
       .def("step", [](Batch& b) {
              std::vector<kiln::RowEvent> events;
@@ -47,9 +61,12 @@ void bind_batch(py::module_& m) {
            }, "[(handle, token or None, stop reason or None, error or None)]: a chunk of a waiting prompt, then a token of every other timeline, or "
            "several in order where drafts were right.")
       .def("leave", &Batch::leave, py::arg("handle"), ReleaseGil())
+      .def("extend", &Batch::extend, py::arg("handle"), py::arg("tokens"), py::arg("by_steps") = false, ReleaseGil(),
+           "Tokens that come next, in the place of the one sampled last; read as a prompt is, or one a step.")
+      .def("row", &Batch::row, py::arg("number"))
       .def("position", &Batch::position, py::arg("handle"), ReleaseGil())
       .def("logits", [](const Batch& b, int64_t handle) { return to_numpy(b.logits(handle)); }, py::arg("handle"),
-           "float32 [vocab_size] that the timeline's last token was sampled from; with keep_logits.")
+           "float32 [vocab_size] that the timeline's last token was sampled from; with keep_logits. Of an ended one, too.")
       .def("memory", [](const Batch& b) { return memory_of(b.memory()); }, "As Session.memory(), the caches of all rows.")
       .def("probe", [](Batch& b, const std::vector<int64_t>& tokens, const std::vector<int64_t>& positions, const std::vector<int64_t>& rows,
                        const std::vector<std::tuple<float, int32_t, float, int64_t>>& sampling, int64_t times) {

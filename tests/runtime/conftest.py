@@ -39,12 +39,6 @@ def several(device, tmp_path_factory) -> Path:
     return batch_artifact(device, tmp_path_factory)
 
 
-@pytest.fixture(scope="session")
-def three_rows(tmp_path_factory) -> Path:
-    """`several` of the CPU, whatever else a test runs on."""
-    return batch_artifact("cpu", tmp_path_factory)
-
-
 @pytest.fixture
 def copy(toy, tmp_path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "artifact"))

@@ -46,7 +46,7 @@ def solo(model: kiln.Model, request: dict[str, Any], chunk: int = 0, stop_at_eog
     session.prefill(prompt)
     logits.append(session.logits().copy())
     session.set_logits_sink(lambda row: logits.append(row.copy()))
-    tokens, stop = session.generate(most or model.max_seq_len, stop_at_eog=stop_at_eog)
+    tokens, stop = session.generate(most or model.max_seq_len + 1, stop_at_eog=stop_at_eog)
     return tokens, stop, logits
 
 

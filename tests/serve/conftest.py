@@ -17,10 +17,10 @@ import uvicorn
 
 import kiln
 from kiln.exporter.serve.app import PAGE, application
-from kiln.exporter.serve.engine import Busy, Job, Outcome
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.server import config, listen
 from kiln.exporter.serve.settings import Settings
+from kiln.exporter.serve.steps.engine import Busy, Job, Outcome
 from tests.conftest import gemma4_vocabulary, shared
 from tests.timeline import FIXTURES
 

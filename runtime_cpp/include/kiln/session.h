@@ -64,13 +64,34 @@ struct SnapshotOptions {
   bool host = false;   // its copies in pinned memory of the host
 };
 
+// What a snapshot is taken of and gone back to: a session, or a row of a batch.
+class Resumable {
+ public:
+  virtual ~Resumable() = default;
+  virtual const Model& model() const = 0;
+  virtual int64_t position() const = 0;              // tokens in the caches; at any time
+  virtual std::vector<int64_t> tokens() const = 0;   // [position()], those in the caches
+  // As it stands. What goes on from it later equals, bit for bit, what would have gone on now. Bits depend on the tokens and on where the pieces
+  // ended in which they were read, so a run from position 0 equals it where its pieces end there too.
+  virtual std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const = 0;
+  virtual uint64_t snapshot_bytes(bool whole = false) const = 0;  // of the copies that a snapshot taken now would have
+  // Goes on from a snapshot of this one or of another one over the same model. Error, and nothing changes, where the caches that it shares by
+  // position have been overwritten here, and are not to be had from what it was taken from.
+  virtual void restore(const Snapshot& snapshot) = 0;
+  virtual bool can_restore(const Snapshot& snapshot) const = 0;  // without the caches of another one
+  virtual bool stands_at(const Snapshot& snapshot) const = 0;    // position and caches are the snapshot's
+  // Forgets the tokens from `position` on. Legal are 0 and earliest() .. position(): a ring has lost what was overwritten. The next token must be given.
+  virtual void rewind(int64_t position) = 0;
+  virtual int64_t earliest() const = 0;
+};
+
 // One timeline over a model: its own KV caches and position; several sessions never share state. A second call at the same time, from another
 // thread or from inside a callback, is an Error; position(), cache_memory() and early_launches() may be asked at any time.
-class Session {
+class Session final : public Resumable {
  public:
   // Throws Error when the compiled models and the manifest disagree or the KV caches do not fit into the device's memory.
   explicit Session(std::shared_ptr<const Model> model, const SessionOptions& options = {});
-  ~Session();
+  ~Session() override;
 
   // Appends `tokens` at position() and returns the token sampled after them. Throws Error, before any work, when they are
   // not token ids or do not fit into max_seq_len.
@@ -84,23 +105,17 @@ class Session {
   // token (which is not handed out) when stop_at_eog, or max_seq_len. The token handed out last is not in the caches yet.
   Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog = true);
 
-  int64_t position() const;  // tokens in the caches
+  int64_t position() const override;
   void reset();              // empties the caches: position 0
-  std::vector<int64_t> tokens() const;  // [position()], those in the caches
+  std::vector<int64_t> tokens() const override;
 
-  // The session as it stands. What goes on from it later equals, bit for bit, what would have gone on now. Bits depend on the tokens and on
-  // where the pieces ended in which they were read, so a run from position 0 equals it where its pieces end there too.
-  std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const;
-  uint64_t snapshot_bytes(bool whole = false) const;  // of the copies that a snapshot taken now would have
-  // Goes on from a snapshot of this session or of another one over the same model. Error, and nothing changes, where the caches that it shares
-  // by position have been overwritten here, and are not to be had from the session that it was taken from.
-  void restore(const Snapshot& snapshot);
-  bool can_restore(const Snapshot& snapshot) const;
-  bool stands_at(const Snapshot& snapshot) const;  // position and caches are the snapshot's
-
-  // Forgets the tokens from `position` on. Legal are 0 and earliest() .. position(): a ring has lost what was overwritten. The next token must be given.
-  void rewind(int64_t position);
-  int64_t earliest() const;
+  std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const override;
+  uint64_t snapshot_bytes(bool whole = false) const override;
+  void restore(const Snapshot& snapshot) override;
+  bool can_restore(const Snapshot& snapshot) const override;
+  bool stands_at(const Snapshot& snapshot) const override;
+  void rewind(int64_t position) override;
+  int64_t earliest() const override;
 
   // The filled part of the caches and all else that snapshot() has, with checksums; the file appears whole or not at all.
   void save(const std::string& path) const;
@@ -134,7 +149,7 @@ class Session {
 
   MemoryReport memory() const;
   int64_t early_launches() const;  // kernels of the decode graph that start early
-  const Model& model() const;
+  const Model& model() const override;
 
   struct Impl;
 

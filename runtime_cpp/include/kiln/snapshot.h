@@ -11,7 +11,7 @@
 
 namespace kiln {
 
-// What a session needs to go on from a position, as it stood there: the token that is next, and copies of the caches that lose their past, which
+// What a session, or a row of a batch, needs to go on from a position, as it stood there: the token that is next (not of a row), and copies of the caches that lose their past, which
 // are rings. The others are shared by position with the session that it was taken from, unless it is `whole`. Immutable; any thread may use and
 // drop it. It keeps the model alive.
 class Snapshot {
@@ -48,11 +48,11 @@ class SnapshotStore {
   // On the CPU everything counts as the host's.
   SnapshotStore(uint64_t device_budget, uint64_t host_budget) : device_{device_budget}, host_{host_budget} {}
 
-  // Takes a snapshot of the session as it stands and keeps it for `conversation`, once room is made. False: there is no such room.
-  bool take(Session& session, const std::string& conversation, bool whole = false);
+  // Takes a snapshot of the session or row as it stands and keeps it for `conversation`, once room is made. False: there is no such room.
+  bool take(const Resumable& session, const std::string& conversation, bool whole = false);
   // The longest one whose tokens `ids` begins with, one of `ids` at least being left, and that `session` can go on from; it is `conversation`'s from
   // now on. Null: there is none.
-  std::shared_ptr<const Snapshot> longest(const Session& session, const std::vector<int64_t>& ids, const std::string& conversation);
+  std::shared_ptr<const Snapshot> longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation);
   void forget(const std::string& conversation);
   Counts counts() const;
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kiln._runtime import (
         Acceptance,
         Batch,
+        BatchRow,
         Error,
         Model,
         NgramDrafter,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Acceptance",
     "Batch",
+    "BatchRow",
     "Error",
     "Model",
     "NgramDrafter",

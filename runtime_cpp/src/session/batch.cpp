@@ -4,12 +4,14 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <numeric>
 
 #include "compiled/compiled_model.h"
 #include "kiln/draft.h"
 #include "session/not_finite.h"
+#include "session/snapshot_state.h"
 #include "session/speculation.h"
 #include "session/turn.h"
 
@@ -28,22 +30,28 @@ struct RowDrafts {
   std::vector<int64_t> now;  // of the step that is taken
 };
 
-struct Row {
-  int64_t handle = -1;  // -1: the row is free
-  Request request;
-  size_t read = 0;          // tokens of the prompt that are in the caches
-  int64_t position = 0;     // tokens in the caches
+// `position` and the rest of Caches are of the timeline in it, or of the one that was.
+struct Row : Caches {
+  using Caches::Caches;
+  int64_t handle = -1;      // of the timeline that is in it, or that was the last
+  bool in_use = false;
+  Request request;          // prompt: what is to be fed now
+  size_t read = 0;          // tokens of that which are in the caches
+  bool by_steps = false;    // it takes steps, as sampled tokens do
   int64_t next = -1;        // sampled, not fed yet
   int64_t produced = 0;     // tokens handed out
   std::vector<float> logits;
   std::unique_ptr<RowDrafts> drafts;  // null: none
 
-  bool used() const { return handle >= 0; }
+  bool used() const { return in_use; }
   size_t left() const { return request.prompt.size() - read; }  // of the prompt
   // A prompt's last token is a step's, as any other: a prefill call takes two or more.
-  bool steps() const { return used() && left() <= 1; }
-  bool waits() const { return used() && left() > 1; }
+  bool steps() const { return used() && (by_steps || left() <= 1); }
+  bool waits() const { return used() && !steps(); }
   int64_t token() const { return left() ? request.prompt[read] : next; }
+  void feed(std::vector<int64_t> tokens, bool one_by_one) { request.prompt = std::move(tokens), read = 0, by_steps = one_by_one, next = -1; }
+  void end() { in_use = false, feed({}, false); }
+  void clear() { lineage.cut(0), position = written = 0, logits.clear(); }
 };
 
 constexpr uint64_t kBetween = 64;  // bytes, of what inputs begin at a multiple of: compiled code asks for 16
@@ -73,6 +81,7 @@ struct Batch::Impl {
   ~Impl();
 
   int64_t join(const Request& request);
+  void extend(Row& row, const std::vector<int64_t>& tokens, bool by_steps);
   std::vector<RowEvent> step();
 
   void make_caches();
@@ -91,10 +100,14 @@ struct Batch::Impl {
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
   void draft(const std::vector<int64_t>& rows);
+  void keep_logits(Row& row, const Tensor& logits, int64_t at);
+  void check_tokens(const std::vector<int64_t>& tokens, int64_t after, const char* what) const;
+  Row& free_row(const Request& request);
   // Rows of the caches: an entry of several tokens may touch all that it was compiled for.
   int64_t made() const { return shared.artifact.steps().empty() ? options.rows : shared.artifact.rows; }
   std::vector<int64_t> in_order(bool (Row::*which)() const) const;  // numbers of rows, the one that joined first first
   Row& row_of(int64_t handle);
+  size_t next_reader() const;
 
   std::shared_ptr<const Model> model;
   const Model::Impl& shared;
@@ -107,10 +120,11 @@ struct Batch::Impl {
   std::vector<std::unique_ptr<CompiledModel>> prefills;  // of each row
   std::vector<std::unique_ptr<Step>> decodes;
   std::map<int64_t, Step> several;  // by their number of tokens
-  std::vector<Row> rows;
+  std::deque<Row> rows;
   int64_t last_handle = 0;
   StepCosts costs;
   DraftCounts counts;
+  size_t read_last = 0;  // number of the row whose prompt a chunk was read of last
   mutable std::atomic<bool> busy{false};
 };
 
@@ -130,12 +144,16 @@ Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
   if (options.rows < 1 || options.rows > artifact.rows)
     fail(options.rows, " rows: the artifact takes 1 to ", artifact.rows, "; export it with a larger --rows");
   if (!(options.max_gap_ms >= 0)) fail("max_gap_ms is ", options.max_gap_ms, ", must be 0 or more");
-  rows.resize(static_cast<size_t>(options.rows));
+  for (int64_t i = 0; i < options.rows; ++i) rows.emplace_back(model);
   prefills.resize(rows.size()), decodes.resize(rows.size());
   Entered entered(*timeline);
   prefill_surroundings = timeline->surroundings("prefill");
   decode_surroundings = timeline->surroundings("decode");
   make_caches();
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i].line = timeline.get(), rows[i].taken = &busy, rows[i].kv = row_tensors(static_cast<int64_t>(i));
+    for (const auto& [name, weight] : shared.constants) rows[i].kv.erase(name);
+  }
   for (const ValueSpec& v : artifact.entry("prefill").inputs)
     if (v.name != "tokens" && v.name != "pos") prefill_values.emplace(v.name, timeline->make(scalar_of(v.dtype), {1}));
   TensorMap tensors = shared.constants;
@@ -244,13 +262,36 @@ void Batch::Impl::warm_up() {
   timeline->synchronize();
 }
 
-int64_t Batch::Impl::join(const Request& request) {
-  if (request.prompt.empty()) fail("the prompt has no tokens");
-  for (int64_t t : request.prompt)
+void Batch::Impl::check_tokens(const std::vector<int64_t>& tokens, int64_t after, const char* what) const {
+  if (tokens.empty()) fail("the ", what, " has no tokens");
+  for (int64_t t : tokens)
     if (t < 0 || t >= shared.vocab_size) fail("token ", t, " is outside of the vocabulary of ", shared.vocab_size);
-  if (static_cast<int64_t>(request.prompt.size()) > shared.artifact.max_seq_len)
-    fail("the prompt has ", request.prompt.size(), " tokens, the artifact holds ", shared.artifact.max_seq_len,
-         "; shorten it or export with a larger --max-seq-len");
+  if (static_cast<int64_t>(tokens.size()) > shared.artifact.max_seq_len - after)
+    fail("the ", what, " has ", tokens.size(), " tokens", after ? " after " + std::to_string(after) + " in the cache" : "", ", the artifact holds ",
+         shared.artifact.max_seq_len, "; shorten it or export with a larger --max-seq-len");
+}
+
+// The row that the request asks for; or a free one, an empty one first, then the one whose timeline joined first.
+Row& Batch::Impl::free_row(const Request& request) {
+  if (request.row < 0) {
+    Row* found = nullptr;
+    auto age = [](const Row& r) { return std::pair(r.position > 0, r.handle); };
+    for (Row& r : rows)
+      if (!r.used() && (!found || age(r) < age(*found))) found = &r;
+    if (!found) fail("all ", rows.size(), " rows of the batch are in use; wait until one leaves");
+    return *found;
+  }
+  if (request.row >= options.rows) fail("row ", request.row, ": the batch has ", options.rows);
+  Row& row = rows[static_cast<size_t>(request.row)];
+  if (row.used()) fail("row ", request.row, " is in use by timeline ", row.handle);
+  const int64_t held = row.position;
+  if (held >= static_cast<int64_t>(request.prompt.size()) || !std::equal(request.prompt.begin(), request.prompt.begin() + held, row.lineage.ids().begin()))
+    fail("row ", request.row, " holds ", held, " tokens with which the prompt does not begin, or behind which none is left; rewind() it");
+  return row;
+}
+
+int64_t Batch::Impl::join(const Request& request) {
+  check_tokens(request.prompt, 0, "prompt");
   if (request.max_new_tokens < 0) fail("max_new_tokens is ", request.max_new_tokens, ", must be 0 (as many as fit) or more");
   check_sampling(request.sampling);
   if (request.drafting.own) fail("drafts of a batch: a drafter of one's own is a session's");
@@ -260,14 +301,26 @@ int64_t Batch::Impl::join(const Request& request) {
   if (request.sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
       if (!values.count(name)) fail("the artifact is greedy only: its decode model has no input '", name, "'");
-  auto free = std::find_if(rows.begin(), rows.end(), [](const Row& r) { return !r.used(); });
-  if (free == rows.end()) fail("all ", rows.size(), " rows of the batch are in use; wait until one leaves");
-  Row row;
+  Row& row = free_row(request);
+  if (request.row < 0) row.clear();
   row.request = request;
-  row.handle = ++last_handle;
-  if (drafts) row.drafts = std::make_unique<RowDrafts>(most), row.drafts->ngram.append(request.prompt);
-  *free = std::move(row);
+  row.feed({request.prompt.begin() + row.position, request.prompt.end()}, false);
+  row.produced = 0, row.in_use = true, row.handle = ++last_handle;
+  row.logits.clear();
+  row.drafts = drafts ? std::make_unique<RowDrafts>(most) : nullptr;
+  if (drafts) row.drafts->ngram.append(request.prompt);
   return last_handle;
+}
+
+void Batch::Impl::extend(Row& row, const std::vector<int64_t>& tokens, bool by_steps) {
+  if (row.left()) fail("timeline ", row.handle, " has ", row.left(), " tokens still to be read");
+  check_tokens(tokens, row.position, "text");
+  if (row.next >= 0 && row.produced) --row.produced;
+  if (row.drafts) {
+    if (row.next >= 0) row.drafts->ngram.cut(row.drafts->ngram.length() - 1);
+    row.drafts->ngram.append(tokens);
+  }
+  row.feed(tokens, by_steps);
 }
 
 std::vector<int64_t> Batch::Impl::in_order(bool (Row::*which)() const) const {
@@ -301,11 +354,9 @@ RowEvent Batch::Impl::took(int64_t number, int64_t token) {
   RowEvent event;
   event.handle = row.handle;
   if (token < 0) {
-    TensorMap caches = row_tensors(number);
-    for (const auto& [name, weight] : shared.constants) caches.erase(name);
     event.error = "the logits after position " + std::to_string(row.position - 1) + " are not finite: " +
-                  trace_not_finite(shared.artifact, *timeline, shared.constants, caches, row.position);
-    row = Row();
+                  trace_not_finite(shared.artifact, *timeline, shared.constants, row.kv, row.position);
+    row.end(), row.clear();
     return event;
   }
   row.next = token;
@@ -320,8 +371,17 @@ RowEvent Batch::Impl::took(int64_t number, int64_t token) {
     else if (row.position >= shared.artifact.max_seq_len)
       event.stop = Stop::MaxSeqLen;
   }
-  if (event.stop) row = Row();
+  if (event.stop) row.end();
   return event;
+}
+
+// The logits of a run that sampled the row's token are its line `at`.
+void Batch::Impl::keep_logits(Row& row, const Tensor& logits, int64_t at) {
+  if (!options.keep_logits && !row.request.keep_logits) return;
+  if (!logits.dense()) fail("internal error: logits with gaps");
+  row.logits.resize(static_cast<size_t>(shared.vocab_size));
+  auto* line = static_cast<char*>(logits.data()) + static_cast<uint64_t>(at * shared.vocab_size) * sizeof(float);
+  timeline->read(row.logits.data(), Tensor::over(line, logits.device, Scalar::F32, {shared.vocab_size}));
 }
 
 void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
@@ -337,10 +397,10 @@ void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
   CompiledModel::Output out = run_prefill(number, &row.request.prompt[row.read], n, row.position);
   int64_t token = 0;
   timeline->read(&token, out.token);
+  row.wrote(&row.request.prompt[row.read], n);
   row.read += static_cast<size_t>(n);
-  row.position += n;
   if (row.left()) return;
-  if (options.keep_logits) row.logits.resize(static_cast<size_t>(shared.vocab_size)), timeline->read(row.logits.data(), out.logits);
+  keep_logits(row, out.logits, 0);
   events.push_back(took(number, token));
 }
 
@@ -375,6 +435,7 @@ BatchProbe Batch::Impl::probe(const std::vector<int64_t>& tokens, const std::vec
     check_sampling(sampling[i]);
     places.push_back({tokens[i], positions[i], numbers[i], sampling[i]});
   }
+  for (Row& row : rows) row.clear();  // what it held is written over
   Step& step = m == 1 ? decode_of(numbers[0]) : several.at(m);
   write(step, places);
   timeline->synchronize();
@@ -396,6 +457,8 @@ void Batch::Impl::draft(const std::vector<int64_t>& numbers) {
   for (size_t i = 0; i < numbers.size(); ++i) {
     Row& row = rows[static_cast<size_t>(numbers[i])];
     if (!row.drafts) continue;
+    row.drafts->now.clear();
+    if (row.left() > 1) continue;  // what comes is given
     const int64_t length = row.request.drafting.length ? row.request.drafting.length : costs.sizes().back() - 1;
     int64_t most = std::min({length, room, shared.artifact.max_seq_len - row.position - 1});
     if (row.request.max_new_tokens) most = std::min(most, row.request.max_new_tokens - row.produced - 1);
@@ -431,29 +494,38 @@ void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<Row
   std::vector<int64_t> tokens(static_cast<size_t>(step.out.token.numel()));
   timeline->read(tokens.data(), step.out.token);
   if (++step.runs > kColdRuns) costs.took(size, std::chrono::duration<double>(Clock::now() - began).count());
-  std::vector<float> logits;
-  if (options.keep_logits) logits.resize(static_cast<size_t>(step.out.logits.numel())), timeline->read(logits.data(), step.out.logits);
-  auto at = tokens.begin();
+  int64_t at = 0;  // of the row's first token in the step
   for (int64_t number : numbers) {
     Row& row = rows[static_cast<size_t>(number)];
-    int64_t agreed = 0, drafted = 0;
+    const int64_t* sampled = &tokens[static_cast<size_t>(at)];
+    const int64_t line = at, drafted = row.drafts ? static_cast<int64_t>(row.drafts->now.size()) : 0;
+    const int64_t fed = row.token();
+    at += drafted + 1;
+    row.read += row.left() ? 1 : 0;
+    row.written = std::max<int64_t>(row.written, row.position + drafted + 1);
+    row.wrote(&fed, 1);
+    if (row.left() && *sampled >= 0) continue;  // the next is given
+    int64_t agreed = 0;
     if (row.drafts) {
-      drafted = static_cast<int64_t>(row.drafts->now.size());
-      agreed = Acceptance::agreed(row.drafts->now, {at, at + drafted + 1});
+      agreed = Acceptance::agreed(row.drafts->now, {sampled, sampled + drafted + 1});
       row.drafts->acceptance.took(drafted, agreed);
       for (int64_t i = 0; i < drafted && i <= agreed; ++i) ++counts.tried[static_cast<size_t>(i)], counts.right[static_cast<size_t>(i)] += i < agreed;
       ++counts.steps, counts.tokens += agreed + 1;
     }
-    row.read += row.left();
     for (int64_t i = 0; i <= agreed; ++i) {
-      ++row.position;
-      const auto from = logits.begin() + (at - tokens.begin() + i) * shared.vocab_size;
-      if (options.keep_logits) row.logits.assign(from, from + shared.vocab_size);
-      events.push_back(took(number, at[i]));
+      if (i) row.wrote(&sampled[i - 1], 1);
+      keep_logits(row, step.out.logits, line + i);
+      events.push_back(took(number, sampled[i]));
       if (events.back().stop || !events.back().error.empty()) break;
     }
-    at += drafted + 1;
   }
+}
+
+// The row behind the one that was read last, of those whose prompts wait; rows.size(): none waits.
+size_t Batch::Impl::next_reader() const {
+  for (size_t i = 1; i <= rows.size(); ++i)
+    if (const size_t number = (read_last + i) % rows.size(); rows[number].waits()) return number;
+  return rows.size();
 }
 
 std::vector<RowEvent> Batch::Impl::step() {
@@ -462,9 +534,9 @@ std::vector<RowEvent> Batch::Impl::step() {
   const auto began = Clock::now();
   auto milliseconds = [](Clock::duration d) { return std::chrono::duration<double, std::milli>(d).count(); };
   for (auto before = began;;) {
-    const std::vector<int64_t> waiting = in_order(&Row::waits);
-    if (waiting.empty()) break;
-    read_chunk(waiting[0], events);
+    const size_t next = next_reader();
+    if (next == rows.size()) break;
+    read_chunk(static_cast<int64_t>(read_last = next), events);
     const auto now = Clock::now();
     if (ready.empty() || milliseconds(now - began) + milliseconds(now - before) > options.max_gap_ms) break;
     before = now;
@@ -475,7 +547,7 @@ std::vector<RowEvent> Batch::Impl::step() {
   return events;
 }
 
-Batch::Batch(std::shared_ptr<const Model> model, const BatchOptions& options) : impl_(std::make_unique<Impl>(std::move(model), options)) {}
+Batch::Batch(std::shared_ptr<const Model> model, const BatchOptions& options) : impl_(std::make_shared<Impl>(std::move(model), options)) {}
 Batch::~Batch() = default;
 
 int64_t Batch::join(const Request& request) {
@@ -494,7 +566,15 @@ BatchProbe Batch::probe(const std::vector<int64_t>& tokens, const std::vector<in
 int64_t Batch::early_launches() const { return impl_->timeline->early_launches(); }
 void Batch::leave(int64_t handle) {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
-  impl_->row_of(handle) = Row();
+  impl_->row_of(handle).end();
+}
+void Batch::extend(int64_t handle, const std::vector<int64_t>& tokens, bool by_steps) {
+  Turn turn(impl_->busy, *impl_->timeline, kInUse);
+  impl_->extend(impl_->row_of(handle), tokens, by_steps);
+}
+BatchRow Batch::row(int64_t number) const {
+  if (number < 0 || number >= impl_->options.rows) fail("row ", number, ": the batch has ", impl_->options.rows);
+  return {impl_, number};
 }
 int64_t Batch::rows() const { return impl_->options.rows; }
 int64_t Batch::active() const {
@@ -511,10 +591,13 @@ DraftCounts Batch::draft_counts() const {
 }
 const std::vector<float>& Batch::logits(int64_t handle) const {
   Turn turn(impl_->busy, *impl_->timeline, kInUse);
-  if (!impl_->options.keep_logits) fail("logits are kept only by a batch that is made with keep_logits");
-  const Row& row = impl_->row_of(handle);
-  if (row.logits.empty()) fail("no logits: nothing was sampled for timeline ", handle);
-  return row.logits;
+  for (const Row& row : impl_->rows) {
+    if (row.handle != handle) continue;
+    if (!impl_->options.keep_logits && !row.request.keep_logits) fail("logits are kept only for a timeline or by a batch that is made with keep_logits");
+    if (row.logits.empty()) fail("no logits: nothing was sampled for timeline ", handle);
+    return row.logits;
+  }
+  fail("timeline ", handle, " is in no row: another has joined in its place, or it never was");
 }
 
 std::vector<Session::CacheMemory> Batch::cache_memory() const {
@@ -531,6 +614,47 @@ MemoryReport Batch::memory() const {
   for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * static_cast<uint64_t>(b.made());
   b.timeline->measure(report);
   return report;
+}
+
+const Model& BatchRow::model() const { return *batch_->model; }
+int64_t BatchRow::position() const { return batch_->rows[static_cast<size_t>(number_)].position; }
+
+// Runs f(row) as a call of the batch; `free`: only while no timeline is in it.
+template <typename F>
+static auto with_row(Batch::Impl& batch, int64_t number, bool free, F&& f) {
+  Turn turn(batch.busy, *batch.timeline, kInUse);
+  Row& row = batch.rows[static_cast<size_t>(number)];
+  if (free && row.used()) fail("row ", number, " is in use by timeline ", row.handle);
+  return f(row);
+}
+
+std::vector<int64_t> BatchRow::tokens() const {
+  return with_row(*batch_, number_, false, [](const Row& row) { return row.tokens(); });
+}
+std::shared_ptr<const Snapshot> BatchRow::snapshot(const SnapshotOptions& options) const {
+  return with_row(*batch_, number_, false, [&](Row& row) {
+    std::unique_ptr<Snapshot::State> state = row.keep(options, std::shared_ptr<Caches>(batch_, &row));
+    batch_->timeline->synchronize();
+    return std::make_shared<const Snapshot>(std::move(state));
+  });
+}
+uint64_t BatchRow::snapshot_bytes(bool whole) const {
+  return with_row(*batch_, number_, false, [&](const Row& row) { return row.kept_bytes(whole); });
+}
+void BatchRow::restore(const Snapshot& snapshot) {
+  with_row(*batch_, number_, true, [&](Row& row) { row.restore(snapshot); });
+}
+bool BatchRow::can_restore(const Snapshot& snapshot) const {
+  return with_row(*batch_, number_, false, [&](const Row& row) { return row.can_restore(snapshot); });
+}
+bool BatchRow::stands_at(const Snapshot& snapshot) const {
+  return with_row(*batch_, number_, false, [&](const Row& row) { return row.stands_at(snapshot); });
+}
+void BatchRow::rewind(int64_t position) {
+  with_row(*batch_, number_, true, [&](Row& row) { row.rewind(position); });
+}
+int64_t BatchRow::earliest() const {
+  return with_row(*batch_, number_, false, [](const Row& row) { return row.earliest(); });
 }
 
 }  // namespace kiln

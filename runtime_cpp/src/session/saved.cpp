@@ -12,6 +12,7 @@
 #include "artifact/sha256.h"
 #include "cpu/ops.h"
 #include "session/session_file.h"
+#include "session/session_impl.h"
 #include "session/snapshot_state.h"
 
 namespace kiln {

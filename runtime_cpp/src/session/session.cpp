@@ -24,7 +24,8 @@ bool has_input(const EntryPoint& point, const char* name) {
 }  // namespace
 
 Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o)
-    : model(std::move(m)), shared(model->impl()), timeline(shared.backend->make_timeline()), options(o) {
+    : Caches(std::move(m)), timeline(shared.backend->make_timeline()), options(o) {
+  line = timeline.get(), taken = &busy;
   const Artifact& artifact = shared.artifact;
   chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
   if (chunk < 1 || chunk > artifact.prefill_chunk) fail("prefill chunk ", chunk, ": the artifact takes 1 to ", artifact.prefill_chunk, " tokens at a time");

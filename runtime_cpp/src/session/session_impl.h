@@ -1,5 +1,4 @@
 #pragma once
-#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -7,18 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "compiled/compiled_model.h"
 #include "kiln/session.h"
-#include "kiln/snapshot.h"
-#include "session/lineage.h"
-#include "session/model_impl.h"
-#include "session/slots.h"
+#include "session/caches.h"
 #include "session/speculation.h"
 #include "session/turn.h"
 
 namespace kiln {
 
-struct Session::Impl {
+struct Session::Impl : Caches {
   Impl(std::shared_ptr<const Model> m, const SessionOptions& options);
   ~Impl();
 
@@ -28,9 +23,7 @@ struct Session::Impl {
   Stop generate(int64_t max_new_tokens, const std::function<bool(int64_t)>& on_token, bool stop_at_eog);
   void reset();
   void rewind(int64_t to);
-  int64_t earliest() const;
   std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options, std::weak_ptr<Impl> self);
-  uint64_t kept_bytes(bool whole) const;
   void restore(const Snapshot& snapshot);
   void save(const std::string& path);
   void load(const std::string& path);
@@ -61,30 +54,14 @@ struct Session::Impl {
   }
   const std::vector<float>& host_logits();
   void forget_step() { in_step = copied = false, logits.reset(); }  // what the device has of it is not what next and position say
-  void wrote(const int64_t* tokens, int64_t n) {
-    if (!pretended) lineage.write(position, tokens, n);
-    position += n;
-    written = std::max<int64_t>(written, position);
-  }
-  void needs_history() const;
   void stand_at(int64_t to, int64_t next_token, bool was_handed_out, std::vector<float> row);
-  // f(spec, cache, offset, bytes) for what goes into a copy of the session at `at`: of the caches that forget their past, or of those that do not.
-  template <typename F>
-  void pieces(int64_t at, bool forgetful, F&& f) const {
-    for (const KvSpec& k : shared.artifact.kv)
-      if (k.forgets() == forgetful)
-        Slots(k, shared.artifact.max_seq_len).pieces(at, [&](uint64_t offset, uint64_t bytes) { f(k, kv.at(k.name), offset, bytes); });
-  }
   void took_logits() {
     if (sink) sink(host_logits());
   }
 
-  std::shared_ptr<const Model> model;
-  const Model::Impl& shared;
   int64_t chunk = 0;
   std::unique_ptr<Timeline> timeline;
   Surroundings prefill_surroundings, decode_surroundings;
-  TensorMap kv;      // by fully qualified name
   TensorMap values;  // inputs of the decode step at fixed addresses: tokens [1], pos [1], the sampling inputs [1]
   std::unique_ptr<CompiledModel> prefill, decode;
 
@@ -93,20 +70,16 @@ struct Session::Impl {
   std::vector<float> logits_copy;
   bool copied = false;
 
-  std::atomic<int64_t> position{0};  // tokens in the caches
   int64_t next = -1;        // sampled, not fed yet; -1: none, or not a number
   bool handed_out = false;  // generate() has given `next` to its caller
   bool in_step = false;     // the device's tokens hold `next`
   std::function<void(const std::vector<float>&)> sink;
   std::function<void()> look;  // Session::set_look
-  Lineage lineage;         // of the caches by position, which may reach further than `position`
-  int64_t written = 0;     // positions below it have been written to the rings as they are now
   SessionOptions options;
   Sampling sampling;
   std::unique_ptr<Speculation> drafts;   // what was learned stays where drafts are switched off
   Speculation* speculation = nullptr;    // of generate() as it is set now; null: no drafts
   DraftCounts draft_counts;
-  bool pretended = false;  // Session::pretend: nobody knows what the caches hold
   mutable std::atomic<bool> busy{false};
 };
 

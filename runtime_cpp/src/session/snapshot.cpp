@@ -1,4 +1,5 @@
-// Snapshots of a session, going on from one, and moving the position back.
+// Snapshots of a session or of a row of a batch, going on from one, and moving the position back.
+#include "session/session_impl.h"
 #include "session/snapshot_state.h"
 
 namespace kiln {
@@ -28,69 +29,111 @@ std::shared_ptr<const Snapshot> Snapshot::to_host() const {
   return std::make_shared<const Snapshot>(std::move(moved));
 }
 
-void Session::Impl::needs_history() const {
+void Caches::needs_history() const {
   if (pretended) fail("the session was moved for a measurement (pretend): nobody knows what its caches hold; reset() it first");
 }
 
-uint64_t Session::Impl::kept_bytes(bool whole) const {
+std::vector<int64_t> Caches::tokens() const {
+  needs_history();
+  return {lineage.ids().begin(), lineage.ids().begin() + position};
+}
+
+uint64_t Caches::kept_bytes(bool whole) const {
   uint64_t total = 0;
   for (bool forgetful : {true, false})
     if (forgetful || whole) pieces(position, forgetful, [&](const KvSpec&, const Tensor&, uint64_t, uint64_t bytes) { total += bytes; });
   return total;
 }
 
-std::shared_ptr<const Snapshot> Session::Impl::snapshot(const SnapshotOptions& options, std::weak_ptr<Impl> self) {
+bool Caches::can_restore(const Snapshot& snapshot) const {
+  const Snapshot::State& from = snapshot.state();
+  return from.model == model && (from.whole || (!pretended && lineage.holds(from.mark)));
+}
+
+bool Caches::stands_at(const Snapshot& snapshot) const {
+  const Mark& there = snapshot.state().mark;
+  return snapshot.state().model == model && !pretended && position == there.position && lineage.holds(there);
+}
+
+std::unique_ptr<Snapshot::State> Caches::keep(const SnapshotOptions& options, std::weak_ptr<Caches> self) const {
   needs_history();
   auto state = std::make_unique<Snapshot::State>();
   state->copies = shared.backend->keep(kept_bytes(options.whole), options.host);
   uint64_t at = 0;
   auto copy = [&](const KvSpec&, const Tensor& cache, uint64_t offset, uint64_t bytes) {
-    timeline->copy(part(state->copies, at, bytes), part(cache, offset, bytes));
+    line->copy(part(state->copies, at, bytes), part(cache, offset, bytes));
     at += bytes;
   };
   pieces(position, true, copy);
   if (options.whole) pieces(position, false, copy);
-  if (copied || logits.defined()) state->logits = host_logits();
-  timeline->synchronize();
   state->model = model;
   state->past = lineage.until(position);
   state->mark = lineage.mark(position);
   state->written = written;
   state->whole = options.whole;
-  state->next = next, state->handed_out = handed_out;
   state->source = std::move(self);
-  return std::make_shared<const Snapshot>(std::move(state));
+  return state;
 }
 
-void Session::Impl::restore(const Snapshot& snapshot) {
+void Caches::restore(const Snapshot& snapshot) {
   const Snapshot::State& from = snapshot.state();
   if (from.model != model) fail("the snapshot is of another model: load the artifact once, and open sessions over that");
   const int64_t to = from.mark.position;
   const bool shares = !pretended && lineage.holds(from.mark);
-  std::shared_ptr<Impl> source = shares || from.whole ? nullptr : from.source.lock();
+  std::shared_ptr<Caches> source = shares || from.whole ? nullptr : from.source.lock();
   std::optional<Turn> turn;  // of the session that has the caches by position
   if (!shares && !from.whole) {
-    if (source && source.get() != this) turn.emplace(source->busy, *source->timeline);
-    if (!turn || source->pretended || !source->lineage.holds(from.mark))
+    if (source && source->taken != taken) turn.emplace(*source->taken, *source->line);
+    if (!source || source.get() == this || source->pretended || !source->lineage.holds(from.mark))
       fail("the session that the snapshot was taken from ", source ? "has overwritten" : "is gone, and with it", " what lay below position ", to,
            "; a snapshot that is to outlive that is taken whole");
-    source->timeline->synchronize();
+    source->line->synchronize();
   }
   uint64_t at = 0;
   auto copy = [&](const KvSpec&, const Tensor& cache, uint64_t offset, uint64_t bytes) {
-    timeline->copy(part(cache, offset, bytes), part(from.copies, at, bytes));
+    line->copy(part(cache, offset, bytes), part(from.copies, at, bytes));
     at += bytes;
   };
   pieces(to, true, copy);
   if (!shares && from.whole) pieces(to, false, copy);
-  if (turn)
+  if (source)
     pieces(to, false, [&](const KvSpec& k, const Tensor& cache, uint64_t offset, uint64_t bytes) {
-      timeline->copy(part(cache, offset, bytes), part(source->kv.at(k.name), offset, bytes));
+      line->copy(part(cache, offset, bytes), part(source->kv.at(k.name), offset, bytes));
     });
-  timeline->synchronize();  // the snapshot and the other session may go now
+  line->synchronize();  // the snapshot and the other session may go now
   if (!shares) lineage = from.past, pretended = false;
-  written = from.written;
-  stand_at(to, from.next, from.handed_out, from.logits);
+  position = to, written = from.written;
+}
+
+int64_t Caches::earliest() const {
+  int64_t found = 0;
+  for (const KvSpec& k : shared.artifact.kv)
+    if (const Slots layout(k, shared.artifact.max_seq_len); k.forgets())
+      found = std::max(found, !k.ring ? position.load() : written <= layout.slots ? 0 : written - layout.slots + k.window - 1);
+  return std::min(found, position.load());
+}
+
+void Caches::rewind(int64_t to) {
+  needs_history();
+  if (to < 0 || to > position) fail("rewind to ", to, ": the session is at position ", position);
+  if (to != 0 && to < earliest())
+    fail("rewind to ", to, " from ", position, ": its rings and states have lost what lay before position ", earliest(), "; take a snapshot where it is to come back to, or begin at 0");
+  if (to == 0) written = 0;  // nothing of the caches is needed
+  position = to;
+}
+
+std::shared_ptr<const Snapshot> Session::Impl::snapshot(const SnapshotOptions& options, std::weak_ptr<Impl> self) {
+  std::unique_ptr<Snapshot::State> state = keep(options, std::move(self));
+  if (copied || logits.defined()) state->logits = host_logits();
+  timeline->synchronize();
+  state->next = next, state->handed_out = handed_out;
+  return std::make_shared<const Snapshot>(std::move(state));
+}
+
+void Session::Impl::restore(const Snapshot& snapshot) {
+  Caches::restore(snapshot);
+  const Snapshot::State& from = snapshot.state();
+  stand_at(position, from.next, from.handed_out, from.logits);
 }
 
 // The caches are those of `to` positions; `row`: logits of the last, where somebody has them.
@@ -102,21 +145,9 @@ void Session::Impl::stand_at(int64_t to, int64_t next_token, bool was_handed_out
   logits_copy = std::move(row);
 }
 
-int64_t Session::Impl::earliest() const {
-  int64_t found = 0;
-  for (const KvSpec& k : shared.artifact.kv)
-    if (const Slots layout(k, shared.artifact.max_seq_len); k.forgets())
-      found = std::max(found, !k.ring ? position.load() : written <= layout.slots ? 0 : written - layout.slots + k.window - 1);
-  return std::min(found, position.load());
-}
-
 void Session::Impl::rewind(int64_t to) {
-  needs_history();
-  if (to == position) return;
-  if (to < 0 || to > position) fail("rewind to ", to, ": the session is at position ", position);
-  if (to != 0 && to < earliest())
-    fail("rewind to ", to, " from ", position, ": its rings and states have lost what lay before position ", earliest(), "; take a snapshot where it is to come back to, or begin at 0");
-  if (to == 0) written = 0;  // nothing of the caches is needed
+  if (to == position) return needs_history();
+  Caches::rewind(to);
   stand_at(to, -1, false, {});
 }
 
@@ -134,13 +165,11 @@ void Session::restore(const Snapshot& snapshot) {
 }
 bool Session::can_restore(const Snapshot& snapshot) const {
   Turn turn(impl_->busy, *impl_->timeline);
-  const Snapshot::State& from = snapshot.state();
-  return from.model == impl_->model && (from.whole || (!impl_->pretended && impl_->lineage.holds(from.mark)));
+  return impl_->can_restore(snapshot);
 }
 bool Session::stands_at(const Snapshot& snapshot) const {
   Turn turn(impl_->busy, *impl_->timeline);
-  const Mark& there = snapshot.state().mark;
-  return snapshot.state().model == impl_->model && !impl_->pretended && impl_->position == there.position && impl_->lineage.holds(there);
+  return impl_->stands_at(snapshot);
 }
 void Session::rewind(int64_t position) {
   Turn turn(impl_->busy, *impl_->timeline);
@@ -152,9 +181,7 @@ int64_t Session::earliest() const {
 }
 std::vector<int64_t> Session::tokens() const {
   Turn turn(impl_->busy, *impl_->timeline);
-  impl_->needs_history();
-  const std::vector<int64_t>& ids = impl_->lineage.ids();
-  return {ids.begin(), ids.begin() + impl_->position};
+  return impl_->tokens();
 }
 
 }  // namespace kiln

@@ -2,7 +2,7 @@
 #include <memory>
 #include <vector>
 
-#include "session/session_impl.h"
+#include "session/caches.h"
 
 namespace kiln {
 
@@ -14,9 +14,9 @@ struct Snapshot::State {
   bool whole = false;
   int64_t next = -1;
   bool handed_out = false;
-  std::vector<float> logits;                 // of the last position; empty: nobody had them
-  Tensor copies;                             // uint8: of the rings, then of the others if whole, in the manifest's order
-  std::weak_ptr<Session::Impl> source;       // whose row has the others
+  std::vector<float> logits;      // of the last position; empty: nobody had them
+  Tensor copies;                  // uint8: of the rings, then of the others if whole, in the manifest's order
+  std::weak_ptr<Caches> source;   // whose row has the others
 };
 
 }  // namespace kiln

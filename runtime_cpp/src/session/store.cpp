@@ -71,7 +71,7 @@ void SnapshotStore::touch(Entry& entry, const std::string& conversation) {
   if (std::none_of(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.conversation == before; })) conversations_.erase(before);
 }
 
-bool SnapshotStore::take(Session& session, const std::string& conversation, bool whole) {
+bool SnapshotStore::take(const Resumable& session, const std::string& conversation, bool whole) {
   std::lock_guard lock(mutex_);
   const uint64_t copies = session.snapshot_bytes(whole), rest = session.tokens().size() * sizeof(int64_t) + static_cast<uint64_t>(session.model().vocab_size()) * sizeof(float);
   for (Entry& e : entries_)
@@ -96,7 +96,7 @@ bool SnapshotStore::take(Session& session, const std::string& conversation, bool
   return taken != nullptr;
 }
 
-std::shared_ptr<const Snapshot> SnapshotStore::longest(const Session& session, const std::vector<int64_t>& ids, const std::string& conversation) {
+std::shared_ptr<const Snapshot> SnapshotStore::longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
   std::lock_guard lock(mutex_);
   Entry* found = nullptr;
   for (Entry& e : entries_)

@@ -1,4 +1,4 @@
-"""Sessions of one model, what their caches hold, and which of them a new prompt takes.
+"""Sessions of one model, or rows of a batch, what their caches hold, and which of them a new prompt takes.
 
 A prompt goes on where the caches hold its beginning, or where a session can go back to, or from a snapshot. Each of these places was the
 end of a piece that was read, or is behind a step: bits depend on where pieces ended.
@@ -15,8 +15,9 @@ NEVER = 1 << 62  # a position
 
 
 class Timeline:
-    """`session`: a `kiln.Session` at position 0 that nobody else uses. salt: prompts of another one may not share what is cached.
+    """`session`: a `kiln.Session` or `kiln.BatchRow` at position 0 that nobody else uses.
 
+    salt: prompts of another one may not share what is cached.
     store: a `kiln.SnapshotStore` of all timelines, or None. What has a salt is kept out of it.
     """
 
@@ -56,14 +57,13 @@ class Timeline:
         self._ends = [*(end for end in self._ends if end < at), at]
         return at
 
-    def read(self, ids: Sequence[int], last: bool) -> int:
-        """A piece of a prompt -> the token sampled behind it. last: of the prompt; behind any other piece a snapshot may be kept."""
+    def was_read(self, ids: Sequence[int], chunk: int, last: bool) -> None:
+        """A piece of a prompt is in the caches, by `chunk` ids at a time. last: of the prompt; behind any other a snapshot may be kept."""
         self.known += ids
-        token = self.session.prefill(list(ids))
-        self._ends.append(self.session.position)
+        end = self.session.position
+        self._ends += [*range(end - len(ids) + chunk, end, chunk), end]
         if last:
-            self._stepped = self.session.position
-        return token
+            self._stepped = end
 
     def keep(self) -> None:
         """A later prompt may part from this one here."""
@@ -73,8 +73,7 @@ class Timeline:
     def clear(self) -> None:
         self.known.clear()
         self._ends.clear()
-        if self.session.position:
-            self.session.reset()
+        self.session.rewind(0)
 
 
 def chosen(idle: Sequence[Timeline], ids: Sequence[int], salt: str) -> Timeline:

@@ -11,11 +11,11 @@ from typing import Any
 
 from kiln.exporter.conversation.request import Request, RequestError, read_request
 from kiln.exporter.serve.answer import Wishes
-from kiln.exporter.serve.engine import Sampling
 from kiln.exporter.serve.fields import INT64, Fields, shown
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.served import Served
-from kiln.exporter.serve.steer import Calling
+from kiln.exporter.serve.steps.engine import Sampling
+from kiln.exporter.serve.steps.steer import Calling
 
 TEMPERATURE, TOP_K, TOP_P = 1.0, 64, 0.95  # where a request does not say
 STOPS, CHOICES, LOGPROBS, MOST = 16, 128, 20, (1 << 31) - 1

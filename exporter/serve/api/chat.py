@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from kiln.exporter.conversation.parser import CONTENT, REASONING, Delta, Message
 from kiln.exporter.conversation.request import Request
-from kiln.exporter.serve import asks
 from kiln.exporter.serve.answer import Answer, Choice, Event, Wishes
+from kiln.exporter.serve.api import asks
 from kiln.exporter.serve.fields import Fields
 from kiln.exporter.serve.problem import unsupported, wrong
-from kiln.exporter.serve.rows import Likely
 from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.steps.rows import Likely
 from kiln.exporter.serve.web import Json, openai_stream, present, read_body, sse
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kiln.exporter.serve.engine import Sampling
+from kiln.exporter.serve.steps.engine import Sampling
 
 Row = Any  # numpy float32 [V]
 _MASS_ONE = float(1 << 40)

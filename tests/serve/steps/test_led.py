@@ -11,9 +11,9 @@ import numpy as np
 import openai
 import pytest
 
-from kiln.exporter.serve.engine import Job
+from kiln.exporter.serve.steps.engine import Job
+from tests.serve.api.test_gemma import ASK, CALL, CALLED, END, PARAMETERS, THOUGHT, THOUGHT_OVER
 from tests.serve.conftest import KEY, Script, Scripted
-from tests.serve.test_gemma import ASK, CALL, CALLED, END, PARAMETERS, THOUGHT, THOUGHT_OVER
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("weather", "time", "time_of_day")

@@ -1,7 +1,6 @@
-"""Jobs -> tokens: one thread takes all steps of all timelines, in turns. Knows neither HTTP nor conversations.
+"""Jobs -> tokens, in one thread: who waits, who is admitted, how a job ends. `turns.py` and `together.py` are how steps are taken.
 
-A round is one chunk of one prompt that is being read, and a few tokens of every answer that is being written: so a long prompt delays the
-others by a chunk at most. Prompts wait in order. What `Engine` promises is all that a server may use.
+Knows neither HTTP nor conversations. What `Engine` promises is all that a server may use.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from kiln.exporter.serve.timelines import Timeline, chosen
+from kiln.exporter.serve.steps.timelines import Timeline, chosen
 
 log = logging.getLogger("kiln.serve")
-
-ALONE, SHARED = 8, 4  # tokens of an answer in a round: where there is no other, and where there are
 
 
 class Busy(Exception):
@@ -99,10 +96,12 @@ class Engine(Protocol):
 
 
 @dataclass(eq=False)
-class _Row:
+class Row:
+    """A job and the timeline that it has. at: ids of the prompt that were read, -1: it has not begun; new: tokens that were taken."""
+
     job: Job
     timeline: Timeline
-    at: int  # ids of the prompt that were read
+    at: int = -1
     new: int = 0
     sampled: int = -1  # by the device, for `choose`
 
@@ -111,18 +110,39 @@ class _Row:
         return self.at < len(self.job.ids)
 
 
-class Steps:
-    """An `Engine` over timelines that take turns. queue: jobs that may wait; chunk: ids of a prompt in a round; most: slots of a cache."""
+R = TypeVar("R", bound=Row)
 
-    def __init__(self, timelines: Sequence[Timeline], queue: int, chunk: int, most: int):
-        self._idle, self._count, self._queue, self._chunk, self._most = list(timelines), len(timelines), queue, chunk, most
+
+class Steps(Generic[R]):
+    """An `Engine` but for its steps. queue: jobs that may wait; most: slots of a cache.
+
+    An engine of its own says how a row begins (`_begin`), what a round of steps is (`_round`), and what becomes of a timeline that was left
+    (`_left`) or failed (`_emptied`, which raises kiln.Error where it is lost).
+    """
+
+    def __init__(self, timelines: Sequence[Timeline], queue: int, most: int, row: Callable[[Job, Timeline], R]):
+        self._idle, self._count, self._queue, self._most = list(timelines), len(timelines), queue, most
+        self._row = row
         self._waiting: deque[Job] = deque()
-        self._rows: list[_Row] = []
+        self._rows: list[R] = []
         self._changed = threading.Condition()
-        self._closing, self._share = False, ALONE
+        self._closing = False
         self.broken = ""
         self._thread = threading.Thread(target=self._run, name="kiln-steps", daemon=True)
         self._thread.start()
+
+    def _begin(self, row: R) -> None:
+        raise NotImplementedError
+
+    def _round(self, rows: Sequence[R]) -> None:
+        """Some steps of rows that have begun, of which some may be over."""
+        raise NotImplementedError
+
+    def _left(self, row: R) -> None:
+        """The row's job ends now."""
+
+    def _emptied(self, row: R) -> None:
+        raise NotImplementedError
 
     def submit(self, jobs: Sequence[Job]) -> None:
         with self._changed:
@@ -155,10 +175,12 @@ class Steps:
     def _run(self) -> None:
         try:
             self._rounds()
-        except Exception as e:  # a mistake of this file: nobody may wait for ever
+        except Exception as e:  # a device that failed, or a mistake of this room: nobody may wait for ever
+            import kiln
+
             log.exception("the engine stopped")
             with self._changed:
-                self.broken = f"the engine stopped: {type(e).__name__}"
+                self.broken = str(e) if isinstance(e, kiln.Error) else f"the engine stopped: {type(e).__name__}"
                 left = [*(row.job for row in self._rows), *self._waiting]
                 self._rows.clear()
                 self._waiting.clear()
@@ -166,7 +188,6 @@ class Steps:
                 self._tell(job, Outcome("error", self.broken))
 
     def _rounds(self) -> None:
-        turn = 0
         while True:
             with self._changed:
                 while not (self._waiting or self._rows or self._closing):
@@ -183,14 +204,7 @@ class Steps:
                 return
             for row in rows:
                 self._guarded(row, self._look)
-            reading = [row for row in rows if row.reading and not row.job.over]
-            if reading:
-                turn += 1
-                self._guarded(reading[turn % len(reading)], self._read)
-            writing = [row for row in rows if not row.reading and not row.job.over]
-            self._share = ALONE if len(rows) == 1 else SHARED
-            for row in writing:
-                self._guarded(row, self._write)
+            self._round(rows)
 
     def _sweep(self) -> list[tuple[Job, str]]:
         """Jobs that end while they wait."""
@@ -212,9 +226,9 @@ class Steps:
             self._idle.remove(timeline)
             self._waiting.popleft()
             job.started = time.monotonic()
-            self._rows.append(_Row(job, timeline, -1))
+            self._rows.append(self._row(job, timeline))
 
-    def _guarded(self, row: _Row, step: Callable[[_Row], None]) -> None:
+    def _guarded(self, row: R, step: Callable[[R], None]) -> None:
         """What fails in a job is that job's alone."""
         import kiln
 
@@ -228,12 +242,13 @@ class Steps:
             log.exception("a job failed")
             self._fail(row, "internal error")
 
-    def _fail(self, row: _Row, error: str) -> None:
+    def _fail(self, row: R, error: str) -> None:
         import kiln
 
         try:
+            self._left(row)
             row.timeline.known.clear()
-            row.timeline.session.reset()
+            self._emptied(row)
         except kiln.Error as e:  # a device that failed: this timeline is lost
             log.error("a session cannot be used any more: %s", e)
             with self._changed:
@@ -248,14 +263,19 @@ class Steps:
                 for job, why in over:
                     self._tell(job, Outcome("error", why))
             return
-        self._end(row, Outcome("error", error))
+        self._free(row)
+        self._tell(row.job, Outcome("error", error))
 
-    def _end(self, row: _Row, outcome: Outcome) -> None:
+    def _end(self, row: R, outcome: Outcome) -> None:
+        self._left(row)
+        self._free(row)
+        self._tell(row.job, outcome)
+
+    def _free(self, row: R) -> None:
         row.timeline.last_used = time.monotonic()
         with self._changed:
             self._rows.remove(row)
             self._idle.append(row.timeline)
-        self._tell(row.job, outcome)
 
     def _tell(self, job: Job, outcome: Outcome) -> None:
         job.over = True
@@ -264,85 +284,13 @@ class Steps:
         except Exception:
             log.exception("nobody took the end of a job")
 
-    def _look(self, row: _Row) -> None:
+    def _look(self, row: R) -> None:
         """Begins a row; ends one that nobody waits for."""
         job = row.job
         if job.cancelled or (job.deadline is not None and time.monotonic() > job.deadline):
             return self._end(row, Outcome("cancelled" if job.cancelled else "deadline"))
         if row.at < 0:
-            sampling = job.sampling
             if not job.reuse or job.score:
                 row.timeline.clear()
             row.at = job.cached = row.timeline.begin(job.ids, job.salt)
-            row.timeline.session.set_sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
-
-    def _read(self, row: _Row) -> None:
-        job, timeline = row.job, row.timeline
-        stop = next((at for at in job.stops if at > row.at), len(job.ids))
-        piece = job.ids[row.at : min(row.at + self._chunk, stop)]
-        last = row.at + len(piece) == len(job.ids)
-        if job.score:
-            for i, token in enumerate(piece, row.at):
-                row.sampled = timeline.read([token], last)
-                job.score(timeline.session.logits(), i)
-        else:
-            row.sampled = timeline.read(piece, last)
-        row.at += len(piece)
-        if row.at in job.stops:
-            timeline.keep()
-        if not row.reading:
-            job.read = time.monotonic()
-            if job.most <= 0:
-                self._end(row, Outcome("length"))
-
-    def _write(self, row: _Row) -> None:
-        job, timeline = row.job, row.timeline
-        said: bool | Sequence[int] = True
-
-        def took(token: int) -> bool:
-            nonlocal said
-            timeline.known.append(token)
-            row.new += 1
-            said = job.take(token)
-            return said is True and not job.cancelled
-
-        most = min(self._share, job.most - row.new)
-        if job.choose:
-            why = self._one_by_one(row, most, took)
-        else:
-            why = timeline.session.generate(most, took, False)[1]
-        if said is False:
-            self._end(row, Outcome("taken"))
-        elif said is not True:
-            self._replace(row, tuple(said))
-        elif why == "max_seq_len" or row.new >= job.most:
-            self._end(row, Outcome("length"))
-
-    def _one_by_one(self, row: _Row, most: int, took: Callable[[int], bool]) -> str:
-        """`most` tokens, each chosen with its logits at hand."""
-        job, session = row.job, row.timeline.session
-        assert job.choose
-        for _ in range(most):
-            if row.new:  # the last token is not in the caches yet
-                if session.position >= self._most:
-                    return "max_seq_len"
-                row.sampled = session.decode(row.timeline.known[-1])
-            token = job.choose(session.logits(), session.position - 1, row.sampled)
-            if not took(token):
-                return "callback"
-        return "length"
-
-    def _replace(self, row: _Row, ids: Sequence[int]) -> None:
-        """The token taken last does not count: `ids` come in its place. The one after them is sampled next."""
-        job, timeline = row.job, row.timeline
-        timeline.known.pop()
-        row.new -= 1
-        for i, token in enumerate(ids):
-            if row.new >= job.most or timeline.session.position >= self._most:
-                return self._end(row, Outcome("length"))
-            timeline.known.append(token)
-            row.new += 1
-            if i < len(ids) - 1 or not job.choose:
-                row.sampled = timeline.session.decode(token)
-        if row.new >= job.most:
-            self._end(row, Outcome("length"))
+            self._begin(row)

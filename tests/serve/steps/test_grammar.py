@@ -12,10 +12,10 @@ import pydantic
 import pytest
 
 import kiln
-from kiln.exporter.serve.engine import Sampling
-from kiln.exporter.serve.grammar import Grammars
 from kiln.exporter.serve.problem import Problem
-from kiln.exporter.serve.rows import sample
+from kiln.exporter.serve.steps.engine import Sampling
+from kiln.exporter.serve.steps.grammar import Grammars
+from kiln.exporter.serve.steps.rows import sample
 from tests.serve.conftest import KEY, Running, Script
 
 HI: list = [{"role": "user", "content": "h"}]

@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from kiln.exporter.conversation.parser import CONTENT, REASONING, Delta
 from kiln.exporter.conversation.request import Request
-from kiln.exporter.serve import asks
 from kiln.exporter.serve.answer import Answer, Wishes
+from kiln.exporter.serve.api import asks
 from kiln.exporter.serve.fields import Fields, shown
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.served import Served
-from kiln.exporter.serve.steer import Calling
+from kiln.exporter.serve.steps.steer import Calling
 from kiln.exporter.serve.web import Json, Stream, present, read_body, sse
 
 LEAST_BUDGET = 1024  # tokens of thoughts that may be asked for

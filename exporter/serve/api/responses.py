@@ -12,13 +12,13 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from kiln.exporter.conversation.parser import CONTENT, REASONING, Delta
-from kiln.exporter.serve import asks
 from kiln.exporter.serve.answer import Answer, Wishes
-from kiln.exporter.serve.chat import logprob
+from kiln.exporter.serve.api import asks
+from kiln.exporter.serve.api.chat import logprob
 from kiln.exporter.serve.fields import Fields, shown
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
-from kiln.exporter.serve.rows import Likely
 from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.steps.rows import Likely
 from kiln.exporter.serve.web import Json, Stream, present, read_body, sse
 
 KEPT = "nothing is kept from one request to the next; send the whole conversation as input"

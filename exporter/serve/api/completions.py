@@ -10,12 +10,12 @@ from typing import Any
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from kiln.exporter.serve import asks
 from kiln.exporter.serve.answer import Answer, Event
+from kiln.exporter.serve.api import asks
 from kiln.exporter.serve.fields import Fields
 from kiln.exporter.serve.problem import unsupported, wrong
-from kiln.exporter.serve.rows import Likely
 from kiln.exporter.serve.served import Served
+from kiln.exporter.serve.steps.rows import Likely
 from kiln.exporter.serve.web import Json, openai_stream, present, read_body, sse
 
 PROMPTS = 64  # of one request
