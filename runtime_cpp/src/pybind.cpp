@@ -201,8 +201,16 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("host_bytes", &Snapshot::host_bytes)
       .def("to_host", [](const Snapshot& s) { return shared(s.to_host()); }, ReleaseGil(), "The same with its copies in pinned memory of the host.");
 
-  py::class_<kiln::Resumable>(m, "Resumable", "A session, or a row of a batch.");
-  py::class_<Session, kiln::Resumable>(m, "Session")
+  using kiln::Resumable;
+  py::class_<Resumable>(m, "Resumable", "A session, or a row of a batch.")
+      .def_property_readonly("position", &Resumable::position, "Tokens in the caches.")
+      .def_property_readonly("tokens", &Resumable::tokens, "The tokens in the caches.")
+      .def("snapshot", [](const Resumable& s, bool whole, bool host) { return shared(s.snapshot({whole, host})); }, py::arg("whole") = false,
+           py::arg("host") = false, ReleaseGil(), "As it stands. whole: to outlive what it does next to its past.")
+      .def("can_restore", &Resumable::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another one.")
+      .def("rewind", &Resumable::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
+      .def_property_readonly("earliest", &Resumable::earliest, "The first position, but for 0, that rewind() can go back to.");
+  py::class_<Session, Resumable>(m, "Session")
       .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
              auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
              session->set_look(signals_at_intervals());
@@ -235,27 +243,20 @@ PYBIND11_MODULE(_runtime, m) {
           }, "For measurements: name -> (address on the device, bytes) of each cache.")
       .def("pretend", &Session::pretend, py::arg("position"), ReleaseGil(), "For measurements: goes on at `position`, over the caches as they are.")
       .def("reset", &Session::reset, ReleaseGil())
-      .def_property_readonly("tokens", &Session::tokens, "The tokens in the caches.")
-      .def("snapshot", [](const Session& s, bool whole, bool host) { return shared(s.snapshot({whole, host})); }, py::arg("whole") = false,
-           py::arg("host") = false, ReleaseGil(), "The session as it stands. whole: to outlive what the session does next to its past.")
       .def("snapshot_bytes", &Session::snapshot_bytes, py::arg("whole") = false, ReleaseGil(), "Of the copies of a snapshot that is taken now.")
       .def("restore", &Session::restore, py::arg("snapshot"), ReleaseGil(), "Goes on from a snapshot of this session or another one of the model.")
       .def("restore", [](Session& s, const std::filesystem::path& path) { s.load(path.string()); }, py::arg("path"), ReleaseGil(),
            "Goes on from a saved session.")
-      .def("can_restore", &Session::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another session.")
-      .def("rewind", &Session::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
-      .def_property_readonly("earliest", &Session::earliest, "The first position, but for 0, that rewind() can go back to.")
       .def("save", [](const Session& s, const std::filesystem::path& path) { s.save(path.string()); }, py::arg("path"), ReleaseGil(),
            "Writes all that is needed to go on to a file, whole or not at all.")
       .def("memory", [](const Session& s) { return memory_of(s.memory()); }, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
-      .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.")
-      .def_property_readonly("position", &Session::position);
+      .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.");
 
   py::class_<SnapshotStore>(m, "SnapshotStore", "Snapshots of many conversations within budgets of bytes; the one used least recently goes first.")
       .def(py::init<uint64_t, uint64_t>(), py::arg("device_bytes"), py::arg("host_bytes"))
       .def("take", &SnapshotStore::take, py::arg("session"), py::arg("conversation"), py::arg("whole") = false, ReleaseGil(),
            "Keeps a snapshot of the session as it stands. False: it is larger than the budgets.")
-      .def("longest", [](SnapshotStore& store, const kiln::Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
+      .def("longest", [](SnapshotStore& store, const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
             return shared(store.longest(session, ids, conversation));
           }, py::arg("session"), py::arg("ids"), py::arg("conversation"), ReleaseGil(),
            "The longest whose tokens `ids` begins with and goes on from, and that the session can restore; None: there is none.")

@@ -18,14 +18,7 @@ void bind_batch(py::module_& m) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   py::class_<BatchRow, kiln::Resumable>(m, "BatchRow", "A row of a batch, between two timelines in it.")
       .def_property_readonly("number", &BatchRow::number)
-      .def_property_readonly("position", &BatchRow::position, "Tokens in its caches.")
-      .def_property_readonly("tokens", &BatchRow::tokens)
-      .def("snapshot", [](const BatchRow& r, bool whole, bool host) { return std::const_pointer_cast<kiln::Snapshot>(r.snapshot({whole, host})); },
-           py::arg("whole") = false, py::arg("host") = false, ReleaseGil(), "The row as it stands, without a token that is next.")
-      .def("restore", &BatchRow::restore, py::arg("snapshot"), ReleaseGil(), "Holds what the snapshot's row or session held. Error while a timeline is in it.")
-      .def("can_restore", &BatchRow::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another row.")
-      .def("rewind", &BatchRow::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
-      .def_property_readonly("earliest", &BatchRow::earliest, "The first position, but for 0, that rewind() can go back to.");
+      .def("restore", &BatchRow::restore, py::arg("snapshot"), ReleaseGil(), "Holds what the snapshot's row or session held. Error while a timeline is in it.");
   py::class_<Batch>(m, "Batch", "Several timelines over one model, which take their tokens in the same steps.")
       .def(py::init([](std::shared_ptr<kiln::Model> model, int64_t rows, int64_t prefill_chunk, double max_gap_ms, bool keep_logits, bool graph,
                        bool early_launch) {

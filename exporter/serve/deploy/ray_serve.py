@@ -26,7 +26,7 @@ from kiln.exporter.serve.deploy.prefix import key, ranked
 HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"proxy-connection", b"te", b"trailer"}
 
 
-class ByPrefix(RequestRouter):
+class ByPrefix(RequestRouter):  # type: ignore[misc, unused-ignore]  # of the extra [ray]
     """Replicas one behind the other, by the request's key; Ray takes the first that has room."""
 
     async def choose_replicas(

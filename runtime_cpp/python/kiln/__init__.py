@@ -37,6 +37,7 @@ __all__ = [
     "Error",
     "Model",
     "NgramDrafter",
+    "Resumable",
     "ScriptedDrafter",
     "Session",
     "Snapshot",

@@ -53,7 +53,12 @@ def check_choice(d: int, experts: int, used: int, renormalized: bool, whole: boo
     given = moved((x, squares, EPS, scale, 0.7, router, used, renormalized, factors, zeros), device)
     if whole:
         chosen, weights, fixed = KILN.choose_experts_norm(*given, weight.to(device), TERMS)
-        assert torch.equal(fixed.cpu(), fixed_point.quantize(x * weight, TERMS))
+        right = fixed_point.quantize(x * weight, TERMS)
+        if device == "cpu":
+            assert torch.equal(fixed, right)
+        else:  # a quotient that is rounded otherwise may move a last bit
+            found, right = (fixed_point.dequantize(f) for f in (fixed.cpu(), right))
+            assert (found - right).norm() < 1e-4 * right.norm()
     else:
         chosen, weights = KILN.choose_experts(*given)
     logits = (x.double() * scale.double() * 0.7 / (x.double().square().mean() + EPS).sqrt()) @ router.double().T
