@@ -36,6 +36,7 @@ from kiln.custom_ops.bench.cases import (
 )
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
 from kiln.custom_ops.delta import chunk as delta_chunk
+from kiln.custom_ops.delta import decode as delta_decode
 from kiln.custom_ops.delta import step as delta_step
 from kiln.custom_ops.experts import branches, route, router
 from kiln.custom_ops.experts import decode as expert_decode
@@ -48,7 +49,7 @@ COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
-             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk,
+             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk, delta_decode,
              branches, expert_decode, router)  # fmt: skip
 SEED = 1
 

@@ -15,7 +15,7 @@ from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.manifest import read_manifest
 from kiln.exporter.artifact.record import kv_record
 from kiln.exporter.errors import KilnError
-from kiln.exporter.measure import bench, bench_command, kernel_times
+from kiln.exporter.measure import bench, bench_command, kernel_times, picture
 from kiln.exporter.measure.runner import runner
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.records import Experts
@@ -237,7 +237,7 @@ def test_plot(record, tmp_path):
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(KilnError, match="pip install matplotlib"):
-        bench.check_plot()
+        picture.check_plot()
 
 
 def test_kernel_rows():
