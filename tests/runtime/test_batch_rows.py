@@ -94,6 +94,30 @@ def test_what_comes_in_a_tokens_place(model, by_steps):
             batch.extend(other, bad)
 
 
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_what_comes_in_a_tokens_place_of_one_that_drafts(model, by_steps):
+    """The text repeats itself, so that drafts are tried; it stays what one without drafts writes after the same tokens."""
+    batch, prompt, given = kiln.Batch(model, prefill_chunk=8), [9, 8, 7] * 5, [9, 8, 7, 9, 8]
+    handle = batch.join(prompt, max_new_tokens=14, stop_at_eog=False, draft="ngram")
+    before: list[int] = []
+    while len(before) < 4:
+        before += [token for _, token, *_ in batch.step()]
+    batch.extend(handle, given, by_steps)
+    after: list[int] = []
+    while batch.active:
+        after += [token for _, token, *_ in batch.step()]
+    assert sum(batch.draft_counts["tried"]) > 0 and len(before) - 1 + len(after) == 14
+    plain = kiln.Batch(model, prefill_chunk=8)
+    handle, same = plain.join(prompt, max_new_tokens=14, stop_at_eog=False), []
+    while len(same) < len(before):
+        same += [token for _, token, *_ in plain.step()]
+    assert same == before
+    plain.extend(handle, given, by_steps)
+    while plain.active:
+        same += [token for _, token, *_ in plain.step()]
+    assert same == before + after
+
+
 def test_snapshots_of_rows(model):
     """A row goes back to where it stood, once its ring has forgotten that; another row and a session take what it was, too."""
     batch, store = kiln.Batch(model, prefill_chunk=8), kiln.SnapshotStore(0, 1 << 20)
