@@ -2,7 +2,7 @@
 
     python -m tests.tools.measure_real --work DIR --out F.json [--target native] [--greedy FOLDER] [NAME=GGUF ...]
 
-Each file (gemma3, smollm: `python -m tests.tools.checkpoints DIR` writes them) is exported in float32 with caches of float32, and in bfloat16
+Each file (`python -m tests.tools.checkpoints DIR` writes them) is exported in float32 with caches of float32, and in bfloat16
 with caches of float16, and played token by token over the references' ids: the largest difference of a next token's log-probability, and
 perplexity beside theirs. --greedy: the references' prompts and ids, NAME.greedy.json; a text ends at its first margin below the error.
 Exit code 1 where float32 is off by more than 2e-4, a perplexity by more than 1e-4 of itself, or of bfloat16 by more than 0.3 %.
@@ -44,7 +44,7 @@ def scored(player: ArtifactPlayer, reference: Any, text: str) -> dict[str, float
 
 
 def continued(player: ArtifactPlayer, case: dict[str, Any], error: float) -> dict[str, Any]:
-    """How far a greedy text goes with the reference's, and the first margin that could excuse an end: the reference's below twice the error."""
+    """How far a greedy text goes with the reference, which may end where the margin of the reference is below twice the error."""
     player.reset()
     player.read(case["prompt_ids"][:-1])
     same, token = 0, case["prompt_ids"][-1]
