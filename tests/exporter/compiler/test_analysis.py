@@ -1,4 +1,4 @@
-"""What Inductor remembers while it compiles: what a kernel writes, once for each form of its arguments; sizes, once for each buffer of code."""
+"""What Inductor remembers while it compiles: what a kernel writes, by the form of its arguments; sizes, by the buffer of code."""
 
 from __future__ import annotations
 
