@@ -74,7 +74,7 @@ def programs(spec: GraphSpec, state: dict[str, torch.Tensor], make: Callable) ->
     graphs = {entry: make(entry) for entry in ENTRIES}
 
     def start():
-        kv = make_kv(kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options))
+        kv = make_kv(kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options))
         with torch.no_grad():
             return tuple(runnable(graphs[entry], {**state, **kv}) for entry in ENTRIES)
 
