@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from kiln.exporter import build
 from kiln.exporter.artifact.load import load_weights
 from kiln.exporter.artifact.weights import write_weights
+from kiln.exporter.compiler.trace import DrafterSpec, GraphSpec, lower, runnable
 from kiln.exporter.errors import KilnError
 from kiln.exporter.model import assistant
-from kiln.exporter.model.assistant import Assistant
+from kiln.exporter.model.assistant import Assistant, read_layers
 from kiln.exporter.model.decoder import Decoder
+from kiln.exporter.model.records import DraftConfig
 from kiln.exporter.source.drafter import read_drafter
 from kiln.exporter.source.plan import read_plan
-from tests.conftest import kiln
 from tests.gguf_files import rewrite
-from tests.timeline import FIXTURES, fixture_tokens, graph_spec, weights
+from tests.timeline import FIXTURES, GREEDY, fixture_tokens, graph_spec, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = {"gemma4-assistant-tiny": "gemma4-tiny-dense", "gemma4-assistant-tiny-edge": "gemma4-tiny-edge"}
@@ -35,7 +38,8 @@ def made(name: str, target: str, directory: Path) -> tuple[Decoder, Assistant]:
     model.load_state_dict(weights(path, directory), strict=False)
     own = read_drafter(FIXTURES / f"{name}.gguf", plan)
     write_weights(directory / "draft", own)
-    drafter = Assistant(own.config, own.weights, model)
+    assert isinstance(own.config, DraftConfig)
+    drafter = Assistant(own.config, own.weights, plan.config, {i: model.blk[i].cache for i in read_layers(own.config)}, model.dtype)
     found = drafter.load_state_dict({k: v for k, v in load_weights(directory / "draft").items() if not k.startswith("__pad")}, strict=False)
     assert not found.missing_keys and not found.unexpected_keys
     return model, drafter
@@ -74,6 +78,61 @@ def test_drafts(pair) -> None:
             assert (row[0] - pair.hidden[i, j]).abs().max() < 3 * RIGHT, (start, j)  # each comes of the one before
             now = logits.argmax(-1)
             assert int(now) == pair.ids[i, j]
+
+
+def spec_of(name: str, target: str, **options) -> GraphSpec:
+    spec = graph_spec(FIXTURES / f"{target}.gguf", **{"decode_rows": (1, 2), "rows": 2, **options})
+    own = read_drafter(FIXTURES / f"{name}.gguf", read_plan(FIXTURES / f"{target}.gguf"))
+    assert isinstance(own.config, DraftConfig)
+    return replace(spec, drafter=DrafterSpec(own.config, own.weights))
+
+
+def as_row(spec: GraphSpec, model: Decoder, row: int, length: int) -> dict[str, Tensor]:
+    """What the entry `draft` has for caches, of which one row holds what the model's hold of `length` tokens; all else is no number."""
+    found, theirs = {}, dict(model.named_buffers())
+    for buffer in spec.caches("draft"):
+        shape = spec.cache_lead("draft") + buffer.shape
+        fill = float("nan") if buffer.dtype.is_floating_point else 0
+        found[buffer.name] = torch.full(shape, fill, dtype=buffer.dtype)
+        own = theirs.get(buffer.name.replace("_exact", "_cache"))  # codes of what the exact window has are not read
+        for p in range(max(0, length - len(own)), length) if own is not None else ():
+            found[buffer.name][row, p % buffer.shape[0]] = own[p % len(own)]  # rings have spare slots here
+    return found
+
+
+@pytest.mark.parametrize("turboquant", [False, True])
+def test_entry(pair, turboquant) -> None:
+    """The graph after the passes, over the caches of one of two rows: the same drafts. With TQ4 in an exact window as long as the text."""
+    spec = spec_of(pair.name, PAIRS[pair.name], turboquant=turboquant, residual_length=96)
+    lowered, own = lower(spec, "draft", "cpu"), pair.drafter
+    state = {name: x for name, x in pair.model.state_dict().items() if name.startswith("token_embd.")}
+    state |= {f"draft.{name}": x for name, x in own.state_dict().items() if ".cache." not in name}
+    assert {b.name for b in lowered.kv} == {b.name for b in spec.caches("draft")}
+    for i, (start, token) in enumerate(pair.cases):
+        with torch.no_grad():
+            hidden = read(pair.model, pair.tokens[:start])[-1:]
+            run = runnable(lowered.program, state | as_row(spec, pair.model, 1, start))
+            now = torch.tensor([token])
+            for j in range(DRAFTS):
+                places = (torch.tensor([n]) for n in (start + j, start - 1, 1))
+                now, logits, hidden = run(now, *places, hidden, *GREEDY)
+                assert (logits[0] - pair.logits[i, j]).abs().max() < RIGHT, (start, j)
+                assert (hidden[0] - pair.hidden[i, j]).abs().max() < 3 * RIGHT, (start, j)
+                assert int(now) == pair.ids[i, j]
+
+
+@torch.no_grad()
+def test_hidden_rows(pair) -> None:
+    """Every entry of a model with a drafter gives the rows behind its last norm, and the tokens and logits that it gave without."""
+    spec, tokens = spec_of(pair.name, PAIRS[pair.name]), pair.tokens[:9]
+    plain, given = replace(spec, drafter=None).model("prefill"), spec.model("prefill")
+    target = torch.from_numpy(np.fromfile(FIXTURES / f"{pair.name}.target_hidden.f32", np.float32)).view(80, -1)
+    for model in (plain, given):
+        model.load_state_dict({name: x for name, x in pair.model.state_dict().items() if ".cache." not in name}, strict=False)
+    for at in (torch.arange(8), torch.tensor([8])):
+        without, (*same, hidden) = plain(tokens[at], at, *GREEDY), given(tokens[at], at, *GREEDY)
+        assert len(without) == 2 and all(torch.equal(a, b) for a, b in zip(without, same, strict=True))
+        assert (hidden[0] - target[at[-1]]).abs().max() < RIGHT
 
 
 @torch.inference_mode()
@@ -133,7 +192,7 @@ def test_rounds(tmp_path: Path) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
-    """A file that drafts for another model, or is none, in one line each; export checks it and says that it compiles none yet."""
+    """A file that drafts for another model, or is none, in one line each."""
     plan = read_plan(FIXTURES / "gemma4-tiny-dense.gguf")
     source = FIXTURES / "gemma4-assistant-tiny.gguf"
     with pytest.raises(KilnError, match="architecture 'gemma4' is no drafter that Kiln knows; supported: gemma4-assistant"):
@@ -144,5 +203,5 @@ def test_refused(tmp_path: Path) -> None:
         read_drafter(source, read_plan(FIXTURES / "qwen3-tiny.gguf"))
     with pytest.raises(KilnError, match="tensor nextn.pre_projection.weight is missing"):
         read_drafter(rewrite(tmp_path / "a.gguf", source, drop=["nextn.pre_projection.weight"]), plan)
-    done = kiln("export", "--gguf", plan.gguf.path, "--draft-gguf", source, "--out", tmp_path / "out", "--target", "cpu", check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "--draft-gguf" in done.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(KilnError, match="give --decode-rows 1,2,4,8 with it"):
+        build.graph_spec(build.ExportOptions(source, tmp_path, source), plan, ("cpu",), read_drafter(source, plan))
