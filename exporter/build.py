@@ -203,6 +203,8 @@ def export_artifact(options: ExportOptions, plan: ModelPlan, drafter: ModelPlan 
     spec = graph_spec(options, plan, targets, drafter)
     for note in (*plan.notes, *(drafter.notes if drafter else ())):
         say(note)
+    if spec.drafter and spec.options.decode_bytes and not any(p.block_type in LAYOUTS for p in spec.drafter.plan):
+        say(f"note: {spec.drafter.config.name} is not quantized: its step is not fused, and slower than that of a Q8_0 file")
     print_plan(spec, options, targets)
     check_tables(spec, targets)
     check_places(spec)

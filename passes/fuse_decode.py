@@ -161,8 +161,9 @@ class _Fuser:
         tokens [S, T, heads * D]."""
         whole, begin, end = projection(node)
         value = self.parts(whole, before) if in_parts else self.exact(whole, before)
-        if self.several and len(value.meta["val"].shape) == 2:
-            value = self.emit(before, aten.unsqueeze.default, value, 0)
+        if self.several and len(value.meta["val"].shape) == 2:  # [T, N], or of one token [S, N]
+            one = whole.meta["val"].shape[0] == 1
+            value = self.emit(before, aten.unsqueeze.default, value, int(one))
         return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1 + self.several, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
