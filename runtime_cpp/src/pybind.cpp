@@ -230,9 +230,10 @@ PYBIND11_MODULE(_runtime, m) {
               py::gil_scoped_release release;
               found = s.probe_drafts(count, token);
             }
-            return py::make_tuple(found.tokens, to_numpy(found.logits).attr("reshape")(count, -1), to_numpy(found.hidden).attr("reshape")(count, -1));
+            return py::make_tuple(found.tokens, to_numpy(found.logits).attr("reshape")(count, -1), to_numpy(found.hidden).attr("reshape")(count, -1), found.seconds);
           }, py::arg("count"), py::arg("token") = py::none(),
-          "For measurements and tests: what the artifact's drafter drafts behind `token`, or the one sampled last: (tokens, float32 [count, vocab_size], float32 [count, D]).")
+          "For measurements and tests: what the artifact's drafter drafts behind `token`, or the one sampled last: (tokens, float32 [count, vocab_size], float32 [count, D], "
+          "seconds of the same once more, rows unread).")
       .def_property_readonly("draft_counts", [](const Session& s) { return counts_of(s.draft_counts()); }, "Of the last generate() with drafts: steps, the tokens they gave, and of each place of a draft how often it was tried and right.")
       .def("logits", [](Session& s) {
             const std::vector<float>* row;

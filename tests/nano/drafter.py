@@ -11,41 +11,24 @@ import argparse
 import math
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import GGUFValueType
 from torch import Tensor, nn
 
-from kiln.exporter.model.records import Attention, Dense, DraftConfig, Layer, ModelConfig
-from kiln.exporter.source.config import expected_tensors
+from kiln.exporter.model.records import Attention, Dense, DraftConfig, Layer
 from kiln.exporter.source.plan import read_plan
-from kiln.exporter.tools import synth
 from kiln.exporter.tools.quantize import quantize
 from tests.nano import data, evals
 from tests.nano.model import Nano, Weight, attend, load_gguf, norm, rotate
+from tests.tools.drafters import draft_config, write_drafter
 
 HERE = Path(__file__).parent
 TARGET = HERE / "gemma4-nano-Q4_K_M.gguf"
 NAME = "gemma4-nano-assistant"
-PATTERN = (True, True, True, False)  # sliding
-
-
-def draft_config(target: ModelConfig, hidden: int, ffn: int, heads: int) -> DraftConfig:
-    """The real drafter's four layers, as wide as asked for, over the model's last layers of both kinds."""
-    layers = []
-    for i, sliding in enumerate(PATTERN):
-        source, theirs = max((j, m) for j, m in target.attentions.items() if (m.window is not None) == sliding)
-        mixer = replace(theirs, heads=heads, kv_from=source, k_norm=None, v_norm=None, value="own")
-        layers.append(Layer(i, mixer, Dense(ffn, "gelu_tanh"), post_norms=True, scaled=True))
-    return DraftConfig(
-        architecture="gemma4-assistant", name=NAME, vocab_size=target.vocab_size, hidden_size=hidden, rms_norm_eps=target.rms_norm_eps,
-        context_length=target.context_length, layers=tuple(layers), tied_head=True, target_hidden=target.hidden_size,
-    )  # fmt: skip
 
 
 @dataclass
@@ -157,32 +140,11 @@ def losses(drafter: Drafter, found: Read, depth: int) -> list[tuple[Tensor, Tens
 
 def write(drafter: Drafter, path: Path, kind: str) -> None:
     """Matrices as `kind`, vectors as F32."""
-    config, state, a = drafter.config, drafter.state_dict(), "gemma4-assistant"
-    sliding, full = (next(m for m in config.attentions.values() if (m.window is not None) == s) for s in (True, False))
-    ints = {
-        "block_count": len(config.layers), "context_length": config.context_length, "embedding_length": config.hidden_size,
-        "embedding_length_out": config.target_hidden, "feed_forward_length": config.layers[0].ffn.width,
-        "attention.head_count": full.heads, "attention.head_count_kv": full.kv_heads, "attention.sliding_window": sliding.window,
-        "attention.shared_kv_layers": len(config.layers), "attention.key_length": full.head_dim, "attention.value_length": full.head_dim,
-        "attention.key_length_swa": sliding.head_dim, "attention.value_length_swa": sliding.head_dim,
-        "rope.dimension_count": full.head_dim, "rope.dimension_count_swa": sliding.head_dim, "nextn_predict_layers": 4,
-    }  # fmt: skip
-    floats = {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": full.rope.base,
-              "rope.freq_base_swa": sliding.rope.base}  # fmt: skip
-    metadata = [synth.key_value(f"general.{key}", GGUFValueType.STRING, value) for key, value in (("architecture", a), ("name", NAME))]
-    metadata += [synth.key_value(f"{a}.{key}", GGUFValueType.UINT32, value) for key, value in ints.items()]
-    metadata += [synth.key_value(f"{a}.{key}", GGUFValueType.FLOAT32, value) for key, value in floats.items()]
-    metadata.append(synth.key_value(f"{a}.attention.sliding_window_pattern", GGUFValueType.BOOL, list(PATTERN)))
-    half = full.head_dim // 2
+    state = drafter.state_dict()
+    half = max(mixer.head_dim for mixer in drafter.config.attentions.values()) // 2
     state["rope_freqs.weight"] = torch.where(torch.arange(half) < half // 4, 1.0, 1e30)
-    plan = [(name, shape, kind if len(shape) == 2 else "F32") for name, shape in expected_tensors(config).items()]
-    header, offsets, size = synth.gguf_header(metadata, plan)
-    out = bytearray(size)
-    out[: len(header)] = header
-    for (name, shape, tensor_kind), offset in zip(plan, offsets, strict=True):
-        raw = quantize(tensor_kind, np.ascontiguousarray(state[name].detach().float().numpy().reshape(-1, shape[-1])))
-        out[offset : offset + raw.nbytes] = raw.tobytes()
-    path.write_bytes(out)
+    values = {name: x.detach().float().numpy() for name, x in state.items()}
+    write_drafter(drafter.config, path, kind, lambda name, shape, kind: quantize(kind, values[name].reshape(-1, shape[-1])))
 
 
 def main() -> None:
@@ -205,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     began, plan, target = time.monotonic(), read_plan(TARGET), load_gguf(TARGET)
-    config = draft_config(target.config, a.hidden, a.ffn, a.heads)
+    config = draft_config(NAME, target.config, a.hidden, a.ffn, a.heads)
     layers = {mixer.kv_from for mixer in config.attentions.values() if mixer.kv_from is not None}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"

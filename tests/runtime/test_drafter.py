@@ -210,6 +210,11 @@ def test_refused(model, toy, three_rows, tmp_path) -> None:
             kiln.Model(str(changed(name, old, new)))
 
 
+def test_inspected(three_rows) -> None:
+    """Every byte is the manifest's, and the drafter is named."""
+    assert f"drafter {NAME} (gemma4-assistant), 4 layers" in command("inspect", "--verify", three_rows).stdout
+
+
 def test_without_a_drafter(tmp_path: Path) -> None:
     """`--draft mtp` of an artifact that has none, and --draft-gguf without steps that check."""
     given: tuple[Any, ...] = ("--gguf", FIXTURES / "gemma4-tiny-mtp.gguf", "--draft-gguf", FIXTURES / f"{NAME}.gguf", "--target", "cpu")

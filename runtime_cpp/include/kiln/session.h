@@ -52,6 +52,7 @@ struct DraftCounts {
 struct DraftProbe {
   std::vector<int64_t> tokens;
   std::vector<float> logits, hidden;  // [tokens, vocab_size]; [tokens, D], each the next one's
+  double seconds = 0;                 // of the same drafts once more, rows unread
 };
 
 enum class Stop { Eog, Length, MaxSeqLen, Callback };

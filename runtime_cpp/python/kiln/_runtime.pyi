@@ -152,7 +152,7 @@ class Session(Resumable):
         draft_length: int = 0,
         draft_fixed: bool = False,
     ) -> tuple[list[int], str]: ...
-    def probe_drafts(self, count: int, token: int | None = None) -> tuple[list[int], Any, Any]: ...  # numpy float32 [count, V], [count, D]
+    def probe_drafts(self, count: int, token: int | None = None) -> tuple[list[int], Any, Any, float]: ...  # numpy float32
     @property
     def draft_counts(self) -> dict[str, Any]: ...
     def logits(self) -> Any: ...  # numpy float32 [vocab_size]
