@@ -240,5 +240,8 @@ def test_refused(tmp_path: Path) -> None:
         read_drafter(source, read_plan(FIXTURES / "qwen3-tiny.gguf"))
     with pytest.raises(KilnError, match="tensor nextn.pre_projection.weight is missing"):
         read_drafter(rewrite(tmp_path / "a.gguf", source, drop=["nextn.pre_projection.weight"]), plan)
+    more = {"masked_embd_centroids.weight": ((32, 64), "F32", np.zeros((32, 64), np.float32))}
+    with pytest.raises(KilnError, match="masked_embd_centroids.weight is not part of a gemma4-assistant model that Kiln knows"):
+        read_drafter(rewrite(tmp_path / "b.gguf", source, set_tensors=more), plan)
     with pytest.raises(KilnError, match="give --decode-rows 1,2,4,8 with it"):
         build.graph_spec(build.ExportOptions(source, tmp_path, source), plan, ("cpu",), read_drafter(source, plan))
