@@ -69,9 +69,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             fuse_experts.rewrite(fuser, matmul)
         else:
             fuser.rewrite(matmul)
+    fuser.round_late()  # while what is known in float32 is there, read or not
     edit.drop_dead(ep, fuser.made)  # a matmul's counters are back at zero when it is done
-    fuser.round_late()
-    edit.drop_dead(ep)
     # A drafter's bits are in no text, nor are those of the rows that only it is given.
     text = () if edit.drafts(ep) else (n for n in ep.graph.nodes if any(user.op != "output" for user in n.users))
     if fuser.several and (left := next((n for n in text if edit.is_call(n, *IN_ANY_ORDER)), None)):

@@ -362,11 +362,7 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[T, D] -> soft-capped float32 [T, V]."""
-        return self.head(self.output_norm(x, torch.float32))
-
-    def head(self, normed: Tensor) -> Tensor:
-        """As `logits`, of rows behind the last norm."""
-        logits = (self.output or self.token_embd).linear(normed)
+        logits = (self.output or self.token_embd).linear(self.output_norm(x, torch.float32))
         cap = self.config.final_logit_softcapping
         if not cap:
             return logits
@@ -379,10 +375,11 @@ class Decoder(nn.Module):
 
     def sampled(self, x: Tensor, sampling: tuple[Tensor, ...], pos: Tensor) -> tuple[Tensor, ...]:
         """x [T, D] after the last layer, sampling and pos [T] -> token [T], logits [T, V], where it gives them the rows [T, D]."""
-        normed = self.output_norm(x, torch.float32)
-        logits = self.head(normed)
+        logits = self.logits(x)
         token = torch.ops.kiln.sample(self.allowed(logits), *sampling, pos)
-        return (token, logits, normed) if self.gives_hidden else (token, logits)
+        if not self.gives_hidden:
+            return token, logits
+        return token, logits, self.output_norm(x, torch.float32)  # behind the head's own, which a pass takes into the head
 
     def allowed(self, logits: Tensor) -> Tensor:
         """[T, V] with -inf for what is never sampled."""
