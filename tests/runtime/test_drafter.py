@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kiln
+from tests.code_only import code_only
 from tests.conftest import kiln as command
 from tests.runtime.batches import FIXTURES, FORMS, ROWS
 from tests.runtime.test_speculation import cases, same_state, session
@@ -208,6 +209,15 @@ def test_refused(model, toy, three_rows, tmp_path) -> None:
     ):
         with pytest.raises(kiln.Error, match=match):
             kiln.Model(str(changed(name, old, new)))
+
+
+def test_weights_in_their_file(three_rows, tmp_path) -> None:
+    """Of an artifact of code alone the model's weights come from its file, and the drafter's from the artifact."""
+    gguf = FIXTURES / "gemma4-tiny-mtp.gguf"
+    alone = code_only(three_rows, gguf, tmp_path / "code", drafter=FIXTURES / f"{NAME}.gguf")
+    there, here = (session(m, [9, 8, 7]) for m in (kiln.Model(str(alone), weights=str(gguf)), kiln.Model(str(three_rows))))
+    assert np.array_equal(there.probe_drafts(3)[1], here.probe_drafts(3)[1])
+    assert there.generate(20, stop_at_eog=False, draft="mtp") == here.generate(20, stop_at_eog=False)
 
 
 def test_inspected(three_rows) -> None:
