@@ -26,17 +26,17 @@ from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.compile import CompiledEntry, available_targets, compile_target, native_target
 from kiln.exporter.compiler.host import check_gpu_tools
 from kiln.exporter.compiler.torch_private import check_versions
-from kiln.exporter.compiler.trace import ENTRIES, GraphSpec
+from kiln.exporter.compiler.trace import DRAFT_ENTRY, ENTRIES, DrafterSpec, GraphSpec
 from kiln.exporter.compiler.workers import none_left
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import check_supported
-from kiln.exporter.model.places import expected_places, needed_tables
-from kiln.exporter.model.records import DeltaNet, cache_specs
+from kiln.exporter.model.places import needed_tables
+from kiln.exporter.model.records import DeltaNet, DraftConfig, cache_specs
 from kiln.exporter.progress import bar, say, size_text
 from kiln.exporter.source.plan import ModelPlan, key_factors
-from kiln.exporter.source.weights import weight_bytes
+from kiln.exporter.source.weights import DRAFT, weight_bytes
 from kiln.exporter.temporary import working_folder
 from kiln.passes.records import UNFUSED, PassOptions, first_of
 
@@ -52,6 +52,7 @@ class ExportOptions:
 
     gguf_path: Path
     out: Path
+    draft_gguf: Path | None = None
     weights: str = "copy"  # or "gguf": they stay in the file
     hash_weights: bool = False
     max_seq_len: int | None = None
@@ -91,7 +92,7 @@ def choose_targets(names: tuple[str, ...]) -> tuple[str, ...]:
     return chosen
 
 
-def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]) -> GraphSpec:
+def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...], drafter: ModelPlan | None = None) -> GraphSpec:
     """What is compiled for a model, from the options. Raises KilnError where they do not go together, or not with the model."""
     config = plan.config
     check_supported(config)
@@ -115,6 +116,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         raise KilnError(f"--decode-rows: {config.name} has layers with a state, which takes one token after the other; leave it away")
     spec = GraphSpec(
         cache=options.cache,
+        drafter=_drafter(options, drafter) if drafter else None,
         config=config,
         plan=plan.weights,
         max_seq_len=max_seq_len,
@@ -139,6 +141,14 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     _check_shapes(spec, gpu=not cpu)
     _check_rows(spec)
     return spec
+
+
+def _drafter(options: ExportOptions, drafter: ModelPlan) -> DrafterSpec:
+    """KilnError where nothing would check its drafts."""
+    assert isinstance(drafter.config, DraftConfig)
+    if options.decode_rows == (1,):
+        raise KilnError("--draft-gguf: drafts are checked by steps of several tokens; give --decode-rows 1,2,4,8 with it")
+    return DrafterSpec(drafter.config, drafter.weights)
 
 
 def _check_several(options: ExportOptions, plan: ModelPlan) -> None:
@@ -181,23 +191,27 @@ def decode_bytes(options: ExportOptions, dtype: str) -> int:
     return 1 if options.decode_activations == "int8" else TERMS[DTYPES[dtype].torch]
 
 
-def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
-    """Compiles and writes `plan`, the model at `options.gguf_path`. Raises KilnError; on any failure nothing is left at `options.out`."""
+def export_artifact(options: ExportOptions, plan: ModelPlan, drafter: ModelPlan | None = None) -> None:
+    """Compiles and writes `plan`, the model at `options.gguf_path`, and the drafter beside it, the model at `options.draft_gguf`. Raises
+    KilnError; on any failure nothing is left at `options.out`."""
     start = time.monotonic()
     check_versions()
-    output = check_output(options.out, options.force, [options.gguf_path])
+    output = check_output(options.out, options.force, [options.gguf_path, *([options.draft_gguf] if options.draft_gguf else [])])
     targets = choose_targets(options.targets)
     if targets != ("cpu",):
         check_gpu_tools()
-    spec = graph_spec(options, plan, targets)
-    for note in plan.notes:
+    spec = graph_spec(options, plan, targets, drafter)
+    for note in (*plan.notes, *(drafter.notes if drafter else ())):
         say(note)
+    if spec.drafter and spec.options.decode_bytes and not any(p.block_type in LAYOUTS for p in spec.drafter.plan):
+        say(f"note: {spec.drafter.config.name} is not quantized: its step is not fused, and slower than that of a Q8_0 file")
     print_plan(spec, options, targets)
     check_tables(spec, targets)
     check_places(spec)
     note_borrowed(targets)
     try:
         copied = 0 if options.weights == "gguf" else weight_bytes(spec.config, spec.plan)
+        copied += weight_bytes(spec.drafter.config, spec.drafter.plan) if spec.drafter else 0
         check_space(output, copied + PACKAGE_BYTES * len(targets))
     except KilnError as e:
         if not options.dry_run:
@@ -212,31 +226,33 @@ def export_artifact(options: ExportOptions, plan: ModelPlan) -> None:
             write_text(stage / "chat_template.jinja", plan.chat.template, "the chat template")
         tokenizer = {"file": "tokenizer.json", **plan.tokenizer.record()} if plan.tokenizer else None
         chat = plan.chat.record() if plan.chat else None
-        records, gguf = _write_constants(stage / "weights.safetensors", spec, options, plan)
+        records, gguf = _write_constants(stage / "weights.safetensors", spec, options, plan, drafter)
         compiled = []
         for target in targets:
             say(f"compiling for {target}")
             name = "model.pt2" if target == "cpu" else f"model.{target}.pt2"
             compiled.append(compile_target(spec, target, stage / name, work, options.dump_passes, _report, packing=gguf is not None))
-        planned = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
-        if sorted(planned, key=str) != sorted(compiled[0].entries[0].kv, key=str):  # of prefill, which has one timeline
+        if sorted(spec.caches("prefill"), key=str) != sorted(compiled[0].entries[0].kv, key=str):  # of prefill, which has one timeline
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
-        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, tuple(waiting_kernels()), gguf)
+        waits = tuple(waiting_kernels())
+        write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, waits, gguf, options.draft_gguf)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
     size = sum(f.stat().st_size for f in options.out.iterdir())
     say(f"{options.out}: {size_text(size)} in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
 
 
-def _write_constants(path: Path, spec: GraphSpec, options: ExportOptions, plan: ModelPlan) -> tuple[list[dict], dict | None]:
+def _write_constants(
+    path: Path, spec: GraphSpec, options: ExportOptions, plan: ModelPlan, drafter: ModelPlan | None
+) -> tuple[list[dict], dict | None]:
     """The weights file, with the records of all constants; where weights stay in the GGUF file it holds what is computed from metadata
-    alone, and `weights.gguf` of the manifest comes with it."""
+    alone, and `weights.gguf` of the manifest comes with it. A drafter's weights are copied either way."""
     if options.weights == "copy":
         with bar("packing weights") as progress:
-            return write_weights(path, plan, progress, options.allow_nonfinite), None
+            return write_weights(path, plan, progress, options.allow_nonfinite, drafter), None
     limit = torch.finfo(torch.float16).max if spec.cache_dtype == torch.float16 else None
     limits = {name: limit / factor for name, factor in key_factors(plan.config).items()} if limit else {}
-    computed = write_weights(path, replace(plan, weights=()), None, options.allow_nonfinite)
+    computed = write_weights(path, replace(plan, weights=()), None, options.allow_nonfinite, drafter)
     return constant_records(plan, limits) + computed, gguf_record(plan, options.hash_weights)
 
 
@@ -262,11 +278,11 @@ def check_places(spec: GraphSpec) -> None:
     What keeps the pass from one of a matrix's places keeps it from the matrix, so none is told in vain. The passes would find out, too, but
     after the weights were packed.
     """
-    kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
     for entry in () if spec.options.allow_unfused else spec.entries:
-        for name, places in expected_places(spec.config, spec.plan, kv, spec.options, entry).items():
+        for name, places in spec.places(entry).items():
             if missed := [f"{place} ({why})" for place, why in places.items() if why]:
                 instead = UNFUSED if entry in ENTRIES else "leave --decode-rows away"
+                instead = "give a drafter that is quantized throughout, as in Q8_0" if entry == DRAFT_ENTRY else instead
                 raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {instead}")
 
 
@@ -285,7 +301,12 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
         for p in spec.plan:
             if p.K:
                 print(f"{p.name:34} {p.block_type:5} {p.N:7d} {p.K:6d}  {' + '.join(s.rsplit('.', 2)[-2] for s in p.sources)}")
+        for p in spec.drafter.plan if spec.drafter else ():
+            if p.K:
+                print(f"{DRAFT + p.name:34} {p.block_type:5} {p.N:7d} {p.K:6d}  {' + '.join(s.rsplit('.', 2)[-2] for s in p.sources)}")
     print(f"model       {config.name} ({config.architecture}), {len(config.layers)} layers")
+    if spec.drafter:
+        print(f"drafter     {spec.drafter.config.name} ({spec.drafter.config.architecture}), {len(spec.drafter.config.layers)} layers")
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
     print(f"weights     {size_text(memory.weights):>11}")

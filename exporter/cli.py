@@ -138,7 +138,7 @@ def _decode_rows(text: str) -> tuple[int, ...]:
     show_default=True,
     help="copy: packed into the artifact; gguf: they stay in the file, which is named again when it is played, or another one like it.",
 )
-@click.option("--draft-gguf", type=PATH, help="A drafter of the model. It is checked against it; compiling it is not supported yet.")
+@click.option("--draft-gguf", type=PATH, help="A drafter of the model, for --draft mtp. Needs --decode-rows; its weights are copied.")
 @click.option("--hash-weights", is_flag=True, help="With --weights gguf: the manifest gets a checksum of every tensor, for --verify.")
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
@@ -174,17 +174,17 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
         scan = options["dry_run"] and not options["allow_nonfinite"]
         plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
-        if (drafter := options.pop("draft_gguf")) is not None:
+        drafter = None
+        if options["draft_gguf"] is not None:
             from kiln.exporter.source.drafter import read_drafter
 
-            named = read_drafter(drafter, plan).config.name
-            raise KilnError(f"--draft-gguf: {named} fits {plan.config.name}, but a drafter is not compiled yet; leave it away")
+            drafter = read_drafter(options["draft_gguf"], plan)
         if not options["dry_run"]:
             prepare(AT_ONCE)  # they import PyTorch while this process does
         from kiln.exporter.build import ExportOptions, export_artifact
 
         cache = "bfloat16" if kv_cache == "bf16" else "float16"
-        export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan)
+        export_artifact(ExportOptions(turboquant=tq4, cache=cache, **options), plan, drafter)
 
 
 @main.command()
@@ -252,8 +252,9 @@ def drafts(command: Any) -> Any:
     """The options of what is drafted, and checked in steps of several tokens."""
     most = click.option("--draft-length", type=click.IntRange(0), default=0, metavar="N", help="Most drafts a step.  [default: what fits]")
     which = click.option(
-        "--draft", type=click.Choice(["off", "ngram"]), default="off", show_default=True,
-        help="Check several tokens a step: ngram, what followed where the text's end occurred before. The text stays the same.",
+        "--draft", type=click.Choice(["off", "ngram", "mtp"]), default="off", show_default=True,
+        help="Check several tokens a step: ngram, what followed where the text's end occurred before; mtp, by the artifact's drafter. "
+        "The text stays the same.",
     )  # fmt: skip
     return which(most(command))
 

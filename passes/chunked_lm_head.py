@@ -47,15 +47,19 @@ def chunk_rows(k: int, budget: int) -> int:
 
 def _name(node, names) -> str:
     weight = node.args[1] if edit.is_call(node, KILN.quantized_linear.default) else _weight(node)
-    return names.get(weight, "").split(".")[0]
+    return names.get(weight, "").rpartition(".")[0]
+
+
+def _is_head(node, names) -> bool:
+    return _name(node, names).rpartition(".")[2] in HEADS  # a drafter's has a prefix
 
 
 def _packed(node, names) -> bool:
-    return edit.is_call(node, KILN.quantized_linear.default) and _name(node, names) in HEADS
+    return edit.is_call(node, KILN.quantized_linear.default) and _is_head(node, names)
 
 
 def _float(node, names) -> bool:
-    return edit.is_call(node, aten.linear.default) and _name(node, names) in HEADS
+    return edit.is_call(node, aten.linear.default) and _is_head(node, names)
 
 
 def _weight(node):

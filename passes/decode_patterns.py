@@ -199,8 +199,8 @@ def branch_added(y: Node, eps: float | None) -> tuple[Node, Node, Node | None, N
     return stream, branch.args[0], branch.args[1], scale, branch.args[2]
 
 
-def frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
-    """The parameter inv_freq of cos(pos * inv_freq) and sin(pos * inv_freq)."""
+def frequencies(cos: Node, sin: Node) -> tuple[Node, Node] | None:
+    """(pos, inv_freq) of cos(pos * inv_freq) and sin(pos * inv_freq): integers, and a parameter."""
     if not edit.is_call(cos, aten.cos.default) or not edit.is_call(sin, aten.sin.default) or cos.args[0] is not sin.args[0]:
         return None
     angle = cos.args[0]
@@ -209,4 +209,5 @@ def frequencies(cos: Node, sin: Node, pos: Node) -> Node | None:
     position, inv_freq = angle.args
     while edit.is_call(position, aten.unsqueeze.default, aten.to.dtype):
         position = position.args[0]
-    return inv_freq if position is pos and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None
+    known = position.meta["val"].dtype == torch.int64 and len(position.meta["val"].shape) == 1
+    return (position, inv_freq) if known and isinstance(inv_freq, Node) and inv_freq.op == "placeholder" else None

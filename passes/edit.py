@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -51,6 +52,11 @@ def has_input(ep: ExportedProgram, name: str) -> bool:
     return any(s.kind == InputKind.USER_INPUT and s.arg.name == name for s in ep.graph_signature.input_specs)
 
 
+def drafts(ep: ExportedProgram) -> bool:
+    """The graph of a drafter, which reads its model's caches up to `last` and writes none."""
+    return has_input(ep, "last")
+
+
 def symbolic(size: int | torch.SymInt) -> bool:
     """The size is still free: nothing has fixed it at a number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
@@ -63,14 +69,15 @@ def bounds(size: torch.SymInt) -> tuple[int, int]:
 
 
 def layer_part(ep: ExportedProgram, args: Iterable[Any], part: str) -> str:
-    """`blk.3.PART`, 3 the layer whose weights made the first of `args`; without such weights that of the first cache among them."""
+    """`blk.3.PART`, 3 the layer whose weights made the first of `args`; without such weights that of the first cache among them. What is
+    before the name of a drafter's layer stays."""
     args = list(args)
-    named = {n: name for n, name in states(ep, InputKind.PARAMETER).items() if name.startswith("blk.")}
+    named = {n: found[1] for n, name in states(ep, InputKind.PARAMETER).items() if (found := re.match(r"((?:\w+\.)?blk\.\d+)\.", name))}
     seen: set[Node] = set()
     level = [a for a in args[:1] if isinstance(a, Node)]
     while level:  # the nearest: what lies further back is of earlier layers
         if found := [named[n] for n in level if n in named]:
-            return ".".join((*found[0].split(".")[:2], part))
+            return f"{found[0]}.{part}"
         seen.update(level)
         level = list(dict.fromkeys(n for node in level for n in node.all_input_nodes if n not in seen))
     caches = buffers(ep)

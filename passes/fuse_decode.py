@@ -69,10 +69,11 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
             fuse_experts.rewrite(fuser, matmul)
         else:
             fuser.rewrite(matmul)
+    fuser.round_late()  # while what is known in float32 is there, read or not
     edit.drop_dead(ep, fuser.made)  # a matmul's counters are back at zero when it is done
-    fuser.round_late()
-    edit.drop_dead(ep)
-    if fuser.several and (left := next((n for n in ep.graph.nodes if edit.is_call(n, *IN_ANY_ORDER)), None)):
+    # A drafter's bits are in no text, nor are those of the rows that only it is given.
+    text = () if edit.drafts(ep) else (n for n in ep.graph.nodes if any(user.op != "output" for user in n.users))
+    if fuser.several and (left := next((n for n in text if edit.is_call(n, *IN_ANY_ORDER)), None)):
         raise PassError(f"pass fuse_decode: {left.name} ({left.target}) of several tokens may add up in another order than of one")
     counts = ", ".join(f"{n} {name}" for name, n in fuser.counts.items())
     note = f"{options.decode_bytes} bytes an activation; {len(matmuls)} matmuls, {counts}"
@@ -159,8 +160,9 @@ class _Fuser:
         tokens [S, T, heads * D]."""
         whole, begin, end = projection(node)
         value = self.parts(whole, before) if in_parts else self.exact(whole, before)
-        if self.several and len(value.meta["val"].shape) == 2:
-            value = self.emit(before, aten.unsqueeze.default, value, 0)
+        if self.several and len(value.meta["val"].shape) == 2:  # [T, N], or of one token [S, N]
+            one = whole.meta["val"].shape[0] == 1
+            value = self.emit(before, aten.unsqueeze.default, value, int(one))
         return value if begin is None else self.emit(before, aten.slice.Tensor, value, 1 + self.several, begin, end)
 
     def parts(self, node: Node, before: Node) -> Node:
@@ -295,7 +297,7 @@ class _Fuser:
         q = rotated(call.args[0])
         if q is None or q.gates is not gates or (self.several and (gates or q.in_part)):
             return None
-        if edit.resolve(key_cache(call)) in self.sources:
+        if edit.resolve(key_cache(call)) in self.sources or edit.drafts(self.ep):
             return None if gates else self.reader(x, call, q, before)
         write = writes_of(call)
         if write is None:
@@ -367,12 +369,12 @@ class _Fuser:
     def table(self, cos: Node, sin: Node) -> tuple[Node, Node]:
         """cos and sin from one kernel; as they are, every reader would compute its own."""
         if (cos, sin) not in self.tables:
-            pos, inv_freq = edit.user_input(self.ep, "pos"), frequencies(cos, sin, edit.user_input(self.ep, "pos"))
-            if inv_freq is None:
+            found = frequencies(cos, sin)
+            if found is None:
                 self.tables[cos, sin] = cos, sin
             else:
                 first = min(cos, sin)
-                both = self.emit(first, KILN.rope_table.default, pos, inv_freq)
+                both = self.emit(first, KILN.rope_table.default, *found)
                 self.tables[cos, sin] = tuple(self.emit(first, operator.getitem, both, i) for i in range(2))
         return self.tables[cos, sin]
 

@@ -21,7 +21,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("kv_len", "off", note="attention sweeps the whole cache")
     ep = lowered.program
     calls = [n for n in ep.graph.nodes if edit.is_call(n, *ATTENTION) and n.args[ATTENTION[n.target]] is None]
-    if not calls and any(edit.is_call(n, *ROWS) for n in ep.graph.nodes):
+    if not calls and (edit.drafts(ep) or any(edit.is_call(n, *ROWS) for n in ep.graph.nodes)):
         return PassReport("kv_len", "not needed", note="each token reads its own position")
     if not calls:
         raise PassError("pass kv_len: no global attention without a length found")

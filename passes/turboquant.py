@@ -29,6 +29,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         if edit.is_call(node, KILN.global_attention.default, KILN.global_rows.default):
             readers.setdefault(edit.resolve(node.args[1]), []).append(node)
     places = tuple(place for calls in readers.values() for place in swap(calls))
+    if not places and edit.drafts(lowered.program):
+        return PassReport("turboquant", "not needed", note="the drafter reads no global cache")
     if not places:
         raise PassError("pass turboquant: no global attention over a cache found")
     return PassReport("turboquant", "applied", places, f"residual length {options.residual_length}")
@@ -49,7 +51,9 @@ class _Swap:
         by_row = edit.is_call(attention, KILN.global_rows.default)
         at, read = ([pos, row], 5) if by_row else ([pos], 4)
         buffers = edit.buffers(ep)
-        writes = [_only_write(c, readers) for c in (k_cache, v_cache)] if {k_cache, v_cache} <= set(buffers) else [None, None]
+        if not {k_cache, v_cache} <= set(buffers):
+            return []
+        writes = [] if edit.drafts(ep) else [_only_write(c, readers) for c in (k_cache, v_cache)]  # a drafter's model writes them
         if None in writes or any(_position(write) != at for write in writes):
             return []
         if any([edit.resolve(a) for a in reader.args[1:read]] != [k_cache, v_cache, *at] for reader in readers):
@@ -65,12 +69,12 @@ class _Swap:
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (*lead, kv_heads, slots), torch.float16, device))
             rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (*lead, self.ring_slots, kv_heads, head_dim), dtype, device))
         own = [write.args[2 if by_row else 3] for write in writes]
-        if by_row:
+        if by_row and writes:
             self.emit(attention, KILN.tq4_write_rows.default, *caches, *own, *at)
             slot = self.row_place(pos, attention)
             for ring, x in zip(rings, own, strict=True):
                 self.emit(attention, aten.index_put_.default, ring, [row, slot], x)
-        else:
+        elif writes:
             slot, last = self.place(pos, attention)
             self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
         for reader in readers:

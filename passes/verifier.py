@@ -107,7 +107,10 @@ def _mutations(ep: ExportedProgram, stage: str) -> None:
                     raise PassError(f"{stage}: {node.name} writes to {target.name}, which is no buffer")
                 continue  # a temporary
             mutated.add(target)
-    if mutated != set(buffers):
+    if edit.drafts(ep):
+        if mutated:
+            raise PassError(f"{stage}: a drafter writes {sorted(buffers[b] for b in mutated)}, which are its model's")
+    elif mutated != set(buffers):
         raise PassError(f"{stage}: buffers never written: {sorted(buffers[b] for b in set(buffers) - mutated)}")
 
 

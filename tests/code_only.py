@@ -14,6 +14,7 @@ from kiln.exporter.artifact.manifest import weights_record
 from kiln.exporter.artifact.mapping import constant_records, gguf_record
 from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.package import EPOCH
+from kiln.exporter.source.drafter import read_drafter
 from kiln.exporter.source.plan import read_plan
 
 
@@ -25,12 +26,14 @@ def _with(artifact: Path, out: Path, change: Callable[[dict], None]) -> Path:
     return out
 
 
-def code_only(artifact: Path, gguf: Path, out: Path, limits: dict[str, float] | None = None, hash_weights: bool = False) -> Path:
-    """What `kiln export --weights gguf` makes of `gguf`, of which `artifact` was made."""
+def code_only(artifact: Path, gguf: Path, out: Path, limits: dict[str, float] | None = None, hash_weights: bool = False,
+              drafter: Path | None = None) -> Path:  # fmt: skip
+    """What `kiln export --weights gguf` makes of `gguf`, of which `artifact` was made, with the drafter that it has."""
 
     def change(manifest: dict) -> None:
         plan = read_plan(gguf)
-        computed = write_weights(out / "weights.safetensors", replace(plan, weights=()))
+        beside = read_drafter(drafter, plan) if drafter else None
+        computed = write_weights(out / "weights.safetensors", replace(plan, weights=()), drafter=beside)
         manifest["constants"] = constant_records(plan, limits or {}) + computed
         manifest["weights"] = weights_record(out / "weights.safetensors", computed) | {"gguf": gguf_record(plan, hash_weights)}
 

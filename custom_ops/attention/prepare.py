@@ -199,7 +199,7 @@ def queries_of(q: torch.Tensor, dim: int, gated: bool) -> tuple[torch.Tensor, to
 
 
 def check_projections(op: str, q, k, v, q_weight, k_weight, cos, part: bool = False, gated: bool = False) -> int:
-    """How many tokens there are; ValueError where the projections [S, heads * D] of one, [S, T, heads * D] of several, do not fit.
+    """How many tokens there are; ValueError where the projections [S, heads * D] of one, [S, T, heads * D] of any number, do not fit.
 
     part: a part of each head may turn, by cos [T, turned / 2]. gated: q has 2 D for each head.
     """
@@ -220,7 +220,7 @@ def check_projections(op: str, q, k, v, q_weight, k_weight, cos, part: bool = Fa
     if q.shape[0] != k.shape[0] or (q.shape[0] > 1 and q.stride(0) != k.stride(0)):
         raise ValueError(f"{op}: q has {q.shape[0]} parts {q.stride(0)} apart, k {k.shape[0]}, {k.stride(0)}; expected the same")
     apart = tokens > 1 and q.stride(1) != k.stride(1)
-    if apart or any(x.dim() != (2 if tokens == 1 else 3) or x.shape[1:-1] != q.shape[1:-1] for x in (q, k, v)):
+    if apart or q.dim() not in (2, 3) or any(x.shape[1:-1] != q.shape[1:-1] for x in (q, k, v)):
         given = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"{op}: q, k, v are {given}; expected [S, heads * D] of one token, [S, T, heads * D] of several")
     return tokens

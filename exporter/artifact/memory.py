@@ -29,7 +29,7 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     dtype = spec.model_dtype
     rows = spec.options.rows
     kv = kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)
-    weights = weight_bytes(spec.config, spec.plan)
+    weights = weight_bytes(spec.config, spec.plan) + (weight_bytes(spec.drafter.config, spec.drafter.plan) if spec.drafter else 0)
     multiplied = [p for p in spec.plan if p.K and p.name != "per_layer_token_embd"]  # of which rows are read
     widest = max(p.N for p in multiplied)
     scratch = min(max(p.N * p.K for p in multiplied) * dtype.itemsize, spec.options.materialized_head_budget)

@@ -15,9 +15,11 @@ from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
 from kiln.exporter.artifact.output import MANIFEST
-from kiln.exporter.compiler.compile import CompiledTarget
-from kiln.exporter.compiler.trace import GraphSpec, entry_rows
+from kiln.exporter.compiler.compile import CompiledEntry, CompiledTarget
+from kiln.exporter.compiler.trace import DRAFT_ENTRY, GraphSpec, entry_rows
+from kiln.exporter.model.assistant import DRAFT_INPUTS
 from kiln.exporter.model.decoder import SAMPLING_INPUTS
+from kiln.exporter.source.weights import DRAFT
 from kiln.passes.records import KVBuffer
 
 
@@ -31,25 +33,29 @@ def kiln_version() -> str:
 def entry_points(spec: GraphSpec, waits: tuple[str, ...] = ()) -> dict:
     def points(entry: str) -> dict:
         rows = entry_rows(entry)
-        length, names = ("T" if entry == "prefill" else rows or 1), ("tokens", "pos", "row") if rows else ("tokens", "pos")
+        drafts, length = entry == DRAFT_ENTRY, "T" if entry == "prefill" else rows or 1
+        names = DRAFT_INPUTS if drafts else ("tokens", "pos", "row") if rows else ("tokens", "pos")
         tokens = [{"name": n, "dtype": "int64", "shape": [length]} for n in names]
+        hidden = [{"name": "hidden", "dtype": "float32", "shape": [rows or 1, spec.config.hidden_size]}] if spec.drafter else []
         sampling = [{"name": n, "dtype": dtype_name(d), "shape": [rows or 1]} for n, d in SAMPLING_INPUTS]
         outputs = [
             {"name": "token", "dtype": "int64", "shape": [rows or 1]},
             {"name": "logits", "dtype": "float32", "shape": [rows or 1, spec.config.vocab_size]},
         ]
-        return {"inputs": tokens + sampling, "outputs": outputs} | ({"waits": list(waits)} if waits and entry != "prefill" else {})
+        found = {"inputs": tokens + (hidden if drafts else []) + sampling, "outputs": outputs + hidden}
+        return found | ({"waits": list(waits)} if waits and entry != "prefill" else {})
 
     return {entry: points(entry) for entry in spec.entries}
 
 
 def quantization(spec: GraphSpec) -> list[dict]:
     rows = []
-    for plan in spec.plan:
+    plans = [("", plan) for plan in spec.plan] + [(DRAFT, plan) for plan in (spec.drafter.plan if spec.drafter else ())]
+    for under, plan in plans:
         if plan.K:
             rows.append(
                 {
-                    "name": plan.name,
+                    "name": under + plan.name,
                     "type": plan.block_type,
                     "shape": [plan.N, plan.K],
                     "sources": list(plan.sources),
@@ -79,6 +85,11 @@ def _window(spec: GraphSpec, kv: KVBuffer) -> int | None:
     return spec.options.residual_length if kv.name.endswith("_exact") else spec.config.attentions[kv.layer].window
 
 
+def _last_step(compiled: CompiledTarget) -> CompiledEntry:
+    """Of the model, whose passes are shown."""
+    return [e for e in compiled.entries if e.entry != DRAFT_ENTRY][-1]
+
+
 def target_record(compiled: CompiledTarget) -> dict:
     gpu = gpu_targets().get(compiled.target)
     return {
@@ -88,7 +99,7 @@ def target_record(compiled: CompiledTarget) -> dict:
         "compute_capability": list(gpu.capability) if gpu else None,
         "bytes": compiled.path.stat().st_size,
         "sha256": file_sha256(compiled.path),
-        "passes": [r.to_dict() for r in compiled.entries[-1].reports],
+        "passes": [r.to_dict() for r in _last_step(compiled).reports],
         "shortfalls": [f"{entry.entry}: {r.shortfall}" for entry in compiled.entries for r in entry.reports if r.shortfall],
         "borrowed": {f"sm_{sm}": tables for sm, tables in borrowed(gpu).items()} if gpu else {},
         "packing": {kernel.plane: kernel.record for kernel in compiled.packing} or None,
@@ -105,9 +116,10 @@ def write_manifest(
     chat: dict | None,
     waits: tuple[str, ...] = (),
     gguf: dict | None = None,
+    drafter: Path | None = None,
 ) -> dict:
     """`manifest.json`, the last file written. `waits`: name prefixes of the decode kernels that wait inside for what ran before.
-    `gguf`: of the file that weights stay in (see `mapping`)."""
+    `gguf`: of the file that weights stay in (see `mapping`). `drafter`: that of `spec.drafter`."""
     kv = targets[0].entries[0].kv
     manifest = {
         "format": "kiln",
@@ -115,6 +127,7 @@ def write_manifest(
         "producer": {"kiln": kiln_version(), "torch": torch.__version__.split("+")[0], "triton": triton.__version__},
         "source": {"file": source.name, "architecture": spec.config.architecture, "name": spec.config.name},
         "config": spec.config.to_dict(),
+        **({"drafter": {"file": drafter.name, "config": spec.drafter.config.to_dict()}} if spec.drafter and drafter else {}),
         "cost": cost(spec.config, spec.plan),
         "max_seq_len": spec.max_seq_len,
         "prefill_chunk": spec.prefill_chunk,
@@ -123,7 +136,7 @@ def write_manifest(
         "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
         "residual_length": spec.options.residual_length if spec.options.turboquant else None,
         "targets": [target_record(t) for t in targets],
-        "passes": [r.to_dict() for r in targets[0].entries[-1].reports],
+        "passes": [r.to_dict() for r in _last_step(targets[0]).reports],
         "entry_points": entry_points(spec, waits),
         "quantization": quantization(spec),
         "constants": records,

@@ -89,6 +89,9 @@ def _artifact_lines(record: dict) -> list[str]:
     lines += [f"KV      {kind:7} {size / 2**30:.3f} GiB" + each.format(rows * size / 2**30) for kind, size in sizes.items()]
     if steps := sorted(int(name.removeprefix("decode_")) for name in record["entry_points"] if name.startswith("decode_")):
         lines.append(f"steps   of 1, {', '.join(map(str, steps))} tokens over {rows} timeline{'s' if rows > 1 else ''}")
+    if drafter := record.get("drafter"):
+        config = drafter["config"]
+        lines.append(f"drafter {config['name']} ({config['architecture']}), {len(config['layers'])} layers")
     types = Counter(q["type"] for q in record["quantization"])
     lines.append("types   " + ", ".join(f"{n} {block_type}" for block_type, n in types.items()))
     return lines

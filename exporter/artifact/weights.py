@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from kiln.exporter.files import replacing
 from kiln.exporter.source.finite import bad_halves, bad_position, bad_row, describe
 from kiln.exporter.source.gguf import GGUFFile
 from kiln.exporter.source.plan import ModelPlan
-from kiln.exporter.source.weights import ConstantSpec, WeightPlan, constants, derived_specs, plan_constants, vector
+from kiln.exporter.source.weights import DRAFT, ConstantSpec, WeightPlan, constants, derived_specs, plan_constants, vector
 
 ALIGN = 256  # of every tensor's data in the file
 SLAB_BYTES = 384 << 20  # packed or copied at once; a larger tensor is read once for each slab
@@ -133,16 +134,18 @@ def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, dict[str, int], int]:
 
 
 def write_weights(
-    path: str | Path, plan: ModelPlan, progress: Progress | None = None, allow_nonfinite: bool = False
+    path: str | Path, plan: ModelPlan, progress: Progress | None = None, allow_nonfinite: bool = False, drafter: ModelPlan | None = None
 ) -> list[dict[str, Any]]:
-    """Writes the weights file of `docs/ARTIFACT.md` and returns its records {name, dtype, shape, offset, bytes, sha256}.
+    """Writes the weights file of `docs/ARTIFACT.md` and returns its records {name, dtype, shape, offset, bytes, sha256}. A drafter's
+    constants come behind its model's.
 
     The file appears under its name only when it is complete. `progress(constant name, bytes done, bytes in all)` is called after each
     piece. At most two slabs of 384 MiB are in memory, whatever the size of a tensor. Raises KilnError when the disk is too small, or a
     block scale or a value is not finite and not `allow_nonfinite`.
     """
     path = Path(path)
-    specs = constants(plan.config, plan.weights)
+    parts = {"": plan} | ({DRAFT: drafter} if drafter else {})
+    specs = [replace(spec, name=under + spec.name) for under, part in parts.items() for spec in constants(part.config, part.weights)]
     header, offsets, size = _layout(specs)
     total, done = sum(spec.nbytes for spec in specs), 0
     digests: dict[str, Any] = {}
@@ -152,7 +155,12 @@ def write_weights(
         if free < size:
             raise KilnError(f"{path}: {size / 2**30:.1f} GiB are needed for the weights, {free / 2**30:.1f} GiB are free; make room")
         f.write(header)
-        for spec, piece in _ahead(_pieces(plan, pool, not allow_nonfinite), background):
+        pieces = (
+            (replace(spec, name=under + spec.name), piece)
+            for under, part in parts.items()
+            for spec, piece in _pieces(part, pool, not allow_nonfinite)
+        )
+        for spec, piece in _ahead(pieces, background):
             if spec.name not in digests:
                 digests[spec.name] = hashlib.sha256()
                 f.write(bytes(offsets[spec.name] - f.tell()))

@@ -17,10 +17,9 @@ from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.matmul import choosing
 from kiln.exporter.compiler.host import compile_failure
 from kiln.exporter.compiler.package import PackingKernel, declared_constants, write_package
-from kiln.exporter.compiler.trace import GraphSpec, entry_rows, lower
+from kiln.exporter.compiler.trace import DRAFT_ENTRY, GraphSpec, lower
 from kiln.exporter.compiler.workers import AT_ONCE, results, take
 from kiln.exporter.errors import KilnError
-from kiln.exporter.model.caches import kv_plan
 from kiln.passes import edit
 from kiln.passes.records import KVBuffer, PassReport
 
@@ -85,16 +84,18 @@ def compile_target(
 
 
 def _check(spec: GraphSpec, entries: list[CompiledEntry]) -> None:
-    from kiln.exporter.source.weights import constants
+    from kiln.exporter.source.weights import constants, draft_constants
 
-    weights = {c.name for c in constants(spec.config, list(spec.plan))}
-    planned = {b.name: b.shape for b in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options)}
-    kv = set(planned)
+    own = {c.name for c in constants(spec.config, list(spec.plan))}
     for entry in entries:
-        lead = (spec.options.rows,) if entry_rows(entry.entry) else ()
-        if {b.name: b.shape for b in entry.kv} != {name: lead + shape for name, shape in planned.items()}:
+        weights, lead = own, spec.cache_lead(entry.entry)
+        if entry.entry == DRAFT_ENTRY and spec.drafter:  # of its model's the embedding alone
+            weights = {name for name in own if name.startswith("token_embd.")}
+            weights |= {c.name for c in draft_constants(spec.drafter.config, spec.drafter.plan)}
+        planned = {b.name: lead + b.shape for b in spec.caches(entry.entry)}
+        if {b.name: b.shape for b in entry.kv} != planned:
             raise KilnError(f"compiling {entry.entry}: the graphs disagree about their caches")
-        found = set(entry.constants)
+        found, kv = set(entry.constants), set(planned)
         if len(entry.constants) != len(found) or found != weights | kv:
             wrong = sorted(found ^ (weights | kv))
             count = f"{len(entry.constants)} constants where {len(weights | kv)} were expected"

@@ -41,7 +41,7 @@ class Options:
     top_p: float = 0.95
     seed: int = 0
     max_new_tokens: int | None = None
-    draft: str = "off"  # or ngram
+    draft: str = "off"  # or ngram, mtp
     draft_length: int = 0  # most drafts of a step; 0: as many as fit
     stop: tuple[str, ...] = ()
 

@@ -296,6 +296,7 @@ class Decoder(nn.Module):
     """
 
     lead: tuple[int, ...] = ()  # of the caches' shapes, before one timeline's
+    gives_hidden = False  # the rows behind the last norm, too, for a drafter
 
     def __init__(self, config: ModelConfig, plan: list[WeightPlan], max_seq_len: int, dtype: torch.dtype,
                  cache_dtype: torch.dtype | None = None, options: PassOptions | None = None):  # fmt: skip
@@ -369,9 +370,16 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, pos: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:  # tokens, pos [T] int64; sampling [1] -> token [1] int64, logits [1, V] float32
-        logits = self.logits(self.hidden(tokens, pos)[-1:])
-        return torch.ops.kiln.sample(self.allowed(logits), temperature, top_k, top_p, seed, pos[-1:]), logits
+    ) -> tuple[Tensor, ...]:  # tokens, pos [T] int64; sampling [1] -> token [1] int64, logits [1, V] float32, maybe hidden [1, D] float32
+        return self.sampled(self.hidden(tokens, pos)[-1:], (temperature, top_k, top_p, seed), pos[-1:])
+
+    def sampled(self, x: Tensor, sampling: tuple[Tensor, ...], pos: Tensor) -> tuple[Tensor, ...]:
+        """x [T, D] after the last layer, sampling and pos [T] -> token [T], logits [T, V], where it gives them the rows [T, D]."""
+        logits = self.logits(x)
+        token = torch.ops.kiln.sample(self.allowed(logits), *sampling, pos)
+        if not self.gives_hidden:
+            return token, logits
+        return token, logits, self.output_norm(x, torch.float32)  # behind the head's own, which a pass takes into the head
 
     def allowed(self, logits: Tensor) -> Tensor:
         """[T, V] with -inf for what is never sampled."""
@@ -391,6 +399,5 @@ class RowDecoder(Decoder):
 
     def forward(  # type: ignore[override]  # with the timelines
         self, tokens: Tensor, pos: Tensor, row: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:  # tokens, pos, row [M] int64; sampling [M] -> token [M] int64, logits [M, V] float32
-        logits = self.logits(self.hidden(tokens, pos, row))
-        return torch.ops.kiln.sample(self.allowed(logits), temperature, top_k, top_p, seed, pos), logits
+    ) -> tuple[Tensor, ...]:  # tokens, pos, row [M] int64; sampling [M] -> token [M] int64, logits [M, V] float32, maybe hidden [M, D]
+        return self.sampled(self.hidden(tokens, pos, row), (temperature, top_k, top_p, seed), pos)

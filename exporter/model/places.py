@@ -10,13 +10,14 @@ from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.fixed_point import GROUP
 from kiln.custom_ops.weights.gemv import glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import DeltaNet, Experts, ModelConfig, cache_specs
-from kiln.exporter.source.weights import WeightPlan
+from kiln.exporter.model.records import DeltaNet, DraftConfig, Experts, ModelConfig, cache_specs
+from kiln.exporter.source.weights import DRAFT, WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
+PROJECTIONS = ("nextn_pre_projection", "nextn_post_projection")  # and those of a drafter
 EXPERTS, EMBEDDING = (f"{name} of several tokens has no kernels yet" for name in ("a choice of experts", "a per-layer embedding"))
 
 
@@ -39,6 +40,19 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
     return found
 
 
+def draft_places(config: DraftConfig, plan: Sequence[WeightPlan], kv: Sequence[KVBuffer], options: PassOptions) -> Expected:
+    """Of the entry `draft`, a step of several tokens' form. kv: the model's caches that it reads."""
+    full = [f"blk.{i}.attention" for i, mixer in config.attentions.items() if mixer.window is None]
+    found = {
+        "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
+        "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
+        "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
+        "fuse_decode": _fused(config, plan, True) if options.decode_bytes else {},
+    }
+    named = {name: {DRAFT + place: why for place, why in places.items()} for name, places in found.items()}
+    return named | {"free_kv_buffers": dict.fromkeys((b.name for b in kv), "")}
+
+
 def needed_tables(config: ModelConfig, options: PassOptions) -> dict[str, set[int]]:
     """Kernel tables that a model with 16-bit activations takes a configuration from -> its head dimensions there."""
     sliding, full = ({m.head_dim for m in config.attentions.values() if (m.window is not None) == s} for s in (True, False))
@@ -56,7 +70,7 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
 
 def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:
     head = "token_embd" if config.tied_head else "output"
-    return {p.name: p for p in plan if p.K and p.stack == 1 and (p.name in (head, PER_LAYER) or p.name.startswith("blk."))}
+    return {p.name: p for p in plan if p.K and p.stack == 1 and (p.name in (head, PER_LAYER, *PROJECTIONS) or p.name.startswith("blk."))}
 
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, log, pi, prod
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy as np
 from kiln.custom_ops.dtypes import DTYPES, FLOATS
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.errors import KilnError
-from kiln.exporter.model.records import ModelConfig, Rope
+from kiln.exporter.model.records import DraftConfig, ModelConfig, Rope
 from kiln.exporter.source.config import expected_tensors, tensor_spec
 from kiln.exporter.source.gguf import GGUFFile
 
+DRAFT = "draft."  # before the names of a drafter's constants, beside its model's
 ROPE_OFF = 1e20  # a frequency divisor this large (GGUF writes 1e30) means: this pair does not rotate
 
 # Tensors fused along N when all are there with one type: they read the same input.
@@ -112,6 +113,11 @@ def derived_specs(config: ModelConfig) -> list[ConstantSpec]:
 def constants(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[ConstantSpec]:
     """Every constant, in the order of the weights file: those of the plan, then the derived ones."""
     return [spec for p in plan for spec in plan_constants(p)] + derived_specs(config)
+
+
+def draft_constants(config: DraftConfig, plan: Sequence[WeightPlan]) -> list[ConstantSpec]:
+    """A drafter's, as `constants`, by the names that they have beside its model's."""
+    return [replace(spec, name=DRAFT + spec.name) for spec in constants(config, plan)]
 
 
 def weight_bytes(config: ModelConfig, plan: Sequence[WeightPlan]) -> int:

@@ -125,10 +125,11 @@ kiln_status kiln_generate(kiln_session* session, int64_t max_new_tokens, int pas
 
 #define KILN_DRAFT_OFF 0
 #define KILN_DRAFT_NGRAM 1 /* what followed where the end of the text occurred before */
+#define KILN_DRAFT_MTP 2   /* by the model that was exported with this one to draft for it */
 
 /* Of every kiln_generate() of the session from here on: tokens are drafted, and one step checks several. No token of a text becomes another by that,
  * and it is left where it does not pay. source: one of the above; length: most drafts of a step, 0: as many as fit. KILN_FAILED where the artifact has no
- * steps of several tokens, or none that takes so many. */
+ * steps of several tokens, or none that takes so many, or no drafter. */
 kiln_status kiln_set_drafts(kiln_session* session, int source, int64_t length);
 
 typedef struct kiln_draft_counts {

@@ -20,7 +20,7 @@ std::vector<Option> option_table(Arguments& a) {
       {"--top-k", "N", "0 is off (0)", integer("--top-k", a.top_k, 0, INT32_MAX)},
       {"--top-p", "F", "1 is off (1)", real("--top-p", a.top_p, 0, 1)},
       {"--seed", "N", "of the sampling (0)", integer("--seed", a.seed, 0, INT64_MAX)},
-      {"--draft", "ngram", "check drafts in steps of several tokens: the text stays the same; ngram: what followed where its end occurred before", text(a.draft)},
+      {"--draft", "ngram|mtp", "check drafts in steps of several tokens: the text stays the same; ngram: what followed where its end occurred before, mtp: by the artifact's drafter", text(a.draft)},
       {"--draft-length", "N", "most drafts of a step (as many as the artifact's steps take)", integer("--draft-length", a.draft_length, 1, INT32_MAX)},
       {"--draft-rates", "0.9,0.8", "with --bench: draft what will come, each place right as often as this, by a seeded coin", text(a.rates)},
       {"--prefill-chunk", "N", "tokens of one prefill call, up to the artifact's (the artifact's)", integer("--prefill-chunk", a.prefill_chunk, 1, INT32_MAX)},
@@ -86,7 +86,7 @@ Arguments parse_arguments(int argc, char** argv, std::string* help) {
   a.artifact = positional[0];
   int sources = a.prompt.has_value() + a.prompt_file.has_value() + a.tokens.has_value();
   if (a.bench && a.tokenize) usage("--bench and --tokenize-stdin exclude each other");
-  if (a.draft != "off" && a.draft != "ngram") usage("--draft ", excerpt(a.draft), ": must be ngram or off");
+  if (a.draft != "off" && a.draft != "ngram" && a.draft != "mtp") usage("--draft ", excerpt(a.draft), ": must be ngram, mtp or off");
   if (a.rates && (!a.bench || a.draft != "off")) usage("--draft-rates needs --bench, without --draft");
   if (a.rates) a.draft_rates = parse_rates(*a.rates);
   if (a.draft_length && a.draft == "off" && !a.rates) usage("--draft-length needs --draft");

@@ -289,8 +289,9 @@ kiln_status kiln_generate(kiln_session* handle, int64_t max_new_tokens, int past
 kiln_status kiln_set_drafts(kiln_session* handle, int source, int64_t length) {
   return guarded("kiln_set_drafts", [&] {
     const auto session = sessions().get(handle);
-    if (source != KILN_DRAFT_OFF && source != KILN_DRAFT_NGRAM) misused("the source ", source, " is none");
-    session->set_drafts({source == KILN_DRAFT_NGRAM ? kiln::DraftSource::Ngram : kiln::DraftSource::Off, length});
+    if (source != KILN_DRAFT_OFF && source != KILN_DRAFT_NGRAM && source != KILN_DRAFT_MTP) misused("the source ", source, " is none");
+    const kiln::DraftSource of = source == KILN_DRAFT_NGRAM ? kiln::DraftSource::Ngram : source == KILN_DRAFT_MTP ? kiln::DraftSource::Mtp : kiln::DraftSource::Off;
+    session->set_drafts({of, length});
   });
 }
 

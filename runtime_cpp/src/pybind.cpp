@@ -72,14 +72,14 @@ std::function<void()> signals_at_intervals() {
   };
 }
 
-kiln::Drafting drafting_of(const py::object& draft, int64_t length) {
+kiln::Drafting drafting_of(const py::object& draft, int64_t length, bool fixed) {
   if (py::isinstance<kiln::ScriptedDrafter>(draft)) return {kiln::DraftSource::Off, length, draft.cast<std::shared_ptr<kiln::ScriptedDrafter>>()};
-  return {kiln::draft_source(draft.is_none() ? "off" : draft.cast<std::string>()), length};
+  return {kiln::draft_source(draft.is_none() ? "off" : draft.cast<std::string>()), length, {}, fixed};
 }
 
 py::tuple generate(Session& session, int64_t max_new_tokens, py::object on_token, bool stop_at_eog, const py::object& draft,
-                   int64_t draft_length) {
-  const kiln::Drafting drafting = drafting_of(draft, draft_length);
+                   int64_t draft_length, bool draft_fixed) {
+  const kiln::Drafting drafting = drafting_of(draft, draft_length, draft_fixed);
   std::vector<int64_t> tokens;
   kiln::Stop stop;
   {
@@ -221,9 +221,19 @@ PYBIND11_MODULE(_runtime, m) {
       .def("decode", [](Session& s) { return s.decode(); }, ReleaseGil(), "Feeds the token sampled last; returns the next one.")
       .def("decode", [](Session& s, int64_t token) { return s.decode(token); }, py::arg("token"), ReleaseGil(), "Feeds `token`; returns the next one.")
       .def("generate", &generate, py::arg("max_new_tokens"), py::arg("on_token") = py::none(), py::arg("stop_at_eog") = true,
-           py::arg("draft") = py::none(), py::arg("draft_length") = 0,
-           "(tokens, stop reason); on_token(id) may return False to stop. draft: 'ngram' (a ScriptedDrafter, to measure), and at most how many a step "
-           "(0: as many as fit).")
+           py::arg("draft") = py::none(), py::arg("draft_length") = 0, py::arg("draft_fixed") = false,
+           "(tokens, stop reason); on_token(id) may return False to stop. draft: 'ngram', 'mtp' (a ScriptedDrafter, to measure), and at most how many "
+           "a step (0: as many as fit); draft_fixed: no fewer than there are, whatever they cost, to measure.")
+      .def("probe_drafts", [](Session& s, int64_t count, std::optional<int64_t> token) {
+            kiln::DraftProbe found;
+            {
+              py::gil_scoped_release release;
+              found = s.probe_drafts(count, token);
+            }
+            return py::make_tuple(found.tokens, to_numpy(found.logits).attr("reshape")(count, -1), to_numpy(found.hidden).attr("reshape")(count, -1), found.seconds);
+          }, py::arg("count"), py::arg("token") = py::none(),
+          "For measurements and tests: what the artifact's drafter drafts behind `token`, or the one sampled last: (tokens, float32 [count, vocab_size], float32 [count, D], "
+          "seconds of the same once more, rows unread).")
       .def_property_readonly("draft_counts", [](const Session& s) { return counts_of(s.draft_counts()); }, "Of the last generate() with drafts: steps, the tokens they gave, and of each place of a draft how often it was tried and right.")
       .def("logits", [](Session& s) {
             const std::vector<float>* row;
@@ -291,6 +301,6 @@ PYBIND11_MODULE(_runtime, m) {
       .def(py::init<std::vector<int64_t>>(), py::arg("sizes"))
       .def("took", &kiln::StepCosts::took, py::arg("tokens"), py::arg("seconds"))
       .def("of", &kiln::StepCosts::of, py::arg("tokens"));
-  m.def("share_drafts", &kiln::share_drafts, py::arg("chances"), py::arg("costs"), "How many drafts of each row are worth taking into one step.");
+  m.def("share_drafts", &kiln::share_drafts, py::arg("chances"), py::arg("costs"), py::arg("draft_seconds") = std::vector<double>(), "How many drafts of each row are worth taking into one step.");
   bind_batch(m);
 }

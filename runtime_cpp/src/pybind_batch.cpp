@@ -27,13 +27,13 @@ void bind_batch(py::module_& m) {
            py::arg("model"), py::arg("rows") = 0, py::arg("prefill_chunk") = 0, py::arg("max_gap_ms") = 0., py::arg("keep_logits") = false,
            py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
       .def("join", [](Batch& b, const std::vector<int64_t>& prompt, float temperature, int32_t top_k, float top_p, int64_t seed, int64_t max_new_tokens,
-                      bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length, int64_t row, bool keep_logits) {
+                      bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length, bool draft_fixed, int64_t row, bool keep_logits) {
              return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog,
-                            {kiln::draft_source(draft.value_or("off")), draft_length}, row, keep_logits});
+                            {kiln::draft_source(draft.value_or("off")), draft_length, {}, draft_fixed}, row, keep_logits});
            },
            py::arg("prompt"), py::arg("temperature") = 0.f, py::arg("top_k") = 0, py::arg("top_p") = 1.f, py::arg("seed") = 0,
            py::arg("max_new_tokens") = 0, py::arg("stop_at_eog") = true, py::arg("draft") = py::none(), py::arg("draft_length") = 0,
-           py::arg("row") = -1, py::arg("keep_logits") = false, ReleaseGil(),
+           py::arg("draft_fixed") = false, py::arg("row") = -1, py::arg("keep_logits") = false, ReleaseGil(),
            "A handle for a new timeline. draft: as Session.generate(); drafts of all timelines share what room a step has. row: a free one with whose "
            "tokens the prompt begins, which are not read again.")
       .def_property_readonly("draft_counts", [](const Batch& b) { return counts_of(b.draft_counts()); }, "Of all steps of timelines that draft, as Session's.")

@@ -142,6 +142,7 @@ class Layer(nn.Module):
         super().__init__()
         c = layer.mixer
         self.layer, self.eps, self.window = layer, config.rms_norm_eps, c.window
+        self.kept: tuple[Tensor, Tensor] | None = None  # what it attends to, of the last call without a cache
         d, hd, ffn, q_dim, kv_dim = config.hidden_size, c.head_dim, layer.ffn.size, c.q_dim, c.kv_dim
         self.attn_norm, self.ffn_norm = Weight(d, fill=1.0), Weight(d, fill=1.0)
         branch = (2 * len(config.layers)) ** -0.5  # of the residual stream at first
@@ -166,7 +167,7 @@ class Layer(nn.Module):
         q = rotate(norm(q, self.attn_q_norm.weight, self.eps), cos, sin).to(dtype)
         k = rotate(norm(k, self.attn_k_norm.weight, self.eps), cos, sin).to(dtype)
         v = norm(v, None, self.eps).to(dtype)
-        key_pos = pos
+        key_pos, self.kept = pos, None if cache is not None else (k, v)
         if cache is not None:
             k, v, key_pos = cache.update(self.layer, k, v, start)
             key_pos = key_pos[None]

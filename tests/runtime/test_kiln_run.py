@@ -106,7 +106,7 @@ def test_drafts(three_rows, toy) -> None:
         counts = row["counts"]
         assert counts["right"][0] == counts["tried"][0] and 0 < counts["right"][1] < counts["tried"][1] and counts["tried"][2] == 0
     for options, words in (
-        (("--draft", "magic", *prompt), "--draft magic: must be ngram or off"),
+        (("--draft", "magic", *prompt), "--draft magic: must be ngram, mtp or off"),
         (("--draft-length", 2, *prompt), "--draft-length needs --draft"),
         (("--draft-rates", "0.5", *prompt), "--draft-rates needs --bench"),
         (("--draft-rates", "0.5,2", "--bench"), "number 2 is not"),

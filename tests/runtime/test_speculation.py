@@ -257,7 +257,7 @@ def test_refused(model, device, most, toy) -> None:
     each = session(model, [9, 8, 7])
     with pytest.raises(kiln.Error, match=f"a step: the artifact's largest step takes {most + 1} tokens, so 1 to {most} drafts"):
         each.generate(4, draft="ngram", draft_length=most + 1)
-    with pytest.raises(kiln.Error, match="drafts by 'magic': must be ngram or off"):
+    with pytest.raises(kiln.Error, match="drafts by 'magic': must be ngram, mtp or off"):
         each.generate(4, draft="magic")
     with pytest.raises(kiln.Error, match="drafts: token .* is outside of the vocabulary"):
         each.generate(4, stop_at_eog=False, draft=kiln.ScriptedDrafter([model.vocab_size] * 9, [1.0], 1 << 20))

@@ -101,6 +101,7 @@ class Artifact {
   const TargetSpec* find_target(bool cuda, int major = 0, int minor = 0) const;
   std::string target_names() const;  // "cpu, sm_90"
 
+  int64_t hidden_size() const;         // of the rows that a drafter is given; 0: there is none
   std::vector<int64_t> steps() const;  // M of the entries decode_M, ascending
   const EntryPoint& entry(const std::string& name) const { return entry_points.at(name); }
 

@@ -105,8 +105,8 @@ class StepCosts {
 };
 
 // How many drafts of each row are worth taking into one step, so that it gives most tokens for its time. chances[r]: of each place of row r's draft.
-// None before a step
-// without drafts was measured. All rows fit into the largest step.
-std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chances, const StepCosts& costs);
+// draft_seconds[r]: what one of its drafts takes to make, where that is not nothing. None before a step without drafts was measured. All rows fit
+// into the largest step.
+std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chances, const StepCosts& costs, const std::vector<double>& draft_seconds = {});
 
 }  // namespace kiln

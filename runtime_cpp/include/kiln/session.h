@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,21 +28,31 @@ struct SessionOptions {
 class Drafter;  // kiln/draft.h
 
 // Where generate() gets drafts: tokens that the model may write next, which one step then checks together. They change no text, only its speed.
-enum class DraftSource { Off, Ngram };  // Ngram: what followed where the end of the text occurred before
+// Ngram: what followed where the end of the text occurred before. Mtp: by the model that was exported with this one to draft for it.
+enum class DraftSource { Off, Ngram, Mtp };
 
-DraftSource draft_source(const std::string& name);  // "ngram", "off"; Error for another
+DraftSource draft_source(const std::string& name);  // "ngram", "mtp", "off"; Error for another
 
 struct Drafting {
   DraftSource source = DraftSource::Off;
   int64_t length = 0;                    // most drafts of a step; 0: as many as the artifact's largest step takes beside its one token
   // For measurements: drafts by this one instead, as many as it has, whatever they cost. Its text begins with the token that generate() hands out first.
   std::shared_ptr<Drafter> own = {};
+  // For measurements: as many drafts a step as there may be, whatever they cost.
+  bool fixed = false;
 };
 
 // Of a generate() with drafts.
 struct DraftCounts {
   int64_t steps = 0, tokens = 0;        // of the model, those of one token too; what they gave
   std::vector<int64_t> tried, right;    // of each place of a draft; a place behind a wrong one is not tried
+};
+
+// What the artifact's drafter would draft now.
+struct DraftProbe {
+  std::vector<int64_t> tokens;
+  std::vector<float> logits, hidden;  // [tokens, vocab_size]; [tokens, D], each the next one's
+  double seconds = 0;                 // of the same drafts once more, rows unread
 };
 
 enum class Stop { Eog, Length, MaxSeqLen, Callback };
@@ -123,9 +134,12 @@ class Session final : public Resumable {
   void load(const std::string& path);
 
   void set_sampling(const Sampling& sampling);  // Error on values out of range
-  // Of every generate() from here on. Error where the artifact has no steps of several tokens, or none that takes so many.
+  // Of every generate() from here on. Error where the artifact has no steps of several tokens, or none that takes so many, or no drafter for Mtp.
   void set_drafts(const Drafting& drafting);
   DraftCounts draft_counts() const;  // of the last generate()
+  // For measurements and tests: `count` drafts of the artifact's drafter behind `token`, or behind the one sampled last. Error where the session has
+  // not computed the token before it: at position 0, and behind restore() and rewind().
+  DraftProbe probe_drafts(int64_t count, std::optional<int64_t> token = {});
 
   // Logits [vocab_size] of the last position. Error before the first prefill, and after a generate() on a GPU that stopped
   // with a step in flight, unless a sink is set.

@@ -107,6 +107,7 @@ class Batch:
         stop_at_eog: bool = True,
         draft: str | None = None,
         draft_length: int = 0,
+        draft_fixed: bool = False,
         row: int = -1,
         keep_logits: bool = False,
     ) -> int: ...
@@ -149,7 +150,9 @@ class Session(Resumable):
         stop_at_eog: bool = True,
         draft: str | ScriptedDrafter | None = None,
         draft_length: int = 0,
+        draft_fixed: bool = False,
     ) -> tuple[list[int], str]: ...
+    def probe_drafts(self, count: int, token: int | None = None) -> tuple[list[int], Any, Any, float]: ...  # numpy float32
     @property
     def draft_counts(self) -> dict[str, Any]: ...
     def logits(self) -> Any: ...  # numpy float32 [vocab_size]
@@ -203,4 +206,4 @@ class StepCosts:
     def took(self, tokens: int, seconds: float) -> None: ...
     def of(self, tokens: int) -> float: ...
 
-def share_drafts(chances: Sequence[Sequence[float]], costs: StepCosts) -> list[int]: ...
+def share_drafts(chances: Sequence[Sequence[float]], costs: StepCosts, draft_seconds: Sequence[float] = ...) -> list[int]: ...

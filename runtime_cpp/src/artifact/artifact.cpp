@@ -304,6 +304,14 @@ std::vector<int64_t> Artifact::steps() const {
   return found;
 }
 
+int64_t Artifact::hidden_size() const {
+  auto drafter = entry_points.find("draft");
+  if (drafter == entry_points.end()) return 0;
+  for (const ValueSpec& v : drafter->second.inputs)
+    if (v.name == "hidden" && v.shape.size() == 2) return v.shape[1];
+  return 0;
+}
+
 std::string Artifact::target_names() const {
   std::string out;
   for (const TargetSpec& t : targets) out += (out.empty() ? "" : ", ") + t.target;

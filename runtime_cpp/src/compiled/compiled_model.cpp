@@ -25,7 +25,8 @@ CompiledModel::CompiledModel(const Model::Impl& model, const std::string& entry,
       library_(model.package->library(entry)),
       surroundings_(surroundings),
       token_(index_of(point_.outputs, "token")),
-      logits_(index_of(point_.outputs, "logits")) {
+      logits_(index_of(point_.outputs, "logits")),
+      hidden_(index_of(point_.outputs, "hidden")) {
   Running running(surroundings_);
   check(library_.create(&container_, 1, surroundings_.device.str().c_str(), nullptr), "cannot be set up");
   size_t inputs = 0, outputs = 0;
@@ -87,7 +88,7 @@ CompiledModel::Output CompiledModel::run(const TensorMap& values) {
   Running running(surroundings_);
   omp_set_num_threads(cpu_threads());  // of this thread's parallel regions
   check(library_.run(container_, inputs.data(), inputs.size(), outputs.data(), outputs.size(), surroundings_.stream, nullptr), "failed");
-  Output out{std::move(*outputs[token_]), std::move(*outputs[logits_])};
+  Output out{std::move(*outputs[token_]), std::move(*outputs[logits_]), hidden_ < outputs.size() ? std::move(*outputs[hidden_]) : Tensor()};
   for (Tensor* handle : outputs) delete handle;
   return out;
 }

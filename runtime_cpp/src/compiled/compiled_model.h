@@ -27,6 +27,7 @@ class CompiledModel {
 
   struct Output {
     Tensor token, logits;  // [1] int64, [1, V] float32
+    Tensor hidden;         // [1, D] float32, for a drafter; undefined: the entry gives none
   };
   Output run(const TensorMap& values);
 
@@ -40,7 +41,7 @@ class CompiledModel {
   const EntryPoint& point_;
   const Library& library_;
   Surroundings& surroundings_;
-  size_t token_, logits_;
+  size_t token_, logits_, hidden_;
   Library::Container container_ = nullptr;
   std::vector<Tensor*> kept_;
 };

@@ -109,7 +109,7 @@ double StepCosts::of(int64_t tokens) const {
   return size ? found * (size > sizes_[at] ? std::pow(kUnmeasured, static_cast<double>(sizes_[at] - size)) : 1) : std::pow(kUnmeasured, static_cast<double>(sizes_[at] - 1));
 }
 
-std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chances, const StepCosts& costs) {
+std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chances, const StepCosts& costs, const std::vector<double>& draft_seconds) {
   // The likeliest drafts first: a row's chances never rise, so what is taken of it is always its draft's beginning.
   std::vector<std::pair<double, size_t>> places;
   for (size_t row = 0; row < chances.size(); ++row)
@@ -118,12 +118,14 @@ std::vector<int64_t> share_drafts(const std::vector<std::vector<double>>& chance
   const auto rows = static_cast<int64_t>(chances.size());
   std::vector<int64_t> shares(chances.size());
   if (!costs.knows(rows)) return shares;  // first what a step without drafts takes
-  double best = static_cast<double>(rows) / costs.of(rows), tokens = static_cast<double>(rows);
-  size_t taken = 0, seen = 0;
-  for (int64_t size : costs.sizes()) {
-    if (size < rows) continue;
-    for (; seen < std::min(places.size(), static_cast<size_t>(size - rows)); ++seen) tokens += places[seen].first;
-    if (const double rate = tokens / costs.of(std::max(rows, rows + static_cast<int64_t>(seen))); rate > best) best = rate, taken = seen;
+  double best = static_cast<double>(rows) / costs.of(rows), tokens = static_cast<double>(rows), drafting = 0;
+  size_t taken = 0;
+  for (size_t i = 0; i < places.size() && rows + static_cast<int64_t>(i) < costs.sizes().back(); ++i) {
+    const auto [chance, row] = places[i];
+    const double seconds = row < draft_seconds.size() ? draft_seconds[row] : 0;
+    tokens += chance, drafting += seconds;
+    const double rate = tokens / (costs.of(rows + static_cast<int64_t>(i) + 1) + drafting);
+    if (rate > best || (rate == best && taken == i && !(seconds > 0))) best = rate, taken = i + 1;  // what costs nothing fills the step
   }
   for (size_t i = 0; i < taken; ++i) ++shares[places[i].second];
   return shares;

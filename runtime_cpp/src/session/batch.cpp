@@ -24,7 +24,8 @@ using Clock = std::chrono::steady_clock;
 constexpr char kInUse[] = "the batch is in use by another thread";
 
 struct RowDrafts {
-  explicit RowDrafts(int64_t most) : acceptance(most) {}
+  RowDrafts(int64_t most, bool model) : by_model(model), acceptance(most) {}
+  bool by_model;       // else by what occurred before
   NgramDrafter ngram;  // its text is the timeline's, with what was sampled last
   Acceptance acceptance;
   std::vector<int64_t> now;  // of the step that is taken
@@ -42,6 +43,7 @@ struct Row : Caches {
   int64_t produced = 0;     // tokens handed out
   std::vector<float> logits;
   std::unique_ptr<RowDrafts> drafts;  // null: none
+  bool hidden = false;      // that of the token before `next` is in the batch's rows of them
 
   bool used() const { return in_use; }
   size_t left() const { return request.prompt.size() - read; }  // of the prompt
@@ -100,6 +102,8 @@ struct Batch::Impl {
   void take_step(const std::vector<int64_t>& rows, std::vector<RowEvent>& events);
   RowEvent took(int64_t row, int64_t token);
   void draft(const std::vector<int64_t>& rows);
+  void keep_hidden(int64_t row, const Tensor& lines, int64_t at);
+  Tensor hidden_of(int64_t row) const { return line_of(hidden, row); }
   void keep_logits(Row& row, const Tensor& logits, int64_t at);
   void check_tokens(const std::vector<int64_t>& tokens, int64_t after, const char* what) const;
   Row& free_row(const Request& request);
@@ -120,6 +124,8 @@ struct Batch::Impl {
   std::vector<std::unique_ptr<CompiledModel>> prefills;  // of each row
   std::vector<std::unique_ptr<Step>> decodes;
   std::map<int64_t, Step> several;  // by their number of tokens
+  std::unique_ptr<ModelDrafter> drafter;  // made when a timeline asks for it
+  Tensor hidden;                          // [rows, D], what it is given of each
   std::deque<Row> rows;
   int64_t last_handle = 0;
   StepCosts costs;
@@ -301,14 +307,23 @@ int64_t Batch::Impl::join(const Request& request) {
   if (request.sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
       if (!values.count(name)) fail("the artifact is greedy only: its decode model has no input '", name, "'");
+  const bool by_model = request.drafting.source == DraftSource::Mtp;
+  if (by_model && !drafter) {
+    TensorMap tensors = shared.constants;
+    tensors.insert(kv.begin(), kv.end());
+    auto opened = std::make_unique<ModelDrafter>(shared, *timeline, decode_surroundings, tensors, options.graph, options.early_launch);
+    hidden = timeline->make(Scalar::F32, {options.rows, shared.artifact.hidden_size()});
+    drafter = std::move(opened);
+  }
   Row& row = free_row(request);
   if (request.row < 0) row.clear();
   row.request = request;
   row.feed({request.prompt.begin() + row.position, request.prompt.end()}, false);
   row.produced = 0, row.in_use = true, row.handle = ++last_handle;
   row.logits.clear();
-  row.drafts = drafts ? std::make_unique<RowDrafts>(most) : nullptr;
-  if (drafts) row.drafts->ngram.append(request.prompt);
+  row.hidden = false;
+  row.drafts = drafts ? std::make_unique<RowDrafts>(most, by_model) : nullptr;
+  if (drafts && !by_model) row.drafts->ngram.append(request.prompt);
   return last_handle;
 }
 
@@ -316,7 +331,7 @@ void Batch::Impl::extend(Row& row, const std::vector<int64_t>& tokens, bool by_s
   if (row.left()) fail("timeline ", row.handle, " has ", row.left(), " tokens still to be read");
   check_tokens(tokens, row.position, "text");
   if (row.next >= 0 && row.produced) --row.produced;
-  if (row.drafts) {
+  if (row.drafts && !row.drafts->by_model) {
     if (row.next >= 0) row.drafts->ngram.cut(row.drafts->ngram.length() - 1);
     row.drafts->ngram.append(tokens);
   }
@@ -360,7 +375,7 @@ RowEvent Batch::Impl::took(int64_t number, int64_t token) {
     return event;
   }
   row.next = token;
-  if (row.drafts) row.drafts->ngram.append({token});
+  if (row.drafts && !row.drafts->by_model) row.drafts->ngram.append({token});
   if (row.request.stop_at_eog && model->is_eog(token)) {
     event.stop = Stop::Eog;
   } else {
@@ -384,6 +399,14 @@ void Batch::Impl::keep_logits(Row& row, const Tensor& logits, int64_t at) {
   timeline->read(row.logits.data(), Tensor::over(line, logits.device, Scalar::F32, {shared.vocab_size}));
 }
 
+// Line `at` of what a run gave is the hidden row of the token that the row has fed last.
+void Batch::Impl::keep_hidden(int64_t number, const Tensor& lines, int64_t at) {
+  Row& row = rows[static_cast<size_t>(number)];
+  if (!row.drafts || !row.drafts->by_model) return;
+  timeline->copy(hidden_of(number), line_of(lines, at));
+  row.hidden = true;
+}
+
 void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
   Row& row = rows[static_cast<size_t>(number)];
   const auto n = std::min(chunk, static_cast<int64_t>(row.left()));
@@ -400,6 +423,7 @@ void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
   row.wrote(&row.request.prompt[row.read], n);
   row.read += static_cast<size_t>(n);
   if (row.left()) return;
+  keep_hidden(number, out.hidden, 0);
   keep_logits(row, out.logits, 0);
   events.push_back(took(number, token));
 }
@@ -453,6 +477,7 @@ BatchProbe Batch::Impl::probe(const std::vector<int64_t>& tokens, const std::vec
 // What each of the timelines drafts for the step that all of them take.
 void Batch::Impl::draft(const std::vector<int64_t>& numbers) {
   std::vector<std::vector<double>> chances(numbers.size());
+  std::vector<double> seconds(numbers.size());
   int64_t room = costs.sizes().back() - static_cast<int64_t>(numbers.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
     Row& row = rows[static_cast<size_t>(numbers[i])];
@@ -462,18 +487,27 @@ void Batch::Impl::draft(const std::vector<int64_t>& numbers) {
     const int64_t length = row.request.drafting.length ? row.request.drafting.length : costs.sizes().back() - 1;
     int64_t most = std::min({length, room, shared.artifact.max_seq_len - row.position - 1});
     if (row.request.max_new_tokens) most = std::min(most, row.request.max_new_tokens - row.produced - 1);
-    row.drafts->now = row.drafts->ngram.draft(most);
     chances[i] = row.drafts->acceptance.chances();
-    chances[i].resize(row.drafts->now.size());
+    if (row.drafts->by_model) {
+      seconds[i] = drafter->seconds();
+      chances[i].resize(row.hidden && most > 0 ? static_cast<size_t>(most) : 0);
+    } else {
+      row.drafts->now = row.drafts->ngram.draft(most);
+      chances[i].resize(row.drafts->now.size());
+    }
   }
-  const std::vector<int64_t> shares = share_drafts(chances, costs);
+  const std::vector<int64_t> shares = share_drafts(chances, costs, seconds);
   for (int64_t share : shares) room -= share;
   for (size_t i = 0; i < numbers.size(); ++i) {
     Row& row = rows[static_cast<size_t>(numbers[i])];
     if (!row.drafts) continue;
-    const bool due = !shares[i] && room > 0 && !row.drafts->now.empty() && row.drafts->acceptance.due();
-    room -= due;
-    row.drafts->now.resize(static_cast<size_t>(shares[i] + due));
+    const int64_t offered = static_cast<int64_t>(chances[i].size()) - shares[i];
+    const int64_t more = std::min(room, row.request.drafting.fixed ? offered : int64_t{!shares[i] && offered && row.drafts->acceptance.due()});
+    room -= more;
+    if (row.drafts->by_model && shares[i] + more > 0)
+      row.drafts->now = drafter->draft({row.token(), row.position, numbers[i], hidden_of(numbers[i]), row.request.sampling}, shares[i] + more);
+    else
+      row.drafts->now.resize(static_cast<size_t>(shares[i] + more));
   }
 }
 
@@ -504,10 +538,12 @@ void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<Row
     row.read += row.left() ? 1 : 0;
     row.written = std::max<int64_t>(row.written, row.position + drafted + 1);
     row.wrote(&fed, 1);
+    keep_hidden(number, step.out.hidden, line);
     if (row.left() && *sampled >= 0) continue;  // the next is given
     int64_t agreed = 0;
     if (row.drafts) {
       agreed = Acceptance::agreed(row.drafts->now, {sampled, sampled + drafted + 1});
+      if (agreed) keep_hidden(number, step.out.hidden, line + agreed);
       row.drafts->acceptance.took(drafted, agreed);
       for (int64_t i = 0; i < drafted && i <= agreed; ++i) ++counts.tried[static_cast<size_t>(i)], counts.right[static_cast<size_t>(i)] += i < agreed;
       ++counts.steps, counts.tokens += agreed + 1;

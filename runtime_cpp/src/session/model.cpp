@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <set>
 
 #include "cpu/ops.h"
@@ -72,6 +73,37 @@ void check_inputs(const std::string& entry, const EntryPoint& point) {
   }
 }
 
+// The entry of a drafter, and what the others give it.
+void check_drafter(const Artifact& artifact) {
+  if (!artifact.entry_points.count("draft")) return;
+  const EntryPoint& point = artifact.entry("draft");
+  static const std::map<std::string, DType> known = {{"tokens", DType::I64}, {"pos", DType::I64},         {"last", DType::I64},  {"row", DType::I64},   {"hidden", DType::F32},
+                                                     {"seed", DType::I64},   {"temperature", DType::F32}, {"top_k", DType::I32}, {"top_p", DType::F32}};
+  std::vector<int64_t> hidden;
+  std::set<std::string> given;
+  for (const ValueSpec& v : point.inputs) {
+    auto it = known.find(v.name);
+    if (it == known.end() || it->second != v.dtype) fail("manifest.json: draft has the input '", v.name, "' (", dtype_name(v.dtype), "), which this runner does not know");
+    if (v.name == "hidden") hidden = v.shape;
+    if (v.name == "hidden" ? v.shape.size() != 2 || v.shape[0] != 1 || v.shape[1] < 1 : v.shape != std::vector<int64_t>{1})
+      fail("manifest.json: the input '", v.name, "' of draft has shape ", shape_text(v.shape));
+    given.insert(v.name);
+  }
+  for (const char* name : {"tokens", "pos", "last", "row", "hidden"})
+    if (!given.count(name)) fail("manifest.json: draft has no input '", name, "'");
+  if (artifact.steps().empty()) fail("manifest.json: there is a drafter, and no step of several tokens that would check its drafts");
+  std::map<std::string, int64_t> rows = {{"prefill", 1}, {"decode", 1}, {"draft", 1}};
+  for (int64_t m : artifact.steps()) rows.emplace("decode_" + std::to_string(m), m);
+  for (const auto& [entry, m] : rows)
+    for (const auto& [name, dtype] : {std::pair("token", DType::I64), std::pair("logits", DType::F32), std::pair("hidden", DType::F32)}) {
+      const auto& outputs = artifact.entry(entry).outputs;
+      auto it = std::find_if(outputs.begin(), outputs.end(), [&, n = name](const ValueSpec& v) { return v.name == n; });
+      if (it == outputs.end() || it->dtype != dtype) fail("manifest.json: ", entry, " has no ", dtype_name(dtype), " output '", name, "', which a drafter needs");
+      if (it->name == "hidden" && it->shape != std::vector<int64_t>{m, hidden[1]})
+        fail("manifest.json: 'hidden' of ", entry, " has shape ", shape_text(it->shape), ", the drafter takes rows of ", hidden[1]);
+    }
+}
+
 // The weights of a code-only artifact, checked; null where the artifact holds its own.
 std::unique_ptr<RawWeights> open_weights(const Artifact& artifact, const LoadOptions& options) {
   if (!artifact.gguf) {
@@ -122,6 +154,7 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   auto impl = std::make_unique<Impl>(directory);
   const Artifact& artifact = impl->artifact;
   for (const char* entry : {"prefill", "decode"}) check_inputs(entry, artifact.entry(entry));
+  check_drafter(artifact);
   Place place = choose_place(artifact, options.device);
   impl->target = place.target;
   impl->package = std::make_unique<Package>(artifact, *place.target);

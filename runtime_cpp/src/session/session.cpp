@@ -70,6 +70,8 @@ void Session::Impl::bind_constants() {
     if (!all.emplace(name, cache).second) fail("manifest.json: '", name, "' is both a constant and a KV cache");
   std::set<std::string> used = prefill->bind(all);
   used.merge(decode->bind(all));
+  if (ModelDrafter::in(shared.artifact))  // opened when it is needed
+    for (const auto& [name, constant] : shared.package->library(ModelDrafter::kEntry).constants()) used.insert(name);
   for (const auto& [name, tensor] : all)
     if (!used.count(name)) fail("manifest.json names '", name, "', which the compiled models do not use; export the model again");
 }
@@ -87,10 +89,10 @@ void Session::Impl::warm_up() {
     // Before compute capability 9.0 no kernel can wait inside.
     bool early = options.early_launch && shared.target->major >= 9;
     timeline->capture([this] { run_step(); }, early ? shared.artifact.entry("decode").waits : std::vector<std::string>());
-    graph_logits = logits;
+    graph_logits = logits, graph_hidden = hidden;
   }
   zero_caches();
-  logits.reset();
+  logits.reset(), hidden.reset();
   timeline->synchronize();
 }
 
@@ -113,14 +115,14 @@ CompiledModel::Output Session::Impl::run_prefill(const int64_t* tokens, int64_t 
     inputs[name] = Tensor::make(prefill_surroundings.memory, shared.backend->device(), Scalar::I64, {n});
     timeline->write(inputs[name], from);
   }
-  logits.reset();  // its memory may serve this call
+  logits.reset(), hidden.reset();  // their memory may serve this call
   return prefill->run(inputs);
 }
 
 void Session::Impl::prefill_chunk(const int64_t* tokens, int64_t n) {
   CompiledModel::Output out = run_prefill(tokens, n);
   wrote(tokens, n);
-  logits = out.logits;
+  logits = out.logits, hidden = out.hidden;
   copied = false;
   timeline->copy(values.at("tokens"), out.token);
   in_step = true;
@@ -131,7 +133,7 @@ void Session::Impl::prefill_chunk(const int64_t* tokens, int64_t n) {
 void Session::Impl::run_step() {
   CompiledModel::Output out = decode->run(values);
   timeline->copy(values.at("tokens"), out.token);
-  logits = out.logits;
+  logits = out.logits, hidden = out.hidden;
 }
 
 void Session::Impl::launch() {
@@ -141,7 +143,7 @@ void Session::Impl::launch() {
   }
   timeline->fill_low(values.at("pos"), static_cast<uint32_t>(position));
   if (graph_logits.defined())
-    timeline->replay(), logits = graph_logits;
+    timeline->replay(), logits = graph_logits, hidden = graph_hidden;
   else
     run_step();
   wrote(&next, 1);

@@ -44,6 +44,11 @@ struct Session::Impl : Caches {
   void begin_drafts();
   bool take_drafts(int64_t room, bool stop_at_eog);
   WideStep& wide_step(int64_t tokens);
+  TensorMap all_rows() const;
+  ModelDrafter& model_drafter();
+  ModelDrafter::From drafts_from(int64_t token) const { return {token, position, 0, hidden, sampling}; }
+  DraftProbe probe_drafts(int64_t count, int64_t token);
+  std::vector<int64_t> draft(int64_t most);
   int64_t run_drafts(WideStep& step, const std::vector<int64_t>& drafts);
   void next_of_step();
   void took_one(std::chrono::steady_clock::time_point began, bool queued);
@@ -53,7 +58,7 @@ struct Session::Impl : Caches {
     for (auto& [name, cache] : kv) timeline->zero(cache);
   }
   const std::vector<float>& host_logits();
-  void forget_step() { in_step = copied = false, logits.reset(); }  // what the device has of it is not what next and position say
+  void forget_step() { in_step = copied = false, logits.reset(), hidden.reset(); }  // what the device has of it is not what next and position say
   void stand_at(int64_t to, int64_t next_token, bool was_handed_out, std::vector<float> row);
   void took_logits() {
     if (sink) sink(host_logits());
@@ -67,6 +72,7 @@ struct Session::Impl : Caches {
 
   Tensor logits;        // [1, V] of the last run
   Tensor graph_logits;  // the graph's own output; undefined: there is no graph
+  Tensor hidden, graph_hidden;  // [1, D] likewise; undefined: not known, or there is no drafter
   std::vector<float> logits_copy;
   bool copied = false;
 

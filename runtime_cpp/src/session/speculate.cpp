@@ -14,10 +14,17 @@ double seconds_since(Clock::time_point from) { return std::chrono::duration<doub
 
 }  // namespace
 
+Tensor line_of(const Tensor& rows, int64_t at) {
+  if (!rows.dense() || rows.dims != 2) fail("internal error: rows with gaps");
+  const uint64_t bytes = static_cast<uint64_t>(rows.sizes[1]) * scalar_bytes(rows.scalar);
+  return Tensor::over(static_cast<char*>(rows.data()) + static_cast<uint64_t>(at) * bytes, rows.device, rows.scalar, {1, rows.sizes[1]});
+}
+
 DraftSource draft_source(const std::string& name) {
   if (name == "off") return DraftSource::Off;
   if (name == "ngram") return DraftSource::Ngram;
-  fail("drafts by '", name, "': must be ngram or off");
+  if (name == "mtp") return DraftSource::Mtp;
+  fail("drafts by '", name, "': must be ngram, mtp or off");
 }
 
 std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting) {
@@ -40,17 +47,36 @@ void Session::Impl::set_drafts(const Drafting& drafting) {
   }
   const std::vector<int64_t> sizes = step_sizes(shared.artifact, drafting);
   if (!drafts) drafts = std::make_unique<Speculation>(sizes);
+  if (drafting.source == DraftSource::Mtp && !drafting.own) model_drafter();
   speculation = drafts.get();
   speculation->drafting = drafting;
+}
+
+ModelDrafter& Session::Impl::model_drafter() {
+  if (!drafts->model) drafts->model = std::make_unique<ModelDrafter>(shared, *timeline, decode_surroundings, all_rows(), options.graph, options.early_launch);
+  return *drafts->model;
+}
+
+// Constants, and caches of all the artifact's rows, of which an entry touches those that it is given tokens of. This session is row 0.
+TensorMap Session::Impl::all_rows() const {
+  TensorMap all = shared.constants;
+  for (const KvSpec& k : shared.artifact.kv) {
+    std::vector<int64_t> shape{shared.artifact.rows};
+    shape.insert(shape.end(), k.shape.begin(), k.shape.end());
+    all.emplace(k.name, Tensor::over(kv.at(k.name).data(), shared.backend->device(), scalar_of(k.dtype), shape));
+  }
+  return all;
 }
 
 // The drafter's text is what stands in the caches, and `next`.
 void Session::Impl::begin_drafts() {
   draft_counts = {};
   if (!speculation) return;
-  speculation->acceptance.count_from_here();
+  speculation->acceptance().count_from_here();
+  Drafter* const text_of = speculation->text();
+  if (!text_of) return;
   if (speculation->drafting.own) {
-    speculation->drafter().cut(0);
+    text_of->cut(0);
   } else {
     needs_history();
     const std::vector<int64_t>& text = speculation->ngram.text();
@@ -59,7 +85,7 @@ void Session::Impl::begin_drafts() {
     speculation->ngram.cut(differs.second - text.begin());
     speculation->ngram.append({differs.first, end});
   }
-  speculation->drafter().append({next});
+  text_of->append({next});
 }
 
 WideStep& Session::Impl::wide_step(int64_t tokens) {
@@ -74,15 +100,8 @@ WideStep& Session::Impl::wide_step(int64_t tokens) {
       fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
     step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {m}));
   }
-  // The entry takes caches of all the artifact's rows, of which a step touches those that it is given tokens of. This session is row 0.
-  TensorMap all = shared.constants;
-  for (const KvSpec& k : shared.artifact.kv) {
-    std::vector<int64_t> shape{shared.artifact.rows};
-    shape.insert(shape.end(), k.shape.begin(), k.shape.end());
-    all.emplace(k.name, Tensor::over(kv.at(k.name).data(), shared.backend->device(), scalar_of(k.dtype), shape));
-  }
   auto opened = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
-  opened->bind(all);
+  opened->bind(all_rows());
   step.model = std::move(opened);
   return step;
 }
@@ -119,6 +138,24 @@ int64_t Session::Impl::run_drafts(WideStep& step, const std::vector<int64_t>& dr
   return agreed;
 }
 
+// At most `most` tokens that may follow `next`, as many as are worth it.
+std::vector<int64_t> Session::Impl::draft(int64_t most) {
+  Speculation& s = *speculation;
+  std::vector<double> chances = s.acceptance().chances();
+  auto worth = [&](size_t offered) {
+    chances.resize(offered);
+    if (s.drafting.fixed) return static_cast<int64_t>(offered);
+    return std::min<int64_t>(static_cast<int64_t>(offered), std::max<int64_t>(s.worth(chances), s.acceptance().due()));
+  };
+  if (!s.text()) {
+    if (!hidden.defined()) return {};  // behind restore() and the like: the next step has it
+    return s.model->draft(drafts_from(next), worth(static_cast<size_t>(most)));
+  }
+  std::vector<int64_t> drafted = s.text()->draft(most);
+  if (!s.drafting.own) drafted.resize(static_cast<size_t>(worth(drafted.size())));
+  return drafted;
+}
+
 // Goes on by one token that a step of several gave: one that is there, or the first of a step with at most `room` tokens. False: nothing is worth
 // drafting, and nothing has changed.
 bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
@@ -126,16 +163,10 @@ bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
   if (s.ahead.empty()) {
     const int64_t most = std::min(s.most(), room - 1);
     if (most < 1 || !s.hopes()) return false;
-    std::vector<int64_t> drafted = s.drafter().draft(most);
+    std::vector<int64_t> drafted = draft(most);
     for (size_t i = 0; i < drafted.size(); ++i) {
       if (drafted[i] < 0 || drafted[i] >= shared.vocab_size) fail("drafts: token ", drafted[i], " is outside of the vocabulary of ", shared.vocab_size);
       if (stop_at_eog && model->is_eog(drafted[i])) drafted.resize(i + 1);
-    }
-    if (!s.drafting.own) {
-      std::vector<double> chances = s.acceptance.chances();
-      chances.resize(drafted.size());
-      const auto worth = static_cast<size_t>(share_drafts({chances}, s.costs)[0]);
-      drafted.resize(std::min(drafted.size(), std::max(worth, size_t{s.acceptance.due()})));
     }
     if (drafted.empty()) return false;
     const auto n = static_cast<int64_t>(drafted.size());
@@ -143,7 +174,7 @@ bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
     const auto began = Clock::now();
     const int64_t agreed = run_drafts(step, drafted);
     if (step.runs > kColdRuns + 1) s.costs.took(1 + n, seconds_since(began));
-    s.acceptance.took(n, agreed);
+    s.acceptance().took(n, agreed);
     ++draft_counts.steps;
   }
   next_of_step();
@@ -156,9 +187,9 @@ void Session::Impl::next_of_step() {
   speculation->ahead.pop_front();
   ++position;
   in_step = false;
-  const Tensor& rows = speculation->last->out.logits;
-  if (!rows.dense()) fail("internal error: logits with gaps");
-  logits = Tensor::over(static_cast<char*>(rows.data()) + static_cast<uint64_t>(row * shared.vocab_size) * scalar_bytes(rows.scalar), rows.device, rows.scalar, {1, shared.vocab_size});
+  const CompiledModel::Output& out = speculation->last->out;
+  logits = line_of(out.logits, row);
+  if (out.hidden.defined()) hidden = line_of(out.hidden, row);
   copied = false;
   try {
     took_logits();
@@ -171,7 +202,7 @@ void Session::Impl::next_of_step() {
   next = token;
   handed_out = false;
   check_next();
-  speculation->drafter().append({next});
+  if (Drafter* text_of = speculation->text()) text_of->append({next});
   ++draft_counts.tokens;
 }
 
@@ -182,9 +213,37 @@ void Session::Impl::took_one(Clock::time_point began, bool queued) {
   // A step that was queued ran while the token before it was handed out.
   s.costs.took(1, std::chrono::duration<double>(now - (queued && s.received ? *s.received : began)).count());
   s.received = now;
-  s.acceptance.took(0, 0);
-  s.drafter().append({next});
+  s.acceptance().took(0, 0);
+  if (Drafter* text_of = s.text()) text_of->append({next});
   ++draft_counts.steps, ++draft_counts.tokens;
+}
+
+DraftProbe Session::Impl::probe_drafts(int64_t count, int64_t token) {
+  const std::vector<int64_t> sizes = step_sizes(shared.artifact, {DraftSource::Mtp, count});
+  if (!drafts) drafts = std::make_unique<Speculation>(sizes);
+  ModelDrafter& drafter = model_drafter();
+  if (count < 1 || token < 0 || token >= shared.vocab_size) fail("probe_drafts() of ", count, " drafts behind token ", token);
+  if (!hidden.defined()) fail("probe_drafts(): the hidden row of position ", position - 1, " is not known; feed a token first");
+  DraftProbe found;
+  auto add = [&](std::vector<float>& to, const Tensor& row) {
+    to.resize(to.size() + static_cast<size_t>(row.numel()));
+    timeline->read(to.data() + to.size() - row.numel(), row);
+  };
+  const Tensor kept = timeline->make(hidden.scalar, {1, hidden.sizes[1]});
+  timeline->copy(kept, hidden);
+  hidden = kept;  // what the drafter leaves is in the place of the step's results
+  host_logits();
+  found.tokens = drafter.draft(drafts_from(token), count, [&](const CompiledModel::Output& out) { add(found.logits, out.logits), add(found.hidden, out.hidden); });
+  for (int64_t i = 0; i < kColdRuns; i += count) drafter.draft(drafts_from(token), count);
+  const auto began = Clock::now();
+  drafter.draft(drafts_from(token), count);
+  found.seconds = seconds_since(began);
+  return found;
+}
+
+DraftProbe Session::probe_drafts(int64_t count, std::optional<int64_t> token) {
+  Turn turn(impl_->busy, *impl_->timeline);
+  return impl_->probe_drafts(count, token.value_or(impl_->next));
 }
 
 void Session::set_drafts(const Drafting& drafting) {
@@ -195,7 +254,7 @@ void Session::set_drafts(const Drafting& drafting) {
 DraftCounts Session::draft_counts() const {
   Turn turn(impl_->busy, *impl_->timeline);
   DraftCounts found = impl_->draft_counts;
-  if (impl_->speculation) found.tried = impl_->speculation->acceptance.tried(), found.right = impl_->speculation->acceptance.right();
+  if (impl_->speculation) found.tried = impl_->speculation->acceptance().tried(), found.right = impl_->speculation->acceptance().right();
   return found;
 }
 

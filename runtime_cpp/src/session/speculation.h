@@ -10,6 +10,7 @@
 #include "compiled/compiled_model.h"
 #include "kiln/draft.h"
 #include "kiln/session.h"
+#include "session/model_drafter.h"
 
 namespace kiln {
 
@@ -25,16 +26,20 @@ struct WideStep {
 // Tokens of the artifact's steps, 1 first. Error where they cannot check what `drafting` asks for.
 std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting);
 
+// Row `at` of [M, N], as [1, N].
+Tensor line_of(const Tensor& rows, int64_t at);
+
 constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
 
 // What a session that drafts has beside its caches.
 struct Speculation {
-  explicit Speculation(const std::vector<int64_t>& sizes) : costs(sizes), acceptance(sizes.back() - 1) {}
+  explicit Speculation(const std::vector<int64_t>& sizes) : costs(sizes), by_text(sizes.back() - 1), by_model(sizes.back() - 1) {}
 
   Drafting drafting;
   NgramDrafter ngram;  // its text is the session's tokens, from the first
+  std::unique_ptr<ModelDrafter> model;  // made when it is needed
   StepCosts costs;
-  Acceptance acceptance;
+  Acceptance by_text, by_model;
   std::map<int64_t, WideStep> steps;  // by M; opened when they are needed
 
   // Of the last step of several tokens, those that the model agreed with and that were not taken yet: (the row of its logits, the token).
@@ -42,10 +47,14 @@ struct Speculation {
   const WideStep* last = nullptr;  // that step
   std::optional<std::chrono::steady_clock::time_point> received;  // when the last step of one token was
 
-  Drafter& drafter() { return drafting.own ? *drafting.own : ngram; }
+  bool of_model() const { return drafting.source == DraftSource::Mtp && !drafting.own; }
+  Drafter* text() { return of_model() ? nullptr : drafting.own ? drafting.own.get() : &ngram; }  // null: what drafts keeps none
+  Acceptance& acceptance() { return of_model() ? by_model : by_text; }
+  // How many drafts, of which `chances` are, one step takes best.
+  int64_t worth(std::vector<double> chances) const { return share_drafts({std::move(chances)}, costs, {of_model() ? model->seconds() : 0})[0]; }
   int64_t most() const { return drafting.length ? drafting.length : costs.sizes().back() - 1; }
   // Whether it is worth to know what the next token is before the step behind it is queued.
-  bool hopes() const { return drafting.own || acceptance.due() || share_drafts({acceptance.chances()}, costs)[0] > 0; }
+  bool hopes() { return drafting.own || drafting.fixed || acceptance().due() || worth(acceptance().chances()) > 0; }
 };
 
 }  // namespace kiln
