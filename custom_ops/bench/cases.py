@@ -134,7 +134,8 @@ def matmul_case(op: str, m: Matrix, tokens: int, dtype: torch.dtype, limit: floa
 
 def fixed_bytes(count: int) -> int:
     """Bytes of `count` activations in fixed point."""
-    return 4 * (count // fixed_point.GROUP) * fixed_point.group_words(TERMS)
+    extent = fixed_point.extent_of(count)
+    return 4 * (count // extent) * fixed_point.extent_words(TERMS, extent)
 
 
 def of_tokens(tokens: int) -> str:
