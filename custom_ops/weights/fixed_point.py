@@ -8,8 +8,8 @@ elements 0 .. 15, 16 .. 31 and all 32.
 
 A row [K] of extent 32 is int32 [K / 32, 8 terms + 4]: a group's quads, then its tail. Of extent 256 it is int32 [K / 256, 64 terms + 48]:
 the quads of 8 groups, their tails, and 16 words of sums, the operand of a product of integers with the minima of a block. Those are the
-sums of v over each 16 elements in four signed bytes, least significant first: byte b of word 2 (4 (p % 2) + q) + p / 2 is byte p of the
-sum over elements 64q + 16b .. + 15.
+sums of v over each 16 elements in four signed bytes, least significant first: byte b of word 4q + 2 (p % 2) + p / 2 is byte p of the sum
+over elements 64q + 16b .. + 15.
 
 So the shape tells terms and extent. What holds NaN or Inf has NaN as its scale: a product with it is NaN.
 """
@@ -101,7 +101,7 @@ def quantize(x: torch.Tensor, terms: int, at_once: int | None = None) -> torch.T
     words = [quads.flatten(2), tail.flatten(2).view(torch.int32)]
     if extent == WIDE:
         planes = torch.stack([_word(plane.unflatten(2, (4, 4))) for plane in _bytes(parts.to(torch.int32), SUM_BYTES)], 2)  # [T, E, p, q]
-        words.append(planes.unflatten(2, (2, 2)).permute(0, 1, 3, 4, 2).flatten(2))  # by p % 2, q, p / 2
+        words.append(planes.unflatten(2, (2, 2)).permute(0, 1, 4, 3, 2).flatten(2))  # by q, p % 2, p / 2
     return torch.cat(words, -1).contiguous()
 
 
@@ -203,9 +203,9 @@ def store_extents(y, base, keep, TERMS: tl.constexpr, N: tl.constexpr, EXTENT: t
     tl.store(at, tl.reshape(tail, [E, S, 4]), kept)
     if EXTENT == 256:
         rest = tl.reshape(parts, [E, 4, 4])
-        q = base[:, None] + S * (8 * TERMS + 4) + 2 * tl.arange(0, 4)[None, :]
+        q = base[:, None] + S * (8 * TERMS + 4) + 4 * tl.arange(0, 4)[None, :]
         for p in tl.static_range(3):
             low = _low_byte(rest)
-            tl.store(q + 8 * (p % 2) + p // 2, _four_bytes(low, 2), keep[:, None])
+            tl.store(q + 2 * (p % 2) + p // 2, _four_bytes(low, 2), keep[:, None])
             rest = (rest - low) >> 8
-        tl.store(q + 9, _four_bytes(rest, 2), keep[:, None])
+        tl.store(q + 3, _four_bytes(rest, 2), keep[:, None])

@@ -24,7 +24,7 @@ from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, USUAL_TYP
 from kiln.custom_ops.weights.fixed_point import GROUP, WIDE, extent_of, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.gemv_rows import kiln_gemv_rows
-from kiln.custom_ops.weights.gemv_sums import kiln_gemv_sums
+from kiln.custom_ops.weights.gemv_sums import kiln_gemv_sums, loads_of
 from kiln.custom_ops.weights.gemv_tiles import kiln_gemv_tiles
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
@@ -74,10 +74,11 @@ MOST_TOGETHER = 8  # tokens of a launch
 class SumsConfig:
     """How `kiln_gemv_sums` is spread over one architecture, the same for every number of tokens, so that their sums are."""
 
-    rows: int = 64  # of a program, a multiple of 32; a warp has 32
+    rows: int = 128  # of a program, a multiple of 32; a warp has 32
     warps: int = 4  # of a program
-    warps_per_sm: int = 16  # at most, as `GemvConfig`
-    ahead: int = 8  # groups of 32 whose quants are under way, of the types of one load a group; of the others half as many
+    warps_per_sm: int = 12  # at most, as `GemvConfig`
+    ahead: int = 8  # groups of 32 whose quants are under way; of a type of two loads a group half as many
+    ahead_many: int = 6  # the same of more than four tokens, whose sums take more registers
 
     @property
     def registers(self) -> int:
@@ -126,7 +127,7 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     programs = config.warps_per_sm // config.warps * target.sm_count  # at once
     each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
     splits = triton.cdiv(steps, each * shares)
-    ahead = config.ahead // (2 if LAYOUTS[block_type].bits in (3, 5, 6) else 1)
+    ahead = (config.ahead if tokens <= 4 or tokens > MOST_TOGETHER else config.ahead_many) // loads_of(LAYOUTS[block_type].bits)
     return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target),
             "REGISTERS": config.registers, "M": tokens if tokens <= MOST_TOGETHER else 1}, splits, config.warps
 

@@ -71,8 +71,8 @@ def finish(partials, counters, out, squares_out, n, splits, block, first, tokens
         tl.store(counter, 0)
         MOST: tl.constexpr = 8 * 32 * WARPS // R if 8 * 32 * WARPS > R else 1  # tokens at a time: 8 elements of a thread
         for begin in tl.static_range(0, M, MOST):
-            LEFT: tl.constexpr = M - begin if M - begin < MOST else MOST
-            _finish_some(partials, out, squares_out, n, splits, own, first + begin, tokens, results, TERMS, END, R, WARPS, SQUARES, LEFT, OUT)
+            _finish_some(partials, out, squares_out, n, splits, own, first + begin, tokens, results, TERMS, END, R, WARPS, SQUARES,
+                         M - begin if M - begin < MOST else MOST, OUT)
 
 
 @triton.constexpr_function

@@ -49,11 +49,18 @@ def _four_halves_if(halves, keep):
 
 @triton.jit
 def _two(words):
-    """Two neighbouring int32 in one load; `words` is a multiple of 8 bytes, and depends on `after_waiting`: the load is pure."""
+    """Two neighbouring int32 in one load where it stands; `words` is a multiple of 8 bytes."""
     if INTERPRETED:
         return tl.load(words), tl.load(words + 1)
-    return tl.inline_asm_elementwise("ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [words], dtype=(tl.int32, tl.int32), is_pure=True,
+    return tl.inline_asm_elementwise("ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [words], dtype=(tl.int32, tl.int32), is_pure=False,
                                      pack=1)
+
+
+@triton.jit
+def _no_load_earlier(thread):
+    """The assembler moves no load from below to above: what is loaded ahead would take registers before those of its group are free."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -243,18 +250,17 @@ def _block_halves(halves, keep, halves_stride: tl.constexpr, HALVES: tl.constexp
 
 
 @triton.jit
-def _add_products(sums, low0, high0, low1, high1, b, scale0, scale1, at: tl.constexpr, TERMS: tl.constexpr, SIGNED: tl.constexpr,
-                  THREADS: tl.constexpr):
-    """The sums of two rows, TERMS each from `at` on, and scale times the products with activations b."""
+def _add_products(sums, low0, high0, low1, high1, b, scale0, scale1, TERMS: tl.constexpr, SIGNED: tl.constexpr, THREADS: tl.constexpr):
+    """The sums of two rows, TERMS each, and scale times the products with activations b."""
     c0, c1, d0, d1 = tile_product(low0, low1, high0, high1, b[0], b[1], THREADS, SIGNED)
     if TERMS == 1:
-        return sums[at] + scale0 * c0, sums[at + 1] + scale1 * d0
+        return sums[0] + scale0 * c0, sums[1] + scale1 * d0
     elif TERMS == 2:
-        return sums[at] + scale0 * c0, sums[at + 1] + scale0 * c1, sums[at + 2] + scale1 * d0, sums[at + 3] + scale1 * d1
+        return sums[0] + scale0 * c0, sums[1] + scale0 * c1, sums[2] + scale1 * d0, sums[3] + scale1 * d1
     else:
         c2, _c, d2, _d = tile_product(low0, low1, high0, high1, b[2], b[3], THREADS, SIGNED)
-        return (sums[at] + scale0 * c0, sums[at + 1] + scale0 * c1, sums[at + 2] + scale0 * c2, sums[at + 3] + scale1 * d0,
-                sums[at + 4] + scale1 * d1, sums[at + 5] + scale1 * d2)
+        return (sums[0] + scale0 * c0, sums[1] + scale0 * c1, sums[2] + scale0 * c2, sums[3] + scale1 * d0,
+                sums[4] + scale1 * d1, sums[5] + scale1 * d2)
 
 
 @triton.jit
@@ -280,6 +286,15 @@ def _activations(x, g: tl.constexpr, even, TERMS: tl.constexpr):
 
 
 @triton.jit
+def _of_tiles(x, columns, at, g: tl.constexpr, even, TERMS: tl.constexpr, TILES: tl.constexpr):
+    """`_activations` of each four tokens."""
+    found = ()
+    for c in tl.static_range(TILES):
+        found = found + _activations(x + (columns[2 * c] + at), g, even, TERMS)
+    return found
+
+
+@triton.jit
 def _minima_total(c0, c1, c2, c3, TERMS: tl.constexpr):
     """The sum of minima times sums of activations, of whose bytes c0 .. are the products, float32."""
     if TERMS == 1:
@@ -302,7 +317,7 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     """`kiln_gemv` of T tokens, M of them a program, 8 at most. Grid (row blocks, splits, T / M).
 
     As there but for: x of extent 256; n and where a row of words or of halves lies are multiples of 4; ROWS is a multiple of 32, a warp has
-    32 of them and one of SHARES shares of the program's part of K; AHEAD: groups of 32 whose quants are under way, a divisor of 8.
+    32 of them and one of SHARES shares of the program's part of K; AHEAD: groups of 32 whose quants are under way, 8 at most.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -349,15 +364,17 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
             for i in tl.static_range(COUNT):
                 total += tl.load(at_square + i)
             roots = roots + (tl.rsqrt(total / k + EPS),)
-    columns = ()  # where a thread's column of x begins, its words of sums, and the scale of its token
+    columns = ()  # where a thread's column of x begins, and the scale of its token
     for c in tl.static_range(TILES):
-        own = x + tl.minimum(column // 2 + 4 * c, M - 1) * X
-        columns = columns + (own + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
-                             own + 64 * TERMS + 32 + 2 * (4 * (column % 2) + octet), x + tl.minimum(octet + 4 * c, M - 1) * X + 64 * TERMS)
+        columns = columns + (tl.minimum(column // 2 + 4 * c, M - 1) * X + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
+                             tl.minimum(octet + 4 * c, M - 1) * X + 64 * TERMS)
+    to_sums = 64 * TERMS + 32 + (octet * (4 - 2 * TERMS) + (2 * (column % 2) if TERMS == 1 else 0))  # from there to its words of sums
     acc = ()
     for _ in tl.static_range(4 * TILES):
         acc = acc + (tl.zeros((THREADS,), tl.float32),)
     EACH: tl.constexpr = 4 * loads_of(BITS)
+    XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
+    PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
     for i in tl.range(0, each):
         active = begin + i < end
         keep = active.to(tl.int32) + 0 * thread
@@ -368,61 +385,73 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         by = ()  # words of scales of each row
         for r in tl.static_range(4):
             by = by + (_scales(scales_now, halves_now[2 * HALVES - 2 :], r, SCALES),)
-        totals = ()
+        minima = ()
         if MINIMUM:
-            for c in tl.static_range(TILES):
-                b = _two(columns[3 * c + 1] + step * XB)
+            for r in tl.static_range(4):
+                minima = minima + (_minima(scales_now, octet, r, SCALES),)
+        scales_now = ()
+        if SCALES != "int8":
+            scales_now = _block_scales(at + WORDS * stride, octet, more, stride, BITS, SCALES)
+        sums = ()
+        for _ in tl.static_range(4 * TILES * TERMS):
+            sums = sums + (tl.zeros((THREADS,), tl.int32),)
+        coming = ()
+        for g in tl.static_range(PAIR):
+            coming = coming + _of_tiles(x, columns, step * XB, g, even, TERMS, TILES)
+        for g in tl.static_range(GROUPS):
+            if g % PAIR == 0:
+                values = coming
+                coming = ()
+                for f in tl.static_range(g + PAIR, g + 2 * PAIR if g + PAIR < GROUPS else g + PAIR):
+                    coming = coming + _of_tiles(x, columns, step * XB, f, even, TERMS, TILES)
+            added = ()
+            for pair in tl.static_range(2):
+                low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                low1, high1 = _operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                for c in tl.static_range(TILES):
+                    own = sums[(pair * TILES + c) * 2 * TERMS : (pair * TILES + c + 1) * 2 * TERMS]
+                    b = values[(g % PAIR * TILES + c) * XW : (g % PAIR * TILES + c + 1) * XW]
+                    for part in tl.static_range(PARTS):
+                        mine = b
+                        if PARTS == 2:  # the octets of the other half are multiplied by 0
+                            mine = ()
+                            for w in tl.static_range(XW):
+                                mine = mine + (tl.where(octet // 2 == part, b[w], 0),)
+                        own = _add_products(own, low0, high0, low1, high1, mine, _scale(by[2 * pair], g, part, SCALES),
+                                            _scale(by[2 * pair + 1], g, part, SCALES), TERMS, SIGNED, THREADS)
+                    added = added + own
+            sums = added
+            now = now[EACH:]
+            if g % PAIR == PAIR - 1:
+                _no_load_earlier(thread)
+                if SCALES == "int8" and g % 2 == 1:  # those of these groups, of the next block
+                    scales_now = scales_now + _four_if(at + (WORDS + 8 * BITS + g // 2) * stride, more)
+                for f in tl.static_range(g + 1 - PAIR + AHEAD, g + 1 + AHEAD):
+                    if f < GROUPS:
+                        now = now + _quants(at, octet, f, keep, stride, BITS)
+                    else:
+                        now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
+        kept = ()
+        for c in tl.static_range(TILES):
+            scale = tl.load((x + (columns[2 * c + 1] + step * XB)).to(tl.pointer_type(tl.float32)))
+            totals = ()
+            if MINIMUM:
+                b = _two(x + (columns[2 * c] + to_sums + step * XB))
                 for pair in tl.static_range(2):
-                    m0 = _minima(scales_now, octet, 2 * pair, SCALES)
-                    m1 = _minima(scales_now, octet, 2 * pair + 1, SCALES)
-                    c0, c1, d0, d1 = small_product(m0, m1, b[0], THREADS)
+                    c0, c1, d0, d1 = small_product(minima[2 * pair], minima[2 * pair + 1], b[0], THREADS)
                     c2 = c0
                     c3 = c0
                     d2 = d0
                     d3 = d0
                     if TERMS > 1:
-                        c2, c3, d2, d3 = small_product(m0, m1, b[1], THREADS)
+                        c2, c3, d2, d3 = small_product(minima[2 * pair], minima[2 * pair + 1], b[1], THREADS)
                     totals = totals + (_minima_total(c0, c1, c2, c3, TERMS), _minima_total(d0, d1, d2, d3, TERMS))
-        scales_now = _block_scales(at + WORDS * stride, octet, more, stride, BITS, SCALES)
-        sums = ()
-        for _ in tl.static_range(4 * TILES * TERMS):
-            sums = sums + (tl.zeros((THREADS,), tl.int32),)
-        for g in tl.static_range(GROUPS):
-            pairs = ()
-            for pair in tl.static_range(2):
-                low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
-                low1, high1 = _operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
-                pairs = pairs + (low0, high0, low1, high1)
-            if g + AHEAD < GROUPS:
-                now = now[EACH:] + _quants(at, octet, g + AHEAD, keep, stride, BITS)
-            else:
-                now = now[EACH:] + _quants(at + WORDS * stride, octet, g + AHEAD - GROUPS, more, stride, BITS)
-            for part in tl.static_range(PARTS):
-                factors = ()
-                for r in tl.static_range(4):
-                    factors = factors + (_scale(by[r], g, part, SCALES),)
-                added = ()
-                for c in tl.static_range(TILES):
-                    b = _activations(columns[3 * c] + step * XB, g, even, TERMS)
-                    if PARTS == 2:  # the octets of the other half are multiplied by 0
-                        masked = ()
-                        for w in tl.static_range(4 if TERMS == 3 else 2):
-                            masked = masked + (tl.where(octet // 2 == part, b[w], 0),)
-                        b = masked
-                    for pair in tl.static_range(2):
-                        added = added + _add_products(sums, pairs[4 * pair], pairs[4 * pair + 1], pairs[4 * pair + 2], pairs[4 * pair + 3],
-                                                      b, factors[2 * pair], factors[2 * pair + 1], (2 * c + pair) * 2 * TERMS, TERMS,
-                                                      SIGNED, THREADS)
-                sums = added
-        kept = ()
-        for c in tl.static_range(TILES):
-            scale = tl.load((columns[3 * c + 2] + step * XB).to(tl.pointer_type(tl.float32)))
             if SIGNED and not LEVELS:
                 scale *= 1.0 / (1 << (8 - BITS))
             for r in tl.static_range(4):
-                add = tl.fma(_value(sums, (4 * c + r) * TERMS, TERMS), _row_float(halves_now, r) * scale, acc[4 * c + r])
+                add = tl.fma(_value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS), _row_float(halves_now, r) * scale, acc[4 * c + r])
                 if MINIMUM:
-                    add = tl.fma(totals[4 * c + r], -(_row_float(halves_now[2:], r) * scale), add)
+                    add = tl.fma(totals[r], -(_row_float(halves_now[2:], r) * scale), add)
                 kept = kept + (tl.where(active, add, acc[4 * c + r]),)
         acc = kept
         halves_now = _block_halves(halves_at, more, halves_stride, HALVES)

@@ -1,4 +1,5 @@
-"""An artifact with steps of several tokens over several timelines, for each device: for tests of batches and of drafts."""
+"""An artifact with steps of several tokens over several timelines, for each device, on the CPU with a drafter: for tests of batches and of
+drafts."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ import torch
 import kiln
 from tests.conftest import kiln as command
 from tests.conftest import shared
-from tests.gguf_files import two_layers
 
 CHUNK, ROWS = 32, 3
 # By device: the longest M, slots, slots of a ring beside its window, weights. Both kinds of ring are passed: within 64 positions a sliding
 # layer's of 16 + 6 slots and an exact window of 32 + 6, within 192 of 128 + 14 and 32 + 14.
 FORMS = {"cpu": ((2, 4), 64, {"ring": (22, 16), "exact": (38, 32)}), "cuda": ((2, 4, 8), 192, {"ring": (142, 128), "exact": (46, 32)})}
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
 
 
 def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On the CPU two layers of a small fixture, on a GPU the small trained model, whose weights are packed; with TQ4.
+    """On the CPU a fixture of three layers and its drafter, on a GPU the small trained model, whose weights are packed; with TQ4.
 
     KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
     """
@@ -31,8 +32,9 @@ def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
                "--decode-rows", ",".join(map(str, (1, *longest))))  # fmt: skip
 
     def make(path: Path) -> None:
-        gguf = two_layers(tmp_path_factory.mktemp("model") / "two.gguf") if device == "cpu" else NANO
-        more = ("--target", "cpu") if device == "cpu" else ("--target", "native", "--weights", "gguf")
+        gguf = FIXTURES / "gemma4-tiny-mtp.gguf" if device == "cpu" else NANO
+        drafter = ("--draft-gguf", FIXTURES / "gemma4-assistant-tiny-mtp.gguf")
+        more = ("--target", "cpu", *drafter) if device == "cpu" else ("--target", "native", "--weights", "gguf")
         command("export", "--gguf", gguf, "--out", path, *options, *more)
 
     kept = os.environ.get("KILN_TEST_BATCH")
