@@ -38,6 +38,15 @@ def ordered_sum(x, N: tl.constexpr):
 
 
 @triton.jit
+def ordered_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr):
+    """1 / RMS of rows of k elements, whose squares sum to COUNT values each from `squares` on: added one after another."""
+    total = tl.load(squares)
+    for i in tl.static_range(1, COUNT):
+        total += tl.load(squares + i)
+    return tl.rsqrt(total / k + EPS)
+
+
+@triton.jit
 def _add_up(source, stride, splits, keep, SHAPE: tl.constexpr, EACH: tl.constexpr):
     """The sum of source[s * stride] over s, in that order; EACH: elements of a thread."""
     TOGETHER: tl.constexpr = 16 if EACH <= IN_FLIGHT // 16 else (8 if EACH <= IN_FLIGHT // 8 else 4)
@@ -50,11 +59,12 @@ def _add_up(source, stride, splits, keep, SHAPE: tl.constexpr, EACH: tl.constexp
 
 
 @triton.jit
-def finish(partials, counters, out, squares_out, n, splits, block, first, tokens, TERMS: tl.constexpr, END: tl.constexpr,
-           ROWS: tl.constexpr, WARPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr):
+def finish(partials, counters, out, squares, squares_out, n, k, splits, block, first, tokens, TERMS: tl.constexpr, END: tl.constexpr,
+           ROWS: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr,
+           OUT: tl.constexpr):
     """The last program of a block of ROWS rows makes the results of M tokens, `first` .. of `tokens`.
 
-    Gated, it is the last of the blocks of an extent OUT of gates and of the blocks of their values. counters: one for each result.
+    COUNT > 0: they are multiplied by `ordered_root` of `squares`. Gated, it is the last of the blocks of an extent OUT of gates and of the blocks of their values. counters: one for each result.
     """
     GATED: tl.constexpr = gated(END)
     R: tl.constexpr = OUT if GATED and OUT > ROWS else ROWS  # rows of a result
@@ -71,8 +81,8 @@ def finish(partials, counters, out, squares_out, n, splits, block, first, tokens
         tl.store(counter, 0)
         MOST: tl.constexpr = 8 * 32 * WARPS // R if 8 * 32 * WARPS > R else 1  # tokens at a time: 8 elements of a thread
         for begin in tl.static_range(0, M, MOST):
-            _finish_some(partials, out, squares_out, n, splits, own, first + begin, tokens, results, TERMS, END, R, WARPS, SQUARES,
-                         M - begin if M - begin < MOST else MOST, OUT)
+            _finish_some(partials, out, squares, squares_out, n, k, splits, own, first + begin, tokens, results, TERMS, END, R, WARPS, COUNT,
+                         EPS, SQUARES, M - begin if M - begin < MOST else MOST, OUT)
 
 
 @triton.constexpr_function
@@ -81,8 +91,9 @@ def padded(count: int) -> int:
 
 
 @triton.jit
-def _finish_some(partials, out, squares_out, n, splits, own, first, tokens, results, TERMS: tl.constexpr, END: tl.constexpr,
-                 R: tl.constexpr, WARPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr):
+def _finish_some(partials, out, squares, squares_out, n, k, splits, own, first, tokens, results, TERMS: tl.constexpr, END: tl.constexpr,
+                 R: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr,
+                 OUT: tl.constexpr):
     """`finish` of the tokens first .. first + M - 1."""
     T: tl.constexpr = padded(M)
     EACH: tl.constexpr = T * R // (32 * WARPS) if T * R > 32 * WARPS else 1
@@ -94,8 +105,14 @@ def _finish_some(partials, out, squares_out, n, splits, own, first, tokens, resu
     source = partials + token.to(tl.int64)[:, None] * n + rows[None, :]
     stride = tokens * n
     total = _add_up(source, stride, splits, keep, [T, R], EACH)
+    root = tl.zeros([T], tl.float32)
+    if COUNT > 0:
+        root = ordered_root(squares + (first + tl.minimum(tl.arange(0, T), M - 1)) * COUNT, k, EPS, COUNT)
+        total *= root[:, None]
     if gated(END):
         value = _add_up(source + n // 2, stride, splits, keep, [T, R], EACH)
+        if COUNT > 0:
+            value *= root[:, None]
         if END == "silu":
             gate = total / (1.0 + tl.exp(-total))
         else:

@@ -322,4 +322,5 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
         acc *= root
     tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
     if END != "split":
-        finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS, END, ROWS, SHARES, SQUARES, 1, OUT)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, token, tokens, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, 1, OUT)

@@ -134,7 +134,8 @@ def kiln_gemv_rows(x, words, halves, partials, counters, out, squares, squares_o
             whole *= roots[m]
         tl.store(partials + (split * M + m) * n + rows, whole, mask, cache_modifier=".cg")
     if END != "split":
-        finish(partials, counters, out, squares_out, n, splits, block, 0, M, TERMS, END, ROWS, SHARES, SQUARES, M, OUT)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, 0, M, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, M, OUT)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.weights.dequantize import levels8, unpack8
 from kiln.custom_ops.weights.fixed_point import extent_words, row_words
-from kiln.custom_ops.weights.gemv_finish import finish
+from kiln.custom_ops.weights.gemv_finish import finish, ordered_root
 from kiln.custom_ops.weights.gemv_kernels import warp_share
 
 GROUPS = tl.constexpr(8)  # of a block
@@ -286,11 +286,11 @@ def _activations(x, g: tl.constexpr, even, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _of_tiles(x, columns, at, g: tl.constexpr, even, TERMS: tl.constexpr, TILES: tl.constexpr):
+def _of_tiles(x, four_tokens, columns, g: tl.constexpr, even, TERMS: tl.constexpr, TILES: tl.constexpr):
     """`_activations` of each four tokens."""
     found = ()
     for c in tl.static_range(TILES):
-        found = found + _activations(x + (columns[2 * c] + at), g, even, TERMS)
+        found = found + _activations(x + c * four_tokens + columns[2 * c], g, even, TERMS)
     return found
 
 
@@ -342,11 +342,9 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     if SHARES > 1:
         begin += warp_share(thread, 32) // (ROWS // 32) * each
     end = tl.minimum(begin + each, steps)
-    words += row
-    halves += row
     keep = (begin < end).to(tl.int32) + 0 * thread
-    at = words + tl.cast(begin, tl.int64) * (WORDS * stride)
-    halves_at = halves + tl.cast(begin, tl.int64) * (HALVES * halves_stride)
+    at = words + tl.cast(begin, tl.int64) * (WORDS * stride) + row  # of a scalar and a small offset: fewer registers stay in use
+    halves_at = halves + tl.cast(begin, tl.int64) * (HALVES * halves_stride) + row
     now = ()
     for g in tl.static_range(AHEAD):
         now = now + _quants(at, octet, g, keep, stride, BITS)
@@ -357,17 +355,13 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     X = row_words(k, TERMS, EXTENT)
     x += first_token.to(tl.int64) * X
     roots = ()
-    if COUNT > 0:
-        for c in tl.static_range(TILES):
-            at_square = squares + (first_token + tl.minimum(octet + 4 * c, M - 1)) * COUNT
-            total = tl.zeros((THREADS,), tl.float32)
-            for i in tl.static_range(COUNT):
-                total += tl.load(at_square + i)
-            roots = roots + (tl.rsqrt(total / k + EPS),)
-    columns = ()  # where a thread's column of x begins, and the scale of its token
+    if COUNT > 0 and END == "split" and M <= 4:  # of more tokens they would take registers
+        roots = (ordered_root(squares + tl.minimum(octet, M - 1) * COUNT, k, EPS, COUNT),)
+    columns = ()  # of four tokens, where a thread's column of x begins, and the scale of its token
     for c in tl.static_range(TILES):
-        columns = columns + (tl.minimum(column // 2 + 4 * c, M - 1) * X + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
-                             tl.minimum(octet + 4 * c, M - 1) * X + 64 * TERMS)
+        last = 3 if 4 * c + 4 <= M else M - 4 * c - 1
+        columns = columns + (tl.minimum(column // 2, last) * X + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
+                             tl.minimum(octet, last) * X + 64 * TERMS)
     to_sums = 64 * TERMS + 32 + (octet * (4 - 2 * TERMS) + (2 * (column % 2) if TERMS == 1 else 0))  # from there to its words of sums
     acc = ()
     for _ in tl.static_range(4 * TILES):
@@ -380,8 +374,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         keep = active.to(tl.int32) + 0 * thread
         more = (begin + i + 1 < end).to(tl.int32) + 0 * thread
         step = tl.minimum(begin + i, steps - 1)
-        at = words + tl.cast(step, tl.int64) * (WORDS * stride)
-        halves_at = halves + tl.cast(step + 1, tl.int64) * (HALVES * halves_stride)
+        at = words + tl.cast(step, tl.int64) * (WORDS * stride) + row
+        halves_at = halves + tl.cast(step + 1, tl.int64) * (HALVES * halves_stride) + row
         by = ()  # words of scales of each row
         for r in tl.static_range(4):
             by = by + (_scales(scales_now, halves_now[2 * HALVES - 2 :], r, SCALES),)
@@ -395,15 +389,16 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         sums = ()
         for _ in tl.static_range(4 * TILES * TERMS):
             sums = sums + (tl.zeros((THREADS,), tl.int32),)
+        x_at = x + step * XB
         coming = ()
         for g in tl.static_range(PAIR):
-            coming = coming + _of_tiles(x, columns, step * XB, g, even, TERMS, TILES)
+            coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
         for g in tl.static_range(GROUPS):
             if g % PAIR == 0:
                 values = coming
                 coming = ()
                 for f in tl.static_range(g + PAIR, g + 2 * PAIR if g + PAIR < GROUPS else g + PAIR):
-                    coming = coming + _of_tiles(x, columns, step * XB, f, even, TERMS, TILES)
+                    coming = coming + _of_tiles(x_at, 4 * X, columns, f, even, TERMS, TILES)
             added = ()
             for pair in tl.static_range(2):
                 low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
@@ -433,10 +428,10 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                         now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
         kept = ()
         for c in tl.static_range(TILES):
-            scale = tl.load((x + (columns[2 * c + 1] + step * XB)).to(tl.pointer_type(tl.float32)))
+            scale = tl.load((x_at + c * 4 * X + columns[2 * c + 1]).to(tl.pointer_type(tl.float32)))
             totals = ()
             if MINIMUM:
-                b = _two(x + (columns[2 * c] + to_sums + step * XB))
+                b = _two(x_at + c * 4 * X + (columns[2 * c] + to_sums))
                 for pair in tl.static_range(2):
                     c0, c1, d0, d1 = small_product(minima[2 * pair], minima[2 * pair + 1], b[0], THREADS)
                     c2 = c0
@@ -459,13 +454,15 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     quad = tl.arange(0, ROWS)
     for c in tl.static_range(TILES):
         whole = tl.join(tl.join(acc[4 * c], acc[4 * c + 2]), tl.join(acc[4 * c + 1], acc[4 * c + 3]))
-        if COUNT > 0:
-            whole *= roots[c][:, None, None]
+        if COUNT > 0 and END == "split":
+            if M > 4:
+                roots = (ordered_root(squares + tl.minimum(octet + 4 * c, M - 1) * COUNT, k, EPS, COUNT),)
+            whole *= roots[0][:, None, None]
         whole = tl.sum(tl.reshape(whole, [SHARES, ROWS, 4]), 0)
         token = quad % 4 + 4 * c
         rows = (block * ROWS + quad // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
         stored = (token < M)[:, None] & (rows < n)
         tl.store(partials + (split * tokens + first_token + token).to(tl.int64)[:, None] * n + rows, whole, stored, cache_modifier=".cg")
     if END != "split":
-        finish(partials, counters, out, squares_out, n, splits, block, first_token, tokens, TERMS, END, ROWS, ROWS * SHARES // 32, SQUARES,
-               M, OUT)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, first_token, tokens, TERMS, END, ROWS,
+               ROWS * SHARES // 32, COUNT, EPS, SQUARES, M, OUT)

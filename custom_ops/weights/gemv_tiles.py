@@ -348,4 +348,5 @@ def kiln_gemv_tiles(x, words, halves, partials, counters, out, squares, squares_
             stored = (token < M)[:, None] & (rows < n)
             tl.store(partials + (split * M + token)[:, None] * n + rows, whole, stored, cache_modifier=".cg")
     if END != "split":
-        finish(partials, counters, out, squares_out, n, splits, block, 0, M, TERMS, END, ROWS, SHARES, SQUARES, M, OUT)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, 0, M, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, M, OUT)
