@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kiln.custom_ops.gpu.early import INTERPRETED
 from kiln.custom_ops.weights.fixed_point import extent_words, row_words, store_extents
 
 IN_FLIGHT = tl.constexpr(32)  # values of a thread that are on their way at once
@@ -23,18 +24,12 @@ def gelu_tanh(x):
     return x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
 
 
-@triton.constexpr_function
-def halvings(size: int) -> int:
-    return size.bit_length() - 1
-
-
 @triton.jit
-def ordered_sum(x, N: tl.constexpr):
-    """The sum over the last axis of x [T, N], neighbours first: the same bits for every T."""
-    for i in tl.static_range(halvings(N)):
-        a, b = tl.split(tl.reshape(x, [x.shape[0], N >> (i + 1), 2]))
-        x = a + b
-    return tl.reshape(x, [x.shape[0]])
+def square(x):
+    """x * x, rounded: the compiler may not join it with an addition, which it does or not as the layout of threads suits it."""
+    if INTERPRETED:
+        return x * x
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -79,10 +74,40 @@ def finish(partials, counters, out, squares, squares_out, n, k, splits, block, f
     if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
         tl.debug_barrier()
         tl.store(counter, 0)
+        if SQUARES:
+            _finish_squares(partials, out, squares, squares_out, n, k, splits, own, first, tokens, results, R, WARPS, COUNT, EPS, M)
+            return
         MOST: tl.constexpr = 8 * 32 * WARPS // R if 8 * 32 * WARPS > R else 1  # tokens at a time: 8 elements of a thread
         for begin in tl.static_range(0, M, MOST):
-            _finish_some(partials, out, squares, squares_out, n, k, splits, own, first + begin, tokens, results, TERMS, END, R, WARPS, COUNT,
-                         EPS, SQUARES, M - begin if M - begin < MOST else MOST, OUT)
+            _finish_some(partials, out, squares, n, k, splits, own, first + begin, tokens, TERMS, END, R, WARPS, COUNT, EPS, M - begin if M - begin < MOST else MOST, OUT)
+
+
+@triton.jit
+def _finish_squares(partials, out, squares, squares_out, n, k, splits, own, first, tokens, results, R: tl.constexpr, WARPS: tl.constexpr,
+                    COUNT: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr):
+    """The sums of M tokens, and of each its sum of squares: a token's tensors are its own, so that no layout of threads depends on M."""
+    EACH: tl.constexpr = R // (32 * WARPS) if R > 32 * WARPS else 1
+    TOGETHER: tl.constexpr = 16 if EACH * M <= IN_FLIGHT // 16 else (8 if EACH * M <= IN_FLIGHT // 8 else 4)
+    rows = own * R + tl.arange(0, R)
+    keep = rows < n
+    source = partials + rows
+    totals = ()
+    for _ in tl.static_range(M):
+        totals = totals + (tl.zeros([R], tl.float32),)
+    for begin in tl.range(0, splits, TOGETHER):
+        for i in tl.static_range(TOGETHER):
+            s = begin + i
+            sums = ()
+            for m in tl.static_range(M):
+                at = (s.to(tl.int64) * tokens + first + m) * n
+                sums = sums + (totals[m] + tl.load(source + at, keep & (s < splits), other=0.0, cache_modifier=".cg"),)
+            totals = sums
+    for m in tl.static_range(M):
+        total = totals[m]
+        if COUNT > 0:
+            total *= ordered_root(squares + (first + m) * COUNT, k, EPS, COUNT)
+        tl.store(out + (first + m) * n + rows, total.to(out.dtype.element_ty), keep)
+        tl.store(squares_out + (first + m) * results + own, tl.sum(square(total), 0))
 
 
 @triton.constexpr_function
@@ -91,9 +116,8 @@ def padded(count: int) -> int:
 
 
 @triton.jit
-def _finish_some(partials, out, squares, squares_out, n, k, splits, own, first, tokens, results, TERMS: tl.constexpr, END: tl.constexpr,
-                 R: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr,
-                 OUT: tl.constexpr):
+def _finish_some(partials, out, squares, n, k, splits, own, first, tokens, TERMS: tl.constexpr, END: tl.constexpr, R: tl.constexpr,
+                 WARPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr):
     """`finish` of the tokens first .. first + M - 1."""
     T: tl.constexpr = padded(M)
     EACH: tl.constexpr = T * R // (32 * WARPS) if T * R > 32 * WARPS else 1
@@ -124,5 +148,3 @@ def _finish_some(partials, out, squares, squares_out, n, k, splits, own, first, 
         store_extents(tl.reshape(gate * value, [T * R]), to, (extent // EXTENTS < M) & (at < n // 2 // OUT), TERMS, T * R, OUT)
     else:
         tl.store(out + token.to(tl.int64)[:, None] * n + rows[None, :], total.to(out.dtype.element_ty), keep)
-        if SQUARES:
-            tl.store(squares_out + token * results + own, ordered_sum(total * total, R), there)

@@ -369,6 +369,9 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     EACH: tl.constexpr = 4 * loads_of(BITS)
     XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
     PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
+    coming = ()
+    for g in tl.static_range(PAIR):
+        coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
     for i in tl.range(0, each):
         active = begin + i < end
         keep = active.to(tl.int32) + 0 * thread
@@ -390,15 +393,17 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         for _ in tl.static_range(4 * TILES * TERMS):
             sums = sums + (tl.zeros((THREADS,), tl.int32),)
         x_at = x + step * XB
-        coming = ()
-        for g in tl.static_range(PAIR):
-            coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
+        x_next = x + tl.minimum(begin + i + 1, steps - 1) * XB
+        tails = ()  # of each four tokens: scales of a thread's token, and words of sums of its column
+        for c in tl.static_range(TILES):
+            tails = tails + (tl.load((x_at + c * 4 * X + columns[2 * c + 1]).to(tl.pointer_type(tl.float32))),)
+            tails = tails + (_two(x_at + c * 4 * X + (columns[2 * c] + to_sums)) if MINIMUM else (),)
         for g in tl.static_range(GROUPS):
             if g % PAIR == 0:
                 values = coming
                 coming = ()
-                for f in tl.static_range(g + PAIR, g + 2 * PAIR if g + PAIR < GROUPS else g + PAIR):
-                    coming = coming + _of_tiles(x_at, 4 * X, columns, f, even, TERMS, TILES)
+                for f in tl.static_range(g + PAIR, g + 2 * PAIR):
+                    coming = coming + _of_tiles(x_at if f < GROUPS else x_next, 4 * X, columns, f % GROUPS, even, TERMS, TILES)
             added = ()
             for pair in tl.static_range(2):
                 low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
@@ -428,10 +433,10 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                         now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
         kept = ()
         for c in tl.static_range(TILES):
-            scale = tl.load((x_at + c * 4 * X + columns[2 * c + 1]).to(tl.pointer_type(tl.float32)))
+            scale = tails[2 * c]
             totals = ()
             if MINIMUM:
-                b = _two(x_at + c * 4 * X + (columns[2 * c] + to_sums))
+                b = tails[2 * c + 1]
                 for pair in tl.static_range(2):
                     c0, c1, d0, d1 = small_product(minima[2 * pair], minima[2 * pair + 1], b[0], THREADS)
                     c2 = c0
