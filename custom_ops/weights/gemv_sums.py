@@ -403,7 +403,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                 values = coming
                 coming = ()
                 for f in tl.static_range(g + PAIR, g + 2 * PAIR):
-                    coming = coming + _of_tiles(x_at if f < GROUPS else x_next, 4 * X, columns, f % GROUPS, even, TERMS, TILES)
+                    coming = coming + _of_tiles(x_at if f < GROUPS else x_next, 4 * X, columns, f if f < GROUPS else f - GROUPS, even,
+                                                TERMS, TILES)
             added = ()
             for pair in tl.static_range(2):
                 low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
