@@ -72,23 +72,24 @@ MOST_TOGETHER = 8  # tokens of a launch
 
 @dataclass(frozen=True)
 class SumsConfig:
-    """How `kiln_gemv_sums` is spread over one architecture, the same for every number of tokens, so that their sums are.
-
-    With warps_per_sm 12 a thread may have 168 registers, which is what eight tokens take of a type of one load a group.
-    """
+    """How `kiln_gemv_sums` is spread over one architecture: the same for every number of tokens, so that their sums are."""
 
     rows: int = 128  # of a program, a multiple of 32; a warp has 32
     warps: int = 4  # of a program
-    warps_per_sm: int = 12  # at most, as `GemvConfig`
+    warps_per_sm: int = 12  # at most, as `GemvConfig`, of up to four tokens
     ahead: int = 8  # groups of 32 whose quants are under way
-    ahead_many: int = 8  # the same of more than four tokens, whose sums take more registers
+    warps_many: int = 12  # per multiprocessor, of more than four tokens, whose sums take more registers
+    ahead_many: int = 6
 
-    @property
-    def registers(self) -> int:
-        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
+    def registers(self, tokens: int) -> int:
+        """Of a thread, as `GemvConfig.registers`."""
+        return min(REGISTERS_PER_SM // (32 * (self.warps_per_sm if tokens <= 4 else self.warps_many)) // 8 * 8, MOST_REGISTERS)
 
 
-SUMS_CONFIGS = {(90, 1): SumsConfig(ahead_many=6), (90, 2): SumsConfig(warps_per_sm=8)}  # by (architecture, loads of a group's quants)
+# By (architecture, loads of a group's quants): of these the one that a matrix takes least time with, see `launch_sums`.
+SUMS_CONFIGS = {(90, 1): (SumsConfig(), SumsConfig(warps_per_sm=16, ahead=6)),
+                (90, 2): (SumsConfig(warps_per_sm=8, warps_many=8, ahead_many=8),)}  # fmt: skip
+LATENCY = 12  # warps of a multiprocessor that take as long as one: what does not grow with their number is memory's latency
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -121,18 +122,22 @@ def sums_fit(block_type: str, extent: int, n: int, aligned: bool) -> bool:
     return LAYOUTS[block_type].block == WIDE and extent == WIDE and n % 4 == 0 and aligned
 
 
-def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, config: SumsConfig | None = None,
-                gated: bool = False) -> tuple[dict, int, int]:
-    """`launch` of `kiln_gemv_sums`; nothing of it but M follows from `tokens`."""
-    config = config or pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits))
-    rows = math.gcd(n // 2, config.rows) if gated else config.rows
-    shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
-    programs = config.warps_per_sm // config.warps * target.sm_count  # at once
-    each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
-    splits = triton.cdiv(steps, each * shares)
-    ahead = config.ahead if tokens <= 4 or tokens > MOST_TOGETHER else config.ahead_many
-    return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target),
-            "REGISTERS": config.registers, "M": tokens if tokens <= MOST_TOGETHER else 1}, splits, config.warps
+def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
+    """`launch` of `kiln_gemv_sums`; how it is cut does not depend on `tokens`."""
+    best = None
+    for config in pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits)):
+        rows = math.gcd(n // 2, config.rows) if gated else config.rows
+        shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
+        programs = config.warps_per_sm // config.warps * target.sm_count  # at once
+        each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
+        splits = triton.cdiv(steps, each * shares)
+        time = each * triton.cdiv(blocks * splits, programs) * (config.warps_per_sm + LATENCY)
+        if best is None or time < best[0]:
+            best = time, config, rows, shares, splits
+    _, config, rows, shares, splits = best
+    together = tokens if tokens <= MOST_TOGETHER else 1
+    return {"AHEAD": config.ahead if together <= 4 else config.ahead_many, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0,
+            "EARLY": early(target), "REGISTERS": config.registers(together), "M": together}, splits, config.warps
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:

@@ -295,6 +295,17 @@ def _of_tiles(x, four_tokens, columns, g: tl.constexpr, even, TERMS: tl.constexp
 
 
 @triton.jit
+def _tails(x, four_tokens, columns, to_sums, MINIMUM: tl.constexpr, TILES: tl.constexpr):
+    """Of each four tokens the scale of a thread's token in a block, and its column's words of sums."""
+    found = ()
+    for c in tl.static_range(TILES):
+        at = x + c * four_tokens
+        found = found + (tl.load((at + columns[2 * c + 1]).to(tl.pointer_type(tl.float32))),)
+        found = found + (_two(at + (columns[2 * c] + to_sums)) if MINIMUM else (),)
+    return found
+
+
+@triton.jit
 def _minima_total(c0, c1, c2, c3, TERMS: tl.constexpr):
     """The sum of minima times sums of activations, of whose bytes c0 .. are the products, float32."""
     if TERMS == 1:
@@ -369,8 +380,11 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     EACH: tl.constexpr = 4 * loads_of(BITS)
     XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
     PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
+    # What is read a block ahead as far as registers allow it: tails of x, and x of the first groups.
+    EAGER: tl.constexpr = M == 1 or (M <= 4 and REGISTERS > 128)
+    CARRIED: tl.constexpr = EAGER or (M <= 4 and not LEVELS)
     coming = ()
-    for g in tl.static_range(PAIR):
+    for g in tl.static_range(PAIR if CARRIED else 0):
         coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
     for i in tl.range(0, each):
         active = begin + i < end
@@ -394,15 +408,17 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
             sums = sums + (tl.zeros((THREADS,), tl.int32),)
         x_at = x + step * XB
         x_next = x + tl.minimum(begin + i + 1, steps - 1) * XB
-        tails = ()  # of each four tokens: scales of a thread's token, and words of sums of its column
-        for c in tl.static_range(TILES):
-            tails = tails + (tl.load((x_at + c * 4 * X + columns[2 * c + 1]).to(tl.pointer_type(tl.float32))),)
-            tails = tails + (_two(x_at + c * 4 * X + (columns[2 * c] + to_sums)) if MINIMUM else (),)
+        tails = ()
+        if EAGER:
+            tails = _tails(x_at, 4 * X, columns, to_sums, MINIMUM, TILES)
+        elif not CARRIED:
+            for g in tl.static_range(PAIR):
+                coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
         for g in tl.static_range(GROUPS):
             if g % PAIR == 0:
                 values = coming
                 coming = ()
-                for f in tl.static_range(g + PAIR, g + 2 * PAIR):
+                for f in tl.static_range(g + PAIR, g + 2 * PAIR if CARRIED or g + PAIR < GROUPS else g + PAIR):
                     coming = coming + _of_tiles(x_at if f < GROUPS else x_next, 4 * X, columns, f if f < GROUPS else f - GROUPS, even,
                                                 TERMS, TILES)
             added = ()
@@ -432,6 +448,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                         now = now + _quants(at, octet, f, keep, stride, BITS)
                     else:
                         now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
+        if not EAGER:
+            tails = _tails(x_at, 4 * X, columns, to_sums, MINIMUM, TILES)
         kept = ()
         for c in tl.static_range(TILES):
             scale = tails[2 * c]
