@@ -18,6 +18,7 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step import add_norm as one
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
+from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, store_fixed
 
 WARPS = 8

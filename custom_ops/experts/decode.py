@@ -77,8 +77,8 @@ def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_wo
     kernel(kiln_chosen_gemv, constants["REGISTERS"], x)[grid](
         x, words, halves, up_words if apart else words, up_halves if apart else halves, chosen, partials, counters, out,
         partials if squares is None else squares, 2 * size, k, splits, words.stride(1), halves.stride(1), **format_constants(block_type),
-        TERMS=terms, EXTENT=extent, OUT=extent_of(size), END=GLU_ENDS[activation], SHARED=used, APART=apart, **root_constants(squares), EPS=eps, **constants,
-        num_warps=warps)  # fmt: skip
+        TERMS=terms, EXTENT=extent, OUT=extent_of(size), END=GLU_ENDS[activation], SHARED=used, APART=apart, **root_constants(squares),
+        EPS=eps, **constants, num_warps=warps)  # fmt: skip
     return out
 
 
@@ -105,8 +105,8 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     squares = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
     kernel(kiln_chosen_sum, constants["REGISTERS"], x)[grid](
         x, words, halves, chosen, weights, partials if beside is None else beside, partials, counters, out, squares, n, k, splits,
-        words.stride(1), halves.stride(1), **format_constants(block_type), TERMS=terms, EXTENT=extent, TOGETHER=TOGETHER, PAIRS=used, SQUARES=leave_squares,
-        BESIDE=beside is not None, **constants, num_warps=warps)  # fmt: skip
+        words.stride(1), halves.stride(1), **format_constants(block_type), TERMS=terms, EXTENT=extent, TOGETHER=TOGETHER,
+        PAIRS=used, SQUARES=leave_squares, BESIDE=beside is not None, **constants, num_warps=warps)  # fmt: skip
     return out, squares
 
 
@@ -148,7 +148,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             for block_type in types:
                 launched, _, warps = chosen_launch(block_type, USED, n, k, target, gated=n == 2 * size)
                 rows = EXPERTS * n // (2 if apart and n == 2 * size else 1)
-                constants = format_constants(block_type) | launched | {"stride": rows, "halves_stride": rows, "TERMS": 2, "EXTENT": extent_of(k)}
+                constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), rows)
+                constants |= {"TERMS": 2, "EXTENT": extent_of(k)}
                 half = halves_pointer(block_type)
                 if name == "expert_glu":
                     constants |= {"OUT": extent_of(size), "END": GLU_ENDS[activation], "SHARED": USED, "APART": apart, "EPS": EPS}

@@ -103,7 +103,8 @@ def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used:
     """Constants of the kernel beside FACTOR and EPS, and its warps."""
     block = triton.next_power_of_2(d)
     constants = {"D": d, "BLOCK": block, **root_constants(squares), "FACTORS": factors, **route.constants(experts, used, renormalized),
-                 "NORMED": normed, "BESIDE": beside, "TERMS": terms, "EXTENT": extent_of(d, PIECE), "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
+                 "NORMED": normed, "BESIDE": beside, "TERMS": terms,
+                 "EXTENT": extent_of(d, PIECE), "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
     return constants, min(max(block // (32 * HELD), 4), 16)
 
 

@@ -60,8 +60,8 @@ def check(op: str, x: torch.Tensor, k: int, rows: int | str = "T") -> None:
     """ValueError unless x is rows [k] in fixed point."""
     fits = x.dtype == torch.int32 and x.dim() == 3 and x.shape[2] in FORMS and elements(x) == k and rows in ("T", x.shape[0])
     if not fits:
-        shapes = " or ".join(f"[{rows}, {k // extent}, {', '.join(str(extent_words(t, extent)) for t in (1, 2))} or {extent_words(3, extent)}]"
-                             for extent in (GROUP, WIDE) if k % extent == 0)
+        words = {extent: [extent_words(terms, extent) for terms in (1, 2, 3)] for extent in (GROUP, WIDE) if k % extent == 0}
+        shapes = " or ".join(f"[{rows}, {k // extent}, {a}, {b} or {c}]" for extent, (a, b, c) in words.items())
         raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 {shapes}")
 
 

@@ -1,4 +1,4 @@
-"""How a GEMV ends: the last program of a block of rows adds the partial sums up, one split after another, whatever the layout of threads."""
+"""How a GEMV ends: the last program of a block of rows adds the partial sums up, in an order that no layout of threads changes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def finish(partials, counters, out, squares, squares_out, n, k, splits, block, f
            OUT: tl.constexpr):
     """The last program of a block of ROWS rows makes the results of M tokens, `first` .. of `tokens`.
 
-    COUNT > 0: they are multiplied by `ordered_root` of `squares`. Gated, it is the last of the blocks of an extent OUT of gates and of the blocks of their values. counters: one for each result.
+    COUNT > 0: they are multiplied by `ordered_root` of `squares`. Gated, it is the last of the blocks of an extent OUT of gates and of the
+    blocks of their values. counters: one for each result.
     """
     GATED: tl.constexpr = gated(END)
     R: tl.constexpr = OUT if GATED and OUT > ROWS else ROWS  # rows of a result
@@ -76,10 +77,11 @@ def finish(partials, counters, out, squares, squares_out, n, k, splits, block, f
         tl.store(counter, 0)
         if SQUARES:
             _finish_squares(partials, out, squares, squares_out, n, k, splits, own, first, tokens, results, R, WARPS, COUNT, EPS, M)
-            return
-        MOST: tl.constexpr = 8 * 32 * WARPS // R if 8 * 32 * WARPS > R else 1  # tokens at a time: 8 elements of a thread
-        for begin in tl.static_range(0, M, MOST):
-            _finish_some(partials, out, squares, n, k, splits, own, first + begin, tokens, TERMS, END, R, WARPS, COUNT, EPS, M - begin if M - begin < MOST else MOST, OUT)
+        else:
+            MOST: tl.constexpr = 8 * 32 * WARPS // R if 8 * 32 * WARPS > R else 1  # tokens at a time: 8 elements of a thread
+            for begin in tl.static_range(0, M, MOST):
+                _finish_some(partials, out, squares, n, k, splits, own, first + begin, tokens, TERMS, END, R, WARPS, COUNT, EPS,
+                             M - begin if M - begin < MOST else MOST, OUT)
 
 
 @triton.jit

@@ -228,13 +228,13 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
               PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
-    x: T rows in fixed point, of extent EXTENT; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
-    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
+    x: T rows in fixed point, of extent EXTENT; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken
+    at a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
     more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
     What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
     "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out is gelu(gate) * value, rows of
-    n / 2 of extent OUT; "silu": the same with silu(gate). counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one
-    token: COUNT > 0 multiplies by `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
+    n / 2 of extent OUT; "silu": the same with silu(gate). counters: int32 zeros, T * row blocks of them, and zeros again at the end. For
+    one token: COUNT > 0 multiplies by `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)

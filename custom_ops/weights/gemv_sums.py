@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
-from kiln.custom_ops.weights.dequantize import levels8, unpack8
+from kiln.custom_ops.weights.dequantize import unpack8
 from kiln.custom_ops.weights.fixed_point import extent_words, row_words
 from kiln.custom_ops.weights.gemv_finish import finish, ordered_root
 from kiln.custom_ops.weights.gemv_kernels import warp_share
@@ -156,7 +156,10 @@ def _quants(words, octet, g: tl.constexpr, keep, stride: tl.constexpr, BITS: tl.
 
 @triton.jit
 def _operands(first, extra, j, BITS: tl.constexpr, LEVELS: tl.constexpr, MINIMUM: tl.constexpr):
-    """Elements 8j .. 8j + 7 of a group as two words, one quant a byte: as it is where there are minima, else signed, 2^(8 - BITS) times it."""
+    """Elements 8j .. 8j + 7 of a group as two words, a quant in each byte.
+
+    As it is where there are minima, else signed: a level, or 2^(8 - BITS) times the quant less half its range.
+    """
     if MINIMUM or LEVELS:
         return unpack8(first, first, extra, j, BITS, LEVELS)
     if BITS == 6:
@@ -468,7 +471,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
             if SIGNED and not LEVELS:
                 scale *= 1.0 / (1 << (8 - BITS))
             for r in tl.static_range(4):
-                add = tl.fma(_value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS), _row_float(halves_now, r) * scale, acc[4 * c + r])
+                value = _value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS)
+                add = tl.fma(value, _row_float(halves_now, r) * scale, acc[4 * c + r])
                 if MINIMUM:
                     add = tl.fma(totals[r], -(_row_float(halves_now[2:], r) * scale), add)
                 kept = kept + (tl.where(active, add, acc[4 * c + r]),)
