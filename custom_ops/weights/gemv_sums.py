@@ -223,8 +223,28 @@ def _minima(loaded, octet, r: tl.constexpr, SCALES: tl.constexpr):
 
 
 @triton.jit
-def _scale(words, g: tl.constexpr, part: tl.constexpr, SCALES: tl.constexpr):
-    """The scale of group g, or of its first or second half, int32."""
+def _byte_of_thread(word, b):
+    """Byte b of the word, signed; b differs from thread to thread."""
+    if INTERPRETED:
+        return (word << (24 - 8 * b)) >> 24
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, 0x8880 + 0x1111 * b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _sum_of_pair(x, THREADS: tl.constexpr):
+    """The sum of x over the threads 2 i and 2 i + 1, for both."""
+    if INTERPRETED:
+        both = tl.broadcast_to(tl.sum(tl.reshape(x, [THREADS // 2, 2]), 1)[:, None], [THREADS // 2, 2])
+        return tl.reshape(both, [THREADS])
+    other = tl.inline_asm_elementwise("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return x + other
+
+
+@triton.jit
+def _scale(words, g: tl.constexpr, part: tl.constexpr, octet, SCALES: tl.constexpr, HALVED: tl.constexpr):
+    """The scale of group g, or of its first or second half, int32. HALVED: of the half that a thread's columns are of."""
+    if HALVED:
+        return _byte_of_thread(words[g // 2], 2 * (g % 2) + octet % 2)
     if SCALES == "k":
         return _byte(words[g // 4], g % 4)
     elif SCALES == "split":
@@ -340,6 +360,10 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     THREADS: tl.constexpr = ROWS * SHARES
     TILES: tl.constexpr = (M + 3) // 4  # columns of a product are of four tokens
     PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" or SCALES == "four" else 1
+    # Halves of a group with a scale each are two products, of which each takes the octets of the other half as 0. Of two tokens they fit
+    # into one: its columns are 2 tokens by 2 halves by 2 bytes, and threads 2 i and 2 i + 1 have the halves of a token.
+    HALVED: tl.constexpr = PARTS == 2 and M <= 2 and TERMS <= 2
+    PRODUCTS: tl.constexpr = 1 if HALVED else PARTS
     SIGNED: tl.constexpr = not MINIMUM
     TABLE: tl.constexpr = signed_levels(LEVELS, ZERO)
     XB: tl.constexpr = extent_words(TERMS, EXTENT)
@@ -347,6 +371,9 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     octet = thread % 4
     column = thread % 32 // 4
     even = column % 2 == 0
+    token_of_column = column // 4 if HALVED else column // 2
+    token_of_thread = octet // 2 if HALVED else octet
+    half = column // 2 % 2  # that a column is of
     row = block * ROWS + thread % ROWS // 4 * 4
     if not EVEN:
         row = tl.minimum(row, n - 4)  # of rows past the end others are computed, and not stored
@@ -370,12 +397,12 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     x += first_token.to(tl.int64) * X
     roots = ()
     if COUNT > 0 and END == "split" and M <= 4:  # of more tokens they would take registers
-        roots = (ordered_root(squares + tl.minimum(octet, M - 1) * COUNT, k, EPS, COUNT),)
+        roots = (ordered_root(squares + tl.minimum(token_of_thread, M - 1) * COUNT, k, EPS, COUNT),)
     columns = ()  # of four tokens, where a thread's column of x begins, and the scale of its token
     for c in tl.static_range(TILES):
         last = 3 if 4 * c + 4 <= M else M - 4 * c - 1
-        columns = columns + (tl.minimum(column // 2, last) * X + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
-                             tl.minimum(octet, last) * X + 64 * TERMS)
+        columns = columns + (tl.minimum(token_of_column, last) * X + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2,
+                             tl.minimum(token_of_thread, last) * X + 64 * TERMS)
     to_sums = 64 * TERMS + 32 + (octet * (4 - 2 * TERMS) + (2 * (column % 2) if TERMS == 1 else 0))  # from there to its words of sums
     acc = ()
     for _ in tl.static_range(4 * TILES):
@@ -431,14 +458,14 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                 for c in tl.static_range(TILES):
                     own = sums[(pair * TILES + c) * 2 * TERMS : (pair * TILES + c + 1) * 2 * TERMS]
                     b = values[(g % PAIR * TILES + c) * XW : (g % PAIR * TILES + c + 1) * XW]
-                    for part in tl.static_range(PARTS):
+                    for part in tl.static_range(PRODUCTS):
                         mine = b
-                        if PARTS == 2:  # the octets of the other half are multiplied by 0
+                        if PARTS == 2:
                             mine = ()
                             for w in tl.static_range(XW):
-                                mine = mine + (tl.where(octet // 2 == part, b[w], 0),)
-                        own = _add_products(own, low0, high0, low1, high1, mine, _scale(by[2 * pair], g, part, SCALES),
-                                            _scale(by[2 * pair + 1], g, part, SCALES), TERMS, SIGNED, THREADS)
+                                mine = mine + (tl.where(octet // 2 == (half if HALVED else part), b[w], 0),)
+                        own = _add_products(own, low0, high0, low1, high1, mine, _scale(by[2 * pair], g, part, octet, SCALES, HALVED),
+                                            _scale(by[2 * pair + 1], g, part, octet, SCALES, HALVED), TERMS, SIGNED, THREADS)
                     added = added + own
             sums = added
             now = now[EACH:]
@@ -451,6 +478,11 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                         now = now + _quants(at, octet, f, keep, stride, BITS)
                     else:
                         now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
+        if HALVED:
+            whole = ()
+            for i_sum in tl.static_range(4 * TERMS):
+                whole = whole + (_sum_of_pair(sums[i_sum], THREADS),)
+            sums = whole
         if not EAGER:
             tails = _tails(x_at, 4 * X, columns, to_sums, MINIMUM, TILES)
         kept = ()
@@ -487,9 +519,11 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                 roots = (ordered_root(squares + tl.minimum(octet + 4 * c, M - 1) * COUNT, k, EPS, COUNT),)
             whole *= roots[0][:, None, None]
         whole = tl.sum(tl.reshape(whole, [SHARES, ROWS, 4]), 0)
-        token = quad % 4 + 4 * c
+        token = quad % 4 // 2 if HALVED else quad % 4 + 4 * c
         rows = (block * ROWS + quad // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
         stored = (token < M)[:, None] & (rows < n)
+        if HALVED:
+            stored = stored & (quad % 2 == 0)[:, None]
         tl.store(partials + (split * tokens + first_token + token).to(tl.int64)[:, None] * n + rows, whole, stored, cache_modifier=".cg")
     if END != "split":
         finish(partials, counters, out, squares, squares_out, n, k, splits, block, first_token, tokens, TERMS, END, ROWS,
