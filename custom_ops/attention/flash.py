@@ -18,7 +18,7 @@ from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
-from kiln.custom_ops.weights.fixed_point import store_fixed
+from kiln.custom_ops.weights.fixed_point import extent_of, row_words, store_fixed
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_p
         pos_ptr += token
         o_ptr += token * (SPLITS * HEADS * D)
         ml_ptr += token * (SPLITS * HEADS * 2)
-        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4) if TERMS > 0 else HEADS * D)
+        out_ptr += token * (row_words(HEADS * D, TERMS, extent_of(HEADS * D, D)) if TERMS > 0 else HEADS * D)
     dim = tl.arange(0, D)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
     active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
@@ -228,7 +228,7 @@ def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_p
         total = total * scale + weight
         acc = acc * scale + tl.load(v_ptr + own).to(tl.float32) * weight
     if TERMS > 0:
-        store_fixed(acc / total, out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
+        store_fixed(acc / total, out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D, extent_of(HEADS * D, D))
     else:
         tl.store(out_ptr + head * D + dim, acc / total)
 

@@ -32,7 +32,7 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.weights.fixed_point import extent_of
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {
@@ -230,7 +230,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R is no less than min(window, max_seq_len); pos [1]
     int64.
-    Returns the attention output in fixed point of `terms` bytes, int32 [1, H * D / 32, 8 terms + 4].
+    Returns the attention output in fixed point of `terms` bytes, a row of H * D.
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
     dim, slots = q_weight.shape[0], k_ring.shape[0]
@@ -243,7 +243,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
         slot = pos % slots
         k_ring.index_copy_(0, slot, prepared[1])
         v_ring.index_copy_(0, slot, prepared[2])
-        return fixed_point.quantize(out.flatten(1), terms)
+        return fixed_point.quantize(out.flatten(1), terms, dim)
     return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm)
 
 
@@ -260,7 +260,7 @@ def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin
         query = query_reference(q, q_weight, cos, sin, eps, k_ring.dtype, scale)
         slot = pos % slots  # as a ring's, it stands for a position out of the window
         out = sliding_attention.reference(query, k_ring[slot], v_ring[slot], k_ring, v_ring, pos, window)
-        return fixed_point.quantize(out.flatten(1), terms)
+        return fixed_point.quantize(out.flatten(1), terms, dim)
     return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, shared=True)
 
 
@@ -275,7 +275,7 @@ def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window: 
     split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale, shared)
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
-    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
     kernel(kiln_sliding_decode)[(kv_heads, split["SPLITS"])](
         q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0), v.stride(0), EPS=eps, **split,
         num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip

@@ -18,7 +18,7 @@ from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.weights.fixed_point import extent_of
 
 
 def _check(op: str, q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, kv_heads: int, dim: int, pos: torch.Tensor,
@@ -40,7 +40,7 @@ def _attended(query: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, p
         (keys,), (values,) = k_ring[r], v_ring[r]
         slot = p % k_ring.shape[1]  # as a ring's, it stands for a position out of the window
         out.append(sliding_attention.reference(x, keys[slot], values[slot], keys, values, p, window))
-    return fixed_point.quantize(torch.cat(out).flatten(1), terms)
+    return fixed_point.quantize(torch.cat(out).flatten(1), terms, query.shape[-1])
 
 
 @triton_op("kiln::sliding_decode_rows", mutates_args=("k_ring", "v_ring"))
@@ -50,7 +50,7 @@ def sliding_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_wei
     """`sliding_decode` of T tokens: q, k, v float32 [S, T, heads * D]; cos, sin [T, D / 2]; pos, row [T] int64, a row below B.
 
     k_ring, v_ring [B, R, KV, D]: slot s of a row holds its latest position p with p % R == s, of those before the step; R is no less than
-    window + T - 1, or than every position + 1. Returns int32 [T, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
+    window + T - 1, or than every position + 1. Returns T rows of H * D in fixed point. ValueError when a shape does not fit.
     """
     check_projections("sliding_decode_rows", q, k, v, q_weight, k_weight, cos)
     dim = q_weight.shape[0]
@@ -96,7 +96,7 @@ def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, win
                                          token_strides(q, v))
     part = torch.empty(tokens, split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(tokens, split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
-    out = torch.empty((tokens, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    out = fixed_point.empty(tokens, heads * dim, terms, extent_of(heads * dim, dim), q)
     options = {"EPS": eps, "num_warps": tile.warps, "num_stages": tile.stages}
     if not shared:
         kernel(kiln_sliding_decode)[(kv_heads, 1, tokens)](q, k, v, row, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0),

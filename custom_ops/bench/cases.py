@@ -134,7 +134,8 @@ def matmul_case(op: str, m: Matrix, tokens: int, dtype: torch.dtype, limit: floa
 
 def fixed_bytes(count: int) -> int:
     """Bytes of `count` activations in fixed point."""
-    return 4 * (count // fixed_point.GROUP) * fixed_point.group_words(TERMS)
+    extent = fixed_point.extent_of(count)
+    return 4 * (count // extent) * fixed_point.extent_words(TERMS, extent)
 
 
 def of_tokens(tokens: int) -> str:
@@ -142,12 +143,15 @@ def of_tokens(tokens: int) -> str:
     return f", {tokens} tokens" if tokens > 1 else ""
 
 
-def fixed_case(m: Matrix, tokens: int = 1) -> Case:
-    """The matmul as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm."""
+def fixed_case(m: Matrix, tokens: int = 1, at_once: int | None = None) -> Case:
+    """The matmul as a fused decode step does it: after a norm, and gated, left in parts to attention or the head's; or before a norm.
+
+    at_once: of the activations, see `fixed_point.extent_of`.
+    """
     end = {"glu": "fixed_glu", "sum": "fixed_linear", "squares": "fixed_linear_squares", "split": "fixed_partials"}[m.end]
 
     def arguments(g: torch.Generator) -> Tensors:
-        x = fixed_point.quantize(normal(g, tokens, m.k, dtype=torch.float32), TERMS)
+        x = fixed_point.quantize(normal(g, tokens, m.k, dtype=torch.float32), TERMS, at_once)
         pieces = m.k // add_norm.PIECE
         squares = normal(g, *((pieces,) if tokens == 1 else (tokens, pieces)), dtype=torch.float32).square()
         return (x, *packed(m.block_type, m.n, m.k, g), torch.zeros(COUNTERS, dtype=torch.int32, device=g.device), squares)

@@ -20,7 +20,7 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.markers import rms_norm, silu_mul
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
 COLUMNS = 32  # of a head's state that a program has
@@ -118,7 +118,8 @@ def kiln_delta_decode(u_ptr, alpha_ptr, beta_ptr, z_ptr, conv_ptr, a_ptr, bias_p
         o = tl.load(read_ptr + head * DV + i, cache_modifier=".cg")
         o *= tl.rsqrt(tl.sum(o * o, 0) / DV + EPS) * tl.load(norm_ptr + i)
         z = sum_splits(z_ptr + head * DV + i, z_stride, z_splits, None, DV, TOGETHER)
-        store_fixed(o * (z / (1 + tl.exp(-z))), out_ptr, head * (DV // 32), VALUE_HEADS * (DV // 32), TERMS, DV)
+        store_fixed(o * (z / (1 + tl.exp(-z))), out_ptr, head * (DV // 32), VALUE_HEADS * (DV // 32), TERMS, DV,
+                    extent_of(VALUE_HEADS * DV, DV))
 
 
 def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch.Tensor, conv: torch.Tensor, a: torch.Tensor,
@@ -128,14 +129,14 @@ def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch
     u, alpha, beta, z = (x.sum(0, keepdim=True) for x in (u, alpha, beta, z))
     o = step.reference(u, alpha, beta, conv, a, dt_bias, conv_state, delta_state, pos, key_heads, eps)
     gated = silu_mul(z.unflatten(1, (-1, norm.shape[0])), rms_norm(o, norm, eps, torch.float32))
-    return fixed_point.quantize(gated.flatten(1), terms)
+    return fixed_point.quantize(gated.flatten(1), terms, norm.shape[0])
 
 
 @triton_op("kiln::delta_decode", mutates_args=("conv_state", "delta_state", "counters"))
 def delta_decode(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch.Tensor, conv: torch.Tensor, a: torch.Tensor,
                  dt_bias: torch.Tensor, norm: torch.Tensor, conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor,
                  counters: torch.Tensor, key_heads: int, eps: float, terms: int) -> torch.Tensor:  # fmt: skip
-    """`delta_step`, then RMSNorm(o) * norm * silu(z) of each value head, in fixed point: int32 [1, V dv / 32, 8 terms + 4].
+    """`delta_step`, then RMSNorm(o) * norm * silu(z) of each value head, in fixed point: a row of V dv.
 
     u [S, C], alpha, beta [S, V] and z [S, V dv], each float32, to be summed over an S of its own; norm [dv] float32, of all heads;
     counters: int32 zeros, and zeros again afterwards; the others as `delta_step`; eps is that of all norms. Raises ValueError where a shape
@@ -156,7 +157,7 @@ def delta_decode(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: to
         return reference(u, alpha, beta, z, conv, a, dt_bias, norm, conv_state, delta_state, pos, key_heads, eps, terms)
     rule.check_kernel_shapes(key_dim, value_dim)
     read = torch.empty((value_heads, value_dim), dtype=torch.float32, device=u.device)
-    out = torch.empty((1, value_heads * value_dim // GROUP, group_words(terms)), dtype=torch.int32, device=u.device)
+    out = fixed_point.empty(1, value_heads * value_dim, terms, extent_of(value_heads * value_dim, value_dim), u)
     parts = [number for x in (u, alpha, beta, z) for number in (x.shape[0], x.stride(0))]
     columns = min(COLUMNS, value_dim)
     kernel(kiln_delta_decode)[(value_heads, value_dim // columns)](

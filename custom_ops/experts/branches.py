@@ -18,7 +18,8 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step import add_norm as one
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights import fixed_point
+from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, store_fixed
 
 WARPS = 8
 
@@ -28,7 +29,7 @@ WARPS = 8
 def kiln_add_norm_two(x, first, first_squares, first_weight, second, second_squares, second_weight, post_weight, scale, weight, x_out, out,
                       squares, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
                       COUNT_2: tl.constexpr, PAD_2: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, TERMS: tl.constexpr,
-                      PIECE: tl.constexpr, EARLY: tl.constexpr):
+                      EXTENT: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
     """PIECE elements of one token: as `kiln_add_norm`, its branch first first_weight / RMS(first) + second second_weight / RMS(second)."""
     every = tl.arange(0, BLOCK)
     there = every < D
@@ -59,14 +60,14 @@ def kiln_add_norm_two(x, first, first_squares, first_weight, second, second_squa
     tl.store(squares + tl.program_id(0), tl.sum(value * value, 0))
     if WEIGHT:
         value *= w
-    store_fixed(value, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
+    store_fixed(value, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE, EXTENT)
 
 
 def _constants(d: int, first_squares: torch.Tensor, second_squares: torch.Tensor, scale: bool, weight: bool, terms: int,
                target: GpuTarget | None = None) -> dict[str, int | bool]:
     second = {f"{name}_2": value for name, value in root_constants(second_squares).items()}
     return {"D": d, "BLOCK": triton.next_power_of_2(d), **root_constants(first_squares), **second, "SCALE": scale, "WEIGHT": weight,
-            "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
+            "TERMS": terms, "EXTENT": extent_of(d, PIECE), "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
 
 
 @triton_op("kiln::add_norm_two", mutates_args=())
@@ -93,7 +94,7 @@ def add_norm_two(x: torch.Tensor, first: torch.Tensor, first_squares: torch.Tens
         return one.reference(x, branch, (branch * branch).sum(1), post_weight, scale, weight, eps, terms)
     pieces = triton.cdiv(x.shape[1], PIECE)
     x_out = torch.empty_like(x)
-    out = torch.empty((1, x.shape[1] // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    out = fixed_point.empty(1, x.shape[1], terms, extent_of(x.shape[1], PIECE), x)
     squares = torch.empty(pieces, dtype=torch.float32, device=x.device)
     constants = _constants(x.shape[1], first_squares, second_squares, scale is not None, weight is not None, terms)
     kernel(kiln_add_norm_two)[(pieces,)](

@@ -19,8 +19,8 @@ from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, usual_targets
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words
-from kiln.custom_ops.weights.gemv import GLU_ENDS, glu_fits, terms_of
+from kiln.custom_ops.weights.fixed_point import GROUP, extent_of
+from kiln.custom_ops.weights.gemv import GLU_ENDS, glu_fits
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
 
 
@@ -33,9 +33,7 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
            rows: int) -> None:
     """rows: of x."""
     check_weight(op, words, halves, block_type)
-    groups = words.shape[0] * LAYOUTS[block_type].block // GROUP
-    if x.dtype != torch.int32 or x.dim() != 3 or x.shape[:2] != (rows, groups) or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
-        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [{rows}, {groups}, 12, 20 or 28]")
+    fixed_point.check(op, x, words.shape[0] * LAYOUTS[block_type].block, rows)
     if chosen.dim() != 2 or chosen.dtype != torch.int64 or chosen.shape[0] != 1:
         raise ValueError(f"{op}: chosen is {chosen.dtype} {tuple(chosen.shape)}; expected int64 [1, U]")
     if count < 1 or words.shape[2] % count:
@@ -46,9 +44,9 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
 def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_words: torch.Tensor | None, up_halves: torch.Tensor | None,
                block_type: str, chosen: torch.Tensor, count: int, counters: torch.Tensor, squares: torch.Tensor | None = None,
                eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
-    """act(gate) * value of each chosen expert, in fixed point: int32 [U, I / 32, 8 terms + 4], I the inner size, a multiple of 32.
+    """act(gate) * value of each chosen expert, in fixed point: U rows of I, the inner size, a multiple of 32.
 
-    x: int32 [1, K / 32, 8 terms + 4], fixed point; chosen int64 [1, U]. An expert's rows are its I gates, then its I values, of the packed
+    x: a row in fixed point; chosen int64 [1, U]. An expert's rows are its I gates, then its I values, of the packed
     matrix [count * 2 I, K]; with up_words and up_halves gates [count * I, K] and values are matrices of their own, of one type. counters,
     squares, eps and activation as `fixed_glu`. Raises ValueError when a shape or the activation does not fit.
     """
@@ -64,7 +62,7 @@ def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_wo
         raise ValueError(f"expert_glu: activation {activation!r}; expected {' or '.join(GLU_ENDS)}")
     if squares is not None and (squares.dim() != 1 or not squares.numel() or squares.dtype != torch.float32):
         raise ValueError(f"expert_glu: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [P]")
-    used, k, terms = chosen.shape[1], x.shape[1] * GROUP, terms_of(x)
+    used, k, (terms, extent) = chosen.shape[1], fixed_point.elements(x), fixed_point.form(x)
     if not use_triton(x):
         given = fixed_point.dequantize(x).unsqueeze(1)
         parts = [(words, halves)] + ([(up_words, up_halves)] if apart else [])
@@ -75,12 +73,12 @@ def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_wo
     grid = (2 * size // constants["ROWS"], splits, used)
     _check_counters("expert_glu", counters, grid[0] * used)
     partials = torch.empty((splits, used, 2 * size), dtype=torch.float32, device=x.device)
-    out = torch.empty((used, size // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    out = fixed_point.empty(used, size, terms, extent_of(size), x)
     kernel(kiln_chosen_gemv, constants["REGISTERS"], x)[grid](
         x, words, halves, up_words if apart else words, up_halves if apart else halves, chosen, partials, counters, out,
         partials if squares is None else squares, 2 * size, k, splits, words.stride(1), halves.stride(1), **format_constants(block_type),
-        TERMS=terms, END=GLU_ENDS[activation], SHARED=used, APART=apart, **root_constants(squares), EPS=eps, **constants,
-        num_warps=warps)  # fmt: skip
+        TERMS=terms, EXTENT=extent, OUT=extent_of(size), END=GLU_ENDS[activation], SHARED=used, APART=apart, **root_constants(squares),
+        EPS=eps, **constants, num_warps=warps)  # fmt: skip
     return out
 
 
@@ -91,7 +89,7 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     expected = (1, used + (0 if beside is None else 1))
     if weights.shape != expected or weights.dtype != torch.float32:
         raise ValueError(f"{op}: weights are {weights.dtype} {tuple(weights.shape)}; expected float32 {expected}")
-    n, k = words.shape[2] // count, x.shape[1] * GROUP
+    n, k, (terms, extent) = words.shape[2] // count, fixed_point.elements(x), fixed_point.form(x)
     if beside is not None and (beside.shape != (1, n) or beside.dtype != torch.float32):
         raise ValueError(f"{op}: beside is {beside.dtype} {tuple(beside.shape)}; expected float32 {(1, n)}")
     if not use_triton(x):
@@ -107,8 +105,8 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     squares = torch.empty(grid[0], dtype=torch.float32, device=x.device) if leave_squares else partials
     kernel(kiln_chosen_sum, constants["REGISTERS"], x)[grid](
         x, words, halves, chosen, weights, partials if beside is None else beside, partials, counters, out, squares, n, k, splits,
-        words.stride(1), halves.stride(1), **format_constants(block_type), TERMS=terms_of(x), PAIRS=used, SQUARES=leave_squares,
-        BESIDE=beside is not None, **constants, num_warps=warps)  # fmt: skip
+        words.stride(1), halves.stride(1), **format_constants(block_type), TERMS=terms, EXTENT=extent, TOGETHER=TOGETHER,
+        PAIRS=used, SQUARES=leave_squares, BESIDE=beside is not None, **constants, num_warps=warps)  # fmt: skip
     return out, squares
 
 
@@ -117,7 +115,7 @@ def expert_sum(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block
                count: int, counters: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over u of weights[u] times x[u] by the rows of expert chosen[u]: float32 [1, N].
 
-    x int32 [U, K / 32, 8 terms + 4], fixed point; the packed matrix [count * N, K]; chosen int64 [1, U], weights float32 [1, U]. counters:
+    x: U rows in fixed point; the packed matrix [count * N, K]; chosen int64 [1, U], weights float32 [1, U]. counters:
     int32 zeros, one for each block of rows, and zeros again afterwards. With beside, float32 [1, N], there is one weight more, which it
     is added by. Raises ValueError when a shape does not fit.
     """
@@ -137,6 +135,7 @@ def expert_sum_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tenso
 SHAPES = ((704, 2816, "gelu_tanh", False, True, ("Q4_K",), ("Q5_0", "Q8_0")), (768, 2048, "silu", True, False, ("Q4_K",), ("Q4_K", "Q6_K")),
           (96, 256, "gelu_tanh", False, True, ("Q4_K",), ()))  # fmt: skip
 EXPERTS, USED = 128, 8
+TOGETHER = 16  # partial sums of a row in flight
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
@@ -149,14 +148,15 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             for block_type in types:
                 launched, _, warps = chosen_launch(block_type, USED, n, k, target, gated=n == 2 * size)
                 rows = EXPERTS * n // (2 if apart and n == 2 * size else 1)
-                constants = format_constants(block_type) | launched | {"stride": rows, "halves_stride": rows, "TERMS": 2}
+                constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), rows)
+                constants |= {"TERMS": 2, "EXTENT": extent_of(k)}
                 half = halves_pointer(block_type)
                 if name == "expert_glu":
-                    constants |= {"END": GLU_ENDS[activation], "SHARED": USED, "APART": apart, "EPS": EPS}
+                    constants |= {"OUT": extent_of(size), "END": GLU_ENDS[activation], "SHARED": USED, "APART": apart, "EPS": EPS}
                     constants |= root_constants(torch.empty(triton.cdiv(k, PIECE)))
                     fn, own = kiln_chosen_gemv, {"up_words": "*i32", "halves": half, "up_halves": half, "out": "*i32"}
                 else:
-                    constants |= {"PAIRS": USED, "SQUARES": normed, "BESIDE": not normed}
+                    constants |= {"TOGETHER": TOGETHER, "PAIRS": USED, "SQUARES": normed, "BESIDE": not normed}
                     fn, own = kiln_chosen_sum, {"halves": half, "weights": "*fp32", "beside": "*fp32", "out": "*fp32"}
                 options = {"num_warps": warps, "maxnreg": launched["REGISTERS"]}
                 targets = usual_targets(block_type) if normed and size > 96 else RARE_TARGETS

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kiln.custom_ops.gpu.early import after_waiting, wait_for_earlier_kernels, waits
+from kiln.custom_ops.weights.fixed_point import row_words
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.matmul_kernels import add_products
 
@@ -19,9 +20,9 @@ from kiln.custom_ops.weights.matmul_kernels import add_products
 def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
                      halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
                      HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-                     END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
-                     EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
-                     COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr):
+                     EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+                     SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, SHARED: tl.constexpr,
+                     APART: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr):
     """`kiln_gemv` of pair p = program_id(2) with the n rows of expert chosen[p]. SHARED pairs have one row of x.
 
     Grid (row blocks, splits, P). APART: the first half of the rows is the expert's of `words`, the second its of `up_words`.
@@ -31,8 +32,7 @@ def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, co
     x += after_waiting(0, EARLY)
     pair = tl.program_id(2).to(tl.int64)
     expert = tl.load(chosen + pair)
-    X: tl.constexpr = 8 * TERMS + 4
-    x += (pair // SHARED - pair) * (k // 32) * X
+    x += (pair // SHARED - pair) * row_words(k, TERMS, EXTENT)
     if APART:
         first = expert * (n // 2)
         up = tl.program_id(0) >= tl.num_programs(0) // 2
@@ -43,8 +43,8 @@ def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, co
         halves += expert * n
     kiln_gemv(x, words, halves, partials, counters, out, squares, partials, n, k, splits, stride=stride, halves_stride=halves_stride,
               BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES, ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS,
-              END=END, GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False, REGISTERS=REGISTERS, TOGETHER=TOGETHER, COUNT=COUNT,
-              PAD=PAD, EPS=EPS, SQUARES=False)
+              EXTENT=EXTENT, OUT=OUT, END=END, GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=False, REGISTERS=REGISTERS,
+              COUNT=COUNT, PAD=PAD, EPS=EPS, SQUARES=False)
 
 
 @waits()
@@ -52,8 +52,9 @@ def kiln_chosen_gemv(x, words, halves, up_words, up_halves, chosen, partials, co
 def kiln_chosen_sum(x, words, halves, chosen, weights, beside, partials, counters, out, squares, n, k, splits, stride: tl.constexpr,
                     halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
                     HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-                    GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-                    REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, PAIRS: tl.constexpr, SQUARES: tl.constexpr, BESIDE: tl.constexpr):
+                    EXTENT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
+                    EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, PAIRS: tl.constexpr, SQUARES: tl.constexpr,
+                    BESIDE: tl.constexpr):
     """out [n] = the sum over p of weights[p] times x[p] by the rows of expert chosen[p]. Grid (row blocks, splits, PAIRS).
 
     BESIDE: and weights[PAIRS] times beside [n].
@@ -63,8 +64,8 @@ def kiln_chosen_sum(x, words, halves, chosen, weights, beside, partials, counter
     """
     kiln_chosen_gemv(x, words, halves, words, halves, chosen, partials, counters, out, out, n, k, splits, stride=stride,
                      halves_stride=halves_stride, BITS=BITS, BLOCK=BLOCK, MINIMUM=MINIMUM, WORDS=WORDS, HALVES=HALVES, SCALES=SCALES,
-                     ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS, END="split", GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES, EVEN=EVEN, EARLY=EARLY,
-                     REGISTERS=REGISTERS, TOGETHER=TOGETHER, SHARED=1, APART=False, COUNT=0, PAD=1, EPS=0.0)
+                     ZERO=ZERO, LEVELS=LEVELS, TERMS=TERMS, EXTENT=EXTENT, OUT=32, END="split", GROUPS=GROUPS, ROWS=ROWS, SHARES=SHARES,
+                     EVEN=EVEN, EARLY=EARLY, REGISTERS=REGISTERS, SHARED=1, APART=False, COUNT=0, PAD=1, EPS=0.0)
     block = tl.program_id(0)
     parts = splits * PAIRS
     tl.debug_barrier()

@@ -19,7 +19,7 @@ from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
-from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.custom_ops.weights.fixed_point import GROUP, TERMS, extent_of
 from kiln.custom_ops.weights.gemv import COUNTERS, fix, launch
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.linear import MAX_GEMV_TOKENS, MAX_SCRATCH_BYTES, dequantized
@@ -27,8 +27,8 @@ from kiln.custom_ops.weights.packed import check_weight, format_constants, halve
 
 ORDER_BLOCK, ORDER_WARPS = 1024, 4
 FLOATS = (torch.float32, torch.bfloat16)
-LAUNCHED = ("GROUPS", "ROWS", "SHARES", "EVEN", "EARLY", "REGISTERS", "TOGETHER")
-PLAIN = {"APART": False, "COUNT": 0, "PAD": 1, "EPS": 0.0}  # of `kiln_chosen_gemv`: one matrix, no norm before it
+LAUNCHED = ("GROUPS", "ROWS", "SHARES", "EVEN", "EARLY", "REGISTERS")
+PLAIN = {"OUT": GROUP, "APART": False, "COUNT": 0, "PAD": 1, "EPS": 0.0}  # of `kiln_chosen_gemv`: one matrix, no norm before it
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _gemv(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type
     """A few tokens: each pair reads its expert's rows and no other's."""
     (tokens, used), k, n = chosen.shape, x.shape[2], words.shape[2] // count
     pairs, terms = tokens * used, TERMS[x.dtype]
-    fixed = fix(x.flatten(0, 1), terms)
+    fixed, extent = fix(x.flatten(0, 1), terms), extent_of(k)
     constants, splits, warps = chosen_launch(block_type, pairs, n, k, current_target())
     grid = (triton.cdiv(n, constants["ROWS"]), splits, pairs)
     alone = splits == 1 and x.dtype == torch.float32
@@ -169,8 +169,8 @@ def _gemv(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type
     counters = torch.zeros(max(COUNTERS, grid[0] * pairs), dtype=torch.int32, device=x.device)
     kernel(kiln_chosen_gemv, constants["REGISTERS"], x)[grid](
         fixed, words, halves, words, halves, chosen, partials, counters, out, partials, n, k, splits, words.stride(1), halves.stride(1),
-        **format_constants(block_type), TERMS=terms, END="split" if alone else "sum", SHARED=used // x.shape[1], **constants, **PLAIN,
-        num_warps=warps)  # fmt: skip
+        **format_constants(block_type), TERMS=terms, EXTENT=extent, END="split" if alone else "sum", SHARED=used // x.shape[1], **constants,
+        **PLAIN, num_warps=warps)  # fmt: skip
     return out.view(tokens, used, n)
 
 
@@ -236,7 +236,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         for block_type in types:
             launched, _, warps = chosen_launch(block_type, USED, n, k, target)
             constants = format_constants(block_type) | launched | dict.fromkeys(("stride", "halves_stride"), EXPERTS * n)
-            constants |= {"TERMS": TERMS[torch.bfloat16], "END": "sum", "SHARED": shared} | PLAIN
+            constants |= {"TERMS": TERMS[torch.bfloat16], "EXTENT": extent_of(k), "END": "sum", "SHARED": shared} | PLAIN
             packed = dict.fromkeys(("words", "up_words"), "*i32") | dict.fromkeys(("halves", "up_halves"), halves_pointer(block_type))
             results = dict.fromkeys(("partials", "squares"), "*fp32") | {"counters": "*i32", "out": "*bf16"}
             signature = {"x": "*i32", **packed, "chosen": "*i64", **results, **integers}

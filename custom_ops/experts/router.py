@@ -21,7 +21,7 @@ from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.block_types import RARE_TARGETS
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, store_fixed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HELD = 32  # elements of a row that a thread holds of each of three
@@ -32,7 +32,8 @@ HELD = 32  # elements of a row that a thread holds of each of three
 def kiln_choose_experts(x, squares, router, scale, factors, weight, beside, logits, counters, chosen, weights, out, FACTOR: tl.constexpr,
                         EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
                         FACTORS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, USED: tl.constexpr, RENORMALIZED: tl.constexpr,
-                        NORMED: tl.constexpr, BESIDE: tl.constexpr, TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr):
+                        NORMED: tl.constexpr, BESIDE: tl.constexpr, TERMS: tl.constexpr, EXTENT: tl.constexpr, PIECE: tl.constexpr,
+                        EARLY: tl.constexpr):
     """Grid (EXPERTS, and with BESIDE one, and with NORMED D / PIECE more).
 
     A program below EXPERTS computes FACTOR / RMS(x) times the product of x * scale and its row of the router; the last of them to finish
@@ -48,7 +49,7 @@ def kiln_choose_experts(x, squares, router, scale, factors, weight, beside, logi
             i = piece * PIECE + tl.arange(0, PIECE)
             w = tl.load(weight + i, i < D, other=0.0)
             wait_for_earlier_kernels(EARLY)
-            store_fixed(tl.load(x + i, i < D, other=0.0) * w, out, piece * (PIECE // 32), D // 32, TERMS, PIECE)
+            store_fixed(tl.load(x + i, i < D, other=0.0) * w, out, piece * (PIECE // 32), D // 32, TERMS, PIECE, EXTENT)
     else:
         _logit(x, squares, router, scale, factors, beside, logits, counters, chosen, weights, FACTOR, EPS, D, BLOCK, COUNT, PAD, FACTORS,
                EXPERTS, PADDED, USED, RENORMALIZED, BESIDE, EARLY)
@@ -102,7 +103,8 @@ def _constants(d: int, squares: torch.Tensor, factors: bool, experts: int, used:
     """Constants of the kernel beside FACTOR and EPS, and its warps."""
     block = triton.next_power_of_2(d)
     constants = {"D": d, "BLOCK": block, **root_constants(squares), "FACTORS": factors, **route.constants(experts, used, renormalized),
-                 "NORMED": normed, "BESIDE": beside, "TERMS": terms, "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
+                 "NORMED": normed, "BESIDE": beside, "TERMS": terms,
+                 "EXTENT": extent_of(d, PIECE), "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
     return constants, min(max(block // (32 * HELD), 4), 16)
 
 
@@ -113,7 +115,7 @@ def _launch(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Ten
     chosen = torch.empty((1, used), dtype=torch.int64, device=x.device)
     weights = torch.empty((1, used + more), dtype=torch.float32, device=x.device)
     logits = torch.empty(experts + more, dtype=torch.float32, device=x.device)
-    out = logits if weight is None else torch.empty((1, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    out = logits if weight is None else fixed_point.empty(1, d, terms, extent_of(d, PIECE), x)
     constants, warps = _constants(d, squares, factors is not None, experts, used, renormalized, weight is not None, terms,
                                   beside=beside is not None)
     given = [scale if t is None else t for t in (factors, weight, beside)]  # what is not read is any pointer
@@ -158,7 +160,7 @@ def choose_experts_norm(
     x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
     renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor,
     terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`choose_experts`, and x * weight in fixed point of `terms` bytes, int32 [1, D / 32, 8 terms + 4]; weight float32 [D]."""
+    """`choose_experts`, and x * weight in fixed point of `terms` bytes; weight float32 [D]."""
     _check("choose_experts_norm", x, squares, scale, router, used, factors, weight)
     if not use_triton(x):
         fixed = fixed_point.quantize(x * weight, terms)

@@ -1,6 +1,7 @@
 """Kernel configurations by architecture: tables beside their kernels, entries found by `make tune` on a GPU and checked in.
 
-An architecture without an entry takes that of the nearest. A table's keys are (architecture, largest head dimension), or architectures.
+An architecture without an entry takes that of the nearest. A table's keys are (architecture, largest head
+dimension or other size), or architectures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ T = TypeVar("T")
 TABLES = (
     ("weights.gemv", "GEMV_CONFIGS"),
     ("weights.gemv", "ROWS_CONFIGS"),
+    ("weights.gemv", "SUMS_CONFIGS"),
     ("weights.matmul", "TILES"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),

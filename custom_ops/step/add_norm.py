@@ -18,7 +18,7 @@ from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, row_words, store_fixed
 
 WARPS = 4
 PIECE = 256  # elements of a program
@@ -57,7 +57,7 @@ def load_root(squares, k, EPS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.conste
 @triton.jit
 def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, out, squares, EPS: tl.constexpr, D: tl.constexpr,
                     BRANCH: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
-                    TERMS: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
+                    TERMS: tl.constexpr, EXTENT: tl.constexpr, PIECE: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
     """PIECE elements of a token: x_out = (x + branch post_weight / RMS(branch)) scale; out = x_out weight in fixed point; the sum of
     squares of x_out. Grid (D / PIECE, tokens). COUNT, PAD: of `branch_squares`, see `load_root`; COUNT 0: the branch is added as it is.
     Without WEIGHT out is x_out. MANY: there are several tokens, each with its row of everything but weights and scale.
@@ -68,7 +68,7 @@ def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, 
         branch += token * D
         branch_squares += token * COUNT
         x_out += token * D
-        out += token * (D // 32 * (8 * TERMS + 4))
+        out += token * row_words(D, TERMS, EXTENT)
         squares += token * tl.num_programs(0)
     i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     keep = i < D
@@ -94,7 +94,7 @@ def kiln_add_norm(x, branch, branch_squares, post_weight, scale, weight, x_out, 
     tl.store(squares + tl.program_id(0), tl.sum(value * value, 0))
     if WEIGHT:
         value *= w
-    store_fixed(value, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE)
+    store_fixed(value, out, tl.program_id(0) * (PIECE // 32), D // 32, TERMS, PIECE, EXTENT)
 
 
 def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
@@ -105,7 +105,8 @@ def root_constants(squares: torch.Tensor | None) -> dict[str, int]:
 
 def _constants(d: int, branch: bool, branch_squares: torch.Tensor | None, scale: bool, terms: int,
                target: GpuTarget | None = None, weight: bool = True, tokens: int = 1) -> dict:
-    return {"D": d, "BRANCH": branch, **root_constants(branch_squares), "SCALE": scale, "WEIGHT": weight, "TERMS": terms, "PIECE": PIECE,
+    return {"D": d, "BRANCH": branch, **root_constants(branch_squares), "SCALE": scale, "WEIGHT": weight, "TERMS": terms,
+            "EXTENT": extent_of(d, PIECE), "PIECE": PIECE,
             "EARLY": early(target), "MANY": tokens > 1}  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _launch(x, branch, branch_squares, post_weight, scale, weight, eps: float,
     tokens, d = x.shape
     pieces = triton.cdiv(d, PIECE)
     x_out = torch.empty_like(x) if branch is not None else x
-    out = torch.empty((tokens, d // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
+    out = fixed_point.empty(tokens, d, terms, extent_of(d, PIECE), x)
     squares = torch.empty(pieces if tokens == 1 else (tokens, pieces), dtype=torch.float32, device=x.device)
     constants = _constants(d, branch is not None, branch_squares, scale is not None, terms, weight=weight is not None, tokens=tokens)
     given = [(x if weight is None else weight) if t is None else t for t in (branch, branch_squares, post_weight, scale, weight)]
@@ -138,7 +139,7 @@ def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor
     Without branch_squares and post_weight the branch is added as it is; without weight the second is x'. A matmul with the second times
     `root` of the third is one with RMSNorm(x') * weight. x, branch float32 [T, D], D a multiple of 32; branch_squares float32 [P] of one
     token, [T, P] of several, which add up to branch . branch; weights float32 [D]; scale float32 [1] or None. Returns float32 [T, D],
-    int32 [T, D / 32, 8 terms + 4] and float32 [P'] or [T, P'], P' the kernel's choice; no token's bits depend on the others. Raises
+    T rows in fixed point and float32 [P'] or [T, P'], P' the kernel's choice; no token's bits depend on the others. Raises
     ValueError when a shape or dtype does not fit.
     """
     _check("add_norm", x, weight)

@@ -38,7 +38,7 @@ from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
 from kiln.custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
-from kiln.custom_ops.weights.fixed_point import largest, largest_size, store_fixed
+from kiln.custom_ops.weights.fixed_point import extent_of, largest, largest_size, row_words, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
@@ -250,7 +250,7 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, gate_ptr, gate_splits, gate_
         pos_ptr += token
         o_ptr += token * ((SPLITS + EXACT) * HEADS * D)
         ml_ptr += token * ((SPLITS + EXACT) * HEADS * 2)
-        out_ptr += token * (HEADS * (D // 32) * (8 * TERMS + 4))
+        out_ptr += token * row_words(HEADS * D, TERMS, extent_of(HEADS * D, D))
     dim = tl.arange(0, D)
     end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
@@ -267,7 +267,7 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, gate_ptr, gate_splits, gate_
         gate = sum_splits(gate_ptr + head * (2 * D) + D + dim, gate_stride, gate_splits, None, D, TOGETHER=16)
         y *= (1.0 / (1.0 + tl.exp(-gate)))[None, :]
     if TERMS > 0:
-        store_fixed(tl.reshape(y, [D]), out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D)
+        store_fixed(tl.reshape(y, [D]), out_ptr, head * (D // 32), HEADS * (D // 32), TERMS, D, extent_of(HEADS * D, D))
     else:
         tl.store(out_ptr + head * D + dim[None, :], y)
 

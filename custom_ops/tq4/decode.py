@@ -27,7 +27,7 @@ from kiln.custom_ops.tq4 import attention, codec
 from kiln.custom_ops.tq4.attention import rotated_query
 from kiln.custom_ops.tq4.codec import encode_rows
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.weights.fixed_point import extent_of
 
 
 @waits("q_weight_ptr", "k_weight_ptr")
@@ -89,7 +89,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     Projections, weights, cos, sin as `prepare_qkv` takes them, caches and exact window as `tq4_attention`; pos [1] int64. Products with
     codes are in float16, in float32 where that is the exact window's dtype. exact_window: keys that are read exactly, of a ring that has
     spare slots; 0: as many as it has. gated: the output is multiplied by the sigmoid of the gates in q. Returns it in fixed point of
-    `terms` bytes, int32 [1, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
+    `terms` bytes, a row of H * D. ValueError when a shape does not fit.
     """
     check_projections("tq4_decode", q, k, v, q_weight, k_weight, cos, part=not neighbours, gated=gated)
     dim, (kv_heads, slots, _) = head_dim(q_weight, cos), k_codes.shape
@@ -108,7 +108,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
         for ring, x in zip(rings, own, strict=True):
             ring.index_copy_(0, pos % ring_slots, x)
         out = out.flatten(1)
-        return fixed_point.quantize(out if gate is None else out * gate.sum(0).sigmoid(), terms)
+        return fixed_point.quantize(out if gate is None else out * gate.sum(0).sigmoid(), terms, dim)
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
@@ -118,7 +118,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, q.shape[0], q.stride(0), v.shape[0], v.stride(0),
         EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, v_norm, scale, neighbours, cos, gated), SLOTS=slots,
         RING=ring_slots, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
-    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
     attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window, q if gated else None)
     return out
 
@@ -141,7 +141,7 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
     if not use_triton(q):
         query, slot = query_reference(q, q_weight, cos, sin, eps, torch.float32, scale, neighbours), pos % ring_slots
         out = attention.reference(query, k_exact[slot], v_exact[slot], *caches, *rings, pos, None, exact_window)
-        return fixed_point.quantize(out.flatten(1), terms)
+        return fixed_point.quantize(out.flatten(1), terms, dim)
     check_kernel_shapes("tq4_read", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
@@ -153,7 +153,7 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
         q, q, q, weight, weight, cos, sin, pos, plain, rotated, q_scale, *unused, q.shape[0], q.stride(0), q.shape[0], q.stride(0),
         EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form_constants(q_weight, True, scale, neighbours), SLOTS=slots,
         RING=ring_slots, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
-    out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
     attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window)
     return out
 

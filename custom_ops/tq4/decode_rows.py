@@ -29,7 +29,7 @@ from kiln.custom_ops.tq4 import attention, codec
 from kiln.custom_ops.tq4.attention import decode_launch, decode_split, kiln_tq4_merge
 from kiln.custom_ops.tq4.decode import prepare_token
 from kiln.custom_ops.weights import fixed_point
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words
+from kiln.custom_ops.weights.fixed_point import extent_of
 
 Caches = tuple[torch.Tensor, ...]  # codes and scales of keys, of values
 
@@ -101,7 +101,7 @@ def _attended(query: torch.Tensor, caches: Caches, rings: Caches, pos: torch.Ten
         mine = [ring[r][0] for ring in rings]
         own = [ring[p % ring.shape[0]] for ring in mine]
         out.append(attention.reference(x, *own, *(c[r][0] for c in caches), *mine, p, None, exact_window))
-    return fixed_point.quantize(torch.cat(out).flatten(1), terms)
+    return fixed_point.quantize(torch.cat(out).flatten(1), terms, query.shape[-1])
 
 
 @triton_op("kiln::tq4_decode_rows", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact"))
@@ -113,7 +113,7 @@ def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight:
     """`tq4_decode` of T tokens: q, k, v float32 [S, T, heads * D]; cos, sin [T, D / 2]; pos, row [T] int64, a row below B.
 
     k_codes, v_codes int16 [B, KV, S, D/4]; k_scales, v_scales float16 [B, KV, S]; k_exact, v_exact [B, R, KV, D], R no less than
-    exact_window + T - 1, or than every position + 1. Returns int32 [T, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
+    exact_window + T - 1, or than every position + 1. Returns T rows of H * D in fixed point. ValueError when a shape does not fit.
     """
     check_projections("tq4_decode_rows", q, k, v, q_weight, k_weight, cos)
     dim, caches, rings = head_dim(q_weight, cos), (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact)
@@ -167,7 +167,7 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *written_caches, *written_rings, row, q.shape[0], q.stride(0),
         v.shape[0], v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form, SLOTS=slots, RING=rings[0].shape[1], EARLY=early(),
         **token_strides(q, v), num_warps=PREPARE_WARPS)  # fmt: skip
-    out = torch.empty((tokens, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
+    out = fixed_point.empty(tokens, heads * dim, terms, extent_of(heads * dim, dim), q)
     asm = q.is_cuda and dtype != torch.float32
     tile, split, merge = decode_launch(dtype, asm, current_target(), heads, kv_heads, dim, slots, exact_window, terms, rings[0].shape[1])
     splits = split["SPLITS"] + split["EXACT"]

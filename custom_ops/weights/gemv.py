@@ -21,9 +21,10 @@ from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, USUAL_TYPES, usual_targets
-from kiln.custom_ops.weights.fixed_point import GROUP, group_words, store_fixed
+from kiln.custom_ops.weights.fixed_point import GROUP, WIDE, extent_of, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.gemv_rows import kiln_gemv_rows
+from kiln.custom_ops.weights.gemv_sums import kiln_gemv_sums, loads_of
 from kiln.custom_ops.weights.gemv_tiles import kiln_gemv_tiles
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer
@@ -67,7 +68,28 @@ class RowsConfig:
 # By (architecture, tokens at most), see `gpu/tables.py`.
 ROWS_CONFIGS = {(90, 4): RowsConfig(True, 128), (90, 8): RowsConfig(True, 160)}
 MOST_TOGETHER = 8  # tokens of a launch
-TOGETHER = 16  # partial sums in flight
+
+
+@dataclass(frozen=True)
+class SumsConfig:
+    """How `kiln_gemv_sums` is spread over one architecture: the same for every number of tokens, so that their sums are."""
+
+    rows: int = 128  # of a program, a multiple of 32; a warp has 32
+    warps: int = 4  # of a program
+    warps_per_sm: int = 12  # at most, as `GemvConfig`, of up to four tokens
+    ahead: int = 8  # groups of 32 whose quants are under way
+    warps_many: int = 12  # per multiprocessor, of more than four tokens, whose sums take more registers
+    ahead_many: int = 6
+
+    def registers(self, tokens: int) -> int:
+        """Of a thread, as `GemvConfig.registers`."""
+        return min(REGISTERS_PER_SM // (32 * (self.warps_per_sm if tokens <= 4 else self.warps_many)) // 8 * 8, MOST_REGISTERS)
+
+
+# By (architecture, loads of a group's quants): of these the one that a matrix takes least time with, see `launch_sums`.
+SUMS_CONFIGS = {(90, 1): (SumsConfig(), SumsConfig(warps_per_sm=16, ahead=6)),
+                (90, 2): (SumsConfig(warps_per_sm=8, warps_many=8, ahead_many=8),)}  # fmt: skip
+LATENCY = 12  # warps of a multiprocessor that take as long as one: what does not grow with their number is memory's latency
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -92,7 +114,30 @@ def launch(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, conf
             best = (each * waves, waves), splits, warps
     _, splits, warps = best
     return {"GROUPS": groups, "ROWS": config.rows, "SHARES": warps, "EVEN": n % config.rows == 0, "EARLY": early(target),
-            "REGISTERS": config.registers, "TOGETHER": TOGETHER}, splits, warps
+            "REGISTERS": config.registers}, splits, warps
+
+
+def sums_fit(block_type: str, extent: int, n: int, aligned: bool) -> bool:
+    """`kiln_gemv_sums` takes this matrix and activations of this extent; aligned: four rows of it lie in 16 bytes, their halves in 8."""
+    return LAYOUTS[block_type].block == WIDE and extent == WIDE and n % 4 == 0 and aligned
+
+
+def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
+    """`launch` of `kiln_gemv_sums`; how it is cut does not depend on `tokens`."""
+    best = None
+    for config in pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits)):
+        rows = math.gcd(n // 2, config.rows) if gated else config.rows
+        shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
+        programs = config.warps_per_sm // config.warps * target.sm_count  # at once
+        each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
+        splits = triton.cdiv(steps, each * shares)
+        time = each * triton.cdiv(blocks * splits, programs) * (config.warps_per_sm + LATENCY)
+        if best is None or time < best[0]:
+            best = time, config, rows, shares, splits
+    _, config, rows, shares, splits = best
+    together = tokens if tokens <= MOST_TOGETHER else 1
+    return {"AHEAD": config.ahead if together <= 4 else config.ahead_many, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0,
+            "EARLY": early(target), "REGISTERS": config.registers(together), "M": together}, splits, config.warps
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:
@@ -110,26 +155,32 @@ def launch_rows(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     return constants | {"M": tokens, "REGISTERS": config.registers}, splits, warps, fn
 
 
-def terms_of(x: torch.Tensor) -> int:
-    """Bytes of an activation of a fixed-point row."""
-    return (x.shape[2] - 4) // 8
+def launch_any(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, extent: int, gated: bool,
+               aligned: bool) -> tuple[dict, int, int, Any]:
+    """The launch of any number of tokens, and the kernel: which one does not depend on how many there are of MOST_TOGETHER."""
+    if sums_fit(block_type, extent, n, aligned):
+        return *launch_sums(block_type, tokens, n, k, target, gated=gated), kiln_gemv_sums
+    if 1 < tokens <= MOST_TOGETHER:
+        return launch_rows(block_type, tokens, n, k, target, gated, aligned)
+    return *launch(block_type, tokens, n, k, target, gated=gated), kiln_gemv
 
 
 @waits()
 @triton.jit
-def kiln_fix(x, out, n, TERMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """x [n] to fixed point. Grid (n / BLOCK)."""
+def kiln_fix(x, out, n, TERMS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """x [n], rows that are multiples of EXTENT, to fixed point. Grid (n / BLOCK)."""
     wait_for_earlier_kernels(EARLY)
     first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
-    store_fixed(tl.load(x + i, i < n, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK)
+    store_fixed(tl.load(x + i, i < n, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK, EXTENT)
 
 
 def fix(x: torch.Tensor, terms: int) -> torch.Tensor:
-    """x [T, K], K a multiple of 32 -> fixed point, int32 [T, K / 32, 8 terms + 4]; kernels only."""
-    out = torch.empty((x.shape[0], x.shape[1] // GROUP, group_words(terms)), dtype=torch.int32, device=x.device)
-    kernel(kiln_fix)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, BLOCK=FIXED_BLOCK, EARLY=early(),
-                                                               num_warps=FIXED_WARPS)
+    """x [T, K], K a multiple of 32 -> rows in fixed point; kernels only."""
+    extent = extent_of(x.shape[1])
+    out = fixed_point.empty(*x.shape, terms, extent, x)
+    kernel(kiln_fix)[(triton.cdiv(x.numel(), FIXED_BLOCK),)](x, out, x.numel(), TERMS=terms, EXTENT=extent, BLOCK=FIXED_BLOCK,
+                                                               EARLY=early(), num_warps=FIXED_WARPS)
     return out
 
 
@@ -138,7 +189,7 @@ def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
     """The matmul in plain torch, a token at a time, so that none depends on the others; arguments as `fixed_linear`."""
     dense = dequantize(block_type, words, halves)
     y = torch.cat([row @ dense for row in fixed_point.dequantize(x).split(1)])
-    return y if squares is None else y * root(squares, x.shape[1] * GROUP, eps)
+    return y if squares is None else y * root(squares, fixed_point.elements(x), eps)
 
 
 def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor, dtype: torch.dtype,
@@ -148,20 +199,17 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
 
     Up to MOST_TOGETHER tokens take one reading of the weights, more a reading each.
     """
-    tokens, n, k, terms = x.shape[0], words.shape[2], x.shape[1] * GROUP, terms_of(x)
-    gated, fn, programs = end in GLU_ENDS.values(), kiln_gemv, tokens
-    if 1 < tokens <= MOST_TOGETHER:
-        aligned = words.stride(1) % 4 == 0 and words.storage_offset() % 4 == 0
-        constants, splits, warps, fn = launch_rows(block_type, tokens, n, k, current_target(), gated, aligned)
-        programs = 1
-    else:
-        constants, splits, warps = launch(block_type, tokens, n, k, current_target(), gated=gated)
+    tokens, n, k, (terms, extent) = x.shape[0], words.shape[2], fixed_point.elements(x), fixed_point.form(x)
+    gated, programs = end in GLU_ENDS.values(), 1 if tokens <= MOST_TOGETHER else tokens
+    aligned = all(t.stride(1) % 4 == 0 and t.storage_offset() % 4 == 0 for t in (words, halves))
+    constants, splits, warps, fn = launch_any(block_type, tokens, n, k, current_target(), extent, gated, aligned)
     alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
     if alone:
         end = "split"  # there is nothing to add up
     partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
+    extent_out = extent_of(n // 2) if gated else GROUP
     if gated:
-        out = torch.empty((tokens, n // 64, group_words(terms)), dtype=torch.int32, device=x.device)
+        out = fixed_point.empty(tokens, n // 2, terms, extent_out, x)
     elif end == "sum":
         out = torch.empty((tokens, n), dtype=dtype, device=x.device)
     else:
@@ -172,7 +220,7 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
         raise ValueError(f"gemv: {counters.numel()} counters; {tokens} tokens and {n} rows take {grid[0] * programs}")
     kernel(fn, constants["REGISTERS"], x)[grid](
         x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
-        halves.stride(1), **format_constants(block_type), TERMS=terms, END=end, **constants,
+        halves.stride(1), **format_constants(block_type), TERMS=terms, EXTENT=extent, OUT=extent_out, END=end, **constants,
         **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
     return out[0] if alone else out, left[0] if leave_squares and tokens == 1 else left
 
@@ -181,8 +229,7 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
            few: bool = False) -> None:
     check_weight(op, words, halves, block_type)
     k = words.shape[0] * LAYOUTS[block_type].block
-    if x.dtype != torch.int32 or x.dim() != 3 or x.shape[1] * GROUP != k or x.shape[2] not in (group_words(t) for t in (1, 2, 3)):
-        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected int32 [T, {k // GROUP}, 12, 20 or 28]")
+    fixed_point.check(op, x, k)
     if (few or squares is not None) and not 1 <= x.shape[0] <= MOST_TOGETHER:
         raise ValueError(f"{op}: x is {tuple(x.shape)}; expected 1 to {MOST_TOGETHER} tokens")
     rows = "" if x.shape[0] == 1 else f"{x.shape[0]}, "
@@ -193,7 +240,7 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
 
 @triton_op("kiln::fixed_point", mutates_args=())
 def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
-    """x [T, K] -> fixed point of `terms` bytes, int32 [T, K / 32, 8 terms + 4] (see `fixed_point`). ValueError when it does not fit."""
+    """x [T, K] -> rows in fixed point of `terms` bytes (see `fixed_point`). ValueError when it does not fit."""
     if x.dim() != 2 or x.shape[1] % GROUP or terms not in (1, 2, 3):
         raise ValueError(f"fixed_point: x is {tuple(x.shape)}, {terms} bytes; expected [T, a multiple of {GROUP}], 1 to 3 bytes")
     return fix(x.contiguous(), terms) if use_triton(x) else fixed_point.quantize(x, terms)
@@ -202,7 +249,7 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
 @triton_op("kiln::fixed_linear", mutates_args=("counters",))
 def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                  squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    """The matmul of fixed-point x, int32 [T, K / 32, 8 terms + 4], with the packed matrix [N, K]: float32 [T, N].
+    """The matmul of x, T rows in fixed point of either extent (see `fixed_point`), with the packed matrix [N, K]: float32 [T, N].
 
     counters: int32 zeros, at least as many as blocks of rows, T times as many for more than MOST_TOGETHER tokens; zeros again afterwards.
     squares: float32 [P] of one token, [T, P] of T, MOST_TOGETHER at most; the matmul is multiplied by `add_norm.root` of them. Up to
@@ -243,7 +290,7 @@ def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, b
 @triton_op("kiln::fixed_glu", mutates_args=("counters",))
 def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
               squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
-    """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: int32 [T, N / 64, 8 terms + 4].
+    """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: rows of N / 2.
 
     activation: "gelu_tanh" or "silu". N / 2 is a multiple of 32. Raises ValueError when a shape or the activation does not fit.
     """
@@ -254,7 +301,7 @@ def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
         raise ValueError(f"fixed_glu: {words.shape[2]} rows; expected twice a multiple of {GROUP}")
     if not use_triton(x):
         gate, value = reference(x, words, halves, block_type, squares, eps).chunk(2, dim=-1)
-        return fixed_point.quantize(GATED[activation](gate, value), terms_of(x))
+        return fixed_point.quantize(GATED[activation](gate, value), fixed_point.form(x)[0])
     return multiply(x, words, halves, block_type, counters, torch.float32, GLU_ENDS[activation], squares, eps)[0]
 
 
@@ -276,28 +323,29 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         for m in model.matrices():
             n, k, normed, gated = m.n, m.k, m.normed, m.end == "glu"
             end = GLU_ENDS[model.activation] if gated else "sum" if m.end == "squares" else m.end
-            forms = ((1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1), (4, 2, False)) if usual else ((1, 2), (4, 2))
-            for tokens, terms, *apart in forms:  # and whether rows lie as tiles need it
-                if tokens == 1:
-                    launched, _, warps, fn = *launch(block_type, 1, n, k, target, gated=gated), kiln_gemv
-                else:
-                    launched, _, warps, fn = launch_rows(block_type, tokens, n, k, target, gated, not apart)
+            forms: list[tuple] = [(1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1), (4, 2, "rows apart")] if usual else [(1, 2), (4, 2)]
+            if LAYOUTS[block_type].block == WIDE:
+                forms += [(1, 2, "by 32"), (4, 2, "by 32")] + [(8, 2, "by 32")] * usual
+            for tokens, terms, *other in forms:
+                extent = GROUP if "by 32" in other else extent_of(k)
+                launched, _, warps, fn = launch_any(block_type, tokens, n, k, target, extent, gated, "rows apart" not in other)
                 constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
+                                                                  "EXTENT": extent, "OUT": extent_of(n // 2) if gated else GROUP,
                                                                   "SQUARES": m.end == "squares",
                                                                   "EPS": EPS if normed else 0.0}
                 constants |= root_constants(torch.empty(k // PIECE) if normed else None)
                 options = {"num_warps": warps, "maxnreg": constants["REGISTERS"]}
                 out = {"halves": halves_pointer(block_type), "out": "*i32" if gated else "*fp32"}
-                together = (f", {tokens} tokens" if tokens > 1 else "") + (", rows apart" if apart else "")
+                together = (f", {tokens} tokens" if tokens > 1 else "") + "".join(f", {form}" for form in other)
                 targets = usual_targets(block_type)
-                if tokens > 1:  # the compiler's time: one of each end at the most tokens, the others at night
-                    first = usual and terms == 2 and (tokens == MOST_TOGETHER or apart) and (fn, end) not in {
+                if tokens > 1 or other:  # the compiler's time: one of each end at the most tokens, the others at night
+                    first = usual and terms == 2 and (tokens == MOST_TOGETHER or other) and (fn, end) not in {
                         (c.fn, c.constexprs.get("END")) for c in of_rows}  # fmt: skip
                     targets = RARE_TARGETS if first else ()
                 case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}{together}", fn, types | out, constants, options, targets,
                                   tuple(integers))
-                of_rows += [case] if targets and tokens > 1 else []
+                of_rows += [case] if targets and (tokens > 1 or other) else []
                 cases.setdefault((fn, *sorted((key, str(value)) for key, value in constants.items())), case)
-    constants = {"TERMS": 2, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
+    constants = {"TERMS": 2, "EXTENT": WIDE, "BLOCK": FIXED_BLOCK, "EARLY": early(target)}
     types = {"x": "*bf16", "out": "*i32", "n": "i32"}
     return [*cases.values(), KernelCase("fix bf16", kiln_fix, types, constants, {"num_warps": FIXED_WARPS}, aligned=("n",))]

@@ -13,7 +13,8 @@ import triton.language as tl
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.step.add_norm import load_root
 from kiln.custom_ops.weights.dequantize import float_half, power_of_two, unpack8
-from kiln.custom_ops.weights.fixed_point import store_fixed
+from kiln.custom_ops.weights.fixed_point import quads_at, row_words, tail_at
+from kiln.custom_ops.weights.gemv_finish import finish
 
 
 @triton.jit
@@ -38,13 +39,14 @@ def four(words):
 
 
 @triton.jit
-def group_of(x, TERMS: tl.constexpr):
-    """A group of 32 activations: its words of bytes, then the scale and the sums of both halves and of all, as float32."""
+def group_of(x, g, TERMS: tl.constexpr, EXTENT: tl.constexpr):
+    """Group g of the activations x: its words of bytes, then the scale and the sums of both halves and of all, as float32."""
     found = ()
+    quads = x + quads_at(g, TERMS, EXTENT)
     for i in tl.static_range(2 * TERMS):
-        a, b, c, d = four(x + 4 * i)
+        a, b, c, d = four(quads + 4 * i)
         found = found + (a, b, c, d)
-    a, b, c, d = four(x + 8 * TERMS)
+    a, b, c, d = four(x + tail_at(g, TERMS, EXTENT))
     return found + (a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True), c.to(tl.float32, bitcast=True),
                     d.to(tl.float32, bitcast=True))
 
@@ -123,7 +125,7 @@ def scale_count(scales: str, block: int, groups: int) -> int:
 @triton.jit
 def _dot8(low, high, values, j: tl.constexpr, term: tl.constexpr, TERMS: tl.constexpr, acc):
     """acc + the products of octet j of a group with one byte of its activations."""
-    return dot4(high, values[(2 * j + 1) * TERMS + term], dot4(low, values[2 * j * TERMS + term], acc))
+    return dot4(high, values[2 * (j * TERMS + term) + 1], dot4(low, values[2 * (j * TERMS + term)], acc))
 
 
 @triton.jit
@@ -216,30 +218,23 @@ def sum_splits(source, stride, splits, mask, ROWS: tl.constexpr, TOGETHER: tl.co
     return total
 
 
-@triton.jit
-def gelu_tanh(x):
-    # tanh(u) = 1 - 2 / (exp(2 u) + 1)
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
-
-
 @waits("words", "halves")
 @triton.jit
 def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
               HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-              END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-              REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
-              SQUARES: tl.constexpr):
+              EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+              SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, COUNT: tl.constexpr,
+              PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr):
     """The matmul of x[t] and every row. Grid (row blocks, splits, T).
 
-    x [T, k / 32, 8 TERMS + 4], fixed point; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken at
-    a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
+    x: T rows in fixed point, of extent EXTENT; words [k / BLOCK, WORDS, n], `stride` from word to word. GROUPS: groups of 32 elements taken
+    at a time; it divides k / 32 and is 1, 2 or 4. SHARES: the warps of a program, each with its own share of the program's part of K; with
     more than one a lane has ROWS / 32 rows, up to 4. REGISTERS: of a thread, see `launch.kernel`.
     What becomes of the partial sums, float32 [splits, T, n], is END: "split": they are the result, and counters and out are not touched;
-    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out [T, n / 64, 8 TERMS + 4] is
-    gelu(gate) * value; "silu": the same with silu(gate). counters: int32 zeros, T * row blocks of them, and zeros again at the end. For one
-    token: COUNT > 0 multiplies by `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
+    "sum": out[t, n] is their sum; "glu": the first half of the rows are gates, the second values, and out is gelu(gate) * value, rows of
+    n / 2 of extent OUT; "silu": the same with silu(gate). counters: int32 zeros, T * row blocks of them, and zeros again at the end. For
+    one token: COUNT > 0 multiplies by `load_root` of `squares`; SQUARES, with "sum", leaves each row block's sum of squares in squares_out.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -249,8 +244,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
     lanes = tl.arange(0, LANES)
     rows = block * ROWS + lanes % ROWS
     mask = None if EVEN else rows < n
-    X: tl.constexpr = 8 * TERMS + 4
-    x += token * (k // 32) * X
+    x += token * row_words(k, TERMS, EXTENT)
     acc = tl.zeros((LANES,), tl.float32)
     PARTS: tl.constexpr = 2 if SCALES == "int8" or SCALES == "six" or SCALES == "four" else 1
     STEPS: tl.constexpr = BLOCK // 32 // GROUPS  # per block
@@ -281,8 +275,7 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
             scaled = tl.zeros((LANES,), tl.float32)  # the scale of the block is applied once
             minima = tl.zeros((LANES,), tl.float32)
         for g in tl.static_range(GROUPS):
-            group_x = x + (step * GROUPS + g) * X
-            values = group_of(group_x, TERMS)
+            values = group_of(x, step * GROUPS + g, TERMS, EXTENT)
             for part in tl.static_range(PARTS):
                 c0 = tl.zeros((LANES,), tl.int32)
                 c1 = tl.zeros((LANES,), tl.int32)
@@ -329,34 +322,5 @@ def kiln_gemv(x, words, halves, partials, counters, out, squares, squares_out, n
         acc *= root
     tl.store(partials + (split * tokens + token) * n + rows, acc, mask, cache_modifier=".cg")
     if END != "split":
-        _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS, END, ROWS, EVEN, TOGETHER, SQUARES)
-
-
-@triton.jit
-def _finish(partials, counters, out, squares_out, n, splits, block, token, tokens, TERMS: tl.constexpr, END: tl.constexpr,
-            ROWS: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr):
-    """The last program of a block of rows, or of a block of gates and the block of their values, makes the result."""
-    GATED: tl.constexpr = END == "glu" or END == "silu"
-    blocks = tl.num_programs(0)
-    own = block % (blocks // 2) if GATED else block
-    share = 2 * splits if GATED else splits
-    counter = counters + token * blocks + own
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == share - 1:
-        tl.debug_barrier()
-        tl.store(counter, 0)
-        rows = own * ROWS + tl.arange(0, ROWS)
-        mask = None if EVEN else rows < n
-        source = partials + token * n + rows
-        total = sum_splits(source, tokens * n, splits, mask, ROWS, TOGETHER)
-        if GATED:
-            value = sum_splits(source + n // 2, tokens * n, splits, mask, ROWS, TOGETHER)
-            if END == "silu":
-                gate = total / (1.0 + tl.exp(-total))
-            else:
-                gate = gelu_tanh(total)
-            store_fixed(gate * value, out + token * (n // 64) * (8 * TERMS + 4), own * (ROWS // 32), n // 64, TERMS, ROWS)
-        else:
-            tl.store(out + token * n + rows, total.to(out.dtype.element_ty), mask)
-            if SQUARES:
-                tl.store(squares_out + own, tl.sum(total * total, 0))
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, token, tokens, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, 1, OUT)

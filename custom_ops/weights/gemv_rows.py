@@ -8,10 +8,10 @@ import triton.language as tl
 from kiln.custom_ops.gpu.early import after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.step.add_norm import load_root
 from kiln.custom_ops.weights.dequantize import float_half, power_of_two
-from kiln.custom_ops.weights.fixed_point import store_fixed
+from kiln.custom_ops.weights.fixed_point import row_words
+from kiln.custom_ops.weights.gemv_finish import finish
 from kiln.custom_ops.weights.gemv_kernels import (
     dot4,
-    gelu_tanh,
     group_of,
     loaded,
     octet_of,
@@ -25,27 +25,7 @@ from kiln.custom_ops.weights.gemv_kernels import (
 @triton.jit
 def _dot8(low, high, values, at: tl.constexpr, j: tl.constexpr, term: tl.constexpr, TERMS: tl.constexpr, acc):
     """acc + the products of octet j of a group with one byte of its activations, whose words begin at `at` of values."""
-    return dot4(high, values[at + (2 * j + 1) * TERMS + term], dot4(low, values[at + 2 * j * TERMS + term], acc))
-
-
-@triton.jit
-def sum_splits_of_rows(source, stride, row, splits, mask, first: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
-    """`sum_splits` of M rows, `row` apart, from row `first` on: the additions of each in its order, the loads of all in flight."""
-    totals = ()
-    for _ in tl.static_range(M):
-        totals = totals + (tl.zeros((ROWS,), tl.float32),)
-    for begin in tl.range(0, splits, TOGETHER):
-        s = begin + tl.arange(0, TOGETHER)
-        keep = (s < splits)[:, None]
-        if mask is not None:
-            keep = keep & mask[None, :]
-        sums = ()
-        for m in tl.static_range(M):
-            part = source + (first + m) * row
-            loaded = tl.load(part[None, :] + s.to(tl.int64)[:, None] * stride, keep, other=0.0, cache_modifier=".cg")
-            sums = sums + (totals[m] + tl.sum(loaded, 0),)
-        totals = sums
-    return totals
+    return dot4(high, values[at + 2 * (j * TERMS + term) + 1], dot4(low, values[at + 2 * (j * TERMS + term)], acc))
 
 
 @waits("words", "halves")
@@ -53,9 +33,9 @@ def sum_splits_of_rows(source, stride, row, splits, mask, first: tl.constexpr, M
 def kiln_gemv_rows(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
               halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
               HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-              END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
-              REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, EPS: tl.constexpr,
-              SQUARES: tl.constexpr, M: tl.constexpr):
+              EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+              SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, COUNT: tl.constexpr,
+              PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr):
     """`kiln_gemv` of M tokens: a program multiplies what it loads with each. Grid (row blocks, splits).
 
     As there but for partials [splits, M, n], counters, one for a row block, `squares` [M, COUNT] and squares_out [M, row blocks].
@@ -104,7 +84,7 @@ def kiln_gemv_rows(x, words, halves, partials, counters, out, squares, squares_o
         for g in tl.static_range(GROUPS):
             values = ()
             for m in tl.static_range(M):
-                values = values + group_of(x + m * (k // 32) * X + (step * GROUPS + g) * X, TERMS)
+                values = values + group_of(x + m * row_words(k, TERMS, EXTENT), step * GROUPS + g, TERMS, EXTENT)
             for part in tl.static_range(PARTS):
                 octets = ()
                 for o in tl.static_range(4 // PARTS):
@@ -154,7 +134,8 @@ def kiln_gemv_rows(x, words, halves, partials, counters, out, squares, squares_o
             whole *= roots[m]
         tl.store(partials + (split * M + m) * n + rows, whole, mask, cache_modifier=".cg")
     if END != "split":
-        finish_rows(partials, counters, out, squares_out, n, splits, block, TERMS, END, ROWS, SHARES, EVEN, TOGETHER, SQUARES, M)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, 0, M, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, M, OUT)
 
 
 @triton.jit
@@ -182,45 +163,3 @@ def joined(c0, c1, c2, TERMS: tl.constexpr):
         return (c0 * 256 + c1).to(tl.float32)
     else:
         return (c0 * 256 + c1).to(tl.float32) * 256 + c2.to(tl.float32)
-
-
-@triton.jit
-def finish_rows(partials, counters, out, squares_out, n, splits, block, TERMS: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr,
-                SHARES: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr):
-    """The last program of a block of rows, or of a block of gates and the block of their values, makes the results of M tokens."""
-    GATED: tl.constexpr = END == "glu" or END == "silu"
-    blocks = tl.num_programs(0)
-    own = block % (blocks // 2) if GATED else block
-    share = 2 * splits if GATED else splits
-    tl.debug_barrier()
-    if tl.atomic_add(counters + own, 1, sem="acq_rel") == share - 1:
-        tl.debug_barrier()
-        tl.store(counters + own, 0)
-        rows = own * ROWS + tl.arange(0, ROWS)
-        mask = None if EVEN else rows < n
-        MOST: tl.constexpr = 4 if SHARES > 1 else 2  # tokens at a time, for the registers of what is in flight
-        TAKEN: tl.constexpr = M if M < MOST else MOST
-        for first in tl.static_range(0, M, TAKEN):
-            _finish_some(partials + rows, out, squares_out, n, splits, own, blocks, rows, mask, first, TERMS, END, ROWS, TOGETHER, SQUARES,
-                         M, TAKEN if first + TAKEN < M else M - first)
-
-
-@triton.jit
-def _finish_some(source, out, squares_out, n, splits, own, blocks, rows, mask, first: tl.constexpr, TERMS: tl.constexpr, END: tl.constexpr,
-                 ROWS: tl.constexpr, TOGETHER: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr, TAKEN: tl.constexpr):
-    """`finish_rows` of the tokens first .. first + TAKEN - 1."""
-    totals = sum_splits_of_rows(source, M * n, n, splits, mask, first, TAKEN, ROWS, TOGETHER)
-    if END == "glu" or END == "silu":
-        values = sum_splits_of_rows(source + n // 2, M * n, n, splits, mask, first, TAKEN, ROWS, TOGETHER)
-        for m in tl.static_range(TAKEN):
-            if END == "silu":
-                gate = totals[m] / (1.0 + tl.exp(-totals[m]))
-            else:
-                gate = gelu_tanh(totals[m])
-            to = out + (first + m) * (n // 64) * (8 * TERMS + 4)
-            store_fixed(gate * values[m], to, own * (ROWS // 32), n // 64, TERMS, ROWS)
-    else:
-        for m in tl.static_range(TAKEN):
-            tl.store(out + (first + m) * n + rows, totals[m].to(out.dtype.element_ty), mask)
-            if SQUARES:
-                tl.store(squares_out + (first + m) * blocks + own, tl.sum(totals[m] * totals[m], 0))

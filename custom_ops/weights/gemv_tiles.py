@@ -14,6 +14,8 @@ import triton.language as tl
 from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.step.add_norm import load_root
 from kiln.custom_ops.weights.dequantize import float_half, power_of_two, unpack8
+from kiln.custom_ops.weights.fixed_point import quads_at, row_words, tail_at
+from kiln.custom_ops.weights.gemv_finish import finish
 from kiln.custom_ops.weights.gemv_kernels import (
     block_scales,
     dot4,
@@ -24,7 +26,7 @@ from kiln.custom_ops.weights.gemv_kernels import (
     scales_of,
     warp_share,
 )
-from kiln.custom_ops.weights.gemv_rows import finish_rows, joined
+from kiln.custom_ops.weights.gemv_rows import joined
 
 
 @triton.jit
@@ -136,25 +138,26 @@ def _loaded_scales(words, halves, stride: tl.constexpr, halves_stride: tl.conste
 
 
 @triton.jit
-def _activations(x, tail, k, step, TERMS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr):
+def _activations(x, octet, k, step, TERMS: tl.constexpr, EXTENT: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
+                 M: tl.constexpr):
     """For each group and four tokens: two words of a thread's column, two of the third byte, then scale and sums of its token."""
-    X: tl.constexpr = 8 * TERMS + 4
-    column = tl.arange(0, x.shape[0]) % 32 // 4
+    column = tl.arange(0, octet.shape[0]) % 32 // 4
+    even = column % 2 == 0
+    X = row_words(k, TERMS, EXTENT)
     found = ()
     for g in tl.static_range(GROUPS):
         for c in tl.static_range(TOKENS):
-            at = x + tl.minimum(column // 2 + 4 * c, M - 1) * (k // 32 * X) + (step * GROUPS + g) * X
+            at = x + tl.minimum(column // 2 + 4 * c, M - 1) * X + quads_at(step * GROUPS + g, TERMS, EXTENT) + octet * (2 * TERMS)
             if TERMS == 1:  # the second byte of each token is 0
-                b0 = tl.load(at, column % 2 == 0, other=0)
-                b1 = tl.load(at + 1, column % 2 == 0, other=0)
+                b0 = tl.load(at, even, other=0)
+                b1 = tl.load(at + 1, even, other=0)
             else:
-                b0 = tl.load(at + column % 2)
-                b1 = tl.load(at + column % 2 + TERMS)
+                b0 = tl.load(at + column % 2 * 2)
+                b1 = tl.load(at + column % 2 * 2 + 1)
             found = found + (b0, b1)
             if TERMS == 3:
-                found = found + (tl.load(at + 2, column % 2 == 0, other=0), tl.load(at + 5, column % 2 == 0, other=0))
-            scale, first, second, total = four(tail + tl.minimum(tl.arange(0, x.shape[0]) % 4 + 4 * c, M - 1) * (k // 32 * X)
-                                               + (step * GROUPS + g) * X)
+                found = found + (tl.load(at + 4, even, other=0), tl.load(at + 5, even, other=0))
+            scale, first, second, total = four(x + tl.minimum(octet + 4 * c, M - 1) * X + tail_at(step * GROUPS + g, TERMS, EXTENT))
             found = found + (scale.to(tl.float32, bitcast=True), first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True),
                              total.to(tl.float32, bitcast=True))
     return found
@@ -226,9 +229,9 @@ def _rows_of_a_group(now, octet, factors, values, sums, minima, at: tl.constexpr
 def kiln_gemv_tiles(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
                     halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
                     HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-                    END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr,
-                    EARLY: tl.constexpr, REGISTERS: tl.constexpr, TOGETHER: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
-                    EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr):
+                    EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+                    SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, COUNT: tl.constexpr,
+                    PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr):
     """`kiln_gemv` of M tokens, 8 at most. Grid (row blocks, splits). ROWS is a multiple of 32; n, and where a row of words lies, of 4."""
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -255,8 +258,6 @@ def kiln_gemv_tiles(x, words, halves, partials, counters, out, squares, squares_
                                                  tl.minimum(begin, end - 1), BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
-    tail = x + 8 * TERMS + 0 * thread
-    column = x + octet * (2 * TERMS)
     roots = ()
     if COUNT > 0:
         for m in tl.static_range(M):
@@ -281,7 +282,7 @@ def kiln_gemv_tiles(x, words, halves, partials, counters, out, squares, squares_
             coming = coming + _loaded(words, there, octet, stride, following, BITS, BLOCK, WORDS, GROUPS)
             scales_coming = scales_coming + _loaded_scales(words + there + octet, halves + there + octet, stride, halves_stride, following,
                                                            BITS, BLOCK, SCALES, WORDS, HALVES, GROUPS)
-        values = _activations(column, tail, k, step, TERMS, GROUPS, TOKENS, M)
+        values = _activations(x, octet, k, step, TERMS, EXTENT, GROUPS, TOKENS, M)
         first = step % STEPS * GROUPS if STEPS > 1 else 0
         kept = ()
         for h in tl.static_range(TILES):
@@ -347,4 +348,5 @@ def kiln_gemv_tiles(x, words, halves, partials, counters, out, squares, squares_
             stored = (token < M)[:, None] & (rows < n)
             tl.store(partials + (split * M + token)[:, None] * n + rows, whole, stored, cache_modifier=".cg")
     if END != "split":
-        finish_rows(partials, counters, out, squares_out, n, splits, block, TERMS, END, ROWS, SHARES, EVEN, TOGETHER, SQUARES, M)
+        finish(partials, counters, out, squares, squares_out, n, k, splits, block, 0, M, TERMS, END, ROWS, SHARES, 0, EPS,
+               SQUARES, M, OUT)

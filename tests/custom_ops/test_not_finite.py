@@ -51,6 +51,9 @@ def fixed_point() -> None:
             x[1, 33 + 7 * i] = bad
             y = dequantize(kiln.fixed_point(x, terms))
             assert nan(y[1, 32:64]) and finite(y[0]) and finite(y[1, :32]) and finite(y[1, 64:])
+            wide = torch.cat((x, x, x, x, x, x, x, x), 1)
+            y = dequantize(kiln.fixed_point(wide, terms)).unflatten(1, (3, 256))
+            assert nan(y[1]) and finite(y[0])
             assert nan(dequantize(kiln.fixed_point(torch.full((1, 32), bad), terms)))
 
 
@@ -58,7 +61,7 @@ def products() -> None:
     """From an activation, from a norm's sums, from a weight; every way a product may end."""
     zeros = torch.zeros(gemv.COUNTERS, dtype=torch.int32)
     for block_type in ("Q6_K",) if triton.knobs.runtime.interpret else ("Q4_K", "Q6_K", "Q8_0"):
-        words, halves, _ = random_weight(block_type, 512, 256)
+        words, halves, _ = random_weight(block_type, 1024, 256)
         x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
         good, squares = quantize(x, 2), torch.tensor([NAN, 1.0])
         x[0, 200] = INF
@@ -72,8 +75,8 @@ def products() -> None:
         halves[0, 0, 300] = NAN
         y = kiln.fixed_linear(good, words[:, :, 256:320], halves[:, :, 256:320], block_type, zeros)
         assert nan(y[:, 44]) and finite(y[:, :44]) and finite(y[:, 45:])
-        y = dequantize(kiln.fixed_glu(good, words, halves, block_type, zeros))  # 300 is value 44: its group
-        assert nan(y[:, 32:64]) and finite(y[:, :32]) and finite(y[:, 64:])
+        y = dequantize(kiln.fixed_glu(good, words, halves, block_type, zeros))  # 300 is a gate: its extent
+        assert nan(y[:, 256:]) and finite(y[:, :256])
 
 
 def plain_products() -> None:

@@ -100,7 +100,8 @@ def check_sliding(heads: int, kv_heads: int, dim: int, pos: int, window: int, sl
     for h in range(heads):
         j = h // (heads // kv_heads)
         expected[h] = torch.softmax(keys[:, j] @ q[h], 0) @ values[:, j]
-    assert out.dtype == torch.int32 and out.shape == (1, heads * dim // 32, fixed_point.group_words(terms))
+    fixed_point.check("out", out, heads * dim, 1)
+    assert fixed_point.form(out) == (terms, fixed_point.extent_of(heads * dim, dim))
     found = fixed_point.dequantize(out).double()
     assert torch.isfinite(found).all()
     whole = dtype == torch.float32

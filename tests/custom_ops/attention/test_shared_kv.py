@@ -68,7 +68,7 @@ def check_gate(p: int, parts: int, terms: int) -> None:
     given, value = torch.randn(parts, p, generator=g), torch.randn(1, p, generator=g)
     expected = F.gelu(given.double().sum(0, keepdim=True), approximate="tanh") * value
     out = kiln.gate_fixed(given, value, terms)
-    assert out.shape == (1, p // 32, fixed_point.group_words(terms))
+    assert fixed_point.form(out) == (terms, fixed_point.extent_of(p)) and fixed_point.elements(out) == p
     assert (fixed_point.dequantize(out) - expected).norm() < {1: 1.5e-2, 2: 5e-5, 3: 1e-6}[terms] * expected.norm()
 
 

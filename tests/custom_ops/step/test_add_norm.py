@@ -17,7 +17,7 @@ if triton.knobs.runtime.interpret:
     torch.set_num_threads(1)  # tensors this small lose more to waiting threads than they gain
 
 EPS = 1e-6
-LOSS = {1: 1e-2, 2: 4e-5, 3: 3e-7}  # relative, of bytes an activation
+LOSS = {1: 1.5e-2, 2: 6e-5, 3: 4e-7}  # relative, of bytes an activation; weights of different sizes make the largest of 256 stand out
 kiln = torch.ops.kiln
 
 
@@ -48,7 +48,7 @@ def squares(x: torch.Tensor, pieces: int = 3) -> torch.Tensor:
 def with_root(out: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """The norm that `out` and the sums of squares beside it stand for, float64."""
     assert left.dtype == torch.float32 and left.dim() == 1
-    return fixed_point.dequantize(out).double() * add_norm.root(left.double(), 32 * out.shape[1], EPS)
+    return fixed_point.dequantize(out).double() * add_norm.root(left.double(), fixed_point.elements(out), EPS)
 
 
 def check(d: int, terms: int, scaled: bool) -> None:
@@ -59,12 +59,13 @@ def check(d: int, terms: int, scaled: bool) -> None:
     x_exact, out_exact = exact(x, branch, post_weight, weight, scale)
     assert x_out.dtype == torch.float32 and x_out.shape == (1, d) and torch.equal(x, before)
     assert (x_out - x_exact).norm() / x_exact.norm() < 3e-7
-    assert rest[0].dtype == torch.int32 and rest[0].shape == (1, d // 32, fixed_point.group_words(terms))
+    fixed_point.check("out", rest[0], d, 1)
+    assert fixed_point.form(rest[0]) == (terms, fixed_point.extent_of(d))
     assert (with_root(*rest) - out_exact).norm() / out_exact.norm() < LOSS[terms]
 
     rest = kiln.norm_fixed(x, weight, terms)
     only = rms(x.double()) * weight
-    assert rest[0].shape == (1, d // 32, fixed_point.group_words(terms))
+    assert fixed_point.form(rest[0]) == (terms, fixed_point.extent_of(d))
     assert (with_root(*rest) - only).norm() / only.norm() < LOSS[terms]
 
 

@@ -54,7 +54,8 @@ def check(heads: int, kv_heads: int, dim: int, pos: int, parts: int, v_parts: in
     before, at = [t.clone() for t in caches], torch.tensor([pos])
     out = kiln.tq4_decode(*raw, *caches, at, EPS, terms)
     q, *written = prepare.prepare_reference(*raw, EPS, torch.float32)
-    assert out.dtype == torch.int32 and out.shape == (1, heads * dim // 32, fixed_point.group_words(terms))
+    fixed_point.check("out", out, heads * dim, 1)
+    assert fixed_point.form(out) == (terms, fixed_point.extent_of(heads * dim, dim))
     stored = [ring[at % EXACT_WINDOW].clone() for ring in caches[4:]]
     expected = attention.reference(q.double(), *stored, *caches[:4], *before[4:], at, None).flatten(1)
     found = fixed_point.dequantize(out).double()

@@ -10,8 +10,8 @@ import triton
 
 from kiln.custom_ops.gpu.cubin import disassembled, instructions
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
-from kiln.custom_ops.weights import gemv
-from kiln.custom_ops.weights.gemv import GemvConfig, RowsConfig, launch, launch_rows
+from kiln.custom_ops.weights import fixed_point, gemv
+from kiln.custom_ops.weights.gemv import GemvConfig, RowsConfig, SumsConfig, launch, launch_rows
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from tests.custom_ops.gpu.test_kernel_resources import compile_case
 from tests.custom_ops.interpret import interpreted
@@ -70,7 +70,7 @@ def test_on_a_cpu(terms: int) -> None:
 def test_wrong_arguments_are_named() -> None:
     words, halves, _ = random_weight("Q4_K", 64, 256)
     x = kiln.fixed_point(random_x(9, 256, torch.float32), 2)
-    with pytest.raises(ValueError, match=r"fixed_partials: x is \(9, 8, 20\); expected 1 to 8 tokens"):
+    with pytest.raises(ValueError, match=r"fixed_partials: x is \(9, 1, 176\); expected 1 to 8 tokens"):
         kiln.fixed_partials(x, words, halves, "Q4_K")
     for squares in (torch.ones(4), torch.ones(2, 4), torch.ones(3, 0)):
         with pytest.raises(ValueError, match=r"fixed_linear: squares are torch.float32 .*; expected float32 \[3, P\]"):
@@ -104,7 +104,7 @@ def test_float_operations_are_those_of_one_token(block_type: str) -> None:
     cases = {case.name: case for case in gemv.kernel_cases(H200)}
     counts = []
     for tokens, together in ((1, ""), (4, ", 4 tokens"), (8, ", 8 tokens")):
-        name = f"gemv {block_type} {shape}{together}"
+        name = f"gemv {block_type} {shape}{together}, by 32"
         code = instructions(disassembled(compile_case(cases[name], H200).asm["cubin"]))
         bodies = [code[i.target : at + 1] for at, i in enumerate(code) if i.base == "BRA" and i.target is not None and 0 <= i.target < at]
         body = min((b for b in bodies if any(i.base in ("IDP", "IMMA") for i in b)), key=len)
@@ -112,6 +112,20 @@ def test_float_operations_are_those_of_one_token(block_type: str) -> None:
         count = lambda base: sum(i.base == base for i in body)  # noqa: E731,B023
         counts.append((count("FFMA") / pairs, count("I2FP") / pairs))
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K"])
+def test_float_operations_of_integer_sums(block_type: str) -> None:
+    """As above; here one token takes as many as four, and eight take twice as many."""
+    shape = {"Q4_K": "16384x5376 2 bytes, split", "Q6_K": "5376x8192 2 bytes, sum"}[block_type]
+    cases = {case.name: case for case in gemv.kernel_cases(H200)}
+    counts = []
+    for together in ("", ", 4 tokens", ", 8 tokens"):
+        code = instructions(disassembled(compile_case(cases[f"gemv {block_type} {shape}{together}"], H200).asm["cubin"]))
+        bodies = [code[i.target : at + 1] for at, i in enumerate(code) if i.base == "BRA" and i.target is not None and 0 <= i.target < at]
+        body = min((b for b in bodies if any(i.base == "IMMA" for i in b)), key=len)
+        counts.append([sum(i.base == base for i in body) for base in ("FFMA", "I2FP", "FADD")])
+    assert counts[0] == counts[1] and counts[2] == [2 * count for count in counts[0]] and counts[0][0] and not counts[0][2]
 
 
 # ---- under the interpreter ----
@@ -122,17 +136,28 @@ def spread(monkeypatch, tiles: bool, programs: int, warps: int = 1):
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(warps=warps, warps_per_sm=programs * warps))
     for key in gemv.ROWS_CONFIGS:
         monkeypatch.setitem(gemv.ROWS_CONFIGS, key, RowsConfig(tiles, 128))
+    for key in gemv.SUMS_CONFIGS:
+        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, (SumsConfig(rows=32, warps=warps, warps_per_sm=programs * warps),))
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
 @pytest.mark.parametrize("block_type", TYPES)
 @pytest.mark.parametrize("tiles", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["tiles", "rows"])
-def interpreted_types(block_type: str, tiles: bool, monkeypatch) -> None:
-    """A slice along N whose last block of rows is masked; each warp with its share of K, the last with less."""
-    words, halves, _ = random_weight(block_type, 48, 256 if LAYOUTS[block_type].block == 256 else 5 * LAYOUTS[block_type].block)
+@pytest.mark.parametrize("by_32", [False, True])
+def interpreted_types(block_type: str, tiles: bool, by_32: bool, monkeypatch) -> None:
+    """A slice along N whose last block of rows is masked; each warp with its share of K, the last with less.
+
+    Blocks of 256 are taken by `kiln_gemv_sums`, and those that activations with a scale for each 32 meet by the others.
+    """
+    wide = LAYOUTS[block_type].block == 256
+    if by_32 > wide or (wide and not by_32 and not tiles):
+        pytest.skip("the same as another")
+    k = 768 if wide and not by_32 else 256 if wide else 5 * LAYOUTS[block_type].block
+    words, halves, _ = random_weight(block_type, 48, k)
     cut = slice(4, 40)
     for terms in (2,) if block_type in USUAL else (2, 3):
-        x = gemv.fix(rows_of(3, words.shape[0] * LAYOUTS[block_type].block), terms)
+        x = rows_of(3, k)
+        x = fixed_point.quantize(x, terms, 32) if by_32 else gemv.fix(x, terms)
         with spread(monkeypatch, tiles, 1, warps=2):
             together = kiln.fixed_partials(x, words[:, :, cut], halves[:, :, cut], block_type)
             for i in range(3):
