@@ -28,7 +28,7 @@ from kiln.exporter.text.encoder import Encoder
 
 Tensor = torch.Tensor
 Codec = Callable[[Tensor], Tensor]
-CHUNK, MEAN, EXACT = 512, 256, 256
+CHUNK, EXACT = 512, 256
 DEPTHS = ((0, 1024), (1024, 4096), (4096, 16384), (16384, 1 << 20))
 
 
@@ -81,7 +81,7 @@ class Caches:
     keys: Codec
     values: Codec
     window: int  # newest positions that are read exactly
-    mean: bool = False  # of the first MEAN keys, taken off before coding
+    mean: int = 0  # of so many first keys, taken off before coding
 
 
 CODECS = {
@@ -91,10 +91,14 @@ CODECS = {
     "TQ4, 256 exact": Caches(tq4, tq4, EXACT),
     "TQ4, 256 exact, keys alone": Caches(tq4, exact, EXACT),
     "TQ4, 256 exact, values alone": Caches(exact, tq4, EXACT),
-    "TQ4, 256 exact, keys less their mean": Caches(tq4, tq4, EXACT, True),
+    "TQ4, 256 exact, keys less the mean of 256": Caches(tq4, tq4, EXACT, 256),
+    "TQ4, 256 exact, keys less the mean of 248": Caches(tq4, tq4, EXACT, 248),
+    "TQ4, 256 exact, keys less the mean of 192": Caches(tq4, tq4, EXACT, 192),
+    "TQ4, 256 exact, keys less the mean of 128": Caches(tq4, tq4, EXACT, 128),
+    "TQ4, 256 exact, keys less the mean of 64": Caches(tq4, tq4, EXACT, 64),
     "keys 5, values 4, 256 exact": Caches(levels(5), tq4, EXACT),
     "keys 6, values 4, 256 exact": Caches(levels(6), tq4, EXACT),
-    "keys 6 less their mean, values 4, 256 exact": Caches(levels(6), tq4, EXACT, True),
+    "keys 6 less their mean, values 4, 256 exact": Caches(levels(6), tq4, EXACT, 256),
     "keys int8 blocks, values TQ4, 256 exact": Caches(blocks(127), tq4, EXACT),
 }
 
@@ -154,7 +158,7 @@ class Gemma3:
         for cache, x in zip(self.kv[i], (k, v), strict=True):
             cache[:, :, first:end] = x
         for n, c in enumerate(self.codecs if i in self.coded else ()):
-            mean = self.kv[i][0][n, :, :MEAN].mean(1, keepdim=True).half().float() if c.mean else torch.zeros(1)
+            mean = self.kv[i][0][n, :, : c.mean].mean(1, keepdim=True) if c.mean else torch.zeros(1)
             self.coded[i][0][n, :, first:end] = c.keys(k[n] - mean) + mean
             self.coded[i][1][n, :, first:end] = c.values(v[n])
 
