@@ -172,7 +172,8 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
         for rule in (layer.mixer for layer in spec.config.layers if gpu and isinstance(layer.mixer, DeltaNet)):
             delta.check_kernel_shapes(rule.key_dim, rule.value_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
-            if buffer.kind in ("ring", "global") and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
+            keys = buffer.kind in ("ring", "global") and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3  # or values
+            if keys:
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
     except ValueError as e:
         raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e

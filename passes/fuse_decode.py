@@ -355,7 +355,8 @@ class _Fuser:
         eps = q.eps or 0.0
         if fused:
             _, op, given = FUSED[call.target]
-            more = exact_window_of(call) | {"k_center": center for center in center_of(call)}
+            center = center_of(call)
+            more = exact_window_of(call) | ({"k_center": center[0]} if center else {})
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)

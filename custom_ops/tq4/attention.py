@@ -151,9 +151,8 @@ def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_code
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
-    for the query as it is, x_ptr; it has RING slots. CENTER > 0: where the query's own key is the last of so many first ones, their mean goes
-    to center_ptr, float32 [KV, D]. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one
-    for each plane.
+    for the query as it is, x_ptr; it has RING slots. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one
+    for each plane. CENTER > 0: where the query's own key is the last of so many first ones, their mean goes to center_ptr, float32 [KV, D].
     """
     wait_for_earlier_kernels(EARLY)
     decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, center_ptr,
@@ -252,10 +251,10 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 
 @waits()
 @triton.jit
-def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, shift_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
-                     D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr,
-                     GATED: tl.constexpr, CENTERED: tl.constexpr):
+def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, shift_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr,
+                     HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr,
+                     SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr,
+                     MANY: tl.constexpr, GATED: tl.constexpr, CENTERED: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
 
     CENTERED: shift_ptr float32 [H] is what the center adds to the head's base-2 scores of codes.
@@ -398,19 +397,21 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
     (kv_heads, slots, _), ring = k_codes.shape, rings[0].shape[0]
     asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
-    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring, shift is not None,
-                                       k_center is not None)
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring,
+                                       shift is not None, k_center is not None)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
-    kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, scale if k_center is None else k_center, pos, part, sums,
-                                                **split, num_warps=tile.warps, num_stages=tile.stages)
+    center = scale if k_center is None else k_center  # what is not touched is any pointer
+    kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, center, pos, part, sums, **split,
+                                                num_warps=tile.warps, num_stages=tile.stages)
     merge |= {"GATED": gates is not None}
     given = (part, 0, 0) if gates is None else (gates, gates.shape[0], gates.stride(0))
     kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, scale if shift is None else shift, *given, **merge, num_warps=merge_warps(dim))
 
 
-def rotated(q: torch.Tensor, k_center: torch.Tensor | None, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def rotated(q: torch.Tensor, k_center: torch.Tensor | None,
+            as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`kiln_tq4_rotate`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]; with a
     center what it adds to scores, float32 [T, H].
     """
@@ -459,8 +460,8 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
     chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
-    it changes no result; W exact_window, at most R, 0: R; k_center float32 [KV, D], which keys were coded less, or None. Nothing is written. Slots of codes past pos[-1] - W may hold anything. Returns
-    [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
+    it changes no result; W exact_window, at most R, 0: R; k_center float32 [KV, D], which keys were coded less, or None. Nothing is
+    written. Slots of codes past pos[-1] - W may hold anything. Returns [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
     """
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
@@ -523,7 +524,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                 cases.append(KernelCase(f"{name} decode {h.label}{'' if center else ', no center'}", kiln_tq4_decode,
                                         query | rings | caches | parts | {"center_ptr": "*fp32"}, split | {"CENTER": center},
                                         options(tile)))
-            signature = parts | {"shift_ptr": "*fp32", "out_ptr": "*i32" if terms else pointer, "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+            signature = parts | {"out_ptr": "*i32" if terms else pointer, "gate_splits": "i32", "gate_stride": "i32"}
+            signature |= {"shift_ptr": "*fp32", "gate_ptr": "*fp32"}
             for gated in (False, True) if terms and model is GEMMA4_31B else (False,):
                 cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes{', gated' if gated else ''}", kiln_tq4_merge, signature,
                                         merge | {"GATED": gated}, {"num_warps": merge_warps(dim)}, (90,) if gated else None))

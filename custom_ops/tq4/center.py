@@ -35,10 +35,11 @@ def check_center(op: str, k_center: torch.Tensor | None, k_codes: torch.Tensor, 
         raise ValueError(f"{op}: k_center is {k_center.dtype} {tuple(k_center.shape)}; expected float32 {shape}")
     slots = 0 if k_exact is None else k_exact.shape[-3]
     if not 2 <= exact_window <= slots:
-        raise ValueError(f"{op}: an exact window of {exact_window} in a ring of {slots} slots; with a center expected at least 2, and no more")
-    if tokens > exact_window - center_keys(exact_window):
-        raise ValueError(f"{op}: a step of {tokens} tokens could code with a center that it makes; an exact window of {exact_window} takes "
-                         f"{exact_window - center_keys(exact_window)}")
+        given = f"an exact window of {exact_window} in a ring of {slots} slots"
+        raise ValueError(f"{op}: {given}; with a center expected at least 2, and no more")
+    most = exact_window - center_keys(exact_window)
+    if tokens > most:
+        raise ValueError(f"{op}: a step of {tokens} tokens could code with a center that it makes; a window of {exact_window} takes {most}")
 
 
 def one_or_none(op: str, center: list[torch.Tensor]) -> torch.Tensor | None:

@@ -285,15 +285,15 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
         return reference_write(k_codes, k_scales, v_codes, v_scales, k, v, pos, k_center, k_exact, exact_window)
     tokens, kv_heads, dim = k.shape
     k, v = k.contiguous(), v.contiguous()
-    mean, ring = (v_scales, k) if k_center is None or k_exact is None else (k_center, k_exact)  # what is not read is any pointer
-    if k_center is not None:
-        kernel(kiln_tq4_center)[(kv_heads,)](mean, k, ring, pos, tokens, COUNT=center_keys(exact_window), KV=kv_heads, D=dim, EARLY=early(),
+    mean, ring, window, slots = v_scales, k, 0, 0  # what is not read is any pointer
+    if k_center is not None and k_exact is not None:
+        mean, ring, window, slots = k_center, k_exact, exact_window, k_exact.shape[0]
+        kernel(kiln_tq4_center)[(kv_heads,)](mean, k, ring, pos, tokens, COUNT=center_keys(window), KV=kv_heads, D=dim, EARLY=early(),
                                              num_warps=WRITE_WARPS)
     grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
     kernel(kiln_tq4_write)[grid](k_codes, k_scales, v_codes, v_scales, k, v, pos, mean, ring, tokens * kv_heads,
                                    SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS,
-                                   EXACT_WINDOW=exact_window if k_center is not None else 0, RING=ring.shape[0] if k_center is not None else 0,
-                                   EARLY=early(), num_warps=WRITE_WARPS)
+                                   EXACT_WINDOW=window, RING=slots, EARLY=early(), num_warps=WRITE_WARPS)
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:

@@ -47,7 +47,8 @@ def kiln_tq4_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, s
     head = tl.program_id(0)
     prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, pos_ptr, x_ptr, q_out_ptr, q_scale_ptr,
                   k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, center_ptr, shift_ptr, splits, stride,
-                  v_splits, v_stride, EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, GATED, TURNED, SLOTS, RING, EXACT_WINDOW, EARLY)
+                  v_splits, v_stride, EPS, HEADS, KV, D, QK_NORM, V_NORM, SCALE, NEIGHBOURS, GATED, TURNED, SLOTS, RING, EXACT_WINDOW,
+                  EARLY)
 
 
 @triton.jit
@@ -140,8 +141,8 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     q_scale, shift = torch.empty((2, 1, heads), dtype=torch.float32, device=q.device)
     weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
-        q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, cos if k_center is None else k_center, shift, q.shape[0],
-        q.stride(0), v.shape[0], v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim,
+        q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, cos if k_center is None else k_center, shift,
+        q.shape[0], q.stride(0), v.shape[0], v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim,
         **form_constants(q_weight, v_norm, scale, neighbours, cos, gated), SLOTS=slots, RING=ring_slots,
         EXACT_WINDOW=0 if k_center is None else window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
     out = torch.empty((1, heads * dim // GROUP, group_words(terms)), dtype=torch.int32, device=q.device)
@@ -191,8 +192,8 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """The kernel at the model's shapes, and attention over a float16 exact window; the merge is among `tq4_attention`'s."""
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr", "center_ptr", "shift_ptr"),
-                          "*fp32")
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_scale_ptr"), "*fp32")
+    types |= {"center_ptr": "*fp32", "shift_ptr": "*fp32"}
     types |= {"pos_ptr": "*i64", "k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
     types |= dict.fromkeys(("splits", "stride", "v_splits", "v_stride"), "i32")
     h, cases = model.full, []

@@ -120,7 +120,8 @@ def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight:
     """`tq4_decode` of T tokens: q, k, v float32 [S, T, heads * D]; cos, sin [T, D / 2]; pos, row [T] int64, a row below B.
 
     k_codes, v_codes int16 [B, KV, S, D/4]; k_scales, v_scales float16 [B, KV, S]; k_exact, v_exact [B, R, KV, D], R no less than
-    exact_window + T - 1, or than every position + 1; center one of float32 [B, KV, D] or none. Returns int32 [T, H * D / 32, 8 terms + 4]. ValueError when a shape does not fit.
+    exact_window + T - 1, or than every position + 1; center one of float32 [B, KV, D] or none. Returns int32 [T, H * D / 32,
+    8 terms + 4]. ValueError when a shape does not fit.
     """
     check_projections("tq4_decode_rows", q, k, v, q_weight, k_weight, cos)
     dim, caches, rings = head_dim(q_weight, cos), (k_codes, k_scales, v_codes, v_scales), (k_exact, v_exact)
@@ -180,8 +181,8 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(tokens, splits, heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(tokens, splits, heads, 2, dtype=torch.float32, device=q.device)
-    kernel(kiln_tq4_decode_rows)[(kv_heads, splits, tokens)](rotated, q_scale, plain, *caches, *rings, center, pos, part, sums, row, **split,
-                                                             num_warps=tile.warps, num_stages=tile.stages)
+    kernel(kiln_tq4_decode_rows)[(kv_heads, splits, tokens)](rotated, q_scale, plain, *caches, *rings, center, pos, part, sums, row,
+                                                             **split, num_warps=tile.warps, num_stages=tile.stages)
     kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, shift, part, 0, 0, **merge | {"MANY": True},
                                             num_warps=merge_warps(dim))
     return out
@@ -209,7 +210,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         cases.append(KernelCase(f"tq4_decode_rows {pointer[1:]} {h.label}", kiln_tq4_decode_rows,
                                 {"q_ptr": pointer, "q_scale_ptr": "*fp32"} | rings | caches | parts, split,
                                 {"num_warps": tile.warps, "num_stages": tile.stages}))
-        types = parts | {"shift_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": "*i32", "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+        types = parts | {"pos_ptr": "*i64", "out_ptr": "*i32", "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+        types |= {"shift_ptr": "*fp32"}
         cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge, types, merge | {"MANY": True},
                                 {"num_warps": merge_warps(h.dim)}))
     return cases

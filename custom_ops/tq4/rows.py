@@ -22,7 +22,7 @@ def _check(op: str, x: torch.Tensor, codes: torch.Tensor) -> None:
 
 def write_rows(caches: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, row: torch.Tensor,
                k_center: torch.Tensor | None, k_exact: torch.Tensor, exact_window: int, alone: bool = False) -> None:
-    """The op in plain torch; arguments as `tq4_write_rows`. alone: vectors are encoded a token at a time, so that none depends on others."""
+    """The op in plain torch; arguments as `tq4_write_rows`. alone: a token's vectors are encoded by themselves."""
     at_key, at_value = pos, pos
     if k_center is not None:
         count, late = center_keys(exact_window), pos - (exact_window - 1)

@@ -40,7 +40,7 @@ def kv_bytes(manifest: dict, position: int) -> int:
             total += kv["bytes"] * times
             continue
         if kv["kind"] == "prefix":
-            total += kv["bytes"] * times * (position > kv.get("behind", 0))
+            total += kv["bytes"] * times
             continue
         ring = kv["kind"] == "ring"
         slots = kv["shape"][0] if ring else manifest["max_seq_len"]

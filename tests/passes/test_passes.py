@@ -357,7 +357,8 @@ class Cached(nn.Module):
 
 
 class Coded(torch.fx.Interpreter):
-    """The graph without TurboQuant, its global attention over keys and values as the codec leaves them, keys less their center, the newest 8 exact."""
+    """The graph without TurboQuant, its global attention over keys (less their center) and values as the codec leaves them, the newest 8
+    exact."""
 
     def call_function(self, target, args, kwargs):
         if target is not kiln.global_attention.default:

@@ -29,7 +29,7 @@ STEPS = {
     "wrapped": [(41, 0), (15, 1), (40, 0), (42, 0)],
     "two": [(16, 0), (40, 1)],
 }
-CENTERS = {  # about a window of 32: the last key of a center, one of the middle of a step; the first key that is coded, the first that is read
+CENTERS = {  # about a window of 32: the last key of a center, amid a step; the first key that is coded, the first code that is read
     "center": [(23, 0), (22, 0), (24, 0), (45, 1)],
     "first": [(30, 1), (31, 1), (32, 1), (33, 1), (7, 0)],
 }

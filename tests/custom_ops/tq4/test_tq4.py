@@ -158,7 +158,8 @@ def vectors_of(heads: int, kv_heads: int, tokens: int, end: int, dim: int = 64) 
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (6, 1)])
 @pytest.mark.parametrize("first, tokens", [(0, 1), (0, 8), (0, 9), (0, 20), (6, 1), (7, 1), (8, 1), (6, 3), (17, 3), (19, 5), (22, 1)])
-def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int, centered: bool) -> None:
+def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int,
+                                                                 centered: bool) -> None:
     """Garbage in every slot that is not read, in the center too, before there is one."""
     q, k, v = vectors_of(heads, kv_heads, tokens, first + tokens)
     k = k + random(6, kv_heads, 64)
@@ -168,7 +169,7 @@ def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_
 
 
 def test_keys_that_share_most_of_their_length_lose_least() -> None:
-    """Keys of a large mean: the error of scores, but for what all share, falls with the square length that is coded, here to a seventeenth."""
+    """Keys of a large mean: the error of scores, but for what all share, falls with the square length that is coded."""
     q, k, v = vectors_of(2, 2, 1, 400)
     k = k + 4 * random(6, 2, 64)
     errors = []
@@ -299,7 +300,7 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="tq4_write: 2 centers; expected one or none"):
         tq4_write(*cache, k, v, pos, [torch.zeros(2, 64)] * 2, rings[0], 8)
     step = [t[None] for t in cache], *(x.expand(3, 2, 64) for x in (k, v)), torch.arange(3), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="tq4_write_rows: a step of 3 tokens could code with a center that it makes; .* of 8 takes 2"):
+    with pytest.raises(ValueError, match="tq4_write_rows: a step of 3 tokens could code with .* it makes; a window of 8 takes 2"):
         torch.ops.kiln.tq4_write_rows(*step[0], *step[1:], [torch.zeros(1, 2, 64)], rings[0][None], 8)
 
 
