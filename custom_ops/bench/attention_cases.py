@@ -268,7 +268,7 @@ def tq4_decode_case(work: Workload, depth: int, tokens: int = 1, centered: bool 
         q, k, v, q_weight, k_weight, cos, sin, *caches = arguments[: 13 + centered]
         prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, torch.float32)
         caches = caches if tokens == 1 else [c[0] for c in caches]
-        if centered:  # what a step codes its later tokens read
+        if centered and depth >= work.exact_window:  # what a step codes its later tokens read
             late = torch.arange(max(start - work.exact_window + 1, 0), max(depth - work.exact_window + 1, 0), device=q.device)
             keys = caches[4][late % caches[4].shape[0]].float() - caches[6]
             for i, coded in enumerate(codec.encode(keys.transpose(0, 1))):

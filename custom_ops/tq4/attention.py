@@ -12,7 +12,6 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import (
-    LOG2E,
     Tile,
     attend,
     check_heads,
@@ -37,9 +36,10 @@ from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.tq4.center import center_keys, center_of, check_center
-from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
+from kiln.custom_ops.tq4.codec import plane_pair
 from kiln.custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
-from kiln.custom_ops.weights.fixed_point import largest, largest_size, store_fixed
+from kiln.custom_ops.tq4.rotation import merge_rotated, rotated, rotation_cases, unrotated
+from kiln.custom_ops.weights.fixed_point import store_fixed
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
@@ -47,10 +47,7 @@ DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(key
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
-ROTATE_WARPS = 4
 WINDOW_KEYS = 32  # of a split of the exact window, at least
-
-LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
@@ -70,70 +67,6 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.
     distance = pos[:, None] - newest[None, :]
     mask = torch.cat([causal_mask(slots, pos - exact_window, kv_len), (distance >= 0) & (distance < exact_window) & (newest >= 0)], 1)
     return codec.unrotate(attend(codec.rotate(q.to(compute)), *sides, mask)).to(q.dtype)
-
-
-@triton.jit
-def rotated_query(x, D: tl.constexpr):
-    """sqrt(D) R x / |x| of x, float32 [1, D], whose coordinates fit float16 whatever |x|, and the scale log2(e) |x| / sqrt(D)."""
-    norm = tl.sqrt(tl.sum(tl.sum(x * x, 1), 0))
-    y = hadamard_rows(x * sign_of(tl.arange(0, D))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
-    return y, norm * (LOG2E * D**-0.5)
-
-
-@waits()
-@triton.jit
-def kiln_tq4_rotate(x_ptr, out_ptr, scale_ptr, center_ptr, shift_ptr, D: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                  BYTES: tl.constexpr, CENTERED: tl.constexpr, EARLY: tl.constexpr):
-    """`rotated_query` of one query. BYTES: as integers 256 a + b, out_ptr int8 [queries, 2, D] a, then b, and the scale of their products
-    with levels times LEVEL_UNIT. CENTERED: what its KV head's center, float32 [KV, D], adds to its base-2 scores goes to shift_ptr.
-    """
-    wait_for_earlier_kernels(EARLY)
-    r = tl.program_id(0)
-    dim = tl.arange(0, D)[None, :]
-    x = tl.load(x_ptr + r * D + dim).to(tl.float32)
-    if CENTERED:
-        center = tl.load(center_ptr + r % HEADS // GROUP * D + dim)
-        tl.store(shift_ptr + r, tl.sum(tl.sum(x * center, 1), 0) * LOG2E)
-    y, scale = rotated_query(x, D)
-    if BYTES:
-        high = tl.sum(largest_size(y, 1), 0)  # of the one row
-        v = tl.floor(y * tl.where(high > 0, LARGEST / high, 0.0) + 0.5).to(tl.int32)
-        a = (v + 128) >> 8
-        tl.store(out_ptr + r * 2 * D + dim, a.to(tl.int8))
-        tl.store(out_ptr + r * 2 * D + D + dim, (v - a * 256).to(tl.int8))
-        scale *= high * (1.0 / (LARGEST * LEVEL_UNIT))
-    else:
-        tl.store(out_ptr + r * D + dim, y)
-    tl.store(scale_ptr + r, scale)
-
-
-@triton.jit
-def unrotated(x, D: tl.constexpr):
-    """R^T x of x, float32 [D] -> [1, D]."""
-    return hadamard_rows(x[None, :], 1, D) * (sign_of(tl.arange(0, D)) * D**-0.5)[None, :]
-
-
-@triton.jit
-def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, shift_ptr, pos_ptr, out_ptr, tokens, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
-                    GROUP: tl.constexpr, D: tl.constexpr, CENTERED: tl.constexpr):
-    """One row of out, attention to exact keys, merged with R^T x, that to codes, by the logarithms of their total weights.
-
-    CENTERED: shift_ptr float32 [T, H] is what the center adds to the second.
-    """
-    r = tl.program_id(0)
-    token = r // HEADS
-    head = r % HEADS
-    if tl.load(pos_ptr).to(tl.int32) + token < EXACT_WINDOW:
-        return  # this query reads no code
-    dim = tl.arange(0, D)
-    y = unrotated(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
-    weight = head // GROUP * tokens * GROUP + token * GROUP + head % GROUP
-    coded = tl.load(x_lse_ptr + weight)
-    if CENTERED:
-        coded += tl.load(shift_ptr + r)
-    share = 1.0 / (1.0 + tl.exp2(tl.load(lse_ptr + weight) - coded))
-    out = out_ptr + r * D + dim[None, :]
-    tl.store(out, y * share + tl.load(out).to(tl.float32) * (1.0 - share))
 
 
 @triton.jit
@@ -410,24 +343,6 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
     kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, scale if shift is None else shift, *given, **merge, num_warps=merge_warps(dim))
 
 
-def rotated(q: torch.Tensor, k_center: torch.Tensor | None,
-            as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`kiln_tq4_rotate`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]; with a
-    center what it adds to scores, float32 [T, H].
-    """
-    tokens, heads, dim = q.shape
-    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    if as_bytes:
-        out = torch.empty(tokens, heads, 2, dim, dtype=torch.int8, device=q.device)
-    else:
-        out = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
-    shift = None if k_center is None else torch.empty_like(scale)
-    center, to, kv_heads = (scale, scale, heads) if k_center is None or shift is None else (k_center, shift, k_center.shape[0])
-    kernel(kiln_tq4_rotate)[(tokens * heads,)](q, out, scale, center, to, D=dim, HEADS=heads, GROUP=heads // kv_heads, BYTES=as_bytes,
-                                               CENTERED=k_center is not None, EARLY=early(), num_warps=ROTATE_WARPS)
-    return out, scale, shift
-
-
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
             pos: torch.Tensor, out: torch.Tensor, exact_window: int = 0, k_center: torch.Tensor | None = None) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
@@ -446,9 +361,7 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
     else:
         tile = piece_tile(current_target(), dim)
         attend_in_pieces(tile, query, scale, caches, pos, exact_window, still_rotated, codes_lse, asm=q.is_cuda)
-    kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, scale if shift is None else shift, pos, out, tokens,
-                                                 EXACT_WINDOW=exact_window, HEADS=heads, GROUP=heads // kv_heads, D=dim,
-                                                 CENTERED=shift is not None, num_warps=ROTATE_WARPS)
+    merge_rotated(still_rotated, codes_lse, lse, shift, pos, out, exact_window)
 
 
 @triton_op("kiln::tq4_attention", mutates_args=())
@@ -461,7 +374,8 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
     it changes no result; W exact_window, at most R, 0: R; k_center float32 [KV, D], which keys were coded less, or None. Nothing is
-    written. Slots of codes past pos[-1] - W may hold anything. Returns [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
+    written. Slots of codes past pos[-1] - W may hold anything. Returns [T, H, D] in q's dtype. Raises ValueError when head counts,
+    dimensions or dtypes do not fit.
     """
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
@@ -509,15 +423,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         name, float32 = f"tq4_attention {pointer[1:]}", pointer == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
         rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), pointer)
-        rotate = {"x_ptr": pointer} | dict.fromkeys(("scale_ptr", "center_ptr", "shift_ptr"), "*fp32")
-        shape = {"HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim, "CENTERED": True}
-        for kind_out in (inner,) if float32 else (inner, "*i8"):
-            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": kind_out},
-                                    shape | {"BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
-        unrotate = dict.fromkeys(("x_ptr", "out_ptr"), pointer) | dict.fromkeys(("x_lse_ptr", "lse_ptr", "shift_ptr"), "*fp32")
-        unrotate |= {"pos_ptr": "*i64", "tokens": "i32"}
-        constants = shape | {"EXACT_WINDOW": exact_window}
-        cases.append(KernelCase(f"{name} unrotate {h.label}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        cases += rotation_cases(name, pointer, inner, target, h, exact_window)
         for terms in (0, 2):
             tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, exact_window, terms, 0, True, True)
             for center in (split["CENTER"], 0) if not terms and model is GEMMA4_31B else () if terms else (split["CENTER"],):

@@ -24,9 +24,9 @@ from kiln.custom_ops.gpu.early import early, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.tq4 import attention, codec
-from kiln.custom_ops.tq4.attention import rotated_query
 from kiln.custom_ops.tq4.center import check_center, late_key, one_or_none
 from kiln.custom_ops.tq4.codec import encode_rows
+from kiln.custom_ops.tq4.rotation import rotated_query
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import GROUP, group_words
 
