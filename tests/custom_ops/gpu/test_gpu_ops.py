@@ -224,6 +224,32 @@ def test_tq4_center(dtype, model):
             ring[kept % window] = x[kept]
     coded = slice(0, 900 - window + 1)
     assert (held[0][:, coded] != wanted[0][:, coded]).float().mean() < 1e-3  # a coordinate beside a boundary may go either way
+    g = torch.Generator("cuda").manual_seed(7)
+    for last in (count - 2, count - 1, count, window - 1, 700):  # the fused step: its center and its code
+        qk = torch.randn(6, (heads.queries + heads.kv) * heads.dim, generator=g, device="cuda")
+        angle = torch.rand(1, heads.dim // 2, generator=g, device="cuda") * 6
+        weights = [torch.rand(heads.dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
+        columns = heads.queries * heads.dim
+        raw = (qk[:, :columns], qk[:, columns:], qk[:3, columns:].contiguous(), *weights, angle.cos(), angle.sin())
+        rings, pos = tq4_rings(k, v, last, window), torch.tensor([last], device="cuda")
+        caches, center = [t.clone() for t in held[:4]], held[4].clone() if last >= count else torch.full_like(held[4], float("nan"))
+        before = [t.clone() for t in (*caches, *rings)]
+        out = fixed_point.dequantize(kiln.tq4_decode(*raw, *caches, *rings, pos, 1e-6, 2, [center]))
+        own = [ring[pos % window] for ring in rings]
+        query = prepare.prepare_reference(*raw, 1e-6, torch.float32)[0]
+        expected = attention.reference(query.double(), *own, *caches, *before[4:], pos, None, window, center).flatten(1)
+        assert relative(out, expected) < {torch.float16: 2e-3, torch.float32: 1e-4}[dtype], last
+        if last == count - 1:
+            torch.testing.assert_close(center, rings[0][:count].double().mean(0).float(), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(center.nan_to_num(7.0), (held[4] if last >= count else torch.full_like(center, 7.0)))
+        if last >= window - 1:
+            late = last - window + 1
+            written = codec.decode(caches[0][:, late], caches[1][:, late])
+            assert relative(written, codec.decode(*codec.encode(k[late].float() - center)).double()) < 5e-3
+            for t, old in zip(caches[:2], before[:2], strict=True):
+                t[:, late] = old[:, late]
+        assert all(torch.equal(t.view(torch.int16), old.view(torch.int16)) for t, old in zip(caches[:2], before[:2], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
