@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kiln.custom_ops.weights import linear
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.tokenizer import read_tokenizer
+from tests.once import READERS, once
 from tests.timeline import FIXTURES
 
 TEMPLATE = """{{ bos_token }}
@@ -47,6 +49,15 @@ SLOW = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {Path(__file__).parent / name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dequantized_once():
+    remembered = once(linear.dequantize)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in READERS:
+            patch.setattr(module, "dequantize", remembered)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 """A pytest plugin: `-p tests.record --record FILE.json` writes which commit was tested where, and every test's outcome and seconds;
-what failed is in FILE.failures.txt as soon as it does.
+what failed is in FILE.failures.txt as soon as it does. A run that is cut short leaves what had ended, with exit_status null.
 
 The commit is KILN_COMMIT where that is set (there may be no git on the machine), else git's, with "+changes" where files differ from it.
 """
@@ -51,8 +51,10 @@ def reason(report: pytest.TestReport) -> str:
 
 
 class Record:
+    EVERY = 5.0  # seconds from one writing of an unfinished run to the next
+
     def __init__(self, path: Path):
-        self.path, self.began, self.tests = path, time.monotonic(), {}
+        self.path, self.began, self.tests, self.written, self.workers = path, time.monotonic(), {}, 0.0, 1
         self.failures = path.with_suffix(".failures.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.failures.unlink(missing_ok=True)
@@ -63,17 +65,28 @@ class Record:
         if report.outcome != "passed" and test["outcome"] == "passed":
             test["outcome"] = "error" if report.outcome == "failed" and report.when != "call" else report.outcome
             test["reason"] = reason(report)
+        if report.when == "teardown" and time.monotonic() - self.written > self.EVERY:
+            self.write(None)
+            self.written = time.monotonic()
         if report.outcome == "failed":  # at once: a run that is cut short writes no record
             with self.failures.open("a") as file:
                 file.write(f"---- {report.nodeid} ({report.when})\n{report.longreprtext}\n")
 
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.workers = getattr(session.config.option, "numprocesses", None) or 1
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self.write(int(exitstatus))
+
+    def write(self, exit_status: int | None) -> None:
         tests = sorted(self.tests.values(), key=lambda test: test["name"])
         counts = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in ("passed", "failed", "error", "skipped")}
         record = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-                  "workers": getattr(session.config.option, "numprocesses", None) or 1, "seconds": round(time.monotonic() - self.began, 1),
-                  "exit_status": int(exitstatus), "counts": counts, "tests": tests}  # fmt: skip
-        self.path.write_text(json.dumps(record, indent=1) + "\n")
+                  "workers": self.workers, "seconds": round(time.monotonic() - self.began, 2),
+                  "exit_status": exit_status, "counts": counts, "tests": tests}  # fmt: skip
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(self.path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

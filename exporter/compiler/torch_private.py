@@ -23,6 +23,8 @@ it; constants without memory stay apart; host code runs on any x86-64-v3 CPU. Th
      tells that the analysis of a kernel gave up; `identify_mutated_tensors`: once for each kernel and form of arguments, not for each call
  14. `torch._inductor.ir.ExternKernel.require_strides`: what several kernels read is computed once
  15. `torch._inductor.fx_passes.post_grad.should_prefer_unfused_addmm`: a branch is added to the stream as it is, wherever it is computed
+ 16. `torch._inductor.codegen.cpp_wrapper_cpu.CppWrapperCpu.codegen_int_array_var`: sizes that were declared in one buffer of code are found
+     by the address of a method that is gone, and so in another, where they are not
 
 A process that has installed them is good for one target and nothing else: `kiln.exporter.compile` gives each compilation its own.
 """
@@ -89,6 +91,7 @@ def install(target: GpuTarget | None) -> None:
     _sums_stay_apart()
     _portable_host_code()
     _same_work_once()
+    _sizes_declared_where_they_are_used()
     packages_for_the_runner()
     _paths_in_quotes()
     _objects_side_by_side()
@@ -245,6 +248,20 @@ def _same_work_once() -> None:
         proxy.CapturedTraceback = NoTrace  # of every node: where in the Python source it was made
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+
+
+def _sizes_declared_where_they_are_used() -> None:
+    """A declaration is known by the buffer of code that holds it. Inductor knows it by id() of the buffer's bound method `writeline`, which
+    lives as long as the call: the next method to lie there, of another buffer, then finds a name that its code does not declare."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    def codegen_int_array_var(self, int_array, writeline, known_statically=False, graph=None) -> str:
+        key = (int_array, getattr(writeline, "__self__", writeline), getattr(writeline, "__name__", ""), known_statically, graph)
+        if key not in self.codegen_int_array_var_cache:
+            self.codegen_int_array_var_cache[key] = self._codegen_int_array_var_impl(int_array, writeline, known_statically)
+        return self.codegen_int_array_var_cache[key]
+
+    CppWrapperCpu.codegen_int_array_var = codegen_int_array_var
 
 
 def _paths_in_quotes() -> None:

@@ -54,3 +54,16 @@ def test_the_commit_is_gits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert len(first) == 40
     (tmp_path / "f").write_text("2")
     assert record.commit() == first + "+changes"
+
+
+DYING = "import os\ndef test_passes(): pass\ndef test_dies(): os._exit(9)\n"
+
+
+def test_a_run_that_is_cut_short_leaves_what_had_ended(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(DYING)
+    options = ["-q", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", "-p", "tests.record"]
+    command = [sys.executable, "-m", "pytest", *options, "--record", tmp_path / "record.json", tmp_path / "test_it.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KILN_COMMIT": "abc123"}, capture_output=True, text=True)
+    assert done.returncode == 9, done.stdout + done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["exit_status"] is None and [test["outcome"] for test in record["tests"]] == ["passed"]

@@ -69,7 +69,7 @@ std::optional<std::string> digest(const GgufFile& file, const std::string& key) 
 
 int64_t GgufMap::Tensor::rows() const {
   int64_t n = shape[0];
-  for (size_t i = 1; i + 1 < shape.size(); ++i) n *= shape[i];
+  for (size_t i = 1; i + !vector < shape.size(); ++i) n *= shape[i];
   return n;
 }
 
@@ -113,15 +113,15 @@ void GgufMap::check_constant(const ConstantSpec& c) {
     if (it == tensors_.end()) wrong("'tensors' does not have ", name);
     Tensor& t = it->second;
     if (t.type != tensor(c.tensors[0]).type || t.shape.size() != tensor(c.tensors[0]).shape.size()) wrong(name, " has another type or other sizes");
+    const bool vector = c.plane == "values" && c.shape.size() == 1 && c.dtype == DType::F32;  // whatever sizes its elements have in the file
+    t.vector = vector;
     if (__builtin_add_overflow(rows, t.rows(), &rows)) wrong(name, " has too many rows");
     std::vector<int64_t> row;
-    if (t.shape.size() > 1) row.push_back(t.shape.back());
+    if (t.shape.size() > 1 && !vector) row.push_back(t.shape.back());
     if (name != c.tensors[0] && row != rest) wrong(name, " has rows of another length");
     rest = row;
     if (c.plane == "values") {
-      const bool vector = t.shape.size() == 1 && c.dtype == DType::F32;
       if (!float_type(t.type) || (!vector && float_type(t.type)->dtype != c.dtype)) wrong(name, " is ", t.type);
-      t.vector = vector;
     } else {
       auto p = packings_.find(t.type);
       if (p == packings_.end() || rest.empty()) wrong(name, " cannot be packed");

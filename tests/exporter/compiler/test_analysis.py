@@ -1,12 +1,18 @@
-"""What a kernel writes is found out once for each form of its arguments."""
+"""What Inductor remembers while it compiles: what a kernel writes, by the form of its arguments; sizes, by the buffer of code."""
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
 import sympy
 import torch
 import triton
 
 from kiln.custom_ops.step.add_norm import kiln_add_norm
+from kiln.exporter.compiler import torch_private
 from kiln.exporter.compiler.torch_private import _once_for_each_form
 
 
@@ -32,3 +38,19 @@ def test_once_for_each_form() -> None:
     assert [analyzed(tuned(), given | each, {})[1] for each in others] == ["2", "3", "4", "5", "6"]
     assert analyzed(tuned(BLOCK=64), given, {})[1] == "7" and analyzed(tuned(BLOCK=128), given, {})[1] == "8"
     assert len(asked) == 8
+
+
+def test_sizes_are_declared_in_the_buffer_that_uses_them() -> None:
+    """Both are asked for by a method that is gone when the next one is made, often at its address."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.utils import IndentedBuffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CppWrapperCpu, "codegen_int_array_var", CppWrapperCpu.codegen_int_array_var)  # taken back afterwards
+        torch_private._sizes_declared_where_they_are_used()
+        wrapper = SimpleNamespace(codegen_int_array_var_cache={}, int_array_id=itertools.count(), declared_int_array_vars=set())
+        wrapper._codegen_int_array_var_impl = partial(CppWrapperCpu._codegen_int_array_var_impl, wrapper)
+        buffers = [IndentedBuffer() for _ in range(50)]
+        for buffer in buffers:
+            first, again = (CppWrapperCpu.codegen_int_array_var(wrapper, "{3L, 4L}", buffer.writeline) for _ in range(2))
+            assert first == again and f"{first}[] = {{3L, 4L}};" in buffer.getvalue()

@@ -25,6 +25,7 @@ from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools.synth import write_synthetic
+from tests.code_only import code_only
 from tests.conftest import kiln
 from tests.exporter.model.test_families import MODELS, model_file
 from tests.gguf_files import rewrite
@@ -186,6 +187,14 @@ def test_played_in_chunks_and_token_by_token(session, files: Path) -> None:
         session.reset()
         rows = {min(at + size, 80) - 1: logits(session, tokens[at : at + size]) for at in range(0, 80, size)}
         assert worst(rows, reference) <= MOE.tolerance, size
+
+
+def test_its_file_plays_it_too(session, artifact: Path, files: Path, tmp_path: Path) -> None:
+    """Among its tensors one whose two dimensions are a vector here: the taps of the convolution."""
+    runner, gguf = pytest.importorskip("kiln"), model_file(MOE, files)
+    code = code_only(artifact, gguf, tmp_path / "code")
+    tokens, _ = MOE.reference(gguf)
+    assert torch.equal(logits(runner.Session(runner.Model(str(code), device="cpu", weights=str(gguf))), tokens), logits(session, tokens))
 
 
 def test_a_session_begins_without_the_last_one(session, files: Path) -> None:
