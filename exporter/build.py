@@ -59,6 +59,7 @@ class ExportOptions:
     prefill_chunk: int = 2048
     turboquant: bool = False
     residual_length: int = PassOptions.residual_length
+    key_center: bool = PassOptions.key_center
     cache: str = "float16"
     decode_rows: tuple[int, ...] = (1,)
     rows: int = 1
@@ -125,6 +126,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         options=PassOptions(
             turboquant=options.turboquant,
             residual_length=options.residual_length,
+            key_center=options.key_center,
             kv_len=options.kv_len and global_layers,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
@@ -180,7 +182,8 @@ def _check_shapes(spec: GraphSpec, gpu: bool) -> None:
         for rule in (layer.mixer for layer in spec.config.layers if gpu and isinstance(layer.mixer, DeltaNet)):
             delta.check_kernel_shapes(rule.key_dim, rule.value_dim)
         for buffer in kv_plan(spec.config, spec.max_seq_len, spec.cache_dtype, spec.options) if gpu else ():
-            if buffer.kind != "state" and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3:  # keys, values; no scales of codes
+            keys = buffer.kind in ("ring", "global") and buffer.dtype == spec.cache_dtype and len(buffer.shape) == 3  # or values
+            if keys:
                 check_kernel_shapes(buffer.name, buffer.shape[-1], torch.empty(buffer.shape, device="meta"))
     except ValueError as e:
         raise KilnError(f"{spec.config.name}: {e}; give --target cpu or another --kv-cache") from e

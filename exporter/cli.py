@@ -84,6 +84,11 @@ def _decode_rows(text: str) -> tuple[int, ...]:
     help="With tq4: the newest N keys and values of a global layer are read in 16 bits; a multiple of 32.  [default: 256]",
 )
 @click.option(
+    "--key-center/--no-key-center",
+    default=None,
+    help="With tq4: keys are coded less the mean of their head's first ones, which all share.  [default: key-center]",
+)
+@click.option(
     "--decode-rows",
     metavar="M,M,..",
     default="1",
@@ -146,7 +151,9 @@ def _decode_rows(text: str) -> tuple[int, ...]:
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an artifact at --out.")
-def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, ple: str, **options: Any) -> None:
+def export(
+    kv_cache: str | None, turboquant: bool | None, residual_length: int | None, key_center: bool | None, ple: str, **options: Any
+) -> None:
     """Compile a GGUF file into an artifact."""
     if ple == "host":
         raise click.UsageError("--ple host: a per-layer embedding in host memory is not supported yet; give --ple device")
@@ -162,6 +169,11 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         if residual_length % 32:
             raise click.UsageError(f"--residual-length {residual_length} is not a multiple of 32")
         options["residual_length"] = residual_length
+    if key_center is not None:
+        if not tq4:
+            flag = "--key-center" if key_center else "--no-key-center"
+            raise click.UsageError(f"{flag} is part of the TQ4 cache; give --kv-cache tq4 with it")
+        options["key_center"] = key_center
     from kiln.exporter.checks import check_paths
     from kiln.exporter.compiler.host import check_compiler
     from kiln.exporter.compiler.workers import AT_ONCE, none_left, prepare

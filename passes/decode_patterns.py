@@ -101,8 +101,14 @@ def key_cache(call: Node) -> Node:
 
 
 def exact_window_of(call: Node) -> dict[str, int]:
-    """Of an attention of one token over a ring that has spare slots."""
+    """Of an attention of one token over TQ4, where it says more than its ring."""
     return {"exact_window": call.args[11]} if edit.is_call(call, KILN.tq4_attention.default) and len(call.args) > 11 else {}
+
+
+def center_of(call: Node) -> list[Node]:
+    """The key center of an attention over TQ4, if it has one."""
+    at = 12 if edit.is_call(call, KILN.tq4_attention.default) else 10 if edit.is_call(call, KILN.tq4_rows.default) else len(call.args)
+    return [edit.resolve(call.args[at])] if at < len(call.args) else []
 
 
 def writes_of(call: Node) -> Writes | None:
@@ -134,7 +140,7 @@ def writes_of_rows(call: Node) -> Writes | None:
     """Of an attention of several tokens: all are written before it."""
     tq4, full = edit.is_call(call, KILN.tq4_rows.default), edit.is_call(call, KILN.global_rows.default)
     caches = [edit.resolve(c) for c in call.args[5 if tq4 else 1 :][:2]]
-    pos, row = call.args[-2:] if full else call.args[-3:-1]
+    pos, row = call.args[7:9] if tq4 else call.args[3:5]
     writes = [[u for u in c.users if edit.is_call(u, aten.index_put_.default)] for c in caches]
     if [len(w) for w in writes] != [1, 1] or any(len(w.args) != 3 or len(w.args[1]) != 2 or w.args[1][0] is not row for (w,) in writes):
         return None
@@ -147,7 +153,7 @@ def writes_of_rows(call: Node) -> Writes | None:
     nodes = [k_write, v_write]
     if tq4:
         encoded = [u for u in edit.resolve(call.args[1]).users if edit.is_call(u, KILN.tq4_write_rows.default)]
-        if len(encoded) != 1 or tuple(encoded[0].args[4:]) != (k, v, pos, row):
+        if len(encoded) != 1 or tuple(encoded[0].args[4:8]) != (k, v, pos, row):
             return None
         nodes += encoded
     if any(not edit.is_call(user, *ROWS) for write in writes for node in write for user in node.users):

@@ -20,6 +20,7 @@ from kiln.passes import edit, fuse_experts
 from kiln.passes.decode_patterns import (
     Rotated,
     branch_added,
+    center_of,
     exact_window_of,
     frequencies,
     gated_step,
@@ -328,7 +329,8 @@ class _Fuser:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
             more = exact_window_of(call) | gated
-            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
+            made = () if sliding else (center_of(call),)
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *made, *form, **more),)
         self.bounded(call)
         prepared = self.emit(first, KILN.prepare_qkv.default, *shared, eps, call.meta["val"].dtype, *form, **gated)
         for i, old in enumerate((call.args[0], write.k, write.v)):
@@ -355,7 +357,9 @@ class _Fuser:
         eps = q.eps or 0.0
         if fused:
             _, op, given = FUSED[call.target]
-            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **exact_window_of(call)),)
+            center = center_of(call)
+            more = exact_window_of(call) | ({"k_center": center[0]} if center else {})
+            return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)
         call.args[0].replace_all_uses_with(query)

@@ -17,6 +17,7 @@ class PassOptions:
 
     turboquant: bool = False
     residual_length: int = EXACT_WINDOW  # with TurboQuant: the newest keys and values of a global layer that are read exactly, not in code
+    key_center: bool = True  # with TurboQuant: keys are coded less the mean of their head's first ones
     kv_len: bool = True
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
@@ -51,8 +52,8 @@ class KVBuffer:
 
 
 # The last word of a buffer's name -> its kind: "ring", a slot for each of the newest positions; "global", one for each position; "state",
-# which a step replaces and nothing brings back.
-KINDS = {"ring": "ring", "exact": "ring", "cache": "global", "codes": "global", "scales": "global", "state": "state"}
+# which a step replaces and nothing brings back; "prefix", which rests on the first positions alone and does not change after them.
+KINDS = {"ring": "ring", "exact": "ring", "cache": "global", "codes": "global", "scales": "global", "state": "state", "center": "prefix"}
 
 
 def buffer(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> KVBuffer:

@@ -3,6 +3,8 @@
 Codes are written before the attention, which reads the older part of a long chunk there; the exact window, a ring, is written after it, as
 that of a sliding layer is: after the last attention where several layers read one cache. Sliding layers stay as they are. In a step of
 several tokens codes and exact window are written before the first attention.
+
+With a center (`PassOptions.key_center`) keys are coded less the mean of their head's first ones: one more cache, which the write makes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from kiln.custom_ops.tq4.center import center_keys
 from kiln.passes import edit
 from kiln.passes.edit import KILN, PassError
 from kiln.passes.records import Lowered, PassOptions, PassReport
@@ -21,8 +24,9 @@ aten = torch.ops.aten
 def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not options.turboquant:
         return PassReport("turboquant", "off", note="--turboquant switches it on")
-    if options.residual_length < 1:
-        raise PassError(f"pass turboquant: residual length {options.residual_length}; expected at least 1")
+    least = 4 * options.decode_rows[-1] if options.key_center else 1  # no step makes the center that it codes with
+    if options.residual_length < least:
+        raise PassError(f"pass turboquant: residual length {options.residual_length}; expected at least {least}")
     swap = _Swap(lowered.program, options)
     readers: dict[Node, list[Node]] = {}  # a cache's, in graph order
     for node in lowered.program.graph.nodes:
@@ -33,12 +37,14 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("turboquant", "not needed", note="the drafter reads no global cache")
     if not places:
         raise PassError("pass turboquant: no global attention over a cache found")
-    return PassReport("turboquant", "applied", places, f"residual length {options.residual_length}")
+    center = f"keys less the mean of the first {center_keys(options.residual_length)}" if options.key_center else "keys as they are"
+    return PassReport("turboquant", "applied", places, f"residual length {options.residual_length}, {center}")
 
 
 class _Swap:
     def __init__(self, ep: ExportedProgram, options: PassOptions):
         self.ep, self.exact_window, self.ring_slots = ep, options.residual_length, options.residual_length + options.spare_slots
+        self.centered = options.key_center
         self.places: dict[Node, tuple[Node, Node | None]] = {}  # positions -> their slots of the ring, and whose rows go there
 
     def emit(self, before: Node, target, *args) -> Node:
@@ -68,21 +74,26 @@ class _Swap:
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_codes", (*lead, kv_heads, slots, head_dim // 4), torch.int16, device))
             caches.append(edit.add_buffer(ep, f"{prefix}.{side}_scales", (*lead, kv_heads, slots), torch.float16, device))
             rings.append(edit.add_buffer(ep, f"{prefix}.{side}_exact", (*lead, self.ring_slots, kv_heads, head_dim), dtype, device))
+        center: list[Node] = []
+        if self.centered:
+            center = [edit.add_buffer(ep, f"{prefix}.k_center", (*lead, kv_heads, head_dim), torch.float32, device)]
+        late = (rings[0], self.exact_window) if center else ()  # what the write needs to code older keys
         own = [write.args[2 if by_row else 3] for write in writes]
         if by_row and writes:
-            self.emit(attention, KILN.tq4_write_rows.default, *caches, *own, *at)
             slot = self.row_place(pos, attention)
             for ring, x in zip(rings, own, strict=True):
                 self.emit(attention, aten.index_put_.default, ring, [row, slot], x)
+            self.emit(attention, KILN.tq4_write_rows.default, *caches, *own, *at, center, *late)
         elif writes:
             slot, last = self.place(pos, attention)
-            self.emit(attention, KILN.tq4_write.default, *caches, *own, pos)
+            self.emit(attention, KILN.tq4_write.default, *caches, *own, pos, center, *late)
         for reader in readers:
             q, *_, kv_len = reader.args
             if by_row:
-                edit.replace(ep, reader, self.emit(reader, KILN.tq4_rows.default, q, *caches, *rings, *at, self.exact_window))
+                window = self.exact_window, *center
+                edit.replace(ep, reader, self.emit(reader, KILN.tq4_rows.default, q, *caches, *rings, *at, *window))
                 continue
-            longer = () if self.ring_slots == self.exact_window else (self.exact_window,)
+            longer = () if self.ring_slots == self.exact_window and not center else (self.exact_window, *center)
             new = self.emit(reader, KILN.tq4_attention.default, q, *own, *caches, *rings, pos, kv_len, *longer)
             for ring, x in zip(rings, own, strict=True) if reader is readers[-1] else ():
                 kept = x if last is None else self.emit(reader, aten.index.Tensor, x, [last])

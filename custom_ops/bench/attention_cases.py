@@ -202,8 +202,13 @@ def tq4_bytes(work: Workload, tokens: int, depth: int) -> int:
     return 2 * max(depth - exact_window, 0) * tq4_row_bytes(heads) + 2 * min(depth, exact_window - 1 + tokens) * heads.kv * heads.dim * 2
 
 
-def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int,
-                 exact_window: int) -> torch.Tensor:
+def tq4_center(g: torch.Generator, heads: Heads, centered: bool) -> list[torch.Tensor]:
+    """The key center, or none."""
+    return [normal(g, heads.kv, heads.dim, dtype=torch.float32, scale=SPREAD)] if centered else []
+
+
+def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, pos: torch.Tensor, start: int, exact_window: int,
+                 center: Tensors = ()) -> torch.Tensor:
     """Attention of q at positions pos of a chunk from `start` on: over decoded vectors, and over the newest ones as they are."""
     end = start + own[0].shape[0]
     newest = torch.arange(max(start - exact_window + 1, 0), end, device=q.device)
@@ -211,6 +216,8 @@ def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, 
 
     def side(i: int) -> torch.Tensor:
         coded = codec.decode(codes[2 * i][:, :end], codes[2 * i + 1][:, :end]).transpose(0, 1)
+        if center and i == 0:
+            coded = coded + center[0]
         return torch.cat([coded, rings[i][past % rings[i].shape[0]].float(), own[i].float()])
 
     distance = pos[:, None] - newest
@@ -218,18 +225,19 @@ def tq4_expected(q: torch.Tensor, own: Tensors, codes: Tensors, rings: Tensors, 
     return attend(q.float(), side(0), side(1), torch.cat([old, (distance >= 0) & (distance < exact_window)], 1))
 
 
-def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
+def tq4_case(work: Workload, tokens: int, depth: int, centered: bool = True) -> Case:
     heads, start = work.full, depth - tokens
 
     def arguments(g: torch.Generator) -> Tensors:
         q = normal(g, tokens, heads.queries, heads.dim, scale=SPREAD)
         own = (normal(g, tokens, heads.kv, heads.dim, scale=SPREAD) for _ in range(2))
         pos = positions(g, start, depth)
-        return (q, *own, *tq4_caches(g, heads, depth), *tq4_rings(g, work, start), pos, _kv_len(pos))
+        caches = (*tq4_caches(g, heads, depth), *tq4_rings(g, work, start))
+        return (q, *own, *caches, pos, _kv_len(pos), *tq4_center(g, heads, centered))
 
     def reference(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         some = _some(tokens, q.device)
-        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start, work.exact_window)
+        return tq4_expected(q[some], rest[:2], rest[2:6], rest[6:8], rest[8][some], start, work.exact_window, rest[10:])
 
     return Case(
         op="tq4 decode" if tokens == 1 else "tq4 prefill",
@@ -238,7 +246,7 @@ def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
         flops=attention_flops(heads, keys_attended(start, tokens)),
         limit=ROUNDED,
         arguments=arguments,
-        call=kiln.tq4_attention,
+        call=lambda *a: kiln.tq4_attention(*a[:11], 0, *a[11:]),
         reference=reference,
         copy=clone(*range(3, 9)),
         result=lambda out, arguments: out[_some(tokens, out.device)],
@@ -247,24 +255,32 @@ def tq4_case(work: Workload, tokens: int, depth: int) -> Case:
     )
 
 
-def tq4_decode_case(work: Workload, depth: int, tokens: int = 1) -> Case:
+def tq4_decode_case(work: Workload, depth: int, tokens: int = 1, centered: bool = True) -> Case:
     """From the projections to the next matmul's activations; the tokens are the last of `depth`, several are of one row."""
     heads, start = work.full, depth - tokens
 
     def arguments(g: torch.Generator) -> Tensors:
-        caches = [*tq4_caches(g, heads, depth), *tq4_rings(g, work, start, tokens - 1)]
+        caches = [*tq4_caches(g, heads, depth), *tq4_rings(g, work, start, tokens - 1), *tq4_center(g, heads, centered)]
         row = () if tokens == 1 else (torch.zeros(tokens, dtype=torch.int64, device=g.device),)
         return (*projections(g, heads, tokens), *(c if tokens == 1 else c[None] for c in caches), positions(g, start, depth), *row)
 
     def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        q, k, v, q_weight, k_weight, cos, sin, *caches = arguments[:13]
+        q, k, v, q_weight, k_weight, cos, sin, *caches = arguments[: 13 + centered]
         prepared = prepare.prepare_reference(q, k, v, q_weight, k_weight, cos, sin, EPS, torch.float32)
         caches = caches if tokens == 1 else [c[0] for c in caches]
-        given = (tuple(caches[:4]), tuple(caches[4:]), arguments[13], start, work.exact_window)
+        if centered and depth >= work.exact_window:  # what a step codes its later tokens read
+            late = torch.arange(max(start - work.exact_window + 1, 0), max(depth - work.exact_window + 1, 0), device=q.device)
+            keys = caches[4][late % caches[4].shape[0]].float() - caches[6]
+            for i, coded in enumerate(codec.encode(keys.transpose(0, 1))):
+                caches[i] = caches[i].index_copy(1, late, coded)
+        given = (tuple(caches[:4]), tuple(caches[4:6]), arguments[13 + centered], start, work.exact_window, tuple(caches[6:]))
         return tq4_expected(prepared[0], prepared[1:], *given).flatten(1)
 
     def call(*a: torch.Tensor) -> torch.Tensor:
-        return kiln.tq4_decode(*a, EPS, TERMS) if tokens == 1 else kiln.tq4_decode_rows(*a, work.exact_window, EPS, TERMS)
+        center, (pos, *row) = [*a[13 : 13 + centered]], a[13 + centered :]
+        if tokens == 1:
+            return kiln.tq4_decode(*a[:13], pos, EPS, TERMS, center)
+        return kiln.tq4_decode_rows(*a[:13], pos, *row, work.exact_window, EPS, TERMS, center)
 
     return Case(
         op="tq4_decode",
@@ -275,7 +291,7 @@ def tq4_decode_case(work: Workload, depth: int, tokens: int = 1) -> Case:
         arguments=arguments,
         call=call,
         reference=reference,
-        copy=clone(*range(7, 13)),
+        copy=clone(*range(7, 13 + centered)),
         result=lambda out, arguments: fixed_point.dequantize(out),
         group=f"global layers of a fused decode step at {depth} (TQ4){of_tokens(tokens)}",
         count=heads.layers,
@@ -305,7 +321,7 @@ def tq4_write_case(heads: Heads, tokens: int) -> Case:
         flops=0,
         limit=5e-3,  # a coordinate on a boundary may go either way
         arguments=arguments,
-        call=kiln.tq4_write,
+        call=lambda *a: kiln.tq4_write(*a, []),
         reference=reference,
         copy=clone(4, 5),
         result=result,

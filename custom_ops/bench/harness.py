@@ -42,14 +42,14 @@ from kiln.custom_ops.experts import branches, route, router
 from kiln.custom_ops.experts import decode as expert_decode
 from kiln.custom_ops.experts import linear as expert_linear
 from kiln.custom_ops.step import add_norm, gate, sample
-from kiln.custom_ops.tq4 import attention, codec, decode, decode_rows, prefill
+from kiln.custom_ops.tq4 import attention, codec, decode, decode_rows, prefill, rotation
 from kiln.custom_ops.weights import embedding, gemv, linear, matmul
 
 COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
-             sliding_rows, codec, attention, decode, decode_rows, prefill, delta_step, delta_chunk, delta_decode,
+             sliding_rows, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk, delta_decode,
              branches, expert_decode, router)  # fmt: skip
 SEED = 1
 

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import (
-    LOG2E,
     Tile,
     attend,
     check_heads,
@@ -36,9 +35,11 @@ from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.tq4 import codec
-from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, plane_pair, sign_of
+from kiln.custom_ops.tq4.center import center_keys, center_of, check_center
+from kiln.custom_ops.tq4.codec import plane_pair
 from kiln.custom_ops.tq4.prefill import attend_in_pieces, piece_cases, piece_tile
-from kiln.custom_ops.weights.fixed_point import extent_of, largest, largest_size, row_words, store_fixed
+from kiln.custom_ops.tq4.rotation import merge_rotated, rotated, rotation_cases, unrotated
+from kiln.custom_ops.weights.fixed_point import extent_of, row_words, store_fixed
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit activations.
@@ -46,81 +47,26 @@ DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(key
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
-ROTATE_WARPS = 4
 WINDOW_KEYS = 32  # of a split of the exact window, at least
-
-LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
               v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-              kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
+              kv_len: torch.Tensor | None, exact_window: int = 0, k_center: torch.Tensor | None = None) -> torch.Tensor:
     """The op in plain torch; arguments as `tq4_attention`. In float32, float64 for float64 q; exact keys and values are rotated as well."""
     compute = torch.promote_types(q.dtype, torch.float32)
     slots, ring_slots = k_codes.shape[1], k_exact.shape[0]
     exact_window = exact_window or ring_slots
     past = torch.arange(ring_slots, device=pos.device) - ring_slots + pos[0]  # position order
     sides = []
-    for codes, scales, ring, own in ((k_codes, k_scales, k_exact, k), (v_codes, v_scales, v_exact, v)):
+    for codes, scales, ring, own, center in ((k_codes, k_scales, k_exact, k, k_center), (v_codes, v_scales, v_exact, v, None)):
         coded = codec.decode_rotated(codes, scales).transpose(0, 1).to(compute)
+        coded = coded if center is None else coded + codec.rotate(center.to(compute))
         sides.append(torch.cat([coded, codec.rotate(torch.cat([ring[past % ring_slots], own]).to(compute))]))
     newest = torch.cat([past, pos])
     distance = pos[:, None] - newest[None, :]
     mask = torch.cat([causal_mask(slots, pos - exact_window, kv_len), (distance >= 0) & (distance < exact_window) & (newest >= 0)], 1)
     return codec.unrotate(attend(codec.rotate(q.to(compute)), *sides, mask)).to(q.dtype)
-
-
-@triton.jit
-def rotated_query(x, D: tl.constexpr):
-    """sqrt(D) R x / |x| of x, float32 [1, D], whose coordinates fit float16 whatever |x|, and the scale log2(e) |x| / sqrt(D)."""
-    norm = tl.sqrt(tl.sum(tl.sum(x * x, 1), 0))
-    y = hadamard_rows(x * sign_of(tl.arange(0, D))[None, :], 1, D) * tl.where(norm > 0, 1.0 / norm, 0.0)
-    return y, norm * (LOG2E * D**-0.5)
-
-
-@waits()
-@triton.jit
-def kiln_tq4_rotate(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, BYTES: tl.constexpr, EARLY: tl.constexpr):
-    """`rotated_query` of one query. BYTES: as integers 256 a + b, out_ptr int8 [queries, 2, D] a, then b, and the scale of their products
-    with levels times LEVEL_UNIT.
-    """
-    wait_for_earlier_kernels(EARLY)
-    r = tl.program_id(0)
-    dim = tl.arange(0, D)[None, :]
-    y, scale = rotated_query(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
-    if BYTES:
-        high = tl.sum(largest_size(y, 1), 0)  # of the one row
-        v = tl.floor(y * tl.where(high > 0, LARGEST / high, 0.0) + 0.5).to(tl.int32)
-        a = (v + 128) >> 8
-        tl.store(out_ptr + r * 2 * D + dim, a.to(tl.int8))
-        tl.store(out_ptr + r * 2 * D + D + dim, (v - a * 256).to(tl.int8))
-        scale *= high * (1.0 / (LARGEST * LEVEL_UNIT))
-    else:
-        tl.store(out_ptr + r * D + dim, y)
-    tl.store(scale_ptr + r, scale)
-
-
-@triton.jit
-def unrotated(x, D: tl.constexpr):
-    """R^T x of x, float32 [D] -> [1, D]."""
-    return hadamard_rows(x[None, :], 1, D) * (sign_of(tl.arange(0, D)) * D**-0.5)[None, :]
-
-
-@triton.jit
-def kiln_tq4_unrotate(x_ptr, x_lse_ptr, lse_ptr, pos_ptr, out_ptr, tokens, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
-                    GROUP: tl.constexpr, D: tl.constexpr):
-    """One row of out, attention to exact keys, merged with R^T x, that to codes, by the logarithms of their total weights."""
-    r = tl.program_id(0)
-    token = r // HEADS
-    head = r % HEADS
-    if tl.load(pos_ptr).to(tl.int32) + token < EXACT_WINDOW:
-        return  # this query reads no code
-    dim = tl.arange(0, D)
-    y = unrotated(tl.load(x_ptr + r * D + dim).to(tl.float32), D)
-    weight = head // GROUP * tokens * GROUP + token * GROUP + head % GROUP
-    share = 1.0 / (1.0 + tl.exp2(tl.load(lse_ptr + weight) - tl.load(x_lse_ptr + weight)))
-    out = out_ptr + r * D + dim[None, :]
-    tl.store(out, y * share + tl.load(out).to(tl.float32) * (1.0 - share))
 
 
 @triton.jit
@@ -131,26 +77,26 @@ def coded_end(pos_ptr, EXACT_WINDOW: tl.constexpr):
 
 @waits()
 @triton.jit
-def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr,
-                      o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+def kiln_tq4_decode(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, center_ptr,
+                      pos_ptr, o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
                       PAD: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, RING: tl.constexpr):
+                      BLOCK_R: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, RING: tl.constexpr, CENTER: tl.constexpr):
     """One query token, one KV head, one split: o_ptr float32 [SPLITS + EXACT, H, D], unnormalized, ml_ptr float32 [SPLITS + EXACT, H, 2].
 
     The first SPLITS are of the codes, for the rotated query, and stay rotated; the last EXACT of the ring, which holds the query's own key,
     for the query as it is, x_ptr; it has RING slots. Products are transposed, S^T = K Q^T and O^T = V^T P^T, as in `kiln_flash_decode`, one
-    for each plane.
+    for each plane. CENTER > 0: where the query's own key is the last of so many first ones, their mean goes to center_ptr, float32 [KV, D].
     """
     wait_for_earlier_kernels(EARLY)
-    decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
-                 ml_ptr, EXACT_WINDOW, SLOTS, KV, GROUP, PAD, D, EXACT, SPLITS, BLOCK_N, BLOCK_R, ASM, RING)
+    decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, center_ptr,
+                 pos_ptr, o_ptr, ml_ptr, EXACT_WINDOW, SLOTS, KV, GROUP, PAD, D, EXACT, SPLITS, BLOCK_N, BLOCK_R, ASM, RING, CENTER)
 
 
 @triton.jit
-def decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, o_ptr,
-                  ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
-                  D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                  ASM: tl.constexpr, RING: tl.constexpr):
+def decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ring_ptr, v_ring_ptr, center_ptr,
+                  pos_ptr, o_ptr, ml_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr,
+                  PAD: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_R: tl.constexpr, ASM: tl.constexpr, RING: tl.constexpr, CENTER: tl.constexpr):
     """The split that a program of `kiln_tq4_decode` is."""
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -163,6 +109,10 @@ def decode_split(q_ptr, q_scale_ptr, x_ptr, k_codes_ptr, k_scales_ptr, v_codes_p
         if low < end:  # the merge computes the same split size and does not read the others
             decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, o_ptr, ml_ptr, head, split, low,
                          tl.minimum(low + size, end), SLOTS, KV, GROUP, PAD, D, BLOCK_N, ASM)
+        elif CENTER > 0:  # no code is read yet: the program is free
+            if (split == 0) & (tl.load(pos_ptr).to(tl.int32) == CENTER - 1):
+                ring = k_ring_ptr + head * D
+                tl.store(center_ptr + head * D + tl.arange(0, D), center_of(ring, ring, CENTER, CENTER, KV, D))
     else:
         start, end = decode_range(pos_ptr, pos_ptr, False, EXACT_WINDOW, True)
         size = split_size(start, end, EXACT, BLOCK_R)
@@ -234,11 +184,13 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 
 @waits()
 @triton.jit
-def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr, HEADS: tl.constexpr,
-                     D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr,
-                     GATED: tl.constexpr):
+def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, shift_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr,
+                     HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr,
+                     SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr,
+                     MANY: tl.constexpr, GATED: tl.constexpr, CENTERED: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
+
+    CENTERED: shift_ptr float32 [H] is what the center adds to the head's base-2 scores of codes.
 
     MANY, with TERMS: grid (heads, tokens), each token's parts apart. GATED: times the sigmoid of the head's gate, which is the second half
     of its 2 D elements of the sum of `gate_splits` rows, `gate_stride` apart.
@@ -251,10 +203,13 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, gate_ptr, gate_splits, gate_
         o_ptr += token * ((SPLITS + EXACT) * HEADS * D)
         ml_ptr += token * ((SPLITS + EXACT) * HEADS * 2)
         out_ptr += token * row_words(HEADS * D, TERMS, extent_of(HEADS * D, D))
+        shift_ptr += token * HEADS
     dim = tl.arange(0, D)
     end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
     m_codes, total_codes, acc_codes = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
+    if CENTERED:
+        m_codes += tl.load(shift_ptr + head, end > 0, other=0.0)  # before a code is read the center may be anything, no number too
     start, end = decode_range(pos_ptr, pos_ptr, False, EXACT_WINDOW, True)
     active = tl.cdiv(end - start, split_size(start, end, EXACT, BLOCK_R))
     m, total, acc = merge_splits(o_ptr + SPLITS * HEADS * D, ml_ptr + SPLITS * HEADS * 2, head, active, HEADS, D, EXACT_PAD)
@@ -339,8 +294,10 @@ def kiln_tq4_prefill(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr,
 
 
 def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, exact_window: int,
-                  terms: int = 0, ring: int = 0) -> tuple[Tile, dict, dict]:
-    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype, ring: of the exact window, its slots."""
+                  terms: int = 0, ring: int = 0, centered: bool = False, made: bool = False) -> tuple[Tile, dict, dict]:
+    """The tile and the constants of `kiln_tq4_decode` and of `kiln_tq4_merge`; dtype, ring: of the exact window, its slots; centered: keys
+    are coded less a center; made: which the first makes.
+    """
     pad = padded_group(heads, kv_heads)
     tile = DECODE_FLOAT32 if dtype == torch.float32 else WIDE_DECODE_TILE if pad > 8 else pick(DECODE_TILES, target, dim)
     block = decode_tile(dtype, target, dim).keys
@@ -349,9 +306,11 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
     splits = max(1, min(wave, triton.cdiv(slots, tile.keys)))
     shared = {"EXACT_WINDOW": exact_window, "D": dim, "EXACT": exact, "SPLITS": splits, "BLOCK_N": tile.keys, "BLOCK_R": block,
               "EARLY": early(target)}
-    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm, "RING": ring or exact_window}
+    split = shared | {"SLOTS": slots, "KV": kv_heads, "GROUP": heads // kv_heads, "PAD": pad, "ASM": asm, "RING": ring or exact_window,
+                      "CENTER": center_keys(exact_window) if made else 0}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
-                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False, "GATED": False}
+                                  "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False, "GATED": False,
+                                  "CENTERED": centered}
 
 
 def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
@@ -361,69 +320,62 @@ def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_win
 
 
 def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0, gates: torch.Tensor | None = None) -> None:
+           pos: torch.Tensor, out: torch.Tensor, terms: int = 0, exact_window: int = 0, gates: torch.Tensor | None = None,
+           shift: torch.Tensor | None = None, k_center: torch.Tensor | None = None) -> None:
     """Attention of one query, [1, H, D] in the rings' dtype, and rotated and scaled as `rotated_query` does; the rings hold its own key.
 
     Into `out`: [1, H, D], or a row in fixed point. exact_window: 0 for the rings' slots. gates: float32 [S, H * 2 D], see `kiln_tq4_merge`.
+    shift: float32 [1, H], what the center adds to scores of codes. k_center: the center, where this is to make it.
     """
     (k_codes, *_), (_, heads, dim), target = caches, q_rotated.shape, current_target()
     (kv_heads, slots, _), ring = k_codes.shape, rings[0].shape[0]
     asm = q_rotated.is_cuda and q_rotated.dtype != torch.float32
-    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring)
+    tile, split, merge = decode_launch(q.dtype, asm, target, heads, kv_heads, dim, slots, exact_window or ring, terms, ring,
+                                       shift is not None, k_center is not None)
     splits = split["SPLITS"] + split["EXACT"]
     part = torch.empty(splits, heads, dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(splits, heads, 2, dtype=torch.float32, device=out.device)
-    kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, pos, part, sums, **split, num_warps=tile.warps,
-                                                num_stages=tile.stages)
+    center = scale if k_center is None else k_center  # what is not touched is any pointer
+    kernel(kiln_tq4_decode)[(kv_heads, splits)](q_rotated, scale, q, *caches, *rings, center, pos, part, sums, **split,
+                                                num_warps=tile.warps, num_stages=tile.stages)
     merge |= {"GATED": gates is not None}
     given = (part, 0, 0) if gates is None else (gates, gates.shape[0], gates.stride(0))
-    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, *given, **merge, num_warps=merge_warps(dim))
-
-
-def rotated(q: torch.Tensor, as_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kiln_tq4_rotate`: q [T, H, D] -> [T, H, D] in float16, in float32 for float32 q, or int8 [T, H, 2, D]; scale float32 [T, H]."""
-    tokens, heads, dim = q.shape
-    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    if as_bytes:
-        out = torch.empty(tokens, heads, 2, dim, dtype=torch.int8, device=q.device)
-    else:
-        out = torch.empty(tokens, heads, dim, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16, device=q.device)
-    kernel(kiln_tq4_rotate)[(tokens * heads,)](q, out, scale, D=dim, BYTES=as_bytes, EARLY=early(), num_warps=ROTATE_WARPS)
-    return out, scale
+    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, scale if shift is None else shift, *given, **merge, num_warps=merge_warps(dim))
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
-            pos: torch.Tensor, out: torch.Tensor, exact_window: int = 0) -> None:
+            pos: torch.Tensor, out: torch.Tensor, exact_window: int = 0, k_center: torch.Tensor | None = None) -> None:
     """Attention of a chunk, arguments as `tq4_attention` and `decode`; the rings hold its past alone."""
     (tokens, heads, dim), (kv_heads, slots, _) = q.shape, caches[0].shape
     exact_window = exact_window or rings[0].shape[0]
     lse, codes_lse = (torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=q.device) for _ in range(2))
     flash_prefill(q, k, v, *rings, pos, exact_window, out, lse)
     still_rotated = torch.empty_like(out)
+    query, scale, shift = rotated(q, k_center, q.dtype != torch.float32)
     if q.dtype == torch.float32:
         tile = PREFILL_FLOAT32
         blocks = (tokens * (heads // kv_heads) + tile.rows - 1) // tile.rows
-        kernel(kiln_tq4_prefill)[(blocks, kv_heads)](*rotated(q), *caches, pos, still_rotated, codes_lse, tokens,
+        kernel(kiln_tq4_prefill)[(blocks, kv_heads)](query, scale, *caches, pos, still_rotated, codes_lse, tokens,
                                                      **prefill_constants(heads, kv_heads, dim, slots, exact_window), num_warps=tile.warps,
                                                      num_stages=tile.stages)
     else:
         tile = piece_tile(current_target(), dim)
-        attend_in_pieces(tile, *rotated(q, True), caches, pos, exact_window, still_rotated, codes_lse, asm=q.is_cuda)
-    kernel(kiln_tq4_unrotate)[(tokens * heads,)](still_rotated, codes_lse, lse, pos, out, tokens, EXACT_WINDOW=exact_window, HEADS=heads,
-                                                 GROUP=heads // kv_heads, D=dim, num_warps=ROTATE_WARPS)
+        attend_in_pieces(tile, query, scale, caches, pos, exact_window, still_rotated, codes_lse, asm=q.is_cuda)
+    merge_rotated(still_rotated, codes_lse, lse, shift, pos, out, exact_window)
 
 
 @triton_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                   v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
-                  kv_len: torch.Tensor | None, exact_window: int = 0) -> torch.Tensor:
+                  kv_len: torch.Tensor | None, exact_window: int = 0, k_center: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention with scale 1 over a TQ4 cache: a query at p reads the key and value of j <= p exactly where p - j < W, else in code.
 
     q [T, H, D]; k, v [T, KV, D]: the chunk's own; k_codes, v_codes int16 [KV, S, D/4] and k_scales, v_scales float16 [KV, S], holding the
     chunk already; k_exact, v_exact [R, KV, D] in the dtype of q, k and v: slot s holds the latest position p < pos[0] with
     p % R == s, anything at all where there is no such p; pos [T] int64, consecutive; kv_len int32 [1], pos[-1] + 1 on the device, or None:
-    it changes no result; W exact_window, at most R, 0: R. Nothing is written. Slots of codes past pos[-1] - W may hold anything. Returns
-    [T, H, D] in q's dtype. Raises ValueError when head counts, dimensions or dtypes do not fit.
+    it changes no result; W exact_window, at most R, 0: R; k_center float32 [KV, D], which keys were coded less, or None. Nothing is
+    written. Slots of codes past pos[-1] - W may hold anything. Returns [T, H, D] in q's dtype. Raises ValueError when head counts,
+    dimensions or dtypes do not fit.
     """
     kv_heads, slots, _ = k_codes.shape
     check_heads("tq4_attention", q, kv_heads, 4 * k_codes.shape[2])
@@ -433,8 +385,9 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
         raise ValueError(f"tq4_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, exact window {k_exact.dtype}; expected one dtype")
     if exact_window < 0 or exact_window > k_exact.shape[0]:
         raise ValueError(f"tq4_attention: an exact window of {exact_window} in a ring of {k_exact.shape[0]} slots")
+    check_center("tq4_attention", k_center, k_codes, exact_window or k_exact.shape[0], k_exact)
     if not use_triton(q):
-        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window)
+        return reference(q, k, v, k_codes, k_scales, v_codes, v_scales, k_exact, v_exact, pos, kv_len, exact_window, k_center)
     tokens, heads, dim = q.shape
     check_kernel_shapes("tq4_attention", dim, k_codes)
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -443,9 +396,10 @@ def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: to
     if tokens == 1:
         slot = pos % k_exact.shape[0]
         rings = tuple(ring.index_copy(0, slot, own) for ring, own in zip(rings, (k, v), strict=True))
-        decode(q, *rotated(q), caches, rings, pos, out, exact_window=exact_window)
+        query, scale, shift = rotated(q, k_center)
+        decode(q, query, scale, caches, rings, pos, out, exact_window=exact_window, shift=shift)
     else:
-        prefill(q, k, v, caches, rings, pos, out, exact_window)
+        prefill(q, k, v, caches, rings, pos, out, exact_window, k_center)
     return out
 
 
@@ -469,19 +423,15 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         name, float32 = f"tq4_attention {pointer[1:]}", pointer == "*fp32"
         query = {"q_ptr": inner, "q_scale_ptr": "*fp32"}
         rings = dict.fromkeys(("x_ptr", "k_ring_ptr", "v_ring_ptr"), pointer)
-        rotate = {"x_ptr": pointer, "scale_ptr": "*fp32"}
-        for kind_out in (inner,) if float32 else (inner, "*i8"):
-            cases.append(KernelCase(f"{name} rotate {dim} to {kind_out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": kind_out},
-                                    {"D": dim, "BYTES": kind_out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS}))
-        unrotate = {"x_ptr": pointer, "x_lse_ptr": "*fp32", "lse_ptr": "*fp32", "pos_ptr": "*i64", "out_ptr": pointer, "tokens": "i32"}
-        constants = {"EXACT_WINDOW": exact_window, "HEADS": h.queries, "GROUP": h.queries // h.kv, "D": dim}
-        cases.append(KernelCase(f"{name} unrotate {h.label}", kiln_tq4_unrotate, unrotate, constants, {"num_warps": ROTATE_WARPS}))
+        cases += rotation_cases(name, pointer, inner, target, h, exact_window)
         for terms in (0, 2):
-            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, exact_window, terms)
-            if not terms:
-                cases.append(KernelCase(f"{name} decode {h.label}", kiln_tq4_decode, query | rings | caches | parts, split,
+            tile, split, merge = decode_launch(dtype, not float32, target, h.queries, h.kv, dim, slots, exact_window, terms, 0, True, True)
+            for center in (split["CENTER"], 0) if not terms and model is GEMMA4_31B else () if terms else (split["CENTER"],):
+                cases.append(KernelCase(f"{name} decode {h.label}{'' if center else ', no center'}", kiln_tq4_decode,
+                                        query | rings | caches | parts | {"center_ptr": "*fp32"}, split | {"CENTER": center},
                                         options(tile)))
-            signature = parts | {"out_ptr": "*i32" if terms else pointer, "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
+            signature = parts | {"out_ptr": "*i32" if terms else pointer, "gate_splits": "i32", "gate_stride": "i32"}
+            signature |= {"shift_ptr": "*fp32", "gate_ptr": "*fp32"}
             for gated in (False, True) if terms and model is GEMMA4_31B else (False,):
                 cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes{', gated' if gated else ''}", kiln_tq4_merge, signature,
                                         merge | {"GATED": gated}, {"num_warps": merge_warps(dim)}, (90,) if gated else None))

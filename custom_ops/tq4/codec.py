@@ -23,10 +23,11 @@ import triton.language as tl
 from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
-from kiln.custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
+from kiln.custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import GpuTarget
+from kiln.custom_ops.tq4.center import center_keys, center_of_chunk, check_center, keys_to_code, kiln_tq4_center, late_key, one_or_none
 
 LEVEL_UNIT = tl.constexpr(32)
 LEVELS = tuple(n / LEVEL_UNIT.value for n in (5, 15, 25, 36, 48, 62, 79, 104))
@@ -122,12 +123,18 @@ def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def reference_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k: torch.Tensor,
-                    v: torch.Tensor, pos: torch.Tensor) -> None:
+                    v: torch.Tensor, pos: torch.Tensor, k_center: torch.Tensor | None = None, k_exact: torch.Tensor | None = None,
+                    exact_window: int = 0) -> None:
     """The op in plain torch; arguments as `tq4_write`."""
-    for codes, scales, x in ((k_codes, k_scales, k), (v_codes, v_scales, v)):
+    slot = pos
+    if k_center is not None and k_exact is not None:
+        k_center.copy_(center_of_chunk(k, k_exact, k_center, pos, center_keys(exact_window)))
+        k, slot = keys_to_code(k, k_exact, k_center, pos, exact_window)
+        slot = slot % k_codes.shape[1]  # before there is a key to code: a slot at the end, which no query reads
+    for codes, scales, x, at in ((k_codes, k_scales, k, slot), (v_codes, v_scales, v, pos)):
         new_codes, new_scales = encode(x.transpose(0, 1))
-        codes.index_copy_(1, pos, new_codes)
-        scales.index_copy_(1, pos, new_scales)
+        codes.index_copy_(1, at, new_codes)
+        scales.index_copy_(1, at, new_scales)
 
 
 LEVEL_TABLE = tl.constexpr(LEVELS)
@@ -222,49 +229,86 @@ def encode_rows(x, codes_ptr, scales_ptr, slot, keep, ROWS: tl.constexpr, D: tl.
 
 @waits()
 @triton.jit
-def kiln_tq4_write(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, rows, SLOTS: tl.constexpr,
-                     KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
-    """Encode ROWS of the `rows` = T * KV vectors of k (program axis 1: 0) or of v (1)."""
+def kiln_tq4_write(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, v_ptr, pos_ptr, center_ptr, k_ring_ptr, rows,
+                     SLOTS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EXACT_WINDOW: tl.constexpr,
+                     RING: tl.constexpr, EARLY: tl.constexpr):
+    """Encode ROWS of the `rows` = T * KV vectors of k (program axis 1: 0) or of v (1).
+
+    EXACT_WINDOW > 0: of keys those that are the oldest in the window of a query at `pos_ptr`, less the center [KV, D]; the past is in
+    k_ring_ptr.
+    """
     wait_for_earlier_kernels(EARLY)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = r < rows
-    slot = (r % KV) * SLOTS + tl.load(pos_ptr + r // KV, mask=keep, other=0).to(tl.int32)
-    offset = r[:, None] * D + tl.arange(0, D)[None, :]
-    if tl.program_id(1) == 0:
-        x = tl.load(k_ptr + offset, mask=keep[:, None], other=0.0).to(tl.float32)
-        encode_rows(x, k_codes_ptr, k_scales_ptr, slot, keep, ROWS, D)
-    else:
+    pos = tl.load(pos_ptr + r // KV, mask=keep, other=0).to(tl.int32)
+    slot = (r % KV) * SLOTS + pos
+    dim = tl.arange(0, D)
+    offset = r[:, None] * D + dim[None, :]
+    if tl.program_id(1) == 1:
         x = tl.load(v_ptr + offset, mask=keep[:, None], other=0.0).to(tl.float32)
         encode_rows(x, v_codes_ptr, v_scales_ptr, slot, keep, ROWS, D)
+    elif EXACT_WINDOW > 0:
+        p = late_key(pos, EXACT_WINDOW)
+        keep &= p >= 0
+        first = tl.load(pos_ptr).to(tl.int32)
+        past = p < first
+        base = tl.where(past, k_ring_ptr, k_ptr)
+        row = tl.where(past, p % RING, p - first) * KV + r % KV
+        x = tl.load(base[:, None] + row[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0).to(tl.float32)
+        x -= tl.load(center_ptr + (r % KV)[:, None] * D + dim[None, :], mask=keep[:, None], other=0.0)
+        encode_rows(x, k_codes_ptr, k_scales_ptr, (r % KV) * SLOTS + p, keep, ROWS, D)
+    else:
+        x = tl.load(k_ptr + offset, mask=keep[:, None], other=0.0).to(tl.float32)
+        encode_rows(x, k_codes_ptr, k_scales_ptr, slot, keep, ROWS, D)
 
 
-@triton_op("kiln::tq4_write", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales"})
+@triton_op("kiln::tq4_write", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales", "center"})
 def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k: torch.Tensor,
-              v: torch.Tensor, pos: torch.Tensor) -> None:
+              v: torch.Tensor, pos: torch.Tensor, center: list[torch.Tensor], k_exact: torch.Tensor | None = None,
+              exact_window: int = 0) -> None:
     """Encode a chunk's keys and values into the cache, in place, at their positions.
 
-    k_codes, v_codes int16 [KV, S, D/4]; k_scales, v_scales float16 [KV, S]; k, v [T, KV, D]; pos [T] int64, below S.
+    k_codes, v_codes int16 [KV, S, D/4]; k_scales, v_scales float16 [KV, S]; k, v [T, KV, D]; pos [T] int64, below S. center: a tensor or
+    none (as one that may be None cannot be written to). With one, float32 [KV, D], and k_exact [R, KV, D], the ring of the keys before the
+    chunk: the keys that are coded are those of positions pos - exact_window + 1, from 0 on, less the center, and the center is made where
+    the chunk has its last key (`center.py`).
     Raises ValueError when the dimensions do not fit.
     """
     check_dim(k.shape[2])
     if k.shape[2] != 4 * k_codes.shape[2] or k.shape[1] != k_codes.shape[0]:
         raise ValueError(f"tq4_write: k is {tuple(k.shape)}, k_codes {tuple(k_codes.shape)}; expected [T, KV, D] and [KV, S, D/4]")
+    k_center = one_or_none("tq4_write", center)
+    check_center("tq4_write", k_center, k_codes, exact_window, k_exact)
+    if k_exact is not None and k_exact.dtype != k.dtype:
+        raise ValueError(f"tq4_write: k is {k.dtype}, exact window {k_exact.dtype}; expected one dtype")
     if not use_triton(k):
-        return reference_write(k_codes, k_scales, v_codes, v_scales, k, v, pos)
+        return reference_write(k_codes, k_scales, v_codes, v_scales, k, v, pos, k_center, k_exact, exact_window)
     tokens, kv_heads, dim = k.shape
+    k, v = k.contiguous(), v.contiguous()
+    mean, ring, window, slots = v_scales, k, 0, 0  # what is not read is any pointer
+    if k_center is not None and k_exact is not None:
+        mean, ring, window, slots = k_center, k_exact, exact_window, k_exact.shape[0]
+        kernel(kiln_tq4_center)[(kv_heads,)](mean, k, ring, pos, tokens, COUNT=center_keys(window), KV=kv_heads, D=dim, EARLY=early(),
+                                             num_warps=WRITE_WARPS)
     grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
-    kernel(kiln_tq4_write)[grid](k_codes, k_scales, v_codes, v_scales, k.contiguous(), v.contiguous(), pos, tokens * kv_heads,
-                                   SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS, EARLY=early(),
-                                   num_warps=WRITE_WARPS)
+    kernel(kiln_tq4_write)[grid](k_codes, k_scales, v_codes, v_scales, k, v, pos, mean, ring, tokens * kv_heads,
+                                   SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS,
+                                   EXACT_WINDOW=window, RING=slots, EARLY=early(), num_warps=WRITE_WARPS)
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
     """The kernels at the model's shapes."""
-    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16"}
-    return [
-        KernelCase(f"tq4_write {pointer[1:]} {model.full.kv}x{model.full.dim}", kiln_tq4_write,
-                   caches | {"k_ptr": pointer, "v_ptr": pointer, "pos_ptr": "*i64", "rows": "i32"},
-                   {"SLOTS": CONTEXT, "KV": model.full.kv, "D": model.full.dim, "ROWS": WRITE_ROWS, "EARLY": early(target)},
-                   {"num_warps": WRITE_WARPS})
-        for pointer in ("*bf16", "*fp32")
-    ]
+    caches = {"k_codes_ptr": "*i16", "k_scales_ptr": "*fp16", "v_codes_ptr": "*i16", "v_scales_ptr": "*fp16", "center_ptr": "*fp32"}
+    h, cases = model.full, []
+    for pointer in ("*bf16", "*fp32"):
+        chunk = {"k_ptr": pointer, "k_ring_ptr": pointer, "pos_ptr": "*i64"}
+        for window in (EXACT_WINDOW, 0) if model is GEMMA4_31B else (EXACT_WINDOW,):
+            cases.append(KernelCase(f"tq4_write {pointer[1:]} {h.kv}x{h.dim}{'' if window else ', no center'}", kiln_tq4_write,
+                                    caches | chunk | {"v_ptr": pointer, "rows": "i32"},
+                                    {"SLOTS": CONTEXT, "KV": h.kv, "D": h.dim, "ROWS": WRITE_ROWS, "EXACT_WINDOW": window, "RING": window,
+                                     "EARLY": early(target)}, {"num_warps": WRITE_WARPS}))
+        cases.append(KernelCase(f"tq4_center {pointer[1:]} {h.kv}x{h.dim}", kiln_tq4_center,
+                                chunk | {"center_ptr": "*fp32", "tokens": "i32"},
+                                {"COUNT": center_keys(EXACT_WINDOW), "KV": h.kv, "D": h.dim, "EARLY": early(target)},
+                                {"num_warps": WRITE_WARPS}))
+    return cases

@@ -42,7 +42,7 @@ def memory_plan(spec: GraphSpec) -> MemoryPlan:
     return MemoryPlan(
         weights=weights,
         kv_ring=rows * sum(b.nbytes for b in kv if b.kind == "ring"),
-        kv_global=rows * sum(b.nbytes for b in kv if b.kind == "global"),
+        kv_global=rows * sum(b.nbytes for b in kv if b.kind in ("global", "prefix")),
         kv_state=rows * sum(b.nbytes for b in kv if b.kind == "state"),
         activations=spec.prefill_chunk * per_token + scratch + 4 * spec.config.vocab_size * spec.options.decode_rows[-1],
     )

@@ -12,6 +12,7 @@ import triton
 from kiln.custom_ops.dtypes import dtype_name
 from kiln.custom_ops.gpu.tables import borrowed
 from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.custom_ops.tq4.center import center_keys
 from kiln.exporter.artifact.cost import cost
 from kiln.exporter.artifact.manifest import FORMAT_VERSION, file_records, file_sha256, weights_record
 from kiln.exporter.artifact.output import MANIFEST
@@ -65,8 +66,8 @@ def quantization(spec: GraphSpec) -> list[dict]:
     return rows
 
 
-def kv_record(kv: KVBuffer, window: int | None = None) -> dict:
-    """Of one timeline. window: of a ring that has more slots."""
+def kv_record(kv: KVBuffer, window: int | None = None, behind: int = 0) -> dict:
+    """Of one timeline. window: of a ring that has more slots. behind: of how many newest positions nothing is in it yet."""
     return {
         "name": kv.name,
         "layer": kv.layer,
@@ -75,6 +76,7 @@ def kv_record(kv: KVBuffer, window: int | None = None) -> dict:
         "shape": list(kv.shape),
         "bytes": kv.nbytes,
         **({"window": window} if window is not None and window < kv.shape[0] else {}),
+        **({"behind": behind} if behind else {}),
     }
 
 
@@ -88,6 +90,13 @@ def _window(spec: GraphSpec, kv: KVBuffer) -> int | None:
 def _last_step(compiled: CompiledTarget) -> CompiledEntry:
     """Of the model, whose passes are shown."""
     return [e for e in compiled.entries if e.entry != DRAFT_ENTRY][-1]
+
+
+def _behind(spec: GraphSpec, kv: KVBuffer) -> int:
+    """With a center a key is coded when it is the oldest in the exact window."""
+    if kv.kind == "prefix":
+        return center_keys(spec.options.residual_length) - 1
+    return spec.options.residual_length - 1 if spec.options.key_center and kv.name.endswith((".k_codes", ".k_scales")) else 0
 
 
 def target_record(compiled: CompiledTarget) -> dict:
@@ -135,12 +144,13 @@ def write_manifest(
         "activation_dtype": spec.activation_dtype,
         "kv_cache": "tq4" if spec.options.turboquant else dtype_name(spec.cache_dtype),
         "residual_length": spec.options.residual_length if spec.options.turboquant else None,
+        "key_center": center_keys(spec.options.residual_length) if spec.options.turboquant and spec.options.key_center else None,
         "targets": [target_record(t) for t in targets],
         "passes": [r.to_dict() for r in _last_step(targets[0]).reports],
         "entry_points": entry_points(spec, waits),
         "quantization": quantization(spec),
         "constants": records,
-        "kv": [kv_record(b, _window(spec, b)) for b in kv],
+        "kv": [kv_record(b, _window(spec, b), _behind(spec, b)) for b in kv],
         "weights": weights_record(directory / "weights.safetensors", records) | ({"gguf": gguf} if gguf else {}),
         "files": file_records(directory),
         "tokenizer": tokenizer,

@@ -39,6 +39,9 @@ def kv_bytes(manifest: dict, position: int) -> int:
         if kv["kind"] == "state":  # of its two slots a step reads one and writes the other
             total += kv["bytes"] * times
             continue
+        if kv["kind"] == "prefix":
+            total += kv["bytes"] * times
+            continue
         ring = kv["kind"] == "ring"
         slots = kv["shape"][0] if ring else manifest["max_seq_len"]
         read = position if ring else max(position - (manifest.get("residual_length") or 0), 0)

@@ -170,6 +170,7 @@ def graph_player(
     device: str,
     activation_dtype: str | None = None,
     residual_length: int = PassOptions.residual_length,
+    key_center: bool = PassOptions.key_center,
 ) -> GraphPlayer:
     """The lowered graph of a GGUF file over its packed weights. kv_cache: a key of KV_CACHES.
 
@@ -179,7 +180,8 @@ def graph_player(
     config = checked_config(plan, max_seq_len)
     wide = device == "cpu" if kv_cache == "tq4" else kv_cache == "f32"
     dtype = activation_dtype or ("float32" if wide else "bfloat16")
-    options = PassOptions(turboquant=kv_cache == "tq4", residual_length=residual_length, materializes_head=device == "cpu")
+    options = PassOptions(turboquant=kv_cache == "tq4", residual_length=residual_length, key_center=key_center,
+                          materializes_head=device == "cpu")
     cache = "bfloat16" if kv_cache == "bf16" else "float16"
     spec = AllPositionsSpec(config, plan.weights, max_seq_len, min(PIECE_TOKENS, max_seq_len), dtype, options, cache)
     if kv_cache != "tq4" and dtype_name(spec.cache_dtype) != KV_CACHES[kv_cache]:

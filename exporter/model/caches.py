@@ -23,9 +23,9 @@ def exact_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, spare:
 
 
 def tq4_buffers(cache: CacheSpec, max_seq_len: int, dtype: torch.dtype, options: PassOptions) -> list[KVBuffer]:
-    """Of a global cache in TQ4: codes of every position with their scales, and the exact window."""
+    """Of a global cache in TQ4: codes of every position with their scales, the exact window, and the center of keys."""
     prefix, heads, size = f"blk.{cache.layer}.cache", cache.heads, cache.head_dim
-    found = []
+    found = [buffer(f"{prefix}.k_center", torch.float32, (heads, size))] if options.key_center else []
     for side in "kv":
         found += [
             buffer(f"{prefix}.{side}_exact", dtype, (options.residual_length + options.spare_slots, heads, size)),

@@ -81,7 +81,7 @@ def check_tq4(*which) -> None:
     pos = 5
     caches = test_tq4_decode.cache(2, 64, pos, 5)
     past = [ring[:pos].double() for ring in caches[4:]]
-    out = kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, 3, *told)
+    out = kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, 3, [], *told)
     q, k, v = exact(raw, *told)
     keys, values = (torch.cat((x, own[None])) for x, own in zip(past, (k, v), strict=True))
     expected = torch.stack([torch.softmax(keys[:, h // 3] @ q[h], 0) @ values[:, h // 3] for h in range(6)]).flatten()
@@ -166,8 +166,8 @@ def test_on_a_gpu(norms: bool, scale: float, v_norm: bool, neighbours: bool) -> 
         torch.testing.assert_close(found[0].double().cpu(), expected, rtol=2e-5, atol=5e-6)
     caches = test_tq4_decode.cache(2, 128, 70, 7)
     on_gpu, pos = moved(tuple(caches)), torch.tensor([70])
-    found = kiln.tq4_decode(*on_device, *on_gpu, pos.cuda(), EPS, 3, *told)
-    expected = fixed_point.dequantize(kiln.tq4_decode(*raw, *caches, pos, EPS, 3, *told))
+    found = kiln.tq4_decode(*on_device, *on_gpu, pos.cuda(), EPS, 3, [], *told)
+    expected = fixed_point.dequantize(kiln.tq4_decode(*raw, *caches, pos, EPS, 3, [], *told))
     assert (fixed_point.dequantize(found.cpu()) - expected).norm() < 1e-2 * expected.norm()  # a code beside a boundary may go either way
     x, branch, weight = torch.randn(1, 160), torch.randn(1, 160), torch.rand(160)
     stream, _, left = kiln.add_norm(*moved((x, branch)), None, None, None, weight.cuda(), EPS, 3)

@@ -135,7 +135,7 @@ def tq4_codec() -> None:
             assert nan(scales[1, 0]) and finite(scales[0]) and nan(codec.decode(codes, scales)[1, 0])
             caches = [torch.zeros(2, 9, dim // 4, dtype=torch.int16), torch.zeros(2, 9, dtype=torch.float16)] * 2
             caches = [t.clone() for t in caches]
-            kiln.tq4_write(*caches, k, v, torch.tensor([3, 4]))
+            kiln.tq4_write(*caches, k, v, torch.tensor([3, 4]), [])
             assert nan(caches[1][0, 4]) and finite(caches[1][1]) and finite(caches[1][0, :4]) and finite(caches[3])
 
 
@@ -150,7 +150,7 @@ def tq4_decode() -> None:
             caches[1 + 2 * (where - 3)][0, 11] = NAN
         else:
             caches[where - 1][(pos - 4) % EXACT_WINDOW, 0, 5] = NAN
-        y = dequantize(kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, 2)).view(heads, dim)
+        y = dequantize(kiln.tq4_decode(*raw, *caches, torch.tensor([pos]), EPS, 2, [])).view(heads, dim)
         rest = y[1:] if where == 0 else y[2:]
         assert finite(rest) and nan(y[0, :32]) and (where == 6 or nan(y[: heads - len(rest)]))
         if where in (1, 2):

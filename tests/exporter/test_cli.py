@@ -17,6 +17,7 @@ from kiln.exporter.artifact.memory import memory_plan
 from kiln.exporter.cli import main
 from kiln.exporter.compiler.trace import lower
 from kiln.exporter.errors import KilnError
+from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.source.config import from_gguf
 from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.source.plan import read_plan
@@ -209,6 +210,20 @@ def test_residual_lengths_that_do_not_go(tmp_path):
         fails(tmp_path, "--gguf", TINY, "--turboquant", "--residual-length", length, match="is not in the range x>=32", code=2)
     with pytest.raises(KilnError, match="--residual-length 100: give a multiple of 32, at least 32"):
         build.graph_spec(build.ExportOptions(TINY, tmp_path, turboquant=True, residual_length=100), read_plan(TINY), ("cpu",))
+
+
+@pytest.mark.parametrize(("flag", "center"), [((), True), (("--key-center",), True), (("--no-key-center",), False)])
+def test_key_center(monkeypatch, tmp_path, flag, center):
+    """On with TQ4 unless it is switched off; without TQ4 the switch is refused."""
+    found = []
+    monkeypatch.setattr(build, "export_artifact", lambda options, plan: found.append(options))
+    arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", "--turboquant", *flag]
+    CliRunner().invoke(main, arguments, catch_exceptions=False)
+    spec = build.graph_spec(found[0], read_plan(TINY), ("cpu",))
+    assert spec.options.key_center == center
+    assert any(b.name.endswith("k_center") for b in kv_plan(spec.config, 64, spec.cache_dtype, spec.options)) == center
+    if flag:
+        fails(tmp_path, "--gguf", TINY, *flag, match=f"{flag[0]} is part of the TQ4 cache; give --kv-cache tq4 with it", code=2)
 
 
 def test_an_existing_artifact_is_kept(tmp_path):

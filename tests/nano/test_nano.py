@@ -70,7 +70,8 @@ def test_same_function_as_the_decoder(model: Nano, file: Path, ids: torch.Tensor
 
 def test_same_exact_window_as_the_product(model: Nano, file: Path, ids: torch.Tensor, tmp_path: Path) -> None:
     """The study's cache, codes and the newest keys as they are, gives the logits of the lowered graph, in chunks of any size."""
-    lowered = lower(graph_spec(file, max_seq_len=128, chunk=128, turboquant=True, residual_length=32), "prefill", "cpu")
+    options = {"turboquant": True, "residual_length": 32}
+    lowered = lower(graph_spec(file, max_seq_len=128, chunk=128, **options, key_center=False), "prefill", "cpu")
     state = {**weights(file, tmp_path), **make_kv(lowered.kv)}
     rows = feed(runnable(lowered.program, state), None, ids, len(ids) // 3)
 
@@ -85,6 +86,17 @@ def test_same_exact_window_as_the_product(model: Nano, file: Path, ids: torch.Te
         errors[exact_window, chunk] = max((rows[i] - logits[i]).abs().max().item() for i in rows)
     print(errors)
     assert max(errors[32, chunk] for chunk in (1000, 40, 1)) < 1e-4 < min(errors[31, 1000], errors[0, 1000])
+
+    def write_centered(layer, k, v):  # all at once: the center is of the first 24
+        center = k[:, :, :24].mean(2, keepdim=True)
+        return (k, v) if layer.mixer.window else (codec.decode(*codec.encode(k - center)) + center, codec.decode(*codec.encode(v)))
+
+    lowered = lower(graph_spec(file, max_seq_len=128, chunk=128, **options), "prefill", "cpu")
+    rows = feed(runnable(lowered.program, {**weights(file, tmp_path), **make_kv(lowered.kv)}), None, ids, len(ids) // 3)
+    for written, close in ((write_centered, True), (write, False)):
+        logits = model.logits(model.read(ids.tolist(), Cache(model.config, 160, torch.float32, "cpu", written, 32)))
+        error = max((rows[i] - logits[i]).abs().max().item() for i in rows)
+        assert (error < 1e-4) == close, error
 
 
 def test_cache_reads_like_one_batch(model: Nano, ids: torch.Tensor) -> None:

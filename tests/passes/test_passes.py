@@ -157,12 +157,14 @@ def attention_inputs(head_dim=64, tokens=3):
     return *((shape, torch.float32) for shape in shapes), ((tokens,), torch.int64)
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
-def test_turboquant(tokens):
+def test_turboquant(tokens, center):
     """Chunks shorter than the exact window of 4, as long, and longer, over which it wraps: the newest 4 keys are exact, others coded."""
     program = export(Attention, *attention_inputs(tokens=tokens))
-    _, report = run(turboquant, program, turboquant=True, residual_length=4)
-    assert (report.matches, report.note) == (1, "residual length 4")
+    _, report = run(turboquant, program, turboquant=True, residual_length=4, key_center=center)
+    note = "keys less the mean of the first 3" if center else "keys as they are"
+    assert (report.matches, report.note) == (1, f"residual length 4, {note}")
     assert count(program, kiln.global_attention.default) == 0
     order = [n.target for n in program.graph.nodes if edit.written_args(n) or edit.is_call(n, kiln.tq4_attention.default)]
     assert order == [kiln.tq4_write.default, kiln.tq4_attention.default] + [aten.index_copy_.default] * 2
@@ -173,13 +175,14 @@ def test_turboquant(tokens):
         for what, found in {
             "codes": ((2, 32, 16), torch.int16), "scales": ((2, 32), torch.float16), "exact": ((4, 2, 64), torch.float32)
         }.items()
-    }  # fmt: skip
+    } | ({"cache.k_center": ((2, 64), torch.float32)} if center else {})  # fmt: skip
     g = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(18, heads, 64, generator=g) for heads in (4, 2, 2))
     layer = runnable(program, state)
     outs = [layer(q[pos], k[pos], v[pos], pos).clone() for pos in torch.arange(18).split(tokens) if len(pos) == tokens]
     end = len(outs) * tokens
-    torch.testing.assert_close(torch.cat(outs).double(), tq4_cache.exact(q[:end], k[:end], v[:end], 0, 4), rtol=1e-5, atol=1e-5)
+    mean = tq4_cache.center_of(k, 4) if center else None
+    torch.testing.assert_close(torch.cat(outs).double(), tq4_cache.exact(q[:end], k[:end], v[:end], 0, 4, mean), rtol=1e-5, atol=1e-5)
     newest = torch.arange(end - 4, end)
     for side, x in (("k", k), ("v", v)):
         assert torch.equal(state[f"cache.{side}_exact"][newest % 4], x[newest])
@@ -196,7 +199,9 @@ def test_turboquant_near_miss_and_errors():
     with pytest.raises(PassError, match="head size 96"):
         run(turboquant, export(lambda: Attention(96), *attention_inputs(96)), turboquant=True)
     with pytest.raises(PassError, match="residual length 0; expected at least 1"):
-        run(turboquant, export(Attention, *attention_inputs()), turboquant=True, residual_length=0)
+        run(turboquant, export(Attention, *attention_inputs()), turboquant=True, residual_length=0, key_center=False)
+    with pytest.raises(PassError, match="residual length 28; expected at least 32"):
+        run(turboquant, export(Attention, *attention_inputs()), turboquant=True, residual_length=28, decode_rows=(1, 8))
     _, report = run(turboquant, export(Attention, *attention_inputs()))
     assert report.status == "off"
 
@@ -352,7 +357,8 @@ class Cached(nn.Module):
 
 
 class Coded(torch.fx.Interpreter):
-    """The graph without TurboQuant, its global attention over keys and values as the codec leaves them, the newest 8 exact."""
+    """The graph without TurboQuant, its global attention over keys (less their center) and values as the codec leaves them, the newest 8
+    exact."""
 
     def call_function(self, target, args, kwargs):
         if target is not kiln.global_attention.default:
@@ -360,8 +366,10 @@ class Coded(torch.fx.Interpreter):
         q, k, v, pos, _ = args
         distance = pos[:, None] - torch.arange(len(pos))
         mask = torch.cat([distance >= 8, (distance >= 0) & (distance < 8)], 1)
-        k, v = (torch.cat([codec.decode(*codec.encode(x[: len(pos)])), x[: len(pos)]]) for x in (k, v))
-        return attend(q, k, v, mask)
+        sides = []
+        for x, center in ((k[: len(pos)], k[:6].mean(0)), (v[: len(pos)], torch.zeros(1))):
+            sides.append(torch.cat([codec.decode(*codec.encode(x - center)) + center, x]))
+        return attend(q, *sides, mask)
 
 
 def test_pipeline_on_the_decoder(tmp_path):
@@ -373,7 +381,7 @@ def test_pipeline_on_the_decoder(tmp_path):
         for entry in ("decode", "prefill"):
             lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
             assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
-            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 20 if tq else 12]
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 22 if tq else 12]
             assert all(r.expected == r.matches and not r.missed for r in lowered.reports)
         plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))

@@ -468,6 +468,22 @@ def test_in_another_process(artifacts, name, tmp_path: Path) -> None:
     assert moved.stat().st_mode & 0o777 == 0o600  # what was said is in it
 
 
+@pytest.mark.parametrize("n", [10, 24, 31, 32, 60])
+def test_a_saved_session_holds_its_own_text_alone(real, n: int, tmp_path: Path) -> None:
+    """Nothing of what was in the session before is in the file: before and behind the center's last key, and the first code."""
+    text, files = some(Random(9), real, n), []
+    for before in (90, 0):
+        session = kiln.Session(real)
+        if before:
+            session.prefill(some(Random(10), real, before))
+            session.reset()
+        session.prefill(text[:7])
+        session.prefill(text[7:])
+        session.save(tmp_path / str(before))
+        files.append((tmp_path / str(before)).read_bytes())
+    assert files[0] == files[1]
+
+
 def test_files_that_are_refused(toy, copy, tmp_path: Path) -> None:
     """One line each, and the session stays as it is."""
     model = kiln.Model(str(toy))

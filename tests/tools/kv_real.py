@@ -1,10 +1,11 @@
 """Codecs of the global layers' keys and values on a model that was really trained, in float32, so that only the caches differ.
 
-    python -m tests.tools.kv_real MODEL.gguf TEXT... [--tokens 4096] [--every 8] [--codecs NAME,...] [--out F.json]
+    python -m tests.tools.kv_real MODEL.gguf TEXT... [--tokens 4096] [--every 8] [--codecs NAME;... | --built] [--out F.json]
 
 MODEL is of family gemma3 (`make demo-real` fetches one), TEXT any files, read one after the other. Every codec plays the same tokens, and
 each `--every`-th position's distribution is compared with that of float32 caches. Codes are decoded where they are written: this measures
-the rounding, no kernel.
+the rounding, no kernel. --built instead plays the graphs that are compiled, as `kiln eval` does, of any family: float32 caches, and TQ4
+with and without the center.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,15 @@ import torch
 import torch.nn.functional as F
 
 from kiln.custom_ops.tq4 import codec
+from kiln.exporter.measure.players import graph_player, piece_tokens
 from kiln.exporter.model.records import Attention, ModelConfig
-from kiln.exporter.source.plan import read_plan
+from kiln.exporter.source.plan import ModelPlan, read_plan
 from kiln.exporter.text.encoder import Encoder
 
 Tensor = torch.Tensor
 Codec = Callable[[Tensor], Tensor]
-CHUNK, MEAN, EXACT = 512, 256, 256
+Rows = tuple[list[int], Tensor]  # positions, and of each form their logits [forms, positions, V]
+CHUNK, EXACT = 512, 256
 DEPTHS = ((0, 1024), (1024, 4096), (4096, 16384), (16384, 1 << 20))
 
 
@@ -81,7 +84,7 @@ class Caches:
     keys: Codec
     values: Codec
     window: int  # newest positions that are read exactly
-    mean: bool = False  # of the first MEAN keys, taken off before coding
+    mean: int = 0  # of so many first keys, taken off before coding
 
 
 CODECS = {
@@ -91,10 +94,14 @@ CODECS = {
     "TQ4, 256 exact": Caches(tq4, tq4, EXACT),
     "TQ4, 256 exact, keys alone": Caches(tq4, exact, EXACT),
     "TQ4, 256 exact, values alone": Caches(exact, tq4, EXACT),
-    "TQ4, 256 exact, keys less their mean": Caches(tq4, tq4, EXACT, True),
+    "TQ4, 256 exact, keys less the mean of 256": Caches(tq4, tq4, EXACT, 256),
+    "TQ4, 256 exact, keys less the mean of 248": Caches(tq4, tq4, EXACT, 248),
+    "TQ4, 256 exact, keys less the mean of 192": Caches(tq4, tq4, EXACT, 192),
+    "TQ4, 256 exact, keys less the mean of 128": Caches(tq4, tq4, EXACT, 128),
+    "TQ4, 256 exact, keys less the mean of 64": Caches(tq4, tq4, EXACT, 64),
     "keys 5, values 4, 256 exact": Caches(levels(5), tq4, EXACT),
     "keys 6, values 4, 256 exact": Caches(levels(6), tq4, EXACT),
-    "keys 6 less their mean, values 4, 256 exact": Caches(levels(6), tq4, EXACT, True),
+    "keys 6 less their mean, values 4, 256 exact": Caches(levels(6), tq4, EXACT, 256),
     "keys int8 blocks, values TQ4, 256 exact": Caches(blocks(127), tq4, EXACT),
 }
 
@@ -115,12 +122,10 @@ def rope(x: Tensor, pos: Tensor, base: float, factor: float) -> Tensor:
 class Gemma3:
     """The plain forward pass of all codecs at once, a chunk at a time: the streams [codecs, T, D]."""
 
-    def __init__(self, path: Path, codecs: list[Caches], tokens: int):
-        plan = read_plan(path)
-        if plan.config.architecture != "gemma3":
-            raise SystemExit(f"kv_real: {path} is of family {plan.config.architecture}; expected gemma3")
-        self.config: ModelConfig = plan.config
-        self.text, self.codecs = Encoder(plan.tokenizer.document()), codecs
+    def __init__(self, path: Path, config: ModelConfig, codecs: list[Caches], tokens: int):
+        if config.architecture != "gemma3":
+            raise SystemExit(f"kv_real: {path} is of family {config.architecture}; expected gemma3, or --built")
+        self.config, self.codecs = config, codecs
         self.w = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), np.float32)).reshape(*map(int, t.shape[::-1]))
                   for t in gguf.GGUFReader(path).tensors}  # fmt: skip
         shape = {i: (len(codecs), m.kv_heads, tokens, m.head_dim) for i, m in self.config.attentions.items()}
@@ -154,7 +159,7 @@ class Gemma3:
         for cache, x in zip(self.kv[i], (k, v), strict=True):
             cache[:, :, first:end] = x
         for n, c in enumerate(self.codecs if i in self.coded else ()):
-            mean = self.kv[i][0][n, :, :MEAN].mean(1, keepdim=True).half().float() if c.mean else torch.zeros(1)
+            mean = self.kv[i][0][n, :, : c.mean].mean(1, keepdim=True) if c.mean else torch.zeros(1)
             self.coded[i][0][n, :, first:end] = c.keys(k[n] - mean) + mean
             self.coded[i][1][n, :, first:end] = c.values(v[n])
 
@@ -177,19 +182,40 @@ class Gemma3:
         return norm(x[:, wanted], w["output_norm.weight"], eps) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
-def study(model: Gemma3, tokens: Tensor, every: int, names: list[str]) -> dict[str, dict]:
-    """Of each codec: KL and perplexity of the scored positions, and KL by depth."""
-    found: dict[str, list[tuple[int, float, float, bool]]] = {name: [] for name in names}
+def codecs_of(model: Gemma3, tokens: Tensor, every: int) -> Iterator[Rows]:
     for first in range(0, len(tokens) - 1, CHUNK):
-        chunk = tokens[first : first + CHUNK]
         scored = [p for p in range(first, min(first + CHUNK, len(tokens) - 1)) if p % every == every - 1]
-        rows = model.logits(chunk, first, [p - first for p in scored]).log_softmax(-1)
+        yield scored, model.logits(tokens[first : first + CHUNK], first, [p - first for p in scored])
+        print(f"{first + CHUNK} tokens", flush=True)
+
+
+def built(plan: ModelPlan, tokens: Tensor, every: int) -> tuple[list[str], Iterator[Rows]]:
+    """Names and logits of the graphs that are compiled, over TQ4 caches in float32 activations, and over exact ones."""
+    forms = {"float32": ("f32", True), "TQ4, keys as they are": ("tq4", False), "TQ4, keys less their center": ("tq4", True)}
+    players = [graph_player(plan, cache, len(tokens), "cpu", "float32", key_center=center) for cache, center in forms.values()]
+
+    def rows() -> Iterator[Rows]:
+        first = 0
+        for parts in zip(*(p.score(tokens.tolist(), piece_tokens(p.vocab_size)) for p in players), strict=True):
+            end = min(first + len(parts[0]), len(tokens) - 1)
+            scored = [p for p in range(first, end) if p % every == every - 1]
+            yield scored, torch.stack([part[[p - first for p in scored]].float() for part in parts])
+            first += len(parts[0])
+            print(f"{first} tokens", flush=True)
+
+    return list(forms), rows()
+
+
+def study(pieces: Iterable[Rows], tokens: Tensor, names: list[str]) -> dict[str, dict]:
+    """Of each form, the first the exact one: KL and perplexity of the scored positions, and KL by depth."""
+    found: dict[str, list[tuple[int, float, float, bool]]] = {name: [] for name in names}
+    for scored, logits in pieces:
+        rows = logits.log_softmax(-1)
         right = tokens[[p + 1 for p in scored]]
         for name, row in zip(names, rows, strict=True):
             kl = (rows[0].exp() * (rows[0] - row)).sum(-1)
             nll = -row.gather(1, right[:, None])[:, 0]
             found[name] += zip(scored, kl.tolist(), nll.tolist(), (row.argmax(-1) == rows[0].argmax(-1)).tolist(), strict=True)
-        print(f"{first + len(chunk)} tokens", flush=True)
     record = {}
     for name, rows_ in found.items():
         position, kl, nll, kept = (np.array(column) for column in zip(*rows_, strict=True))
@@ -206,13 +232,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--codecs", default=";".join(CODECS), help="names, apart by ;")
+    parser.add_argument("--built", action="store_true", help="the graphs that are compiled, not the codecs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    names = ["float32", *(n for n in options.codecs.split(";") if n != "float32")]
+    plan = read_plan(options.model)
+    encoder = Encoder(plan.tokenizer.document())
+    ids = torch.tensor(encoder.encode("".join(path.read_text() for path in options.text))[: options.tokens])
     with torch.inference_mode():
-        model = Gemma3(options.model, [CODECS[n] for n in names], options.tokens)
-        ids = model.text.encode("".join(path.read_text() for path in options.text))[: options.tokens]
-        record = study(model, torch.tensor(ids), options.every, names)
+        if options.built:
+            names, pieces = built(plan, ids, options.every)
+        else:
+            names = ["float32", *(n for n in options.codecs.split(";") if n != "float32")]
+            pieces = codecs_of(Gemma3(options.model, plan.config, [CODECS[n] for n in names], options.tokens), ids, options.every)
+        record = study(pieces, ids, names)
     for name, r in record.items():
         depths = ", ".join(f"from {low} {value:.4f}" for low, value in r["kl_from"].items())
         print(f"{name:45} KL {r['kl']:.5f} +- {r['se']:.5f} ({depths}), perplexity {r['perplexity']:.4f}, argmax {r['argmax']:.3f}")

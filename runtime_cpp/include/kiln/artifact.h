@@ -39,8 +39,10 @@ struct ConstantSpec : TensorSpec {
 
 struct KvSpec : TensorSpec {
   int64_t layer = 0;
-  bool ring = false;   // a sliding layer's ring, else a global layer's cache or a state
+  bool ring = false;   // a sliding layer's ring, else a global layer's cache, a state or a prefix's
   bool state = false;  // replaced by every step, kept twice: it can be stepped back by the one step that was just made, and no further
+  bool prefix = false; // written once, with position `behind`, from the positions up to it, and the same for all that come after
+  int64_t behind = 0;  // of what is no ring and no state: how many of the newest positions are not in it yet
   int64_t window = 0;  // of a ring: how many of the newest positions a token needs, its own included
 
   bool forgets() const { return ring || state; }  // a chunk of tokens overwrites what an earlier position needs

@@ -204,7 +204,7 @@ void Artifact::read_manifest() {
       parse_tensor(k, spec);
       spec.layer = int_at(k, "layer", 0);
       std::string kind = string_at(k, "kind");
-      if (kind != "ring" && kind != "global" && kind != "state") fail("kv '", spec.name, "': unknown kind '", kind, "'");
+      if (kind != "ring" && kind != "global" && kind != "state" && kind != "prefix") fail("kv '", spec.name, "': unknown kind '", kind, "'");
       spec.ring = kind == "ring";
       if (spec.ring && !spec.shape.empty()) {  // no more slots than its window, unless told
         spec.window = k.find("window") ? int_at(k, "window", 1) : spec.shape[0];
@@ -213,7 +213,10 @@ void Artifact::read_manifest() {
       spec.state = kind == "state";
       if (spec.state && (spec.shape.empty() || spec.shape[0] != kStateSlots))
         fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), "; a state is kept ", kStateSlots, " times");
-      if (!spec.forgets() && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
+      spec.prefix = kind == "prefix";
+      if (k.find("behind")) spec.behind = int_at(k, "behind", 0);
+      if (spec.behind && spec.forgets()) fail("kv '", spec.name, "': a ", kind, " that is ", spec.behind, " positions behind");
+      if (!spec.forgets() && !spec.prefix && std::find(spec.shape.begin(), spec.shape.end(), max_seq_len) == spec.shape.end())
         fail("kv '", spec.name, "' has shape ", shape_text(spec.shape), " and no slots for 'max_seq_len' ", max_seq_len, " positions");
       kv.push_back(std::move(spec));
     }

@@ -47,7 +47,7 @@ int64_t product(const std::vector<int64_t>& shape, size_t from, size_t to) {
 int64_t first_bad_position(const KvSpec& spec, int64_t max_seq_len, const Exponent& e, Timeline& timeline, const Tensor& cache, int64_t positions) {
   const Slots layout(spec, max_seq_len);
   const int64_t heads = layout.outer, slots = layout.slots, width = static_cast<int64_t>(layout.width / e.bytes);
-  const int64_t used = layout.used(positions), oldest = positions - used;
+  const int64_t used = layout.used(positions), oldest = std::max<int64_t>(positions - layout.behind, 0) - used;
   std::vector<char> host;
   int64_t found = -1;
   for (int64_t head = 0; head < heads && width > 0; ++head)
@@ -60,6 +60,7 @@ int64_t first_bad_position(const KvSpec& spec, int64_t max_seq_len, const Expone
       timeline.read(host.data(), piece);
       for (int64_t r = 0; r < rows; ++r) {
         if (first_bad(host.data() + static_cast<uint64_t>(r * width) * e.bytes, width, e) < 0) continue;
+        if (spec.prefix) return spec.behind;
         int64_t position = oldest + (slot + r - oldest % slots + slots) % slots;
         if (found < 0 || position < found) found = position;
       }

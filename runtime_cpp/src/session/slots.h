@@ -8,22 +8,23 @@
 
 namespace kiln {
 
-// A cache seen as [outer, slots, bytes of a slot]. Of a state one slot is in use, that of the number of tokens.
+// A cache seen as [outer, slots, bytes of a slot]. Of a state one slot is in use, that of the number of tokens; a prefix's has one.
 struct Slots {
   int64_t outer = 1, slots = 1;
   uint64_t width = 0;  // bytes
+  int64_t behind = 0;
   bool state = false;
 
   // A ring's slots come first; a global cache has one for every position, wherever they stand.
-  Slots(const KvSpec& spec, int64_t max_seq_len) : state(spec.state) {
-    const auto dim = spec.forgets() ? spec.shape.begin() : std::find(spec.shape.begin(), spec.shape.end(), max_seq_len);
+  Slots(const KvSpec& spec, int64_t max_seq_len) : behind(spec.behind), state(spec.state) {
+    const auto dim = spec.forgets() ? spec.shape.begin() : spec.prefix ? spec.shape.end() : std::find(spec.shape.begin(), spec.shape.end(), max_seq_len);
     for (auto d = spec.shape.begin(); d != dim; ++d) outer *= *d;
     if (dim != spec.shape.end()) slots = *dim;
     width = outer && slots ? spec.bytes / static_cast<uint64_t>(outer * slots) : 0;
   }
 
   // Slots that hold something that counts once `positions` tokens are in the caches: the first ones, but for a state's.
-  int64_t used(int64_t positions) const { return std::min(state ? 1 : slots, positions); }
+  int64_t used(int64_t positions) const { return std::min(state ? 1 : slots, std::max<int64_t>(positions - behind, 0)); }
   uint64_t bytes(int64_t positions) const { return static_cast<uint64_t>(outer * used(positions)) * width; }
 
   // f(offset in the cache, bytes) for each piece that those are.

@@ -214,7 +214,7 @@ def interpreted_tq4_write(dim: int, dtype: torch.dtype) -> None:
     pos = torch.arange(3, 3 + tokens)
     caches = [torch.full((kv_heads, slots, dim // 4), 21, dtype=torch.int16), torch.full((kv_heads, slots), 7.0, dtype=torch.float16)] * 2
     caches = [c.clone() for c in caches]
-    codec.tq4_write(*caches, k.to(dtype), v.to(dtype), pos)
+    codec.tq4_write(*caches, k.to(dtype), v.to(dtype), pos, [])
     for x, codes, scales in ((k, *caches[:2]), (v, *caches[2:])):
         x = x.to(dtype).transpose(0, 1)
         expected_codes, expected_scales = codec.encode(x)

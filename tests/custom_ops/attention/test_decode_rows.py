@@ -29,6 +29,11 @@ STEPS = {
     "wrapped": [(41, 0), (15, 1), (40, 0), (42, 0)],
     "two": [(16, 0), (40, 1)],
 }
+CENTERS = {  # about a window of 32: the last key of a center, amid a step; the first key that is coded, the first code that is read
+    "center": [(23, 0), (22, 0), (24, 0), (45, 1)],
+    "first": [(30, 1), (31, 1), (32, 1), (33, 1), (7, 0)],
+}
+STEPS_OF_TQ4 = STEPS | CENTERS
 
 
 @dataclasses.dataclass
@@ -48,7 +53,7 @@ class Step:
     @classmethod
     def random(cls, name: str, heads: int, kv_heads: int, dim: int, parts: int = 3, v_parts: int = 5) -> Step:
         g = torch.Generator().manual_seed(len(name))
-        tokens = STEPS[name]
+        tokens = STEPS_OF_TQ4[name]
         token = [tokens.index(t) for t in tokens]  # those of one row and position are the same
         qk = torch.randn(parts, len(tokens), (heads + kv_heads) * dim, generator=g)[:, token]
         v = torch.randn(v_parts, len(tokens), kv_heads * dim, generator=g)[:, token]
@@ -110,21 +115,31 @@ def check_sliding(name: str, dtype: torch.dtype, window: int = 16, **form) -> No
     assert torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
 
 
-def check_tq4(name: str, dtype: torch.dtype, exact_window: int = 16, **form) -> None:
+def check_tq4(name: str, dtype: torch.dtype, exact_window: int = 16, centered: bool = False) -> None:
+    """centered: where no ring slot of an older position is there a key that is coded late is no number, here as there."""
     step = Step.random(name, 4, 2, 64)
     g = torch.Generator().manual_seed(2)
     caches = [torch.randint(-(1 << 15), 1 << 15, (2, 2, 48, 16), generator=g, dtype=torch.int16) if i % 2 == 0
               else torch.rand(2, 2, 48, generator=g).half() for i in range(4)]  # fmt: skip
     together = [*caches, *rings(step, 2, exact_window + SPARE, dtype)]
-    apart = [t.clone() for t in together]
-    out = kiln.tq4_decode_rows(*step.projections(), *together, step.pos, step.row, exact_window, EPS, 3, **form)
-    alone = {i: kiln.tq4_decode(*step.projections(i), *(t[step.row[i]] for t in apart), step.pos[[i]], EPS, 3, **form,
-                                exact_window=exact_window) for i in step.in_order()}  # fmt: skip
+    center = [torch.randn(2, 2, 64, generator=g)] if centered else []
+    before, apart = [t.clone() for t in center], [t.clone() for t in (*together, *center)]
+    out = kiln.tq4_decode_rows(*step.projections(), *together, step.pos, step.row, exact_window, EPS, 3, center)
+    alone = {i: kiln.tq4_decode(*step.projections(i), *(t[step.row[i]] for t in apart[:6]), step.pos[[i]], EPS, 3,
+                                [t[step.row[i]] for t in apart[6:]], exact_window=exact_window) for i in step.in_order()}  # fmt: skip
     step.check(out, alone)
-    assert all(same(a, b) for a, b in zip(together, apart, strict=True))
+    written = [*together, *center]
+    if not triton.knobs.runtime.interpret:  # where there is no key to code: a kernel writes nothing, the reference what nobody reads
+        for t in (*together[:2], *apart[:2]) if centered else ():
+            t[:, :, 48 - exact_window :] = 0
+    assert all(same(a, b) for a, b in zip(written, apart, strict=True))
+    for old, new in zip(before, center, strict=True):
+        made = {r for p, r in zip(step.pos.tolist(), step.row.tolist(), strict=True) if p == exact_window * 3 // 4 - 1}
+        assert [not torch.equal(old[r], new[r]) for r in range(2)] == [r in made for r in range(2)]
+        center = {"k_center": old} if made else {"k_center": new}  # type: ignore[assignment]
     q, _, _, q_weight, _, cos, sin = step.projections()
-    read = kiln.tq4_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, exact_window, EPS, 3)
-    assert not form and torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
+    read = kiln.tq4_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, exact_window, EPS, 3, **dict(center))
+    assert torch.equal(read, out) and all(same(a, b) for a, b in zip(written, apart, strict=True))
 
 
 def check_global(name: str, dtype: torch.dtype) -> None:
@@ -170,6 +185,12 @@ def test_references(name: str) -> None:
     check_tq4(name, torch.float16)
 
 
+@pytest.mark.parametrize("name", [*CENTERS, "wrapped"])
+def test_references_with_a_center(name: str) -> None:
+    check_tq4(name, torch.float32, 32, centered=True)
+    check_tq4(name, torch.float16, 32, centered=True)
+
+
 def test_the_rest_of_the_references() -> None:
     check_the_rest()
 
@@ -189,7 +210,7 @@ def test_wrong_arguments_are_named() -> None:
     codes = [torch.zeros(2, 2, 48, 16, dtype=torch.int16), torch.zeros(2, 2, 48).half()] * 2
     for bad_ring, window in ((torch.zeros(2, 16, 2, 64), 17), (torch.zeros(1, 16, 2, 64), 16)):
         with pytest.raises(ValueError, match="tq4_decode_rows: exact windows"):
-            kiln.tq4_decode_rows(*step.projections(), *codes, bad_ring, bad_ring, step.pos, step.row, window, EPS, 2)
+            kiln.tq4_decode_rows(*step.projections(), *codes, bad_ring, bad_ring, step.pos, step.row, window, EPS, 2, [])
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -206,6 +227,13 @@ def interpreted_tq4(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention.DECODE_TILES, (90, 512), flash.Tile(keys=16, warps=4, stages=2))
     with compiling_for(dataclasses.replace(H200, sm_count=4)):
         check_tq4(name, torch.float32 if name == "two" else torch.float16)
+
+
+@pytest.mark.parametrize("name", CENTERS)
+def interpreted_tq4_with_a_center(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention.DECODE_TILES, (90, 512), flash.Tile(keys=16, warps=4, stages=2))
+    with compiling_for(dataclasses.replace(H200, sm_count=4)):
+        check_tq4(name, torch.float16, 32, centered=True)
 
 
 @pytest.mark.parametrize("name", ["wrapped", "two"])

@@ -51,7 +51,7 @@ def check_sliding(heads: int, kv_heads: int, dim: int, pos: int, window: int, sl
 def check_tq4(heads: int, kv_heads: int, dim: int, pos: int, dtype: torch.dtype = torch.float32) -> None:
     raw, at = test_tq4_decode.projections(heads, kv_heads, dim, 3, 2, pos), torch.tensor([pos])
     caches = test_tq4_decode.cache(kv_heads, dim, pos, pos, dtype)
-    expected = kiln.tq4_decode(*raw, *caches, at, EPS, 3)
+    expected = kiln.tq4_decode(*raw, *caches, at, EPS, 3, [])
     before = [t.clone() for t in caches]
     close(kiln.tq4_read(raw[0], raw[3], *raw[5:], *caches, at, EPS, 3), expected, dtype)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(caches, before, strict=True))

@@ -173,7 +173,7 @@ def test_gated_attention_that_turns_in_part(model) -> None:
     caches, rings = (codes[0], scales[0], codes[1], scales[1]), [normal(exact, heads.kv, dim).half() for _ in range(2)]
     pos = torch.tensor([300], device="cuda")
     copies = [x.clone() for x in (*caches, *rings)]
-    out = kiln.tq4_decode(q, k, v, *shared, *copies, pos, EPS, 2, dim**-0.5, False, False, 0, True)
+    out = kiln.tq4_decode(q, k, v, *shared, *copies, pos, EPS, 2, [], dim**-0.5, False, False, 0, True)
     q, k, v = expected
     right = attention.reference(q, k.half(), v.half(), *caches, *rings, pos, None)  # its own code is not read yet
     print(f"{model.name}: {close(fixed_point.dequantize(out), right.flatten(1).double() * gate.double().sum(0).sigmoid(), 5e-3):.1e}")

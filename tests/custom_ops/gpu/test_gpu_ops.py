@@ -195,6 +195,64 @@ def test_tq4_attention_other_exact_windows(tokens, exact_window, model):
         assert error < LIMIT[torch.float16], length
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@both_models
+def test_tq4_center(dtype, model):
+    """Keys that share most of their length, read in chunks and one by one, across the center's last key, the first code and the first read:
+    centers and codes are the reference's, outputs those of attention to decoded keys."""
+    heads, window, count = model.full, EXACT_WINDOW, EXACT_WINDOW * 3 // 4
+    q, k, v = tensors(heads, dtype, 900, 900, 900, scale=0.3)
+    k = k + k[:1] * 3
+    fresh = [t for x in (k, v) for t in tq4_codes(x, 1000, 0)] + [torch.full((heads.kv, heads.dim), float("nan"), device="cuda")]
+    held, wanted = ([t.clone() for t in fresh] for _ in range(2))
+    rings = [torch.full((window, heads.kv, heads.dim), float("nan"), device="cuda", dtype=dtype) for _ in range(2)]
+    starts = [0, 150, 190, *range(191, 195), 250, *range(254, 260), 700, 899]
+    for first, end in zip(starts, [*starts[1:], 900], strict=True):
+        pos, own = torch.arange(first, end, device="cuda"), (k[first:end].contiguous(), v[first:end].contiguous())
+        kiln.tq4_write(*held[:4], *own, pos, [held[4]], rings[0], window)
+        codec.reference_write(*wanted[:4], *own, pos, wanted[4], rings[0], window)
+        out = kiln.tq4_attention(q[first:end], *own, *held[:4], *rings, pos, None, window, held[4])
+        if end >= count:
+            torch.testing.assert_close(held[4], k[:count].double().mean(0).float(), rtol=1e-5, atol=1e-5)
+        center, kept = held[4].nan_to_num(0.0), torch.arange(max(end - window, 0), end, device="cuda")
+        keys, values = (codec.decode(held[i][:, :end], held[i + 1][:, :end]).transpose(0, 1).nan_to_num(0.0) for i in (0, 2))
+        distance = pos[:, None] - torch.arange(end, device="cuda")
+        mask = torch.cat([distance >= window, (distance >= 0) & (distance < window)], 1)
+        expected = exact(q[first:end], torch.cat([keys + center, k[:end].float()]), torch.cat([values, v[:end].float()]), mask)
+        assert relative(out, expected) < LIMIT[dtype], first
+        for ring, x in zip(rings, (k, v), strict=True):
+            ring[kept % window] = x[kept]
+    for i, coded in ((0, slice(0, 900 - window + 1)), (2, slice(0, 900))):  # a coordinate beside a boundary may go either way
+        assert (held[i][:, coded] != wanted[i][:, coded]).float().mean() < 1e-3
+        assert relative(*(codec.decode(x[i][:, coded], x[i + 1][:, coded]) for x in (held, wanted))) < 5e-3
+    g = torch.Generator("cuda").manual_seed(7)
+    for last in (count - 2, count - 1, count, window - 1, 700):  # the fused step: its center and its code
+        qk = torch.randn(6, (heads.queries + heads.kv) * heads.dim, generator=g, device="cuda")
+        angle = torch.rand(1, heads.dim // 2, generator=g, device="cuda") * 6
+        weights = [torch.rand(heads.dim, generator=g, device="cuda") * 0.5 for _ in range(2)]
+        columns = heads.queries * heads.dim
+        raw = (qk[:, :columns], qk[:, columns:], qk[:3, columns:].contiguous(), *weights, angle.cos(), angle.sin())
+        rings, pos = tq4_rings(k, v, last, window), torch.tensor([last], device="cuda")
+        caches, center = [t.clone() for t in held[:4]], held[4].clone() if last >= count else torch.full_like(held[4], float("nan"))
+        before = [t.clone() for t in (*caches, *rings)]
+        out = fixed_point.dequantize(kiln.tq4_decode(*raw, *caches, *rings, pos, 1e-6, 2, [center]))
+        own = [ring[pos % window] for ring in rings]
+        query = prepare.prepare_reference(*raw, 1e-6, torch.float32)[0]
+        expected = attention.reference(query.double(), *own, *caches, *before[4:], pos, None, window, center).flatten(1)
+        assert relative(out, expected) < {torch.float16: 2e-3, torch.float32: 1e-4}[dtype], last
+        if last == count - 1:
+            torch.testing.assert_close(center, rings[0][:count].double().mean(0).float(), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(center.nan_to_num(7.0), (held[4] if last >= count else torch.full_like(center, 7.0)))
+        if last >= window - 1:
+            late = last - window + 1
+            written = codec.decode(caches[0][:, late], caches[1][:, late])
+            assert relative(written, codec.decode(*codec.encode(k[late].float() - center)).double()) < 5e-3
+            for t, old in zip(caches[:2], before[:2], strict=True):
+                t[:, late] = old[:, late]
+        assert all(torch.equal(t.view(torch.int16), old.view(torch.int16)) for t, old in zip(caches[:2], before[:2], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 70])
 @both_models
@@ -207,7 +265,7 @@ def test_tq4_write(dtype, tokens, model):
               torch.zeros(heads.kv, 100, dtype=torch.float16, device="cuda")] * 2  # fmt: skip
     caches = [c.clone() for c in caches]
     want = [c.clone() for c in caches]
-    kiln.tq4_write(*caches, k, v, pos)
+    kiln.tq4_write(*caches, k, v, pos, [])
     codec.reference_write(*want, k, v, pos)
     assert (caches[0] != want[0]).float().mean() < 1e-3 and (caches[2] != want[2]).float().mean() < 1e-3
     for side in (0, 2):
@@ -373,7 +431,7 @@ def test_tq4_decode(target, dtype, model):
         rings = tq4_rings(*past, last, EXACT_WINDOW)
         kept, pos = [t.clone() for t in (*codes, *rings)], torch.tensor([last], device="cuda")
         with compiling_for(gpu_targets()[target]):
-            out = kiln.tq4_decode(*raw, *codes, *rings, pos, 1e-6, 2)
+            out = kiln.tq4_decode(*raw, *codes, *rings, pos, 1e-6, 2, [])
         prepared = prepare.prepare_reference(*raw, 1e-6, torch.float32)
         keys, values = (torch.cat([x, own.to(dtype)]) for x, own in zip(past, prepared[1:], strict=True))
         error = relative(fixed_point.dequantize(out), tq4_exact(prepared[0], keys, values, last, EXACT_WINDOW).flatten(1))

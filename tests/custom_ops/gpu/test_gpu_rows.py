@@ -120,15 +120,17 @@ def test_sliding_rows(dtype):
 def test_tq4_rows(dtype):
     heads, slots = GEMMA4_31B.full, 40960
     g = torch.Generator("cuda").manual_seed(2)
-    for first in (0, 200, 255, 320, 2048, 32768):
+    for first in (0, 186, 200, 250, 255, 320, 2048, 32768):
         for given, pos, row in steps(heads, first, g):
             codes = [torch.randint(-(1 << 15), 1 << 15, (2, heads.kv, slots, heads.dim // 4), dtype=torch.int16, generator=g, device="cuda")
                      if i % 2 == 0 else torch.rand(2, heads.kv, slots, generator=g, device="cuda").half() for i in range(4)]
             shape = (2, EXACT_WINDOW + SPARE, heads.kv, heads.dim)
             rings = [(torch.randn(shape, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
-            check_attention(lambda x, c, p, r: kiln.tq4_decode_rows(*x, *c, p, r, EXACT_WINDOW, 1e-6, 2),
-                            lambda x, c, p: kiln.tq4_decode(*x, *c, p, 1e-6, 2, exact_window=EXACT_WINDOW), [*codes, *rings], given, pos,
-                            row)
+            center = [torch.randn(2, heads.kv, heads.dim, generator=g, device="cuda")]
+            for more in ([], center):
+                check_attention(lambda x, c, p, r: kiln.tq4_decode_rows(*x, *c[:6], p, r, EXACT_WINDOW, 1e-6, 2, c[6:]),
+                                lambda x, c, p: kiln.tq4_decode(*x, *c[:6], p, 1e-6, 2, c[6:], exact_window=EXACT_WINDOW),
+                                [*codes, *rings, *more], given, pos, row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

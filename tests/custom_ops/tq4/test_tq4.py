@@ -139,7 +139,7 @@ def test_write_touches_its_slots_only() -> None:
     cache = empty_cache(2, 10, 64)
     before = [c.clone() for c in cache]
     k, v = random(1, 3, 2, 64), random(2, 3, 2, 64)
-    tq4_write(*cache, k, v, torch.tensor([4, 5, 6]))
+    tq4_write(*cache, k, v, torch.tensor([4, 5, 6]), [])
     for x, codes, scales in ((k, *cache[:2]), (v, *cache[2:])):
         expected = codec.encode(x.transpose(0, 1))
         assert torch.equal(codes[:, 4:7], expected[0]) and torch.equal(scales[:, 4:7], expected[1])
@@ -155,13 +155,29 @@ def vectors_of(heads: int, kv_heads: int, tokens: int, end: int, dim: int = 64) 
     return random(5, tokens, heads, dim), random(3, end, kv_heads, dim), random(4, end, kv_heads, dim)
 
 
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (6, 1)])
 @pytest.mark.parametrize("first, tokens", [(0, 1), (0, 8), (0, 9), (0, 20), (6, 1), (7, 1), (8, 1), (6, 3), (17, 3), (19, 5), (22, 1)])
-def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int) -> None:
-    """Garbage in every slot that is not read."""
+def test_attention_reads_the_newest_exactly_and_the_rest_in_code(heads: int, kv_heads: int, first: int, tokens: int,
+                                                                 centered: bool) -> None:
+    """Garbage in every slot that is not read, in the center too, before there is one."""
     q, k, v = vectors_of(heads, kv_heads, tokens, first + tokens)
-    out = tq4_attention(q, *tq4_cache.state(k, v, 24, first, EXACT_WINDOW), torch.arange(first, first + tokens), None)
-    torch.testing.assert_close(out.double(), tq4_cache.exact(q, k, v, first, EXACT_WINDOW), rtol=1e-5, atol=2e-6)
+    k = k + random(6, kv_heads, 64)
+    center = tq4_cache.center_of(k, EXACT_WINDOW) if centered else None
+    out = tq4_attention(q, *tq4_cache.state(k, v, 24, first, EXACT_WINDOW, center), torch.arange(first, first + tokens), None, 0, center)
+    torch.testing.assert_close(out.double(), tq4_cache.exact(q, k, v, first, EXACT_WINDOW, center), rtol=1e-5, atol=3e-6)
+
+
+def test_keys_that_share_most_of_their_length_lose_least() -> None:
+    """Keys of a large mean: the error of scores, but for what all share, falls with the square length that is coded."""
+    q, k, v = vectors_of(2, 2, 1, 400)
+    k = k + 4 * random(6, 2, 64)
+    errors = []
+    for center in (None, tq4_cache.center_of(k, 256)):
+        moved = tq4_cache.decoded(tq4_cache.less(k, center)) - tq4_cache.less(k, center)
+        scores = (moved * q[0][None]).sum(-1)
+        errors.append(float((scores - scores.mean(0)).square().mean()))
+    assert errors[1] < errors[0] / 12
 
 
 def test_a_exact_window_longer_than_the_sequence_is_exact_attention() -> None:
@@ -193,30 +209,99 @@ def test_garbage_and_kv_len_change_nothing() -> None:
         assert torch.equal(tq4_attention(q, own_k, own_v, *caches, k_ring, v_ring, pos, None), expected)
 
 
-def play(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output of every query, fed in chunks as the lowered graph does, and the caches in the end."""
-    caches, rings = empty_cache(2, 32, 64), [torch.full((EXACT_WINDOW, 2, 64), float("nan")) for _ in range(2)]
-    outs, start = [], 0
+def play(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: list[int], centered: bool = False, window: int = EXACT_WINDOW,
+         spare: int = 0, state: tuple[list[torch.Tensor], int] | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output of every query, fed in chunks as the lowered graph does, and the caches in the end. state: caches that are gone on with,
+    and where.
+    """
+    slots, ring = max(32, len(k)), window + spare
+    fresh = empty_cache(2, slots, 64) + [torch.full((ring, 2, 64), float("nan")) for _ in range(2)] + [torch.full((2, 64), float("nan"))]
+    held, start = state or (fresh, 0)
+    caches, rings, center = held[:4], held[4:6], held[6] if centered else None
+    outs = []
     for size in chunks:
         pos = torch.arange(start, start + size)
         own = k[pos], v[pos]
-        tq4_write(*caches, *own, pos)
-        outs.append(tq4_attention(q[pos], *own, *caches, *rings, pos, None))
-        for ring, x in zip(rings, own, strict=True):
+        tq4_write(*caches, *own, pos, *(([center], rings[0], window) if centered else ([],)))
+        outs.append(tq4_attention(q[pos], *own, *caches, *rings, pos, None, window, center))
+        for cache, x in zip(rings, own, strict=True):
             for i in range(size):
-                ring[(start + i) % EXACT_WINDOW] = x[i]
+                cache[(start + i) % ring] = x[i]
         start += size
-    return torch.cat(outs), caches + rings
+    return torch.cat(outs), held
 
 
+def written(held: list[torch.Tensor], end: int, window: int) -> list[torch.Tensor]:
+    """What is defined of caches whose keys are coded late, at position `end`."""
+    k_codes, k_scales, v_codes, v_scales, *rest = held
+    coded = max(end - window + 1, 0)
+    return [k_codes[:, :coded], k_scales[:, :coded], v_codes, v_scales, *rest]
+
+
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 13, 8], [8, 8, 14], [9, 21], [29, 1], [3, 27]])
-def test_chunks_of_any_size_give_the_same(chunks: list[int]) -> None:
+def test_chunks_of_any_size_give_the_same(chunks: list[int], centered: bool) -> None:
     q, k, v = vectors_of(4, 2, 30, 30)
-    expected, state = play(q, k, v, [30])
-    out, other = play(q, k, v, chunks)
+    expected, state = play(q, k, v, [30], centered)
+    out, other = play(q, k, v, chunks, centered)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
-    for a, b in zip(state, other, strict=True):
+    for a, b in zip(written(state, 30, EXACT_WINDOW), written(other, 30, EXACT_WINDOW), strict=True):
+        assert torch.equal(a, b) or (a.isnan().all() and b.isnan().all() and not centered)
+
+
+@pytest.mark.parametrize("size", [7, 64, 191, 192, 193, 255, 256, 257])
+def test_chunks_about_the_exact_window_give_the_same_codes(size: int) -> None:
+    """The window of 256 that ships: where the center is made, where the first key is coded and where the first code is read."""
+    q, k, v = vectors_of(2, 2, 520, 520)
+    k = k + random(6, 2, 64)
+    expected, state = play(q, k, v, [520], True, 256)
+    chunks = [size] * (520 // size) + [520 % size] * (520 % size > 0)
+    out, other = play(q, k, v, chunks, True, 256)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=3e-6)
+    for a, b in zip(written(state, 520, 256), written(other, 520, 256), strict=True):
         assert torch.equal(a, b)
+    torch.testing.assert_close(state[6], tq4_cache.center_of(k, 256), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(expected.double(), tq4_cache.exact(q, k, v, 0, 256, state[6]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [[12], [3, 9], [1] * 12])
+@pytest.mark.parametrize("end, back", [(3, 1), (5, 2), (7, 3), (10, 4), (10, 10), (14, 8), (40, 36), (40, 34)])
+def test_a_rewind_forgets_all_that_was_taken_back(end: int, back: int, chunks: list[int]) -> None:
+    """Tokens behind `back` are played and taken back, over the last key of the center, the first code and the first read: what follows has
+    the bits of what never had them. A ring of 8 with 6 spare slots keeps as many back."""
+    q, k, v = vectors_of(4, 2, 52, 52)
+    k = k + random(6, 2, 64)
+    wrong_k, wrong_v = random(8, 52, 2, 64), random(9, 52, 2, 64)
+    wrong_k[:back], wrong_v[:back] = k[:back], v[:back]
+    _, held = play(q, wrong_k, wrong_v, [1] * end, True, spare=6)
+    out, held = play(q, k, v, chunks, True, spare=6, state=(held, back))
+    _, plain = play(q, k, v, [1] * back, True, spare=6)
+    expected, plain = play(q, k, v, chunks, True, spare=6, state=(plain, back))
+    assert torch.equal(out, expected) and expected.isfinite().all()
+    coded = back + 12 - EXACT_WINDOW + 1
+    for a, b in zip(held[:2], plain[:2], strict=True):
+        assert torch.equal(a[:, :coded], b[:, :coded])
+    assert torch.equal(held[6], plain[6])
+
+
+def test_a_center_that_does_not_fit_is_refused() -> None:
+    cache, (q, k, v) = empty_cache(2, 24, 64), vectors_of(4, 2, 1, 1)
+    rings, pos = (torch.zeros(8, 2, 64), torch.zeros(8, 2, 64)), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"tq4_attention: k_center is torch.float16 \(2, 64\); expected float32 \(2, 64\)"):
+        tq4_attention(q, k, v, *cache, *rings, pos, None, 0, torch.zeros(2, 64).half())
+    with pytest.raises(ValueError, match=r"tq4_write: k_center is torch.float32 \(1, 64\); expected float32 \(2, 64\)"):
+        tq4_write(*cache, k, v, pos, [torch.zeros(1, 64)], rings[0], 8)
+    with pytest.raises(ValueError, match="tq4_write: an exact window of 8 in a ring of 0 slots"):
+        tq4_write(*cache, k, v, pos, [torch.zeros(2, 64)], None, 8)
+    with pytest.raises(ValueError, match="tq4_write: an exact window of 1 in a ring of 8 slots; with a center expected at least 2"):
+        tq4_write(*cache, k, v, pos, [torch.zeros(2, 64)], rings[0], 1)
+    with pytest.raises(ValueError, match="tq4_write: k is torch.float32, exact window torch.float16; expected one dtype"):
+        tq4_write(*cache, k, v, pos, [torch.zeros(2, 64)], rings[0].half(), 8)
+    with pytest.raises(ValueError, match="tq4_write: 2 centers; expected one or none"):
+        tq4_write(*cache, k, v, pos, [torch.zeros(2, 64)] * 2, rings[0], 8)
+    step = [t[None] for t in cache], *(x.expand(3, 2, 64) for x in (k, v)), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="tq4_write_rows: a step of 3 tokens could code with .* it makes; a window of 8 takes 2"):
+        torch.ops.kiln.tq4_write_rows(*step[0], *step[1:], [torch.zeros(1, 2, 64)], rings[0][None], 8)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -231,14 +316,17 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="head dimension 96"):
         codec.encode(random(1, 2, 96))
     with pytest.raises(ValueError, match="tq4_write: k is"):
-        tq4_write(*cache, random(1, 1, 2, 128), random(1, 1, 2, 128), torch.tensor([0]))
+        tq4_write(*cache, random(1, 1, 2, 128), random(1, 1, 2, 128), torch.tensor([0]), [])
 
 
 class Model(torch.nn.Module):
     """One TQ4 layer with its cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, centered: bool = False) -> None:
         super().__init__()
+        self.centered = centered
+        if centered:
+            self.register_buffer("k_center", torch.zeros(2, 64))
         for name, tensor in zip(("k_codes", "k_scales", "v_codes", "v_scales"), empty_cache(2, 16, 64), strict=True):
             self.register_buffer(name, tensor)
         for name in ("k_exact", "v_exact"):
@@ -246,11 +334,13 @@ class Model(torch.nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         caches = (self.k_codes, self.k_scales, self.v_codes, self.v_scales)
-        torch.ops.kiln.tq4_write(*caches, k, v, pos)
-        return torch.ops.kiln.tq4_attention(q, k, v, *caches, self.k_exact, self.v_exact, pos, (pos[-1:] + 1).to(torch.int32))
+        torch.ops.kiln.tq4_write(*caches, k, v, pos, *(([self.k_center], self.k_exact, 4) if self.centered else ([],)))
+        center = (4, self.k_center) if self.centered else ()
+        return torch.ops.kiln.tq4_attention(q, k, v, *caches, self.k_exact, self.v_exact, pos, (pos[-1:] + 1).to(torch.int32), *center)
 
 
-def test_export_keeps_the_ops_whole() -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_export_keeps_the_ops_whole(centered: bool) -> None:
     args = (random(1, 5, 4, 64), random(2, 5, 2, 64), random(3, 5, 2, 64), torch.arange(5))
     longer = tuple(x[:1].repeat(9, *[1] * (x.dim() - 1)) for x in args[:3]) + (torch.arange(9),)
-    check_whole(Model, args, longer, 16, "tq4_write", "tq4_attention")
+    check_whole(lambda: Model(centered), args, longer, 16, "tq4_write", "tq4_attention")

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
-from kiln.custom_ops.tq4 import attention, prefill
+from kiln.custom_ops.tq4 import attention, codec, prefill
 from kiln.custom_ops.tq4.prefill import PrefillTile
 from tests.custom_ops.attention.test_attention_kernels import error, random
 from tests.custom_ops.interpret import interpreted
@@ -23,14 +23,15 @@ SMALL = PrefillTile(rows=16, keys=16, warps=4, stages=2, piece=64)
 
 
 def compare(tile: PrefillTile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int = 32,
-            limit: float = 1e-3) -> None:
+            limit: float = 1e-3, centered: bool = False) -> None:
     """Queries at positions first.. of a cache of k and v, all as float16, garbage beyond them: the result is exact to `limit`."""
     q, k, v = (x.to(torch.float16) for x in (q, k, v))
     pos = torch.arange(first, first + q.shape[0])
     with pytest.MonkeyPatch.context() as patch, compiling_for(SM_90):
         patch.setitem(prefill.PIECE_TILES, (SM_90.sm, q.shape[2]), tile)
-        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, exact_window), pos, None)
-    assert error(out, tq4_cache.exact(q, k, v, first, exact_window)) < limit
+        center = tq4_cache.center_of(k, exact_window) if centered else None
+        out = attention.tq4_attention(q, *tq4_cache.state(k, v, slots, first, exact_window, center), pos, None, 0, center)
+    assert error(out, tq4_cache.exact(q, k, v, first, exact_window, center)) < limit
 
 
 def check(tile: PrefillTile, dim: int, heads: int, kv_heads: int, slots: int, first: int, tokens: int, size: float = 1.0,
@@ -49,6 +50,41 @@ def interpreted_chunks_across_pieces(first: int, tokens: int) -> None:
     """Where codes begin, and before, at and across the ends of pieces; the cache has a whole number of pieces, or one of 64 and a rest."""
     check(SMALL, 64, 4, 2, 224, first, tokens)
     check(SMALL, 64, 3, 1, 201, first, tokens)
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 17), (0, 33), (20, 5), (31, 3), (95, 3), (100, 1)])
+def interpreted_keys_less_their_center(first: int, tokens: int) -> None:
+    """What the center adds to scores is added where the parts are merged: also to one token's, and in float32, whose kernels are others."""
+    g = torch.Generator().manual_seed(first)
+    q, k, v = (random(g, torch.float32, n, h, 64) for n, h in ((tokens, 4), (first + tokens, 2), (first + tokens, 2)))
+    k = k + random(g, torch.float32, 2, 64) * 2
+    compare(SMALL, q, k, v, 201, first, centered=True, limit=2e-3)  # scores of larger keys
+    center, pos = tq4_cache.center_of(k, 32), torch.arange(first, first + tokens)
+    with compiling_for(SM_90):
+        out = attention.tq4_attention(q, *tq4_cache.state(k, v, 201, first, 32, center), pos, None, 0, center)
+    assert error(out, tq4_cache.exact(q, k, v, first, 32, center)) < 1e-5
+
+
+@pytest.mark.parametrize("first, tokens", [(0, 30), (0, 70), (20, 4), (23, 1), (22, 1), (40, 1), (24, 30)])
+def interpreted_writing_a_center(first: int, tokens: int) -> None:
+    """As the reference: the center where its last key is in the chunk, and the keys that are the oldest in the window of the chunk's."""
+    g, dim, kv_heads, window, slots = torch.Generator().manual_seed(first), 64, 2, 32, 96
+    k, v = (random(g, torch.float16, first + tokens, kv_heads, dim) for _ in range(2))
+    pos, ring = torch.arange(first, first + tokens), tq4_cache.ring_of(k, first, window)
+    center = tq4_cache.center_of(k[:first], window).nan_to_num(3.0)
+    fresh = [torch.full((kv_heads, slots, dim // 4), 21, dtype=torch.int16), torch.full((kv_heads, slots), 7.0, dtype=torch.float16)] * 2
+    found, expected = ([t.clone() for t in (*fresh, center)] for _ in range(2))
+    with compiling_for(SM_90):
+        codec.tq4_write(*found[:4], k[first:], v[first:], pos, [found[4]], ring, window)
+    codec.reference_write(*expected[:4], k[first:], v[first:], pos, expected[4], ring, window)
+    torch.testing.assert_close(found[4], expected[4], rtol=1e-5, atol=1e-6)  # added up in another order
+    assert torch.equal(found[4], center) == (not first <= 23 < first + tokens)
+    coded = slice(max(first - window + 1, 0), max(first + tokens - window + 1, 0))
+    others = torch.tensor([s for s in range(slots) if not coded.start <= s < coded.stop], dtype=torch.int64)
+    assert (found[0][:, others] == 21).all() and (found[1][:, others] == 7).all()
+    for i, at in ((0, coded), (2, slice(first, first + tokens))):
+        assert (found[i][:, at] != expected[i][:, at]).sum() <= 2  # a coordinate beside a boundary may go either way
+        torch.testing.assert_close(found[i + 1][:, at], expected[i + 1][:, at], rtol=2e-3, atol=0)
 
 
 def interpreted_exact_windows() -> None:

@@ -25,15 +25,27 @@ def ring_of(x: torch.Tensor, first: int, exact_window: int) -> torch.Tensor:
     return ring
 
 
-def state(k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int) -> tuple[torch.Tensor, ...]:
-    """What `tq4_attention` takes after q, up to pos, for queries at positions first .. N - 1 of k and v [N, KV, D].
+def center_of(k: torch.Tensor, exact_window: int) -> torch.Tensor:
+    """The mean of the keys of three quarters of an exact window, float32 [KV, D]; no numbers where k [N, KV, D] has not so many."""
+    count = exact_window * 3 // 4
+    return (k[:count].double().sum(0) / count if len(k) >= count else torch.full(k.shape[1:], float("nan"))).float()
+
+
+def state(k: torch.Tensor, v: torch.Tensor, slots: int, first: int, exact_window: int,
+          center: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """What `tq4_attention` takes after q, up to pos, for queries at positions first .. N - 1 of k and v [N, KV, D]; keys are coded less
+    `center`.
 
     Garbage wherever no query reads, the codes of the newest positions included.
     """
     coded = max(k.shape[0] - exact_window, 0)
-    codes = [t for x in (k, v) for t in codes_of(x, slots, coded)]
+    codes = [t for x in (less(k, center), v) for t in codes_of(x, slots, coded)]
     rings = [ring_of(x, first, exact_window) for x in (k, v)]
     return k[first:].clone(), v[first:].clone(), *codes, *rings
+
+
+def less(k: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    return k if center is None else k.float() - center
 
 
 def decoded(x: torch.Tensor) -> torch.Tensor:
@@ -42,11 +54,16 @@ def decoded(x: torch.Tensor) -> torch.Tensor:
     return codec.unrotate(codec.decode_rotated(codes, scales).double())
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, exact_window: int) -> torch.Tensor:
-    """Attention of q [T, H, D] from position `first` on to k and v [N, KV, D], in float64, one query head at a time."""
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, exact_window: int,
+          center: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of q [T, H, D] from position `first` on to k and v [N, KV, D], in float64, one query head at a time; keys are coded less
+    `center`.
+    """
     out = torch.empty(q.shape, dtype=torch.float64)
     group = q.shape[1] // k.shape[1]
-    k_coded, v_coded = decoded(k), decoded(v)
+    k_coded, v_coded = decoded(less(k, center)), decoded(v)
+    if center is not None:
+        k_coded = k_coded + center.double()
     for t in range(q.shape[0]):
         p = first + t
         old = max(p - exact_window + 1, 0)  # the first position that is read exactly

@@ -138,13 +138,18 @@ def test_manifest(artifacts):
     record = json.loads(result.stdout)
     assert [p["name"] for p in record["passes"]] == [name for name, _ in PIPELINE]
     assert [p["status"] for p in record["passes"]] == ["applied", "applied", "applied", "not needed", "off", "off", "applied"]
-    assert [(p["expected"], p["matches"], p["missed"]) for p in record["passes"]] == [(n, n, []) for n in (12, 2, 2, 0, 0, 0, 20)]
+    assert [(p["expected"], p["matches"], p["missed"]) for p in record["passes"]] == [(n, n, []) for n in (12, 2, 2, 0, 0, 0, 22)]
     assert record["targets"][0]["shortfalls"] == [] and record["targets"][0]["borrowed"] == {}
     assert record["format_version"] == 2 and record["kv_cache"] == "tq4" and record["tokenizer"]["eog"]
     assert record["residual_length"] == 32 and json.loads((artifacts["plain"] / "manifest.json").read_text())["residual_length"] is None
     rings = [kv for kv in record["kv"] if kv["name"].endswith("_exact")]
     assert [(kv["kind"], kv["dtype"], kv["shape"][0]) for kv in rings] == [("ring", "float32", 32)] * 4
-    assert re.search("pass    turboquant .* 2/2 +residual length 32\n", kiln("inspect", artifacts["tq4"]).stdout)
+    centers = [kv for kv in record["kv"] if kv["kind"] == "prefix"]
+    assert record["key_center"] == 24 and [(kv["dtype"], len(kv["shape"]), kv["behind"]) for kv in centers] == [("float32", 2, 23)] * 2
+    assert {kv["name"].rpartition(".")[2]: kv["behind"] for kv in record["kv"] if "behind" in kv} == {
+        "k_center": 23, "k_codes": 31, "k_scales": 31}  # fmt: skip
+    note = "residual length 32, keys less the mean of the first 24"
+    assert re.search(f"pass    turboquant .* 2/2 +{note}\n", kiln("inspect", artifacts["tq4"]).stdout)
     fused = {q["name"]: q for q in record["quantization"]}
     qkv = fused["blk.0.attn_qkv"]
     assert qkv["sources"] == [f"blk.0.attn_{x}.weight" for x in "qkv"] and qkv["bits_per_weight"] == 4.5

@@ -75,7 +75,9 @@ def test_costs_of_the_artifact(record, artifacts):
         middle = row["decode"]["start"] + 4
         exact_window = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_exact"))
         assert manifest["residual_length"] == 32 and 0 < exact_window < ring
-        read = memory["kv_global"] * max(middle - 32, 0) // 96 + exact_window * min(middle, 32) // 32
+        center = sum(kv["bytes"] for kv in manifest["kv"] if kv["kind"] == "prefix")
+        assert manifest["key_center"] == 24 and center == 2 * 2 * 128 * 4 and center < memory["kv_global"]
+        read = center + (memory["kv_global"] - center) * max(middle - 32, 0) // 96 + exact_window * min(middle, 32) // 32
         assert row["decode"]["kv_bytes"] == ring - exact_window + read
 
 
@@ -166,9 +168,10 @@ def test_costs_of_the_31b(big):
     """Against counts made by hand: 10 global layers of 4 x 512, 50 sliding ones of 16 x 256."""
     assert bench.weight_bytes(big) == pytest.approx(18.67e9, rel=1e-3)
     ring, exact_window = 50 * 2 * 1024 * 16 * 256 * 2, 10 * 2 * 256 * 4 * 512 * 2
-    assert bench.kv_bytes(big, SLOTS) == ring + exact_window + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
-    assert bench.kv_bytes(big, 512) == ring // 2 + exact_window + 10 * 2 * 256 * 4 * (256 + 2)
-    assert bench.kv_bytes(big, 128) == ring // 8 + exact_window // 2
+    center = 10 * 4 * 512 * 4
+    assert bench.kv_bytes(big, SLOTS) == ring + exact_window + center + 10 * 2 * (SLOTS - 256) * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 512) == ring // 2 + exact_window + center + 10 * 2 * 256 * 4 * (256 + 2)
+    assert bench.kv_bytes(big, 128) == ring // 8 + exact_window // 2 + center
     layers = 2 * 5376 * (50 * (16384 + 8192) + 10 * (18432 + 16384) + 60 * 3 * 21504)
     head = 2 * 262144 * 5376
     sliding, full = 50 * 4 * 32 * 256, 10 * 4 * 32 * 512

@@ -75,7 +75,7 @@ def test_caches_are_what_is_asked_for(kv_cache: str) -> None:
     file = "gemma4-tiny-dense-wide-Q4_K_M.gguf" if kv_cache == "tq4" else "gemma4-tiny-dense.gguf"
     player = pl.graph_player(read_plan(FIXTURES / file), kv_cache, 32, "cpu")
     rings = {ring.dtype for ring in player._rings}
-    assert len(player._rings) == (12 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the exact window of 2 global ones
+    assert len(player._rings) == (14 if kv_cache == "tq4" else 8)  # of 4 sliding layers, and the exact window and center of 2 global ones
     assert rings == {{"f16": torch.float16, "bf16": torch.bfloat16}.get(kv_cache, torch.float32)}
     with pytest.raises(KilnError, match="a bfloat16 cache does not go with float32 activations"):
         pl.graph_player(read_plan(TINY), "bf16", 32, "cpu", "float32")

@@ -18,7 +18,7 @@ from tests.gguf_files import two_layers
 from tests.timeline import graph_spec, weights
 from tests.timelines import Schedule, check, sampling, solo
 
-SLOTS, ROWS, VOCAB = 40, 3, 512
+SLOTS, ROWS, VOCAB = 52, 3, 512
 COUNTS = (2, 4, 8)
 
 
@@ -37,13 +37,13 @@ def poisoned(spec) -> dict[str, torch.Tensor]:
     return {name: torch.full((ROWS, *t.shape), torch.nan if t.is_floating_point() else 0x1234, dtype=t.dtype) for name, t in kv.items()}
 
 
-TQ4 = {"turboquant": True, "residual_length": 12}
+TQ4 = {"turboquant": True, "residual_length": 32}
 
 
 @pytest.mark.parametrize("options", [{}, TQ4, TQ4 | {"decode_bytes": 2}, pytest.param({"decode_bytes": 3}, marks=pytest.mark.nightly)],
                          ids=["exact", "tq4", "tq4 fused", "exact fused"])
 def test_batch_invariance(options, tmp_path, monkeypatch):
-    """All M, any mix of timelines, drafts that are rejected; rings (16 and 12, with 14 spare slots) are passed more than once."""
+    """All M, any mix of timelines, drafts that are rejected; rings (16 and 32, with 14 spare slots) are passed more than once."""
     gguf = tmp_path / "two.gguf"
     if "decode_bytes" in options:  # by the references of the kernels, which multiply packed weights
         monkeypatch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["tiny"], layers=2, full_every=2, ffn=256))
@@ -53,7 +53,7 @@ def test_batch_invariance(options, tmp_path, monkeypatch):
     spec = graph_spec(gguf, SLOTS, SLOTS, decode_rows=(1, *COUNTS), rows=ROWS, **options)
     state = weights(gguf, tmp_path)
     rng = random.Random(3)
-    timelines = [[rng.randrange(VOCAB) for _ in range(n)] for n in (SLOTS, 34, 21)]
+    timelines = [[rng.randrange(VOCAB) for _ in range(n)] for n in (SLOTS, 46, 21)]
     graphs = {entry: lower(spec, entry, "cpu").program for entry in spec.entries if entry != "prefill"}
     with torch.no_grad(), by_rows():
         alone = poisoned(spec)
