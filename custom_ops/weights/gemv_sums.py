@@ -410,7 +410,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     EACH: tl.constexpr = 4 * loads_of(BITS)
     XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
     PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
-    EAGER: tl.constexpr = M <= 4  # registers are left for what is read before its block: x of the first groups, and tails
+    # Registers are left for what is read before its block: x of the first groups, and tails.
+    EAGER: tl.constexpr = M <= 4 or END != "split" or loads_of(BITS) == 2
     coming = ()
     for g in tl.static_range(PAIR if EAGER else 0):
         coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
