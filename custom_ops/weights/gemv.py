@@ -76,20 +76,20 @@ class SumsConfig:
 
     rows: int = 128  # of a program, a multiple of 32; a warp has 32
     warps: int = 4  # of a program
-    warps_per_sm: int = 12  # at most, as `GemvConfig`, of up to four tokens
-    ahead: int = 8  # groups of 32 whose quants are under way
-    warps_many: int = 12  # per multiprocessor, of more than four tokens, whose sums take more registers
-    ahead_many: int = 6
+    warps_per_sm: int = 12  # at most, as `GemvConfig`
+    ahead: int = 8  # groups of 32 whose quants are under way, of four tokens at most
+    ahead_apart: int = 6  # the same where K is split into more than FEW_SPLITS
+    ahead_many: int = 6  # of more than four tokens, whose sums take more registers
 
-    def registers(self, tokens: int) -> int:
+    @property
+    def registers(self) -> int:
         """Of a thread, as `GemvConfig.registers`."""
-        return min(REGISTERS_PER_SM // (32 * (self.warps_per_sm if tokens <= 4 else self.warps_many)) // 8 * 8, MOST_REGISTERS)
+        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
 
 
-# By (architecture, loads of a group's quants): of these the one that a matrix takes least time with, see `launch_sums`.
-SUMS_CONFIGS = {(90, 1): (SumsConfig(), SumsConfig(warps_per_sm=16, ahead=6)),
-                (90, 2): (SumsConfig(warps_per_sm=8, warps_many=8, ahead_many=8),)}  # fmt: skip
-LATENCY = 12  # warps of a multiprocessor that take as long as one: what does not grow with their number is memory's latency
+# By (architecture, loads of a group's quants).
+SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, ahead_many=8)}
+FEW_SPLITS = 3
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -124,20 +124,16 @@ def sums_fit(block_type: str, extent: int, n: int, aligned: bool) -> bool:
 
 def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
     """`launch` of `kiln_gemv_sums`; how it is cut does not depend on `tokens`."""
-    best = None
-    for config in pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits)):
-        rows = math.gcd(n // 2, config.rows) if gated else config.rows
-        shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
-        programs = config.warps_per_sm // config.warps * target.sm_count  # at once
-        each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
-        splits = triton.cdiv(steps, each * shares)
-        time = each * triton.cdiv(blocks * splits, programs) * (config.warps_per_sm + LATENCY)
-        if best is None or time < best[0]:
-            best = time, config, rows, shares, splits
-    _, config, rows, shares, splits = best
+    config = pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits))
+    rows = math.gcd(n // 2, config.rows) if gated else config.rows
+    shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
+    programs = config.warps_per_sm // config.warps * target.sm_count  # at once
+    each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
+    splits = triton.cdiv(steps, each * shares)
     together = tokens if tokens <= MOST_TOGETHER else 1
-    return {"AHEAD": config.ahead if together <= 4 else config.ahead_many, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0,
-            "EARLY": early(target), "REGISTERS": config.registers(together), "M": together}, splits, config.warps
+    ahead = config.ahead_many if together > 4 else config.ahead if splits <= FEW_SPLITS else config.ahead_apart
+    return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target), "REGISTERS": config.registers,
+            "M": together}, splits, config.warps
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:

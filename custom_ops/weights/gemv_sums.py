@@ -410,11 +410,10 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     EACH: tl.constexpr = 4 * loads_of(BITS)
     XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
     PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
-    # What is read a block ahead as far as registers allow it: tails of x, and x of the first groups.
-    EAGER: tl.constexpr = M == 1 or (M <= 4 and REGISTERS > 128)
-    CARRIED: tl.constexpr = EAGER or (M <= 4 and not LEVELS)
+    # Registers are left for what is read before its block: x of the first groups, and tails.
+    EAGER: tl.constexpr = M <= 4 or END != "split" or loads_of(BITS) == 2
     coming = ()
-    for g in tl.static_range(PAIR if CARRIED else 0):
+    for g in tl.static_range(PAIR if EAGER else 0):
         coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
     for i in tl.range(0, each):
         active = begin + i < end
@@ -441,14 +440,14 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         tails = ()
         if EAGER:
             tails = _tails(x_at, 4 * X, columns, to_sums, MINIMUM, TILES)
-        elif not CARRIED:
+        else:
             for g in tl.static_range(PAIR):
                 coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
         for g in tl.static_range(GROUPS):
             if g % PAIR == 0:
                 values = coming
                 coming = ()
-                for f in tl.static_range(g + PAIR, g + 2 * PAIR if CARRIED or g + PAIR < GROUPS else g + PAIR):
+                for f in tl.static_range(g + PAIR, g + 2 * PAIR if EAGER or g + PAIR < GROUPS else g + PAIR):
                     coming = coming + _of_tiles(x_at if f < GROUPS else x_next, 4 * X, columns, f if f < GROUPS else f - GROUPS, even,
                                                 TERMS, TILES)
             added = ()

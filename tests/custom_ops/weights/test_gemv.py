@@ -204,7 +204,7 @@ def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0, warps: i
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(rows=rows, warps=warps, warps_per_sm=programs * warps, groups=groups))
     sums = SumsConfig(rows=rows, warps=rows // 32 * warps, warps_per_sm=programs * rows // 32 * warps)
     for key in gemv.SUMS_CONFIGS:
-        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, (sums,))
+        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, sums)
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 

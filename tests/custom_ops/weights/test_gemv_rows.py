@@ -137,7 +137,7 @@ def spread(monkeypatch, tiles: bool, programs: int, warps: int = 1):
     for key in gemv.ROWS_CONFIGS:
         monkeypatch.setitem(gemv.ROWS_CONFIGS, key, RowsConfig(tiles, 128))
     for key in gemv.SUMS_CONFIGS:
-        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, (SumsConfig(rows=32, warps=warps, warps_per_sm=programs * warps),))
+        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, SumsConfig(rows=32, warps=warps, warps_per_sm=programs * warps))
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
