@@ -18,33 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kiln.custom_ops.geometry import GEMMA4_31B, GEOMETRIES
 from kiln.exporter.source.plan import read_plan
 from kiln.exporter.tools import synth
-from tests.tools.drafters import draft_config, write_drafter
+from tests.tools.drafters import draft_config, random_tensor, write_drafter
 
 PRESET = "gemma4-31b-two-layers"
 SIZES = {"hidden": 1024, "ffn": 8192, "heads": 32}  # of the 31B's drafter
 DEPTHS, COUNTS, REPEATS = (128, 2048, 32768, 130000), (1, 3, 7), 20
 
 
-def tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    if kind != "Q8_0":
-        return np.full(shape, 1e30 if name == "rope_freqs.weight" else 1.0, np.float32)
-    blocks = np.empty((shape[0] * shape[1] // 32, 34), np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(shape[1] ** -0.5 / 74).tobytes(), np.uint8)  # bytes have a standard deviation of 74
-    blocks[:, 2:] = rng.integers(0, 256, (len(blocks), 32), np.uint8)
-    return blocks
-
-
 def export(work: Path, target: str) -> dict[str, Any]:
     GEOMETRIES[PRESET] = replace(GEMMA4_31B, layers=2, full_every=2, ffn=1024)
     synth.write_synthetic(work / "model.gguf", PRESET, "q4_k_m", sparse=True)
     config = draft_config("31b-assistant", read_plan(work / "model.gguf").config, **SIZES)
-    rng = np.random.default_rng(0)
-    write_drafter(config, work / "drafter.gguf", "Q8_0", lambda name, shape, kind: tensor(rng, name, shape, kind))
+    write_drafter(config, work / "drafter.gguf", "Q8_0", random_tensor)
     began = time.monotonic()
     files = ("--gguf", work / "model.gguf", "--draft-gguf", work / "drafter.gguf", "--out", work / "artifact", "--force")
     given = (*files, "--target", target, "--max-seq-len", "131072", "--prefill-chunk", "512", "--turboquant", "--decode-rows", "1,8")

@@ -19,9 +19,12 @@ from kiln.custom_ops.gpu.cubin import kernels, parameters
 from kiln.custom_ops.weights.gemv import GemvConfig
 from kiln.exporter.artifact.verify import verify
 from kiln.exporter.measure.runner import runner
+from kiln.exporter.source.config import from_gguf
+from kiln.exporter.source.gguf import open_gguf
 from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.tools.cubins import architecture, cubins, registers
+from tests.tools.drafters import draft_config, random_tensor, write_drafter
 
 KILN_RUN = Path(runner())
 TARGETS = ("sm_90", "sm_120")
@@ -236,11 +239,13 @@ def test_drivers_that_do_not_do(export, fake_gpu, tmp_path):
 
 @pytest.fixture(scope="module")
 def of_rows(tmp_path_factory):
-    """The same model with steps of up to 8 tokens over 3 timelines."""
+    """The same model with steps of up to 8 tokens over 3 timelines, and with a drafter."""
     root = tmp_path_factory.mktemp("rows")
     write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    config = draft_config("tiny-assistant", from_gguf(open_gguf(root / "model.gguf")), hidden=128, ffn=128, heads=4)
+    write_drafter(config, root / "drafter.gguf", "Q8_0", random_tensor)
     kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", "--target", "sm_90", "--max-seq-len", 4096, "--turboquant",
-         "--weights", "gguf", "--decode-rows", "1,2,4,8", "--rows", 3)  # fmt: skip
+         "--weights", "gguf", "--decode-rows", "1,2,4,8", "--rows", 3, "--draft-gguf", root / "drafter.gguf")  # fmt: skip
     return root / "artifact"
 
 
@@ -249,9 +254,10 @@ def test_steps_of_several_tokens_are_fused(of_rows):
     """Every place of the model, in kernels of several tokens whose machine code waits as it is declared."""
     record = json.loads((of_rows / "manifest.json").read_text())
     entries = record["entry_points"]
-    assert list(entries) == ["prefill", "decode", "decode_2", "decode_4", "decode_8"] and record["rows"] == 3
+    assert list(entries) == ["prefill", "decode", "decode_2", "decode_4", "decode_8", "draft"] and record["rows"] == 3
     assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])  # of the last entry
     images = cubins(of_rows / "model.sm_90.pt2")
+    assert [finding for image in images["draft"] for finding in contract.check(image)] == []
     for entry in ("decode_2", "decode_4", "decode_8"):
         found = {re.sub(r"_\d+$", "", name) for image in images[entry] for name in kernels(image) if name.startswith("kiln_")}
         waiting = {name for name in found if name.startswith(tuple(entries[entry]["waits"]))}
@@ -273,10 +279,16 @@ for graph in (True, False):
             sampled, logits, _ = batch.probe([5 + i for i in range(m)], *places, times=3)
             assert len(sampled) == m and logits.shape == (m, model.vocab_size)
     for i in range(3):
-        batch.join([5, *range(9, 9 + 40 * i)], max_new_tokens=6, stop_at_eog=False)
+        drafting = {"draft": "mtp", "draft_length": 2, "draft_fixed": True} if i else {}
+        batch.join([5, *range(9, 9 + 40 * i)], max_new_tokens=6, stop_at_eog=False, **drafting)
     while batch.active:
         assert not any(error for *_, error in batch.step())
+    assert sum(batch.draft_counts["tried"]) > 0
     del batch
+    session = kiln.Session(model, prefill_chunk=64, graph=graph)
+    session.prefill([5, 6, 7])
+    session.generate(12, stop_at_eog=False, draft="mtp", draft_length=3, draft_fixed=True)
+    assert sum(session.draft_counts["tried"]) > 0 and len(session.probe_drafts(7)[0]) > 0
 """
 
 
