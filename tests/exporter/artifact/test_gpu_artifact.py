@@ -163,9 +163,9 @@ def test_memory_report(gpu):
     result = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory", "--json")
     memory = json.loads(result.stdout)["memory"]
     print(memory, result.stderr)
-    kv = {kind: sum(b["bytes"] for b in manifest["kv"] if b["kind"] == kind) for kind in ("ring", "global")}
+    kv = {kind: sum(b["bytes"] for b in manifest["kv"] if b["kind"] == kind) for kind in ("ring", "global", "prefix")}
     assert memory["weights"] == sum(c["bytes"] for c in manifest["constants"])
-    assert (memory["kv_ring"], memory["kv_global"]) == (kv["ring"], kv["global"])
+    assert (memory["kv_ring"], memory["kv_global"]) == (kv["ring"], kv["global"] + kv["prefix"])
     assert memory["activations"] > 0 and memory["total"] == sum(size for part, size in memory.items() if part != "total")
     text = run(gpu / "tq4", "--tokens", "2,3", "--max-new-tokens", 2, "--memory").stderr
     for part, name in (("weights", "weights"), ("KV ring", "kv_ring"), ("KV global", "kv_global")):
