@@ -358,7 +358,7 @@ def test_gemv(block_type, terms):
                     gated = torch.nn.functional.gelu(gate, approximate="tanh") * value
                     first, *others = [kiln.fixed_glu(fixed, words, halves, block_type, counters) for _ in range(20)]
                     assert all(torch.equal(first, other) for other in others)
-                    assert relative(fixed_point.dequantize(first), gated) < {1: 1.2e-2, 2: 6e-5, 3: 3e-6}[terms]
+                    assert relative(fixed_point.dequantize(first), gated) < {1: 2e-2, 2: 8e-5, 3: 3e-6}[terms]
         assert not counters.any()
 
 
@@ -378,7 +378,7 @@ def test_add_norm(terms, scaled):
         assert relative(x_out, stream) < 3e-7
         for found, sums in ((out, left), kiln.norm_fixed(x_out, weight, terms)):
             rooted = fixed_point.dequantize(found).double() * add_norm.root(sums.double(), d, 1e-6)
-            assert relative(rooted, normed) < {1: 1.2e-2, 2: 6e-5, 3: 6e-7}[terms]
+            assert relative(rooted, normed) < {1: 1.5e-2, 2: 6e-5, 3: 6e-7}[terms]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -262,7 +262,7 @@ def interpreted_groups(block_type: str, groups: int, monkeypatch) -> None:
 def interpreted_glu(block_type: str, terms: int, tokens: int, programs: int, rows: int, monkeypatch) -> None:
     """The last of gates and values, whichever it is, makes the activations of the next product; 8 programs: several splits, 1: one."""
     words, halves, matrix = random_weight(block_type, 512, 256)
-    fixed, zeros = gemv.fix(random_x(tokens, 256, torch.float32), terms), counters(2 * tokens)
+    fixed, zeros = gemv.fix(random_x(tokens, 256, torch.float32), terms), counters(8 * tokens)
     with spread(monkeypatch, programs, rows=rows):
         out = kiln.fixed_glu(fixed, words, halves, block_type, zeros)
     assert out.shape == (tokens, 1, fixed_point.extent_words(terms, 256)) and not zeros.any()
