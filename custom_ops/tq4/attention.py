@@ -47,6 +47,7 @@ DECODE_TILES = {(86, 512): Tile(keys=64, warps=4, stages=2), (90, 512): Tile(key
 WIDE_DECODE_TILE = Tile(keys=64, warps=8, stages=2, splits_per_sm=1)  # more than 8 query heads of a KV head: twice the accumulators
 DECODE_FLOAT32 = Tile(keys=16, warps=8, stages=2, splits_per_sm=1)  # stages: with 1, spills
 PREFILL_FLOAT32 = Tile(rows=16, keys=16, warps=8, stages=1)
+MERGE_REGISTERS = 168  # of a thread, at most: left alone, the assembler stops at 128 and spills
 WINDOW_KEYS = 32  # of a split of the exact window, at least
 
 
@@ -187,7 +188,7 @@ def decode_codes(q_ptr, q_scale_ptr, k_codes_ptr, k_scales_ptr, v_codes_ptr, v_s
 def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, shift_ptr, gate_ptr, gate_splits, gate_stride, EXACT_WINDOW: tl.constexpr,
                      HEADS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, EXACT_PAD: tl.constexpr, SPLITS: tl.constexpr,
                      SPLITS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr,
-                     MANY: tl.constexpr, GATED: tl.constexpr, CENTERED: tl.constexpr):
+                     MANY: tl.constexpr, GATED: tl.constexpr, CENTERED: tl.constexpr, REGISTERS: tl.constexpr):
     """Merge one head's splits, the sum over codes rotated back. TERMS > 0: out_ptr is a row of H * D elements in fixed point.
 
     CENTERED: shift_ptr float32 [H] is what the center adds to the head's base-2 scores of codes.
@@ -208,11 +209,12 @@ def kiln_tq4_merge(o_ptr, ml_ptr, pos_ptr, out_ptr, shift_ptr, gate_ptr, gate_sp
     end = coded_end(pos_ptr, EXACT_WINDOW)
     active = tl.cdiv(end, split_size(0, end, SPLITS, BLOCK_N))
     m_codes, total_codes, acc_codes = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
-    if CENTERED:
-        m_codes += tl.load(shift_ptr + head, end > 0, other=0.0)  # before a code is read the center may be anything, no number too
+    coded = end > 0
     start, end = decode_range(pos_ptr, pos_ptr, False, EXACT_WINDOW, True)
     active = tl.cdiv(end - start, split_size(start, end, EXACT, BLOCK_R))
     m, total, acc = merge_splits(o_ptr + SPLITS * HEADS * D, ml_ptr + SPLITS * HEADS * 2, head, active, HEADS, D, EXACT_PAD)
+    if CENTERED:
+        m_codes += tl.load(shift_ptr + head, coded, other=0.0)  # before a code is read the center may be anything, no number too
     new = tl.maximum(m, m_codes)  # the query's own key is exact: never -inf
     scale = tl.exp2(m - new)
     scale_codes = tl.exp2(m_codes - new)
@@ -310,7 +312,7 @@ def decode_launch(dtype: torch.dtype, asm: bool, target: GpuTarget, heads: int, 
                       "CENTER": center_keys(exact_window) if made else 0}
     return tile, split, shared | {"HEADS": heads, "EXACT_PAD": triton.next_power_of_2(exact),
                                   "SPLITS_PAD": triton.next_power_of_2(splits), "TERMS": terms, "MANY": False, "GATED": False,
-                                  "CENTERED": centered}
+                                  "CENTERED": centered, "REGISTERS": MERGE_REGISTERS}
 
 
 def prefill_constants(heads: int, kv_heads: int, dim: int, slots: int, exact_window: int) -> dict:
@@ -340,7 +342,8 @@ def decode(q: torch.Tensor, q_rotated: torch.Tensor, scale: torch.Tensor, caches
                                                 num_warps=tile.warps, num_stages=tile.stages)
     merge |= {"GATED": gates is not None}
     given = (part, 0, 0) if gates is None else (gates, gates.shape[0], gates.stride(0))
-    kernel(kiln_tq4_merge)[(heads,)](part, sums, pos, out, scale if shift is None else shift, *given, **merge, num_warps=merge_warps(dim))
+    kernel(kiln_tq4_merge, MERGE_REGISTERS, part)[(heads,)](part, sums, pos, out, scale if shift is None else shift, *given, **merge,
+                                                            num_warps=merge_warps(dim))
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], rings: tuple[torch.Tensor, ...],
@@ -434,7 +437,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             signature |= {"shift_ptr": "*fp32", "gate_ptr": "*fp32"}
             for gated in (False, True) if terms and model is GEMMA4_31B else (False,):
                 cases.append(KernelCase(f"{name} merge {h.label} {terms} bytes{', gated' if gated else ''}", kiln_tq4_merge, signature,
-                                        merge | {"GATED": gated}, {"num_warps": merge_warps(dim)}, (90,) if gated else None))
+                                        merge | {"GATED": gated}, {"num_warps": merge_warps(dim), "maxnreg": MERGE_REGISTERS},
+                                        (90,) if gated else None))
         cases.append(prefill_case(f"{name} prefill of the exact window {h.label}", dtype, pointer, target, h.queries, h.kv, dim,
                                   exact_window, exact_window, True))
         if not float32:

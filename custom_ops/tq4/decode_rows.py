@@ -183,8 +183,8 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     sums = torch.empty(tokens, splits, heads, 2, dtype=torch.float32, device=q.device)
     kernel(kiln_tq4_decode_rows)[(kv_heads, splits, tokens)](rotated, q_scale, plain, *caches, *rings, center, pos, part, sums, row,
                                                              **split, num_warps=tile.warps, num_stages=tile.stages)
-    kernel(kiln_tq4_merge)[(heads, tokens)](part, sums, pos, out, shift, part, 0, 0, **merge | {"MANY": True},
-                                            num_warps=merge_warps(dim))
+    limited = kernel(kiln_tq4_merge, attention.MERGE_REGISTERS, part)
+    limited[(heads, tokens)](part, sums, pos, out, shift, part, 0, 0, **merge | {"MANY": True}, num_warps=merge_warps(dim))
     return out
 
 
@@ -213,5 +213,5 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         types = parts | {"pos_ptr": "*i64", "out_ptr": "*i32", "gate_ptr": "*fp32", "gate_splits": "i32", "gate_stride": "i32"}
         types |= {"shift_ptr": "*fp32"}
         cases.append(KernelCase(f"tq4_decode_rows merge {pointer[1:]} {h.label}", kiln_tq4_merge, types, merge | {"MANY": True},
-                                {"num_warps": merge_warps(h.dim)}))
+                                {"num_warps": merge_warps(h.dim), "maxnreg": attention.MERGE_REGISTERS}))
     return cases

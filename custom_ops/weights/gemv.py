@@ -67,6 +67,7 @@ class RowsConfig:
 
 # By (architecture, tokens at most), see `gpu/tables.py`.
 ROWS_CONFIGS = {(90, 4): RowsConfig(True, 128), (90, 8): RowsConfig(True, 160)}
+MORE_REGISTERS = 24  # where tiles do not fit: four bytes at a time hold more
 MOST_TOGETHER = 8  # tokens of a launch
 
 
@@ -139,7 +140,7 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:
     """Of 2 .. MOST_TOGETHER tokens. aligned: four rows of the matrix lie in 16 bytes, without which there are no tiles."""
     config = pick(ROWS_CONFIGS, target, tokens)
-    return config if aligned or not config.tiles else replace(config, tiles=False)
+    return config if aligned or not config.tiles else RowsConfig(False, config.registers + MORE_REGISTERS)
 
 
 def launch_rows(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool,

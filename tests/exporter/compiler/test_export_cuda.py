@@ -16,7 +16,7 @@ import pytest
 from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu import contract
 from kiln.custom_ops.gpu.cubin import kernels, parameters
-from kiln.custom_ops.weights.gemv import GemvConfig
+from kiln.custom_ops.weights.gemv import SUMS_CONFIGS
 from kiln.exporter.artifact.verify import verify
 from kiln.exporter.measure.runner import runner
 from kiln.exporter.source.config import from_gguf
@@ -93,7 +93,8 @@ def test_products_have_the_registers_that_were_asked_for(export):
     artifact, _ = export
     images = cubins(artifact / "model.sm_90.pt2")["decode"]
     found = [count for image in images for name, count in registers(image).items() if name.startswith("kiln_gemv")]
-    assert len(found) > 3 and min(found) >= 60 and max(found) <= GemvConfig().registers, found
+    asked = {config.registers for config in SUMS_CONFIGS.values()}  # the assembler leaves a few of them
+    assert len(found) > 3 and all(any(most - 8 < count <= most for most in asked) for count in found), found
 
 
 def test_memory_constants_and_paths(export):
@@ -115,8 +116,8 @@ def test_kernels_that_may_start_early_wait(export, target):
     images = cubins(artifact / f"model.{target}.pt2")["decode"]
     found = [name for image in images for name in kernels(image) if name.startswith(tuple(waits))]
     assert {re.sub(r"_\d+$", "", name) for name in found} == {
-        "kiln_gemv", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge", "kiln_tq4_prepare", "kiln_tq4_decode",
-        "kiln_tq4_merge"}  # fmt: skip
+        "kiln_gemv_sums", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge", "kiln_tq4_prepare",
+        "kiln_tq4_decode", "kiln_tq4_merge"}  # fmt: skip
     for image in images:
         assert contract.check(image) == []
 
@@ -261,7 +262,7 @@ def test_steps_of_several_tokens_are_fused(of_rows):
     for entry in ("decode_2", "decode_4", "decode_8"):
         found = {re.sub(r"_\d+$", "", name) for image in images[entry] for name in kernels(image) if name.startswith("kiln_")}
         waiting = {name for name in found if name.startswith(tuple(entries[entry]["waits"]))}
-        assert waiting == {"kiln_gemv_tiles", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge",
+        assert waiting == {"kiln_gemv_sums", "kiln_add_norm", "kiln_rope_table", "kiln_sliding_decode", "kiln_flash_merge",
                            "kiln_tq4_prepare_rows", "kiln_tq4_decode_rows", "kiln_tq4_merge"}  # fmt: skip
         assert found - waiting == {"kiln_dequantize", "kiln_row_maxima", "kiln_weigh_bins", "kiln_settle_bins", "kiln_choose"}
         assert [finding for image in images[entry] for finding in contract.check(image)] == []
