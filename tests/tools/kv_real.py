@@ -246,8 +246,8 @@ def main() -> None:
             pieces = codecs_of(Gemma3(options.model, plan.config, [CODECS[n] for n in names], options.tokens), ids, options.every)
         record = study(pieces, ids, names)
     for name, r in record.items():
-        depths = ", ".join(f"from {low} {value:.4f}" for low, value in r["kl_from"].items())
-        print(f"{name:45} KL {r['kl']:.5f} +- {r['se']:.5f} ({depths}), perplexity {r['perplexity']:.4f}, argmax {r['argmax']:.3f}")
+        depths = ", ".join(f"from {low} {value:.3g}" for low, value in r["kl_from"].items())
+        print(f"{name:45} KL {r['kl']:.3g} +- {r['se']:.1g} ({depths}), perplexity {r['perplexity']:.4f}, argmax {r['argmax']:.3f}")
     if options.out:
         options.out.write_text(json.dumps({"tokens": len(ids), "every": options.every, "codecs": record}, indent=1) + "\n")
 
