@@ -216,7 +216,7 @@ def test_residual_lengths_that_do_not_go(tmp_path):
 def test_key_center(monkeypatch, tmp_path, flag, center):
     """On with TQ4 unless it is switched off; without TQ4 the switch is refused."""
     found = []
-    monkeypatch.setattr(build, "export_artifact", lambda options, plan: found.append(options))
+    monkeypatch.setattr(build, "export_artifact", lambda options, *_: found.append(options))
     arguments = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "out"), "--target", "cpu", "--dry-run", "--turboquant", *flag]
     CliRunner().invoke(main, arguments, catch_exceptions=False)
     spec = build.graph_spec(found[0], read_plan(TINY), ("cpu",))

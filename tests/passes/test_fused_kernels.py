@@ -141,6 +141,7 @@ def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.nightly
+@pytest.mark.nightly
 def interpreted_rows_of_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rows(tmp_path, monkeypatch, turboquant=True)
 
@@ -153,7 +154,8 @@ def interpreted_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check(tmp_path, monkeypatch, turboquant=True)
 
 
-@pytest.mark.parametrize("name", ["gemma4-moe-tiny", pytest.param("qwen3-moe-tiny", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["gemma4-moe-tiny", "qwen3-moe-tiny"])
 def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed, ops = EXPERTS[name]
     check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)

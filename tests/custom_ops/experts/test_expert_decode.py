@@ -73,8 +73,8 @@ def check_ties(device: str = "cpu") -> None:
     """Equal rows, of integers, whose sums are exact in any order: the lower number first."""
     router = random(1, 64, seed=5).sign().repeat(6, 1)
     router[2] = 0
-    x = router[:1] * 3
-    given = moved((x, x.square().sum(1), EPS, torch.ones(64), 1.0, router, 3, True, None, counters()), device)
+    x = router[:1] * 2  # whose root is a half
+    given = moved((x, x.square().sum(1), 0.0, torch.ones(64), 1.0, router, 3, True, None, counters()), device)
     chosen, weights = KILN.choose_experts(*given)
     assert chosen.tolist() == [[0, 1, 3]]
     torch.testing.assert_close(weights.cpu(), torch.full((1, 3), 1 / 3))

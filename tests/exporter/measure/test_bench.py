@@ -76,7 +76,7 @@ def test_costs_of_the_artifact(record, artifacts):
         exact_window = sum(kv["bytes"] for kv in manifest["kv"] if kv["name"].endswith("_exact"))
         assert manifest["residual_length"] == 32 and 0 < exact_window < ring
         center = sum(kv["bytes"] for kv in manifest["kv"] if kv["kind"] == "prefix")
-        assert manifest["key_center"] == 24 and center == 2 * 2 * 128 * 4 and center < memory["kv_global"]
+        assert manifest["key_center"] == 24 and center == 2 * 128 * 4 and center < memory["kv_global"]
         read = center + (memory["kv_global"] - center) * max(middle - 32, 0) // 96 + exact_window * min(middle, 32) // 32
         assert row["decode"]["kv_bytes"] == ring - exact_window + read
 
