@@ -95,7 +95,8 @@ def interpreted_every_way(block_type: str, transposed: bool) -> None:
             rows.append(out[:, 8 : 8 + n])
             assert error(rows[-1], x[:tokens], w) < tolerance
             # On a GPU they are equal (test_gpu_ops); numpy's product of a tile may depend on where in it a row lies.
-            torch.testing.assert_close(rows[-1], rows[0][:tokens], rtol=tolerance, atol=tolerance)
+            close = 1e-5 if dtype == torch.float32 else tolerance  # of one element
+            torch.testing.assert_close(rows[-1], rows[0][:tokens], rtol=close, atol=close)
 
 
 def interpreted_choice(monkeypatch) -> None:
