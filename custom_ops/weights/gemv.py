@@ -35,6 +35,11 @@ REGISTERS_PER_SM, MOST_REGISTERS = 1 << 16, 248
 COUNTERS = 1 << 13  # for one token: blocks of rows of the largest matrix
 
 
+def registers_of(warps: int) -> int:
+    """Of a thread, so that as many warps fit a multiprocessor: left alone, the assembler saves registers that the loads ahead need."""
+    return min(REGISTERS_PER_SM // (32 * warps) // 8 * 8, MOST_REGISTERS)
+
+
 @dataclass(frozen=True)
 class GemvConfig:
     """How the GEMV is spread over one architecture."""
@@ -50,8 +55,7 @@ class GemvConfig:
 
     @property
     def registers(self) -> int:
-        """Of a thread, so that warps_per_sm fit: left alone, the assembler saves registers that the loads ahead need."""
-        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
+        return registers_of(self.warps_per_sm)
 
 
 GEMV_CONFIGS = {90: GemvConfig()}  # by architecture, see `configs`
@@ -84,8 +88,7 @@ class SumsConfig:
 
     @property
     def registers(self) -> int:
-        """Of a thread, as `GemvConfig.registers`."""
-        return min(REGISTERS_PER_SM // (32 * self.warps_per_sm) // 8 * 8, MOST_REGISTERS)
+        return registers_of(self.warps_per_sm)
 
 
 # By (architecture, loads of a group's quants).
