@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kiln
 from tests.conftest import shared
 from tests.runtime.batches import batch_artifact
 from tests.runtime.toy import write_artifact
@@ -16,6 +17,14 @@ from tests.runtime.toy import write_artifact
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_runner_thread():
+    """For models so small that two threads only wait for each other."""
+    kiln.set_threads(1)
+    yield
+    kiln.set_threads(0)
 
 
 @pytest.fixture(scope="session")

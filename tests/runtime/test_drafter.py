@@ -22,12 +22,7 @@ SLOTS = FORMS["cpu"][1]
 CLOSE = 3e-4  # of float32 sums in another order, in logits that reach 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small two only wait for each other."""
-    kiln.set_threads(1)
-    yield
-    kiln.set_threads(0)
+pytestmark = pytest.mark.usefixtures("one_runner_thread")
 
 
 @pytest.fixture(scope="module")

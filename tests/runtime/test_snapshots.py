@@ -20,13 +20,7 @@ from tests.code_only import code_only
 from tests.runtime.toy import MAX_SEQ, PROMPT, VOCAB, WIDTH, WINDOW, change
 from tests.timeline import FIXTURES
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small two only wait for each other."""
-    kiln.set_threads(1)
-    yield
-    kiln.set_threads(0)
+pytestmark = pytest.mark.usefixtures("one_runner_thread")
 
 
 @pytest.fixture(scope="module", params=["plain", "tq4"])

@@ -15,12 +15,7 @@ from tests.runtime.batches import FORMS, ROWS, load, spoil
 VOCAB = 512  # of the smallest model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small two only wait for each other."""
-    kiln.set_threads(1)
-    yield
-    kiln.set_threads(0)
+pytestmark = pytest.mark.usefixtures("one_runner_thread")
 
 
 @pytest.fixture(scope="module")
