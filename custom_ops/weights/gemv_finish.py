@@ -112,16 +112,11 @@ def _finish_squares(partials, out, squares, squares_out, n, k, splits, own, firs
         tl.store(squares_out + (first + m) * results + own, tl.sum(square(total), 0))
 
 
-@triton.constexpr_function
-def padded(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
 @triton.jit
 def _finish_some(partials, out, squares, n, k, splits, own, first, tokens, TERMS: tl.constexpr, END: tl.constexpr, R: tl.constexpr,
                  WARPS: tl.constexpr, COUNT: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr):
     """`finish` of the tokens first .. first + M - 1."""
-    T: tl.constexpr = padded(M)
+    T: tl.constexpr = triton.next_power_of_2(M)
     EACH: tl.constexpr = T * R // (32 * WARPS) if T * R > 32 * WARPS else 1
     token = first + tl.arange(0, T)
     there = tl.arange(0, T) < M
