@@ -1,6 +1,6 @@
 """The table of h200.md from the raw files beside it: python docs/measurements/table.py [--history COMMIT DATE].
 
-Reads the h200-31b-MIX.json of `python -m tests.tools.measure_31b`: one commit's, so a file that was not measured again is not shown. With
+Reads the h200-31b-MIX.json of `python -m tests.measure.measure_31b`: one commit's, so a file that was not measured again is not shown. With
 --history it prints the same figures as rows of history.csv instead, where there is no such file those of h200-31b-MIX-bench.json and
 -checks.json, as the tools before wrote them.
 """

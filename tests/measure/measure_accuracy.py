@@ -1,6 +1,6 @@
 """A few layers of the 31B's geometry on a GPU: logits of the artifact against a float32 eager forward over the same dequantized weights.
 
-    python -m tests.tools.measure_accuracy --compiled DIR --work DIR --out accuracy.json
+    python -m tests.measure.measure_accuracy --compiled DIR --work DIR --out accuracy.json
 
 `--compiled` holds manifest.json and model.sm_NN.pt2 of `kiln export` of `kiln synth --preset gemma4-31b --layers 6`.
 """

@@ -1,6 +1,6 @@
 """Codecs of the global layers' keys and values on a model that was really trained, in float32, so that only the caches differ.
 
-    python -m tests.tools.kv_real MODEL.gguf TEXT... [--tokens 4096] [--every 8] [--codecs NAME;... | --built] [--out F.json]
+    python -m tests.measure.kv_real MODEL.gguf TEXT... [--tokens 4096] [--every 8] [--codecs NAME;... | --built] [--out F.json]
 
 MODEL is of family gemma3 (`make demo-real` fetches one), TEXT any files, read one after the other. Every codec plays the same tokens, and
 each `--every`-th position's distribution is compared with that of float32 caches. Codes are decoded where they are written: this measures
@@ -226,7 +226,7 @@ def study(pieces: Iterable[Rows], tokens: Tensor, names: list[str]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.kv_real", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.kv_real", description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=4096)

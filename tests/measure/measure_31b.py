@@ -1,6 +1,6 @@
 """The whole table of docs/measurements in one command: the synthetic 31B on a GPU, and beside it another commit's in the same run.
 
-    python -m tests.tools.measure_31b --compiled NEW [--baseline OLD --baseline-checkout DIR] --work DIR --out F.json [--budget 570]
+    python -m tests.measure.measure_31b --compiled NEW [--baseline OLD --baseline-checkout DIR] --work DIR --out F.json [--budget 570]
 
 `--compiled` and `--baseline` hold manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here by `kiln synth`: nothing
 but code travels. Those of an artifact of `--weights gguf` stay in that file. Each side is completed, played and measured by the runner
@@ -303,7 +303,7 @@ def wrong(record: dict) -> list[str]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.measure_31b", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.measure_31b", description=__doc__.splitlines()[0])
     parser.add_argument("--compiled", type=Path, required=True, help="manifest.json and model.sm_NN.pt2 of this checkout")
     parser.add_argument("--baseline", type=Path, help="the same of another commit")
     parser.add_argument("--baseline-checkout", type=Path, help="that commit, built")

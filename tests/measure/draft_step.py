@@ -1,6 +1,6 @@
 """What a draft of the 31B's drafter takes on a GPU: its real geometry at Q8_0, over two layers of the model, one of each kind.
 
-    python -m tests.tools.draft_step --work DIR --out F.json [--target native]
+    python -m tests.measure.draft_step --work DIR --out F.json [--target native]
 
 The drafter reads one row of the model's embedding, and its caches; the model's own step is measured elsewhere. Random weights in the
 drafter, zeros in the model. Each figure is of the runner's calls, host included: the median of the seconds of `count` drafts, over count.
@@ -54,7 +54,7 @@ def times(work: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m tests.tools.draft_step", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m tests.measure.draft_step", description=__doc__.splitlines()[0])
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--target", default="native")

@@ -1,6 +1,6 @@
 """Our matmul against cuBLAS on a GPU, at the pieces prefill of the 31B multiplies: every candidate checked, then timed.
 
-    python -m tests.tools.bench_matmul --out matmul.json [--budget 150] [--compile-only]
+    python -m tests.measure.bench_matmul --out matmul.json [--budget 150] [--compile-only]
 
 Checks: every element against float32 (TF32 off), with rows beyond T full of NaN; rows of short chunks bit-equal to those of long ones.
 Times: candidates in turn, round after round, so that all run at the clock that the load leaves; then the dequantization and matmul of a
@@ -332,7 +332,7 @@ def probe(sm: int, word: str) -> None:
 def probes(sm: int, record: Record) -> list[str]:
     """The block_types that hang or fail."""
     words = [word for word in ("specialize",) if any(getattr(tile, word) for tile in tiles(sm))]
-    running = {word: subprocess.Popen([sys.executable, "-m", "tests.tools.bench_matmul", "--probe", word, "--sm", str(sm)],
+    running = {word: subprocess.Popen([sys.executable, "-m", "tests.measure.bench_matmul", "--probe", word, "--sm", str(sm)],
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for word in words}  # fmt: skip
     bad = []
     for word, process in running.items():

@@ -1,6 +1,6 @@
 """What the key center costs on a GPU: attention of one layer of the 31B over TQ4, with the center and without, in turn.
 
-    python -m tests.tools.bench_center [--out F.json]
+    python -m tests.measure.bench_center [--out F.json]
 
 Each case is checked against its reference first, as in `make bench-ops`. Microseconds, three times each.
 """
@@ -29,7 +29,7 @@ def cases(centered: bool) -> dict[str, Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.bench_center", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.bench_center", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
     both = {"without": cases(False), "with": cases(True)}

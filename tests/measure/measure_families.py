@@ -1,6 +1,6 @@
 """Models of every family in their real geometry, one after the other on a GPU, in one command.
 
-    python -m tests.tools.measure_families --work DIR --out F.json [--presets qwen3-8b,...] [--budget 570] [--jobs 6]
+    python -m tests.measure.measure_families --work DIR --out F.json [--presets qwen3-8b,...] [--budget 570] [--jobs 6]
 
 Each preset's code is exported from a file that is a hole, `--jobs` at a time, then its weights are made, played from the GGUF file,
 measured and removed: the disk holds one model. F.json is written after every step, and what it holds already is not done again: where the
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kiln.exporter.measure.bench import add_costs, ceilings_of
-from tests.tools.measure_31b import ROOT, VOCAB, Failed, Measurement, Side, device, peak_memory, side
+from tests.measure.measure_31b import ROOT, VOCAB, Failed, Measurement, Side, device, peak_memory, side
 
 CONTEXT = {"gemma4": 131072, "qwen3": 40960, "qwen35": 131072}  # by the beginning of a preset's name
 PRESETS = ("gemma4-e4b", "gemma4-26b-a4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "qwen35-27b", "qwen35-35b-a3b")
@@ -76,7 +76,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.measure_families", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.measure_families", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="for one model at a time: 20 GB")
     parser.add_argument("--out", type=Path, required=True, metavar="F.json")
     parser.add_argument("--presets", default=",".join(PRESETS))

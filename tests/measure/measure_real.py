@@ -1,6 +1,6 @@
 """Real checkpoints through an artifact: log-probabilities and greedy texts beside the references of tests/fixtures, in one command.
 
-    python -m tests.tools.measure_real --work DIR --out F.json [--target native] [--greedy FOLDER] [NAME=GGUF ...]
+    python -m tests.measure.measure_real --work DIR --out F.json [--target native] [--greedy FOLDER] [NAME=GGUF ...]
 
 Each file (`python -m tests.tools.checkpoints DIR` writes them) is exported in float32 with caches of float32, and in bfloat16
 with caches of float16, and played token by token over the references' ids: the largest difference of a next token's log-probability, and
@@ -23,7 +23,7 @@ import torch
 
 from kiln.exporter.measure.players import ArtifactPlayer
 from tests.conftest import kiln
-from tests.tools.measure_31b import ROOT, device
+from tests.measure.measure_31b import ROOT, device
 
 REFERENCES = {"gemma3": "gemma3-270m", "smollm": "smollm2-135m"}
 TEXTS = ("prose", "gpl")
@@ -75,7 +75,7 @@ def measure(name: str, gguf: Path, form: str, options: argparse.Namespace) -> di
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.measure_real", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.measure_real", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="F.json")
     parser.add_argument("--target", default="native")

@@ -1,4 +1,4 @@
-"""`python -m tests.tools.measure_31b` on the CPU: a small artifact, and beside it another checkout's, in one run that may be cut short."""
+"""`python -m tests.measure.measure_31b` on the CPU: a small artifact, and beside it another checkout's, in a run that may be cut short."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kiln.exporter.measure.runner import runner
+from tests.measure import measure_31b
 from tests.timeline import FIXTURES
-from tests.tools import measure_31b
 
 GGUF = FIXTURES / "gemma4-tiny-dense-wide-Q4_K_M.gguf"
 ROOMS = ("configs", "custom_ops", "exporter", "kiln", "passes", "tests")

@@ -1,4 +1,4 @@
-"""`python -m tests.tools.measure_families` on the CPU: a tiny model from its geometry to its row, once."""
+"""`python -m tests.measure.measure_families` on the CPU: a tiny model from its geometry to its row, once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import measure_families
+from tests.measure import measure_families
 
 
 @pytest.mark.nightly  # a minute, for a tool
