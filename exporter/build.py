@@ -55,6 +55,7 @@ class ExportOptions:
     draft_gguf: Path | None = None
     weights: str = "copy"  # or "gguf": they stay in the file
     hash_weights: bool = False
+    ple: str = "device"  # or "host": where a GPU finds the table of a per-layer embedding
     max_seq_len: int | None = None
     prefill_chunk: int = 2048
     turboquant: bool = False
@@ -100,6 +101,8 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
     max_seq_len = options.max_seq_len or min(DEFAULT_SEQ_LEN, config.context_length)
     if max_seq_len > config.context_length:
         raise KilnError(f"--max-seq-len {max_seq_len} is beyond the model's context of {config.context_length}; ask for at most that")
+    if options.ple == "host" and not any(p.gathered for p in plan.weights):
+        raise KilnError(f"--ple host: {config.name} has no per-layer embedding; leave it away")
     cpu = targets == ("cpu",)
     dtype = options.activation_dtype
     if dtype == "auto":
@@ -252,11 +255,11 @@ def _write_constants(
     alone, and `weights.gguf` of the manifest comes with it. A drafter's weights are copied either way."""
     if options.weights == "copy":
         with bar("packing weights") as progress:
-            return write_weights(path, plan, progress, options.allow_nonfinite, drafter), None
+            return write_weights(path, plan, progress, options.allow_nonfinite, drafter, options.ple), None
     limit = torch.finfo(torch.float16).max if spec.cache_dtype == torch.float16 else None
     limits = {name: limit / factor for name, factor in key_factors(plan.config).items()} if limit else {}
     computed = write_weights(path, replace(plan, weights=()), None, options.allow_nonfinite, drafter)
-    return constant_records(plan, limits) + computed, gguf_record(plan, options.hash_weights)
+    return constant_records(plan, limits, options.ple) + computed, gguf_record(plan, options.hash_weights)
 
 
 def _report(entry: CompiledEntry) -> None:
@@ -298,7 +301,7 @@ def note_borrowed(targets: tuple[str, ...]) -> None:
 
 def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]) -> None:
     """The plan on stdout: with --dry-run a line for every matrix, always the sums."""
-    config, memory, cache = spec.config, memory_plan(spec), dtype_name(spec.cache_dtype)
+    config, memory, cache = spec.config, memory_plan(spec, options.ple), dtype_name(spec.cache_dtype)
     if options.dry_run:
         print(f"{'matrix':34} {'type':5} {'N':>7} {'K':>6}  from")
         for p in spec.plan:
@@ -312,7 +315,8 @@ def print_plan(spec: GraphSpec, options: ExportOptions, targets: tuple[str, ...]
         print(f"drafter     {spec.drafter.config.name} ({spec.drafter.config.architecture}), {len(spec.drafter.config.layers)} layers")
     print(f"target      {', '.join(targets)}; activations {spec.activation_dtype}")
     print(f"context     {spec.max_seq_len} tokens, prefill in chunks of {spec.prefill_chunk}")
-    print(f"weights     {size_text(memory.weights):>11}")
+    aside = f"  (and {size_text(memory.host_weights)} on the host, of a GPU)" if memory.host_weights else ""
+    print(f"weights     {size_text(memory.weights):>11}{aside}")
     kept = ["sliding layers"] if any(cache.kind == "ring" for cache in cache_specs(config)) else []
     kept += [f"the newest {spec.options.residual_length} of the global layers"] if spec.options.turboquant else []
     print(f"KV ring     {size_text(memory.kv_ring):>11}  ({' and '.join(kept) or 'none'}, {cache})")

@@ -134,7 +134,7 @@ def _decode_rows(text: str) -> tuple[int, ...]:
     type=click.Choice(["device", "host"]),
     default="device",
     show_default=True,
-    help="Where a per-layer embedding lies (Gemma 4 E2B, E4B). host: not supported yet.",
+    help="Where a GPU finds the table of a per-layer embedding (Gemma 4 E2B, E4B). host: in pinned memory, a token's row over the bus.",
 )
 @click.option(
     "--weights",
@@ -151,12 +151,8 @@ def _decode_rows(text: str) -> tuple[int, ...]:
 @click.option("--dump-passes", type=PATH, help="Write the graph after every pass here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an artifact at --out.")
-def export(
-    kv_cache: str | None, turboquant: bool | None, residual_length: int | None, key_center: bool | None, ple: str, **options: Any
-) -> None:
+def export(kv_cache: str | None, turboquant: bool | None, residual_length: int | None, key_center: bool | None, **options: Any) -> None:
     """Compile a GGUF file into an artifact."""
-    if ple == "host":
-        raise click.UsageError("--ple host: a per-layer embedding in host memory is not supported yet; give --ple device")
     if kv_cache and turboquant is not None and (kv_cache == "tq4") != turboquant:
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")

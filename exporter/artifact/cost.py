@@ -26,7 +26,7 @@ def cost(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Any]:
         if p.stack > 1:
             share = used[name[: name.rindex(".") + 1]]
             skipped += size - size * share[0] // share[1]
-        if name == "per_layer_token_embd" or (name == "token_embd" and not config.tied_head):
+        if p.gathered or (name == "token_embd" and not config.tied_head):
             skipped += size - size // p.N
         elif name == ("token_embd" if config.tied_head else "output"):
             head_flops = 2 * p.N * p.K

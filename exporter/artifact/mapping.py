@@ -28,14 +28,16 @@ CHAT_TEMPLATE = "tokenizer.chat_template"
 TOKENIZER = "tokenizer.ggml."
 
 
-def constant_records(plan: ModelPlan, limits: dict[str, float]) -> list[dict]:
-    """The constants that are made of tensors, as in the manifest. limits: of the size of a vector's values, by tensor."""
+def constant_records(plan: ModelPlan, limits: dict[str, float], ple: str = "device") -> list[dict]:
+    """The constants that are made of tensors, as in the manifest. limits: of the size of a vector's values, by tensor; ple: where a table
+    lies of which only rows are read."""
     records = []
     for p in plan.weights:
         found = [limits[source] for source in p.sources if source in limits]
         for spec, plane in zip(plan_constants(p), _planes(p), strict=True):
             source = {"plane": plane, "tensors": list(p.sources)} | ({"limit": min(found)} if found else {})
             records.append({"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes, "source": source})
+            records[-1] |= {"gathered": ple} if p.gathered else {}
     return records
 
 

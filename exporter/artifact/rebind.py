@@ -24,7 +24,7 @@ def rebind(code: Path, plan: ModelPlan, out: Path) -> None:
         raise KilnError(f"{code} holds weights, not code alone; export it with --weights gguf")
     made = [c for c in manifest["constants"] if "source" in c]
     limits = {name: c["source"]["limit"] for c in made if "limit" in c["source"] for name in c["source"]["tensors"]}
-    records = constant_records(plan, limits)
+    records = constant_records(plan, limits, next((c["gathered"] for c in made if "gathered" in c), "device"))
     if records != made:
         other = next(((a, b) for a, b in zip(records, made, strict=False) if a != b), (None, None))
         raise KilnError(

@@ -134,16 +134,23 @@ def _layout(specs: Sequence[ConstantSpec]) -> tuple[bytes, dict[str, int], int]:
 
 
 def write_weights(
-    path: str | Path, plan: ModelPlan, progress: Progress | None = None, allow_nonfinite: bool = False, drafter: ModelPlan | None = None
+    path: str | Path,
+    plan: ModelPlan,
+    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+    drafter: ModelPlan | None = None,
+    ple: str = "device",
 ) -> list[dict[str, Any]]:
-    """Writes the weights file of `docs/ARTIFACT.md` and returns its records {name, dtype, shape, offset, bytes, sha256}. A drafter's
-    constants come behind its model's.
+    """Writes the weights file of `docs/ARTIFACT.md` and returns its records {name, dtype, shape, offset, bytes, sha256}. Constants of
+    which only rows are read come first, and their records have `gathered`: `ple`; a drafter's constants come behind its model's.
 
     The file appears under its name only when it is complete. `progress(constant name, bytes done, bytes in all)` is called after each
     piece. At most two slabs of 384 MiB are in memory, whatever the size of a tensor. Raises KilnError when the disk is too small, or a
     block scale or a value is not finite and not `allow_nonfinite`.
     """
     path = Path(path)
+    plan = replace(plan, weights=tuple(sorted(plan.weights, key=lambda p: not p.gathered)))
+    gathered = {c.name: {"gathered": ple} for p in plan.weights if p.gathered for c in plan_constants(p)}
     parts = {"": plan} | ({DRAFT: drafter} if drafter else {})
     specs = [replace(spec, name=under + spec.name) for under, part in parts.items() for spec in constants(part.config, part.weights)]
     header, offsets, size = _layout(specs)
@@ -175,6 +182,6 @@ def write_weights(
         f.write(bytes(size - f.tell()))
     return [
         {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": offsets[spec.name], "bytes": spec.nbytes,
-         "sha256": digests[spec.name].hexdigest()}
+         "sha256": digests[spec.name].hexdigest()} | gathered.get(spec.name, {})
         for spec in specs
     ]  # fmt: skip

@@ -30,6 +30,9 @@ _FUSIONS = (
 )
 
 
+PER_LAYER_TABLE = "per_layer_token_embd"
+
+
 @dataclass(frozen=True)
 class WeightPlan:
     """One weight of the model: a matrix [N, K], or a vector [N] when K is 0 (always F32).
@@ -44,6 +47,11 @@ class WeightPlan:
     K: int
     sources: tuple[str, ...]
     stack: int = 1
+
+    @property
+    def gathered(self) -> bool:
+        """Whether only rows of it are read, of a table that a device need not hold."""
+        return self.name == PER_LAYER_TABLE
 
     @property
     def bits_per_weight(self) -> float:

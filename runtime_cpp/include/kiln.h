@@ -52,6 +52,9 @@ typedef struct kiln_load_options {
   int verify_threads; /* 0: one */
   void (*progress)(uint64_t done, uint64_t total, void* user); /* bytes of weights on the device; may be NULL */
   void* user;
+  const char* weights; /* the GGUF file of the weights, where the artifact holds code only; else NULL */
+  const char* ple;     /* "device" or "host", where a GPU finds a per-layer embedding's table; NULL: as the artifact says */
+  void (*note)(const char* line, void* user); /* of what a user should know of a GGUF file that is otherwise in order; may be NULL */
 } kiln_load_options;
 
 /* Opens the artifact in the folder `path`. `options` may be NULL. */

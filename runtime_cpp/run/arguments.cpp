@@ -11,6 +11,7 @@ namespace {
 std::vector<Option> option_table(Arguments& a) {
   return {
       {"--weights", "FILE", "the GGUF file of the weights, where the artifact holds code only", text(a.weights)},
+      {"--ple", "device|host", "where a GPU finds a per-layer embedding's table; host: in pinned memory, read over the bus (as the artifact says)", text(a.ple)},
       {"--prompt", "TEXT", "the user's turn", text(a.prompt)},
       {"--prompt-file", "FILE", "the same, from a file; - is standard input", text(a.prompt_file)},
       {"--tokens", "1,2,3", "token ids instead of text", text(a.tokens)},
@@ -87,6 +88,7 @@ Arguments parse_arguments(int argc, char** argv, std::string* help) {
   int sources = a.prompt.has_value() + a.prompt_file.has_value() + a.tokens.has_value();
   if (a.bench && a.tokenize) usage("--bench and --tokenize-stdin exclude each other");
   if (a.draft != "off" && a.draft != "ngram" && a.draft != "mtp") usage("--draft ", excerpt(a.draft), ": must be ngram, mtp or off");
+  if (!a.ple.empty() && a.ple != "device" && a.ple != "host") usage("--ple ", excerpt(a.ple), ": must be device or host");
   if (a.rates && (!a.bench || a.draft != "off")) usage("--draft-rates needs --bench, without --draft");
   if (a.rates) a.draft_rates = parse_rates(*a.rates);
   if (a.draft_length && a.draft == "off" && !a.rates) usage("--draft-length needs --draft");

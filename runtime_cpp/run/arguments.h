@@ -9,7 +9,7 @@ namespace kiln {
 
 // The command line of kiln-run.
 struct Arguments {
-  std::string artifact, weights, device = "auto", logits_file, draft = "off";
+  std::string artifact, weights, ple, device = "auto", logits_file, draft = "off";
   std::optional<std::string> prompt, prompt_file, tokens, depths, rates;
   std::vector<int64_t> ids;  // of --tokens, or of --depths
   std::vector<double> draft_rates;  // of --draft-rates

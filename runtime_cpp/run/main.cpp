@@ -77,7 +77,7 @@ struct Run {  // what one prompt gave
 // Members of a JSON object, without braces.
 std::string memory_json(const Session& session, const MemoryReport& m) {
   auto member = [](const char* name, uint64_t bytes) { return "\"" + std::string(name) + "\": " + std::to_string(bytes) + ", "; };
-  return "\"memory\": {" + member("weights", m.weights) + member("kv_ring", m.kv_ring) + member("kv_global", m.kv_global) +
+  return "\"memory\": {" + member("weights", m.weights) + member("host_weights", m.host_weights) + member("kv_ring", m.kv_ring) + member("kv_global", m.kv_global) +
          member("kv_state", m.kv_state) +
          member("activations", m.activations) + member("graph", m.graph) + member("other", m.other) + "\"total\": " + std::to_string(m.total()) + "}, " +
          member("memory_outside", m.outside) + "\"early_launches\": " + std::to_string(session.early_launches());
@@ -85,7 +85,7 @@ std::string memory_json(const Session& session, const MemoryReport& m) {
 
 std::string memory_text(const Session& session, const MemoryReport& m) {
   auto gb = [](const char* name, uint64_t bytes) { return name + json_number(static_cast<double>(bytes) / 1e9, "%.3f") + " GB"; };
-  std::string text = gb("memory: weights ", m.weights) + gb(", KV ring ", m.kv_ring) + gb(", KV global ", m.kv_global) +
+  std::string text = gb("memory: weights ", m.weights) + (m.host_weights ? gb(" (and on the host ", m.host_weights) + ")" : "") + gb(", KV ring ", m.kv_ring) + gb(", KV global ", m.kv_global) +
                      (m.kv_state ? gb(", state ", m.kv_state) : "") +
                      gb(", activations ", m.activations) + gb(", graph ", m.graph) + gb(", other ", m.other) + gb(", total ", m.total());
   if (session.model().target().cuda)
@@ -123,6 +123,7 @@ std::shared_ptr<const Model> load_model(const Arguments& a, LoadProgress& progre
   load.threads = a.threads ? static_cast<int>(a.threads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   load.small_context = !std::getenv("KILN_FULL_STACK");
   load.weights = a.weights;
+  load.ple = a.ple;
   load.note = [](const std::string& line) { std::fprintf(stderr, "kiln-run: note: %s\n", one_line(line).c_str()); };
   load.progress = [&](uint64_t done, uint64_t total) {
     end_if_noted();

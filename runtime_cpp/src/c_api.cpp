@@ -185,6 +185,9 @@ kiln_status kiln_model_load(const char* path, const kiln_load_options* given, ki
     if (wanted.verify_threads < 0) misused("verify_threads is ", wanted.verify_threads, ", must be 0 or more");
     kiln::LoadOptions options;
     if (wanted.device) options.device = wanted.device;
+    if (wanted.weights) options.weights = wanted.weights;
+    if (wanted.ple) options.ple = wanted.ple;
+    if (wanted.note) options.note = [wanted](const std::string& line) { wanted.note(line.c_str(), wanted.user); };
     options.verify = wanted.verify;
     options.threads = std::max(1, wanted.verify_threads);
     if (wanted.progress) options.progress = [wanted](uint64_t done, uint64_t total) { wanted.progress(done, total, wanted.user); };

@@ -42,9 +42,10 @@ py::array_t<float> to_numpy(const std::vector<float>& row) {
 namespace {
 
 std::shared_ptr<const Model> load(const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
-                                  const std::optional<std::string>& weights) {
+                                  const std::optional<std::string>& weights, const std::optional<std::string>& ple) {
   kiln::LoadOptions options;
   options.weights = weights.value_or("");
+  options.ple = ple.value_or("");
   options.note = [](const std::string& line) {
     py::gil_scoped_acquire gil;
     if (PyErr_WarnEx(PyExc_UserWarning, line.c_str(), 1) != 0) throw py::error_already_set();
@@ -112,6 +113,7 @@ void set_logits_sink(Session& session, py::object sink) {
 py::dict memory_of(const kiln::MemoryReport& m) {
   py::dict out;
   out["weights"] = m.weights;
+  out["host_weights"] = m.host_weights;
   out["kv_ring"] = m.kv_ring;
   out["kv_global"] = m.kv_global;
   out["kv_state"] = m.kv_state;
@@ -169,13 +171,13 @@ PYBIND11_MODULE(_runtime, m) {
 
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
       .def(py::init([](const std::string& path, const std::string& device, bool verify, int threads, py::object progress,
-                       const std::optional<std::string>& weights) {
-             return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress), weights));
+                       const std::optional<std::string>& weights, const std::optional<std::string>& ple) {
+             return std::const_pointer_cast<Model>(load(path, device, verify, threads, std::move(progress), weights, ple));
            }),
            py::arg("path"), py::arg("device") = "auto", py::arg("verify") = false, py::arg("threads") = 1, py::arg("progress") = py::none(),
-           py::arg("weights") = py::none(),
+           py::arg("weights") = py::none(), py::arg("ple") = py::none(),
            "Loads an artifact; progress(done_bytes, total_bytes) is called while the weights are loaded. weights: the GGUF file, of an artifact that "
-           "holds code only.")
+           "holds code only. ple: 'device' or 'host', where a GPU finds a per-layer embedding's table; as the artifact says otherwise.")
       .def_property_readonly("tokenizer", &Model::tokenizer, py::return_value_policy::reference_internal)
       .def_property_readonly("manifest", [](const Model& model) { return py::module_::import("json").attr("loads")(model.artifact().manifest); })
       .def_property_readonly("device", &Model::device)

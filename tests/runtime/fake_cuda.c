@@ -15,7 +15,7 @@ enum { kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidContext = 201,
 enum { kPage = 2 << 20, kRanges = 4096 };
 static const size_t kTotal = (size_t)3 << 30;
 
-static struct { Pointer at; size_t bytes; } mapped[kRanges];
+static struct { Pointer at; size_t bytes; int host; } mapped[kRanges];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static size_t used, most;
 static int streams, events, graphs, modules, handles, reserved_ranges, launches, replays;
@@ -28,22 +28,25 @@ static char context[1];
 
 static void count(int* what, int by) { __atomic_add_fetch(what, by, __ATOMIC_SEQ_CST); }
 
-static int add(Pointer at, size_t bytes) {
+// host: memory of the host that the GPU finds at the same addresses, which takes none of its own.
+static int add_range(Pointer at, size_t bytes, int host) {
   pthread_mutex_lock(&lock);
   int code = kOutOfMemory;
-  if (used + bytes <= kTotal)
+  if (host || used + bytes <= kTotal)
     for (int i = 0; i < kRanges && code; ++i)
-      if (!mapped[i].bytes) mapped[i].at = at, mapped[i].bytes = bytes, used += bytes, code = kSuccess;
+      if (!mapped[i].bytes) mapped[i].at = at, mapped[i].bytes = bytes, mapped[i].host = host, used += host ? 0 : bytes, code = kSuccess;
   if (used > most) most = used;
   pthread_mutex_unlock(&lock);
   return code;
 }
 
+static int add(Pointer at, size_t bytes) { return add_range(at, bytes, 0); }
+
 static int drop(Pointer at) {
   int code = kInvalidValue;
   pthread_mutex_lock(&lock);
   for (int i = 0; i < kRanges && code; ++i)
-    if (mapped[i].bytes && mapped[i].at == at) used -= mapped[i].bytes, mapped[i].bytes = 0, code = kSuccess;
+    if (mapped[i].bytes && mapped[i].at == at) used -= mapped[i].host ? 0 : mapped[i].bytes, mapped[i].bytes = 0, code = kSuccess;
   pthread_mutex_unlock(&lock);
   return code;
 }
@@ -85,8 +88,8 @@ int fake_cuMemAlloc(Pointer* p, size_t n) {
   return 0;
 }
 int fake_cuMemFree(Pointer p) { NEEDS_CONTEXT; NOT_CAPTURED; int code = drop(p); if (!code) free((void*)p); return code; }
-int fake_cuMemHostAlloc(void** p, size_t n, unsigned f) { NEEDS_CONTEXT; return count(&handles, 1), *p = malloc(n), 0; }
-int fake_cuMemFreeHost(void* p) { NEEDS_CONTEXT; return count(&handles, -1), free(p), 0; }
+int fake_cuMemHostAlloc(void** p, size_t n, unsigned f) { NEEDS_CONTEXT; return count(&handles, 1), *p = malloc(n), add_range((Pointer)*p, n, 1); }
+int fake_cuMemFreeHost(void* p) { NEEDS_CONTEXT; int code = drop((Pointer)p); if (!code) count(&handles, -1), free(p); return code; }
 int fake_cuMemAddressReserve(Pointer* p, size_t n, size_t align, Pointer at, unsigned long long f) {
   NEEDS_CONTEXT;
   if (n % kPage) return kInvalidValue;

@@ -97,17 +97,19 @@ import ctypes, json, pickle, sys
 import kiln
 want = pickle.load(open(sys.argv[3], "rb"))
 done = []
-model = kiln.Model(sys.argv[1], device=sys.argv[4], weights=sys.argv[2], progress=lambda *p: done.append(p))
+given = {"weights": sys.argv[2]} if sys.argv[2] else {}
+model = kiln.Model(sys.argv[1], device=sys.argv[4], progress=lambda *p: done.append(p), ple=sys.argv[5] or None, **given)
 memory = model.weight_memory()
 wrong = [name for name, data in want.items() if ctypes.string_at(*memory[name]) != data]
 print(json.dumps({"wrong": wrong, "aligned": all(at % 64 == 0 for at, _ in memory.values()), "done": done[-1]}))
 """
 
 
-def compare(artifact: Path, case: Case, device: str, environment: dict[str, str]) -> dict:
+def compare(artifact: Path, case: Case | dict[str, bytes], device: str, environment: dict[str, str], ple: str = "") -> dict:
+    """What differs of the constants in a model's memory. case: or the constants of an artifact that holds them."""
     want = artifact / "want"
-    want.write_bytes(pickle.dumps(case.want))
-    command = [sys.executable, "-c", COMPARE, artifact, case.path, want, device]
+    want.write_bytes(pickle.dumps(case.want if isinstance(case, Case) else case))
+    command = [sys.executable, "-c", COMPARE, artifact, case.path if isinstance(case, Case) else "", want, device, ple]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -130,24 +132,75 @@ def fake_driver(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.builds
 def test_planes_equal_pack_through_the_staging_of_a_gpu(cpu, case, tmp_path, fake_driver):
     """What the kernels are given is right: addresses, sizes, tables. The driver of the test does what they do."""
-    artifact = case.make(cpu, tmp_path / "a")
-    images = {f"pack_{plane}.cubin": b"\x7fELF pack %d\0" % bits for plane, bits in (("words", 32), ("halves", 16))}
-    kernels = {plane: {"file": f"pack_{plane}.cubin", "kernel": "kiln_pack_plane", "threads": 32 * WARPS, "shared": 1, "rows": ROWS,
-                       "units": UNITS} for plane in ("words", "halves")}  # fmt: skip
-
-    def for_a_gpu(manifest: dict) -> None:
-        (target,) = manifest["targets"]
-        target |= {"target": "sm_90", "device": "cuda", "compute_capability": [9, 0], "packing": kernels}
-        add_to_package(artifact, target, images)
-
-    change(artifact, for_a_gpu)
+    artifact = for_a_gpu(case.make(cpu, tmp_path / "a"))
     assert compare(artifact, case, "cuda", fake_driver)["wrong"] == []
-    left = json.loads(Path(fake_driver["FAKE_CUDA_REPORT"]).read_text())
+    left = report(fake_driver)
     assert not any(left[what] for what in ("bytes", "streams", "events", "modules", "handles")), left
     assert left["most"] > 64 << 20  # staged
     change(artifact, lambda m: m["targets"][0].pop("packing"))
     with pytest.raises(AssertionError, match="pack_halves.cubin', which the manifest does not name|pack_words.cubin', which the manifest"):
         compare(artifact, case, "cuda", fake_driver)
+
+
+def report(fake_driver: dict[str, str]) -> dict[str, int]:
+    return json.loads(Path(fake_driver["FAKE_CUDA_REPORT"]).read_text())
+
+
+def for_a_gpu(artifact: Path) -> Path:
+    """The CPU's artifact as one of a GPU that the test's driver plays."""
+    images = {f"pack_{plane}.cubin": b"\x7fELF pack %d\0" % bits for plane, bits in (("words", 32), ("halves", 16))}
+    kernels = {plane: {"file": f"pack_{plane}.cubin", "kernel": "kiln_pack_plane", "threads": 32 * WARPS, "shared": 1, "rows": ROWS,
+                       "units": UNITS} for plane in ("words", "halves")}  # fmt: skip
+
+    def edit(manifest: dict) -> None:
+        (target,) = manifest["targets"]
+        target |= {"target": "sm_90", "device": "cuda", "compute_capability": [9, 0], "packing": kernels}
+        add_to_package(artifact, target, images)
+
+    change(artifact, edit)
+    return artifact
+
+
+def gathered(artifact: Path, names: tuple[str, ...], where: str) -> None:
+    change(artifact, lambda m: [c.update(gathered=where) for c in m["constants"] if c["name"].startswith(names)])
+
+
+@pytest.mark.builds
+def test_what_rows_are_read_of_may_lie_in_host_memory(cpu, case, tmp_path, fake_driver):
+    """Of a GGUF file and of an artifact that holds its weights: the same constants, and the device's memory without those of the host."""
+    names = ("Q6_K.", "F32.matrix", "F16.vector")
+    artifact = for_a_gpu(case.make(cpu, tmp_path / "a"))
+    gathered(artifact, names, "host")
+    most = {}
+    for ple in ("device", "host", ""):
+        assert compare(artifact, case, "cuda", fake_driver, ple)["wrong"] == []
+        left = report(fake_driver)
+        most[ple] = left["most"]
+        assert not any(left[what] for what in ("bytes", "handles")), left
+    sizes = [-(-c["bytes"] // 256) * 256 for c in json.loads((artifact / "manifest.json").read_text())["constants"] if "gathered" in c]
+    assert len(sizes) == 4 and most["device"] - most["host"] == sum(sizes) and most[""] == most["host"]
+    assert compare(case.make(cpu, tmp_path / "cpu"), case, "cpu", {}, "host")["wrong"] == []  # one memory
+
+    holds = tmp_path / "holds"
+    shutil.copytree(cpu, holds)
+    constants = sorted(json.loads((holds / "manifest.json").read_text())["constants"], key=lambda c: c["offset"])
+    data = (holds / "weights.safetensors").read_bytes()
+    want = {c["name"]: data[c["offset"] : c["offset"] + c["bytes"]] for c in constants}
+    first, second, *_ = (c["name"] for c in constants)
+    for_a_gpu(holds)
+    gathered(holds, (first,), "host")
+    for ple in ("device", "host"):
+        assert compare(holds, want, "cuda", fake_driver, ple)["wrong"] == []
+        most[ple] = report(fake_driver)["most"]
+    assert most["device"] > most["host"]
+    change(holds, lambda m: [c.pop("gathered", None) for c in m["constants"]])
+    gathered(holds, (second,), "host")
+    with pytest.raises(AssertionError, match="constants of which only rows are read stand among others; export the model again"):
+        compare(holds, want, "cuda", fake_driver)
+    assert compare(holds, want, "cuda", fake_driver, "device")["wrong"] == []
+    gathered(holds, (second,), "elsewhere")
+    fails("'gathered' is 'elsewhere', neither 'device' nor 'host'", holds, "--tokens", 1)
+    fails("--ple elsewhere: must be device or host", cpu, "--tokens", 1, "--ple", "elsewhere", code=2)
 
 
 def test_another_file_of_the_same_tensors(cpu, case, tmp_path):

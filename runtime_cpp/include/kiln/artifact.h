@@ -33,6 +33,8 @@ struct ConstantSpec : TensorSpec {
   std::string plane;
   std::vector<std::string> tensors;
   double limit = 0;  // of the size of a value, where there is one
+  // Only rows of it are read, as of a per-layer embedding: on a GPU it may lie in the host's memory; whether it does unless LoadOptions say.
+  bool gathered = false, host = false;
 
   bool made() const { return !plane.empty(); }
 };

@@ -18,6 +18,9 @@ struct LoadOptions {
   std::string device = "auto";
   bool verify = false;  // recompute every SHA-256 before anything is used; of a GGUF file those that the artifact has
   int threads = 1;      // of verify
+  // Where a GPU finds a table of which only rows are read, a per-layer embedding: "device", "host" (pinned memory, read over the bus), or as the
+  // artifact says.
+  std::string ple;
   std::function<void(uint64_t done, uint64_t total)> progress;  // bytes of weights on the device so far, from 0 to total
   std::function<void(const std::string& line)> note;            // of what a user should know of a GGUF file that is otherwise in order
   // The process runs no GPU kernels but ours: its CUDA context may be as small as they allow.

@@ -59,7 +59,9 @@ enum class Stop { Eog, Length, MaxSeqLen, Callback };
 const char* stop_name(Stop stop);  // "eog", "length", "max_seq_len", "callback"
 
 struct MemoryReport {  // bytes
-  uint64_t weights = 0, kv_ring = 0, kv_global = 0, kv_state = 0;
+  uint64_t weights = 0;       // on the device
+  uint64_t host_weights = 0;  // GPU, not in total(): in pinned memory of the host
+  uint64_t kv_ring = 0, kv_global = 0, kv_state = 0;
   uint64_t activations = 0;  // the most that this session's model calls took at any time; GPU: the memory kept for them
   uint64_t graph = 0;        // GPU: the same of the decode step, once it is a graph
   uint64_t other = 0;        // GPU: inputs and the workspace of matmuls. CPU: the process's anonymous memory less all of these

@@ -35,6 +35,7 @@ class Model:
         threads: int = 1,
         progress: Callable[[int, int], object] | None = None,
         weights: str | None = None,
+        ple: str | None = None,
     ) -> None: ...
     @property
     def tokenizer(self) -> Tokenizer: ...

@@ -197,6 +197,11 @@ void Artifact::read_manifest() {
         spec.offset = static_cast<uint64_t>(int_at(c, "offset", 0));
         spec.sha256 = string_at(c, "sha256");
       }
+      if (const Json* memory = c.find("gathered")) {
+        spec.gathered = true;
+        spec.host = memory->as_string() == "host";
+        if (!spec.host && memory->as_string() != "device") fail("'", spec.name, "': 'gathered' is '", memory->as_string(), "', neither 'device' nor 'host'");
+      }
       constants.push_back(std::move(spec));
     }
     for (const Json& k : root.at("kv")) {

@@ -42,21 +42,25 @@ std::string as_float32(const std::string& type, const std::string& raw) {
 
 }  // namespace
 
-RawWeights::RawWeights(const Artifact& artifact, const std::string& path, bool verify, std::vector<std::string>* notes) : map_(artifact.gguf), file_(path) {
+RawWeights::RawWeights(const Artifact& artifact, const std::string& path, bool verify, const std::function<bool(const ConstantSpec&)>& host,
+                       std::vector<std::string>* notes)
+    : map_(artifact.gguf), file_(path) {
   map_->check(file_, verify, notes);
   for (const ConstantSpec& c : artifact.constants) {
-    places_[c.name] = bytes_;
-    if (__builtin_add_overflow(bytes_, (c.bytes + kAlignment - 1) / kAlignment * kAlignment, &bytes_)) fail(artifact.directory(), ": its constants cannot be counted");
+    uint64_t& bytes = bytes_[host(c)];
+    places_[c.name] = bytes;
+    if (__builtin_add_overflow(bytes, (c.bytes + kAlignment - 1) / kAlignment * kAlignment, &bytes)) fail(artifact.directory(), ": its constants cannot be counted");
   }
   std::map<std::string, Piece> packed;  // by tensor: words and halves are two constants of it
   for (const ConstantSpec& c : artifact.constants) {
     const uint64_t at = places_[c.name];
+    const bool on_host = host(c);
     if (!c.made()) {
-      made_.push_back({at, std::string(artifact.weights->data() + c.offset, c.bytes)});
+      made_.push_back({at, std::string(artifact.weights->data() + c.offset, c.bytes), on_host});
       continue;
     }
     if (c.plane == "values") {
-      place_values(c, at);
+      place_values(c, at, on_host);
       continue;
     }
     uint64_t row = 0;
@@ -66,9 +70,9 @@ RawWeights::RawWeights(const Artifact& artifact, const std::string& path, bool v
       const Packing& packing = map_->packings().at(t.type);
       const auto rows = static_cast<uint64_t>(t.rows()), groups = static_cast<uint64_t>(t.shape.back()) / packing.elements();
       Piece& piece = packed.emplace(name, Piece{&file_.part(found.part), found.offset, rows, groups * packing.bytes(), &packing, groups,
-                                                static_cast<uint64_t>(c.shape.back()), kNone, kNone}).first->second;
+                                                static_cast<uint64_t>(c.shape.back()), kNone, kNone, on_host}).first->second;
       uint64_t& place = c.plane == "words" ? piece.words : piece.halves;
-      if (place != kNone || piece.n != static_cast<uint64_t>(c.shape.back())) fail(artifact.directory(), ": two constants are made of tensor ", name);
+      if (place != kNone || piece.n != static_cast<uint64_t>(c.shape.back()) || piece.host != on_host) fail(artifact.directory(), ": two constants are made of tensor ", name);
       place = at + row * dtype_bytes(c.dtype);
       row += rows;
     }
@@ -84,7 +88,7 @@ RawWeights::RawWeights(const Artifact& artifact, const std::string& path, bool v
   for (const Piece& p : pieces_) raw_bytes_ += p.rows * p.row_bytes;
 }
 
-void RawWeights::place_values(const ConstantSpec& c, uint64_t at) {
+void RawWeights::place_values(const ConstantSpec& c, uint64_t at, bool host) {
   for (const std::string& name : c.tensors) {
     const GgufMap::Tensor& t = map_->tensor(name);
     const GgufTensor& found = file_.tensors().at(name);
@@ -94,6 +98,7 @@ void RawWeights::place_values(const ConstantSpec& c, uint64_t at) {
       const uint64_t row_bytes = map_->bytes(t) / rows;
       Piece piece{&part, found.offset, rows, row_bytes, nullptr};
       piece.words = at;
+      piece.host = host;
       pieces_.push_back(piece);
       at += rows * row_bytes;
       continue;
@@ -110,7 +115,7 @@ void RawWeights::place_values(const ConstantSpec& c, uint64_t at) {
         fail(file_.path(), ": tensor ", name, ", element ", i, ": ", value, ", the artifact's caches hold what at most ", c.limit, " makes; export it for this file with --kv-cache bf16");
     }
     const uint64_t size = values.size();
-    made_.push_back({at, std::move(values)});
+    made_.push_back({at, std::move(values), host});
     at += size;
   }
 }

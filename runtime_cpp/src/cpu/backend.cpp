@@ -169,7 +169,7 @@ class CpuBackend : public Backend {
  public:
   Device device() const override { return {}; }
   uint64_t free_bytes() const override { return proc_bytes("/proc/meminfo", "MemAvailable"); }
-  Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const override {
+  Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, bool, const Progress& progress) const override {
     // Every page once, so that the wait for the disk is here and seen, not in the first prompt.
     for (uint64_t at = 0, next = 0; at < bytes; at = next) {
       next = std::min(bytes, at + kReadAheadBytes);
@@ -180,14 +180,14 @@ class CpuBackend : public Backend {
     // The mapping is read-only: a compiled model that wrote to a weight would fault instead of corrupting it.
     return Tensor::over(const_cast<char*>(file.data()) + offset, {}, Scalar::U8, {static_cast<int64_t>(bytes)});
   }
-  Tensor load(const RawWeights& weights, const LoaderCode*, const Progress& progress) const override {
+  std::array<Tensor, 2> load(const RawWeights& weights, const LoaderCode*, const Progress& progress) const override {
     Tensor blob = Tensor::make(std::make_shared<ZeroPages>(), {}, Scalar::U8, {static_cast<int64_t>(weights.bytes())});
     auto* to = static_cast<char*>(blob.data());
     for (const RawWeights::Made& m : weights.made()) std::memcpy(to + m.at, m.bytes.data(), m.bytes.size());
     pack_all(weights, to, progress);
     mprotect(to, weights.bytes(), PROT_READ);  // a compiled model that wrote to a weight would fault instead of corrupting it
     packed_ = weights.bytes();
-    return blob;
+    return {blob, {}};
   }
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CpuTimeline>(packed_); }
   Tensor keep(uint64_t bytes, bool) const override { return Tensor::make(std::make_shared<ZeroPages>(), {}, Scalar::U8, {static_cast<int64_t>(bytes)}); }

@@ -173,12 +173,16 @@ class CudaBackend : public Backend {
     return free;
   }
 
-  Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const override {
-    return load_file(gpu_, file, offset, bytes, progress);
+  Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, bool host, const Progress& progress) const override {
+    if (!host) return load_file(gpu_, file, offset, bytes, progress);
+    Tensor blob = keep(bytes, true);
+    file.read(offset, bytes, static_cast<char*>(blob.data()), kReaders);
+    return blob;
   }
-  Tensor load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const override {
+  std::array<Tensor, 2> load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const override {
     if (!loader) fail("the package has no kernels that pack a GGUF file's weights; export the model again");
-    return load_raw(gpu_, weights, *loader, progress);
+    Tensor host = weights.bytes(true) ? keep(weights.bytes(true), true) : Tensor();
+    return {load_raw(gpu_, weights, host, *loader, progress), host};
   }
 
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CudaTimeline>(gpu_, modules_); }

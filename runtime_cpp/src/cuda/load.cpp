@@ -24,7 +24,6 @@ constexpr uint64_t kStagingBytes = 64 << 20;
 constexpr uint64_t kAlone = 1 << 20;  // below it one thread reads
 constexpr uint64_t kGap = 1 << 16;    // between two tensors, at most, that are read at once
 constexpr uint64_t kOverrun = 4;      // bytes behind a block that a kernel may read
-constexpr unsigned kReaders = 4;      // threads that fill a staging buffer
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 struct Extent {
@@ -239,14 +238,14 @@ Tensor load_file(const std::shared_ptr<const Gpu>& gpu, const MappedFile& file, 
   return blob;
 }
 
-Tensor load_raw(const std::shared_ptr<const Gpu>& gpu, const RawWeights& weights, const LoaderCode& loader, const Progress& progress) {
+Tensor load_raw(const std::shared_ptr<const Gpu>& gpu, const RawWeights& weights, const Tensor& host, const LoaderCode& loader, const Progress& progress) {
   Current current(*gpu);
   auto memory = std::make_shared<DeviceMemory>(gpu);
   auto make = [&](uint64_t bytes) { return Tensor::make(memory, {true, gpu->index()}, Scalar::U8, {static_cast<int64_t>(bytes)}); };
   Tensor blob = make(weights.bytes()), staging = make(kStagingBytes + kOverrun);
-  const Pointer to = address(blob.data()), staged = address(staging.data());
+  const Pointer to[2] = {address(blob.data()), weights.bytes(true) ? address(host.data()) : 0}, staged = address(staging.data());
   OwnStream own;
-  for (const RawWeights::Made& m : weights.made()) to_device(to + m.at, m.bytes.data(), m.bytes.size(), own.stream);
+  for (const RawWeights::Made& m : weights.made()) to_device(to[m.host] + m.at, m.bytes.data(), m.bytes.size(), own.stream);
 
   const PackingKernel words(loader.words), halves(loader.halves);
   std::map<const Packing*, std::array<PlaneTable, 2>> tables;
@@ -271,15 +270,15 @@ Tensor load_raw(const std::shared_ptr<const Gpu>& gpu, const RawWeights& weights
     const bool packs = std::any_of(segments[i].begin(), segments[i].end(), [](const Segment& s) { return s.piece->packing; });
     if (packs) to_device(staged, data, extents[i].bytes, own.stream);
     for (const Segment& s : segments[i])
-      if (!s.piece->packing) to_device(to + s.piece->words + s.first * s.piece->row_bytes, data + s.at, s.rows * s.piece->row_bytes, own.stream);
+      if (!s.piece->packing) to_device(to[s.piece->host] + s.piece->words + s.first * s.piece->row_bytes, data + s.at, s.rows * s.piece->row_bytes, own.stream);
   };
   auto then = [&](size_t i) {
     for (const Segment& s : segments[i]) {
       const RawWeights::Piece& p = *s.piece;
       if (!p.packing) continue;
       const auto& planes = tables.at(p.packing);
-      words.launch(staged + s.at, to + p.words + s.first * sizeof(uint32_t), planes[0].terms, planes[0].counts, p, s.rows, p.packing->words(), own.stream);
-      halves.launch(staged + s.at, to + p.halves + s.first * sizeof(uint16_t), planes[1].terms, planes[1].counts, p, s.rows, p.packing->halves(), own.stream);
+      words.launch(staged + s.at, to[p.host] + p.words + s.first * sizeof(uint32_t), planes[0].terms, planes[0].counts, p, s.rows, p.packing->words(), own.stream);
+      halves.launch(staged + s.at, to[p.host] + p.halves + s.first * sizeof(uint16_t), planes[1].terms, planes[1].counts, p, s.rows, p.packing->halves(), own.stream);
     }
   };
   through_pinned(*gpu, extents, own.stream, take, then, progress);

@@ -9,9 +9,12 @@
 
 namespace kiln {
 
+constexpr unsigned kReaders = 4;  // threads that read a file into memory
+
 // Bytes of files on their way to a GPU: through two pinned buffers that threads fill by turns. uint8 [bytes].
 Tensor load_file(const std::shared_ptr<const cuda::Gpu>& gpu, const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress);
-// The same of GGUF tensors; blocks are packed by the package's kernels behind the copy.
-Tensor load_raw(const std::shared_ptr<const cuda::Gpu>& gpu, const RawWeights& weights, const LoaderCode& loader, const Progress& progress);
+// The same of GGUF tensors; blocks are packed by the package's kernels behind the copy. What lies in the host's memory they write to `host`,
+// pinned: its addresses are the GPU's too.
+Tensor load_raw(const std::shared_ptr<const cuda::Gpu>& gpu, const RawWeights& weights, const Tensor& host, const LoaderCode& loader, const Progress& progress);
 
 }  // namespace kiln

@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -79,10 +80,11 @@ class Backend {
   virtual ~Backend() = default;
   virtual Device device() const = 0;
   virtual uint64_t free_bytes() const = 0;
-  // uint8 [bytes] on the device, from `offset` of the file. On the CPU a view of the mapping: the file must outlive it.
-  virtual Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, const Progress& progress) const = 0;
-  // uint8 [weights.bytes()] on the device: tensors of GGUF files, packed on the way. `loader` is the package's kernels for that, on a GPU.
-  virtual Tensor load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const = 0;
+  // uint8 [bytes] on the device, or pinned on the host, from `offset` of the file. On the CPU a view of the mapping: the file must outlive it.
+  virtual Tensor load(const MappedFile& file, uint64_t offset, uint64_t bytes, bool host, const Progress& progress) const = 0;
+  // uint8 [weights.bytes(host)] on the device and pinned on the host: tensors of GGUF files, packed on the way. `loader` is the package's kernels
+  // for that, on a GPU.
+  virtual std::array<Tensor, 2> load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
   // uint8 [bytes] that outlive every timeline, and that any thread may release: on the device, or pinned on the host. On the CPU both are one.
   virtual Tensor keep(uint64_t bytes, bool host) const = 0;

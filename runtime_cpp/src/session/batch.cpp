@@ -646,7 +646,7 @@ MemoryReport Batch::memory() const {
   const Impl& b = *impl_;
   Turn turn(b.busy, *b.timeline, kInUse);
   MemoryReport report;
-  for (const ConstantSpec& c : b.shared.artifact.constants) report.weights += c.bytes;
+  b.shared.count(&report);
   for (const KvSpec& k : b.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes * static_cast<uint64_t>(b.made());
   b.timeline->measure(report);
   return report;

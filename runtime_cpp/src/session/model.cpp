@@ -105,7 +105,8 @@ void check_drafter(const Artifact& artifact) {
 }
 
 // The weights of a code-only artifact, checked; null where the artifact holds its own.
-std::unique_ptr<RawWeights> open_weights(const Artifact& artifact, const LoadOptions& options) {
+std::unique_ptr<RawWeights> open_weights(const Model::Impl& impl, const LoadOptions& options) {
+  const Artifact& artifact = impl.artifact;
   if (!artifact.gguf) {
     if (!options.weights.empty()) fail(artifact.directory(), ": holds its weights; give no other (", options.weights, ")");
     return nullptr;
@@ -113,10 +114,36 @@ std::unique_ptr<RawWeights> open_weights(const Artifact& artifact, const LoadOpt
   if (options.weights.empty())
     fail(artifact.directory(), ": holds code only; give the GGUF file of the weights with --weights (it was made of ", artifact.gguf->file(), ")");
   std::vector<std::string> notes;
-  auto weights = std::make_unique<RawWeights>(artifact, options.weights, options.verify, &notes);
+  auto weights = std::make_unique<RawWeights>(artifact, options.weights, options.verify, [&](const ConstantSpec& c) { return impl.on_host(c); }, &notes);
   for (const std::string& note : notes)
     if (options.note) options.note(note);
   return weights;
+}
+
+// Error where the device has no room for the weights.
+void check_room(const Model::Impl& impl, uint64_t bytes) {
+  if (const uint64_t free = impl.backend->free_bytes(); bytes > free)
+    fail("the weights take ", gigabytes(bytes), " (", bytes, " bytes), ", impl.backend->device().str(), " has ", gigabytes(free), " (", free, " bytes) free");
+}
+
+// The weights of an artifact that holds them. In the file, those in the host's memory follow one another, as do the others.
+void load_copied(Model::Impl& impl, const Progress& progress) {
+  const Artifact& artifact = impl.artifact;
+  struct {
+    uint64_t begin = UINT64_MAX, end = 0, bytes = 0;
+  } found[2];
+  for (const ConstantSpec& c : artifact.constants) {
+    auto& part = found[impl.on_host(c)];
+    part.begin = std::min(part.begin, c.offset), part.end = std::max(part.end, c.offset + c.bytes);
+  }
+  if (found[true].end && found[false].end && found[true].begin < found[false].end && found[false].begin < found[true].end)
+    fail(artifact.directory(), ": constants of which only rows are read stand among others; export the model again");
+  if (found[false].end && impl.target->cuda) check_room(impl, found[false].end - found[false].begin);
+  const Progress none;
+  for (bool host : {false, true})
+    if (const auto& part = found[host]; part.end)
+      impl.blobs[host] = impl.backend->load(*artifact.weights, part.begin, part.end - part.begin, host, host ? none : progress);
+  for (const ConstantSpec& c : artifact.constants) impl.bind(c, c.offset - found[impl.on_host(c)].begin);
 }
 
 // SHA-256 of the manifest, which has those of all else; and of the beginnings and ends of all tensors that are not in the artifact.
@@ -157,9 +184,11 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   check_drafter(artifact);
   Place place = choose_place(artifact, options.device);
   impl->target = place.target;
+  impl->ple = options.ple;
+  if (!options.ple.empty() && options.ple != "device" && options.ple != "host") fail("unknown place '", options.ple, "' of a per-layer embedding; use device or host");
   impl->package = std::make_unique<Package>(artifact, *place.target);
   if (options.verify) artifact.verify(options.threads);
-  std::unique_ptr<RawWeights> raw = open_weights(artifact, options);
+  std::unique_ptr<RawWeights> raw = open_weights(*impl, options);
 
   impl->identity = identity_of(artifact, raw.get());
   for (const ValueSpec& v : artifact.entry("decode").outputs)
@@ -174,24 +203,13 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   }
 
   impl->backend = place.cuda ? make_cuda_backend(place.index, options.small_context) : make_cpu_backend();
-  if (!artifact.constants.empty()) {
-    uint64_t begin = UINT64_MAX, end = 0;
-    for (const ConstantSpec& c : artifact.constants) begin = std::min(begin, c.offset), end = std::max(end, c.offset + c.bytes);
-    if (raw) begin = 0, end = raw->bytes();
-    if (place.cuda || raw) {
-      uint64_t free = impl->backend->free_bytes();
-      if (end - begin > free)
-        fail("the weights take ", gigabytes(end - begin), " (", end - begin, " bytes), ", impl->backend->device().str(), " has ", gigabytes(free), " (", free,
-             " bytes) free");
-    }
-    impl->blob = raw ? impl->backend->load(*raw, impl->package->loader(), options.progress)
-                     : impl->backend->load(*artifact.weights, begin, end - begin, options.progress);
-    auto* base = static_cast<char*>(impl->blob.data());
-    for (const ConstantSpec& c : artifact.constants) {
-      uint64_t offset = raw ? raw->at(c.name) : c.offset - begin;
-      Tensor view = Tensor::over(base + offset, impl->blob.device, scalar_of(c.dtype), c.shape);
-      impl->constants.emplace(c.name, std::move(view));
-    }
+  if (raw) {
+    check_room(*impl, raw->bytes());
+    auto loaded = impl->backend->load(*raw, impl->package->loader(), options.progress);
+    std::move(loaded.begin(), loaded.end(), impl->blobs);
+    for (const ConstantSpec& c : artifact.constants) impl->bind(c, raw->at(c.name));
+  } else {
+    load_copied(*impl, options.progress);
   }
   return impl;
 }

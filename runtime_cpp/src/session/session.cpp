@@ -429,7 +429,7 @@ MemoryReport Session::memory() const {
   const Impl& s = *impl_;
   Turn turn(s.busy, *s.timeline);
   MemoryReport report;
-  for (const ConstantSpec& c : s.shared.artifact.constants) report.weights += c.bytes;
+  s.shared.count(&report);
   for (const KvSpec& k : s.shared.artifact.kv) (k.ring ? report.kv_ring : k.state ? report.kv_state : report.kv_global) += k.bytes;
   s.timeline->measure(report);
   return report;

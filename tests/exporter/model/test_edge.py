@@ -16,7 +16,9 @@ from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights.mixes import MIXES, block_types
 from kiln.exporter.artifact.cost import cost
+from kiln.exporter.artifact.mapping import constant_records
 from kiln.exporter.artifact.memory import memory_plan
+from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.compiler.trace import ENTRIES, lower, trace
 from kiln.exporter.errors import KilnError
 from kiln.exporter.measure.players import AllPositionsSpec
@@ -178,7 +180,20 @@ def test_the_table_is_read_by_rows(states) -> None:
     whole = sum(t.numel() * t.element_size() for name, t in states[WIDE].items())
     row = table.bits_per_weight * table.K / 8
     assert cost(spec.config, spec.plan)["weight_bytes"] == whole - table.N * row + row
-    assert memory_plan(spec).weights == whole
+    planned, on_host = memory_plan(spec), memory_plan(spec, "host")
+    assert (planned.weights, planned.host_weights) == (whole, 0)
+    assert (on_host.weights, on_host.host_weights) == (whole - table.N * row, table.N * row)
+
+
+def test_a_table_on_the_host_comes_first_in_the_file_and_is_marked(tmp_path: Path) -> None:
+    plan = read_plan(FIXTURES / f"{WIDE}.gguf")
+    records = write_weights(tmp_path / "w", plan, ple="host")
+    marked = [r for r in records if "gathered" in r]
+    assert marked and all(r["gathered"] == "host" and r["name"].startswith("per_layer_token_embd.") for r in marked)
+    assert max(r["offset"] for r in marked) < min(r["offset"] for r in records if "gathered" not in r)
+    mapped = {r["name"]: r["gathered"] for r in constant_records(plan, {}, "host") if "gathered" in r}
+    assert mapped == {r["name"]: "host" for r in marked}
+    assert {r["gathered"] for r in write_weights(tmp_path / "d", plan) if "gathered" in r} == {"device"}
 
 
 # ---- what a file may hold ----
