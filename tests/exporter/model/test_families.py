@@ -169,7 +169,7 @@ EDGE = Model("gemma4-tiny-edge-wide-Q4_K_M", 1e-3)
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", [*MODELS[2:8], *MODELS[10:], EDGE], ids=lambda model: model.name)
 def test_on_a_gpu(model: Model, files: Path, tmp_path: Path) -> None:
-    """bfloat16 activations, fused decode: no further from the reference than 1.2 times what eager bfloat16 is. A per-layer embedding on the host
+    """bfloat16 activations, fused decode: no further from the reference than 1.2 times what eager bfloat16 is. An embedding on the host
     changes no bit."""
     runner = pytest.importorskip("kiln")
     path = model_file(model, files)
