@@ -22,9 +22,10 @@ from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.block_types import LAYOUTS, RARE_TARGETS, USUAL_TYPES, usual_targets
 from kiln.custom_ops.weights.fixed_point import GROUP, WIDE, extent_of, store_fixed
+from kiln.custom_ops.weights.gemv_fragments import loads_of
 from kiln.custom_ops.weights.gemv_kernels import kiln_gemv
 from kiln.custom_ops.weights.gemv_rows import kiln_gemv_rows
-from kiln.custom_ops.weights.gemv_sums import kiln_gemv_sums, loads_of
+from kiln.custom_ops.weights.gemv_sums import kiln_gemv_sums
 from kiln.custom_ops.weights.gemv_tiles import kiln_gemv_tiles
 from kiln.custom_ops.weights.layouts import dequantize
 from kiln.custom_ops.weights.packed import check_weight, format_constants, halves_pointer

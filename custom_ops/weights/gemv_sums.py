@@ -16,260 +16,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kiln.custom_ops.gpu.early import INTERPRETED, after_waiting, wait_for_earlier_kernels, waits
-from kiln.custom_ops.weights.dequantize import unpack8
+from kiln.custom_ops.gpu.early import after_waiting, wait_for_earlier_kernels, waits
 from kiln.custom_ops.weights.fixed_point import extent_words, row_words
 from kiln.custom_ops.weights.gemv_finish import finish, ordered_root
+from kiln.custom_ops.weights.gemv_fragments import (
+    GROUPS,
+    block_halves,
+    block_scales,
+    four_if,
+    group_operands,
+    group_quants,
+    group_scale,
+    loads_of,
+    no_load_earlier,
+    row_float,
+    row_minima,
+    row_scales,
+    signed_levels,
+    small_product,
+    sum_of_pair,
+    tile_product,
+    two,
+)
 from kiln.custom_ops.weights.gemv_kernels import warp_share
-
-GROUPS = tl.constexpr(8)  # of a block
-
-
-@triton.jit
-def _four_if(words, keep):
-    """Four neighbouring int32 in one load where it stands, if `keep` is not 0; they leave no trace in the L1 cache."""
-    if INTERPRETED:
-        return (tl.load(words, keep != 0, other=0), tl.load(words + 1, keep != 0, other=0), tl.load(words + 2, keep != 0, other=0),
-                tl.load(words + 3, keep != 0, other=0))
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }", "=r,=r,=r,=r,l,r",
-        [words, keep], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
-
-
-@triton.jit
-def _four_halves_if(halves, keep):
-    """The halves of four neighbouring rows as two words, as `_four_if`."""
-    words = halves.to(tl.pointer_type(tl.int32))
-    if INTERPRETED:
-        return tl.load(words, keep != 0, other=0), tl.load(words + 1, keep != 0, other=0)
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.L1::no_allocate.v2.b32 {$0, $1}, [$2]; }", "=r,=r,l,r",
-        [words, keep], dtype=(tl.int32, tl.int32), is_pure=False, pack=1)
-
-
-@triton.jit
-def _two(words):
-    """Two neighbouring int32 in one load where it stands; `words` is a multiple of 8 bytes."""
-    if INTERPRETED:
-        return tl.load(words), tl.load(words + 1)
-    return tl.inline_asm_elementwise("ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [words], dtype=(tl.int32, tl.int32), is_pure=False,
-                                     pack=1)
-
-
-@triton.jit
-def _no_load_earlier(thread):
-    """The assembler moves no load from below to above: what is loaded ahead would take registers before those of its group are free."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _row_float(words, r: tl.constexpr):
-    """Half r of two words of halves, float32."""
-    bits = words[r // 2] >> 16 if r % 2 else words[r // 2]
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _byte(word, b: tl.constexpr):
-    """Byte b of the word, signed."""
-    if INTERPRETED:
-        return (word << (24 - 8 * b)) >> 24
-    return tl.inline_asm_elementwise(f"prmt.b32 $0, $1, 0, {0x8880 + 0x1111 * b};", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _dot(a, b, SIGNED: tl.constexpr):
-    """The sum over four bytes of a, SIGNED or not, times signed b, for the interpreter."""
-    total = (a & 0) * b
-    for i in tl.static_range(4):
-        left = (a << (24 - 8 * i)) >> 24 if SIGNED else (a >> (8 * i)) & 255
-        total += left * ((b << (24 - 8 * i)) >> 24)
-    return total
-
-
-@triton.constexpr_function
-def product_asm(signed: bool) -> str:
-    """m16n8k32, its sums from $10, which is 0."""
-    return (f"mma.sync.aligned.m16n8k32.row.col.s32.{'s8' if signed else 'u8'}.s8.s32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $10, $10, $10};")
-
-
-@triton.jit
-def tile_product(a0, a1, a2, a3, b0, b1, THREADS: tl.constexpr, SIGNED: tl.constexpr):
-    """m16n8k32 of a and signed b, as the hardware lays them out, thread g * 4 + t of a warp: a0, a2 row g, a1, a3 row g + 8, with
-    b0 .. of column g the four bytes t and t + 4 of K; the result columns 2 t and 2 t + 1 of row g, then of row g + 8. int32.
-    """
-    if INTERPRETED:
-        WARPS: tl.constexpr = THREADS // 32
-        b0 = tl.reshape(b0, [WARPS, 1, 8, 4])
-        b1 = tl.reshape(b1, [WARPS, 1, 8, 4])
-        upper = tl.sum(_dot(tl.reshape(a0, [WARPS, 8, 1, 4]), b0, SIGNED) + _dot(tl.reshape(a2, [WARPS, 8, 1, 4]), b1, SIGNED), 3)
-        lower = tl.sum(_dot(tl.reshape(a1, [WARPS, 8, 1, 4]), b0, SIGNED) + _dot(tl.reshape(a3, [WARPS, 8, 1, 4]), b1, SIGNED), 3)
-        c0, c1 = tl.split(tl.reshape(upper, [THREADS, 2]))
-        c2, c3 = tl.split(tl.reshape(lower, [THREADS, 2]))
-        return c0, c1, c2, c3
-    return tl.inline_asm_elementwise(
-        product_asm(SIGNED),
-        "=r,=r,=r,=r,r,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1, a0 * 0], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
-
-
-@triton.jit
-def small_product(a0, a1, b0, THREADS: tl.constexpr):
-    """`tile_product` of half as much along K, m16n8k16, without a2, a3 and b1; a is unsigned."""
-    if INTERPRETED:
-        return tile_product(a0, a1, a0 * 0, a1 * 0, b0, b0 * 0, THREADS, False)
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $7, $7, $7};",
-        "=r,=r,=r,=r,r,r,r,r", [a0, a1, b0, a0 * 0], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
-
-
-@triton.constexpr_function
-def signed_levels(levels: int, zero: int) -> int:
-    """The table of levels + zero, a byte each, as signed levels."""
-    return sum(((levels >> (8 * i) & 255) - zero & 255) << (8 * i) for i in range(16)) if levels else 0
-
-
-@triton.constexpr_function
-def loads_of(bits: int) -> int:
-    """Loads of a group's quants: of four rows each, the second of further bits."""
-    return 2 if bits in (3, 5, 6) else 1
-
-
-@triton.constexpr_function
-def scale_loads(scales: str) -> int:
-    """Loads of a block's words of scales; those that have minima in all bytes end with the word of a thread's own minima."""
-    return {"k": 3, "int8": 4, "four": 5, "six": 3, "split": 1}[scales]
-
-
-@triton.jit
-def _quants(words, octet, g: tl.constexpr, keep, stride: tl.constexpr, BITS: tl.constexpr):
-    """The quants of group g of a block, which begins at words, of four rows and a thread's octet: `loads_of` fours."""
-    MAIN: tl.constexpr = 4 if BITS >= 4 else 2  # words of a group
-    found = _four_if(words + (octet if BITS >= 4 else octet // 2) * stride + g * MAIN * stride, keep)
-    if BITS == 6:
-        found = found + _four_if(words + octet // 2 * stride + (GROUPS * MAIN + 2 * g) * stride, keep)
-    elif BITS == 3 or BITS == 5:
-        found = found + _four_if(words + (GROUPS * MAIN + g) * stride, keep)
-    return found
-
-
-@triton.jit
-def _operands(first, extra, j, BITS: tl.constexpr, LEVELS: tl.constexpr, MINIMUM: tl.constexpr):
-    """Elements 8j .. 8j + 7 of a group as two words, a quant in each byte.
-
-    As it is where there are minima, else signed: a level, or 2^(8 - BITS) times the quant less half its range.
-    """
-    if MINIMUM or LEVELS:
-        return unpack8(first, first, extra, j, BITS, LEVELS)
-    if BITS == 6:
-        low = ((first << 2) & 0x3C3C3C3C) ^ -0x7F7F7F80
-        high = ((first >> 2) & 0x3C3C3C3C) ^ -0x7F7F7F80
-        return low ^ ((extra << (6 - 4 * (j % 2))) & -0x3F3F3F40), high ^ ((extra << (4 - 4 * (j % 2))) & -0x3F3F3F40)
-    two = first >> (4 * (j % 2))
-    low = ((two << 5) & 0x60606060) ^ -0x7F7F7F80
-    high = ((two << 3) & 0x60606060) ^ -0x7F7F7F80
-    return low ^ ((extra << (7 - 2 * j)) & -0x7F7F7F80), high ^ ((extra << (6 - 2 * j)) & -0x7F7F7F80)
-
-
-@triton.jit
-def _spread(x):
-    """Pairs of bits 0, 4, 8 and 12 of x as bits 4 and 5 of bytes 0 .. 3."""
-    x = (x & 0x3333) << 4
-    x = (x | (x << 8)) & 0x03300330
-    return (x | (x << 4)) & 0x30303030
-
-
-@triton.jit
-def _less_32(bytes):
-    """Bytes below 64, each less 32, signed."""
-    return (bytes + 0x60606060) ^ -0x7F7F7F80
-
-
-@triton.jit
-def _scales(loaded, halves, r: tl.constexpr, SCALES: tl.constexpr):
-    """The scales of row r as words of signed bytes, see `_scale`."""
-    if SCALES == "k":
-        s = loaded[r]
-        return s & 0x3F3F3F3F, (loaded[8 + r] & 0x0F0F0F0F) | ((s >> 2) & 0x30303030)
-    elif SCALES == "int8":
-        return loaded[r], loaded[4 + r], loaded[8 + r], loaded[12 + r]
-    elif SCALES == "four":
-        return loaded[r] & 0x0F0F0F0F, loaded[4 + r] & 0x0F0F0F0F, loaded[8 + r] & 0x0F0F0F0F, loaded[12 + r] & 0x0F0F0F0F
-    elif SCALES == "six":
-        a = loaded[r]
-        b = loaded[4 + r]
-        upper = loaded[8 + r]
-        return (_less_32((a & 0x0F0F0F0F) | ((upper << 4) & 0x30303030)), _less_32((b & 0x0F0F0F0F) | ((upper << 2) & 0x30303030)),
-                _less_32(((a >> 4) & 0x0F0F0F0F) | (upper & 0x30303030)), _less_32(((b >> 4) & 0x0F0F0F0F) | ((upper >> 2) & 0x30303030)))
-    else:
-        upper = halves[r // 2] >> 16 if r % 2 else halves[r // 2]
-        return (_less_32((loaded[r] & 0x0F0F0F0F) | _spread(upper)), _less_32(((loaded[r] >> 4) & 0x0F0F0F0F) | _spread(upper >> 2)))
-
-
-@triton.jit
-def _minima(loaded, octet, r: tl.constexpr, SCALES: tl.constexpr):
-    """Of row r the minima of a thread's part of K in a product with sums: of 16 elements each, from 64 octet on."""
-    if SCALES == "four":
-        return (loaded[16 + r] >> 4) & 0x0F0F0F0F
-    m = loaded[4 + r]
-    first = m & 0x3F3F3F3F
-    last = ((loaded[8 + r] >> 4) & 0x0F0F0F0F) | ((m >> 2) & 0x30303030)
-    if INTERPRETED:
-        both = tl.where(octet < 2, first, last) >> (16 * (octet % 2))
-        return (both & 255) * 0x0101 | ((both >> 8) & 255) * 0x01010000
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, last, octet * 0x2222 + 0x1100], dtype=tl.int32,
-                                     is_pure=True, pack=1)
-
-
-@triton.jit
-def _byte_of_thread(word, b):
-    """Byte b of the word, signed; b differs from thread to thread."""
-    if INTERPRETED:
-        return (word << (24 - 8 * b)) >> 24
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, 0x8880 + 0x1111 * b], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _sum_of_pair(x, THREADS: tl.constexpr):
-    """The sum of x over the threads 2 i and 2 i + 1, for both."""
-    if INTERPRETED:
-        both = tl.broadcast_to(tl.sum(tl.reshape(x, [THREADS // 2, 2]), 1)[:, None], [THREADS // 2, 2])
-        return tl.reshape(both, [THREADS])
-    other = tl.inline_asm_elementwise("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-    return x + other
-
-
-@triton.jit
-def _scale(words, g: tl.constexpr, part: tl.constexpr, octet, SCALES: tl.constexpr, HALVED: tl.constexpr):
-    """The scale of group g, or of its first or second half, int32. HALVED: of the half that a thread's columns are of."""
-    if HALVED:
-        return _byte_of_thread(words[g // 2], 2 * (g % 2) + octet % 2)
-    if SCALES == "k":
-        return _byte(words[g // 4], g % 4)
-    elif SCALES == "split":
-        return _byte(words[g % 2], g // 2)
-    else:
-        return _byte(words[g // 2], 2 * (g % 2) + part)
-
-
-@triton.jit
-def _block_scales(words, octet, keep, stride: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr):
-    """The words of scales of a block, which begins at words, of four rows: `scale_loads` fours."""
-    found = ()
-    for i in tl.static_range(4 if SCALES == "four" else scale_loads(SCALES)):
-        found = found + _four_if(words + (8 * BITS + i) * stride, keep)
-    if SCALES == "four":
-        found = found + _four_if(words + octet * stride + 8 * BITS * stride, keep)
-    return found
-
-
-@triton.jit
-def _block_halves(halves, keep, halves_stride: tl.constexpr, HALVES: tl.constexpr):
-    found = ()
-    for h in tl.static_range(HALVES):
-        found = found + _four_halves_if(halves + h * halves_stride, keep)
-    return found
 
 
 @triton.jit
@@ -298,11 +67,11 @@ def _value(sums, at: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def _activations(x, g: tl.constexpr, even, TERMS: tl.constexpr):
     """A thread's words of group g of its column's token: of one of two bytes, and of the third."""
-    b = _two(x + g * (8 * TERMS))
+    b = two(x + g * (8 * TERMS))
     if TERMS == 1:  # the second byte is 0
         return tl.where(even, b[0], 0), tl.where(even, b[1], 0)
     elif TERMS == 3:
-        c = _two(x + g * (8 * TERMS) + 4 - 2 * tl.where(even, 0, 1))
+        c = two(x + g * (8 * TERMS) + 4 - 2 * tl.where(even, 0, 1))
         return b[0], b[1], tl.where(even, c[0], 0), tl.where(even, c[1], 0)
     else:
         return b
@@ -324,7 +93,7 @@ def _tails(x, four_tokens, columns, to_sums, MINIMUM: tl.constexpr, TILES: tl.co
     for c in tl.static_range(TILES):
         at = x + c * four_tokens
         found = found + (tl.load((at + columns[2 * c + 1]).to(tl.pointer_type(tl.float32))),)
-        found = found + (_two(at + (columns[2 * c] + to_sums)) if MINIMUM else (),)
+        found = found + (two(at + (columns[2 * c] + to_sums)) if MINIMUM else (),)
     return found
 
 
@@ -388,9 +157,9 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     halves_at = halves + tl.cast(begin, tl.int64) * (HALVES * halves_stride) + row
     now = ()
     for g in tl.static_range(AHEAD):
-        now = now + _quants(at, octet, g, keep, stride, BITS)
-    scales_now = _block_scales(at, octet, keep, stride, BITS, SCALES)
-    halves_now = _block_halves(halves_at, keep, halves_stride, HALVES)
+        now = now + group_quants(at, octet, g, keep, stride, BITS)
+    scales_now = block_scales(at, octet, keep, stride, BITS, SCALES)
+    halves_now = block_halves(halves_at, keep, halves_stride, HALVES)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
     X = row_words(k, TERMS, EXTENT)
@@ -424,14 +193,14 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
         halves_at = halves + tl.cast(step + 1, tl.int64) * (HALVES * halves_stride) + row
         by = ()  # words of scales of each row
         for r in tl.static_range(4):
-            by = by + (_scales(scales_now, halves_now[2 * HALVES - 2 :], r, SCALES),)
+            by = by + (row_scales(scales_now, halves_now[2 * HALVES - 2 :], r, SCALES),)
         minima = ()
         if MINIMUM:
             for r in tl.static_range(4):
-                minima = minima + (_minima(scales_now, octet, r, SCALES),)
+                minima = minima + (row_minima(scales_now, octet, r, SCALES),)
         scales_now = ()
         if SCALES != "int8":
-            scales_now = _block_scales(at + WORDS * stride, octet, more, stride, BITS, SCALES)
+            scales_now = block_scales(at + WORDS * stride, octet, more, stride, BITS, SCALES)
         sums = ()
         for _ in tl.static_range(4 * TILES * TERMS):
             sums = sums + (tl.zeros((THREADS,), tl.int32),)
@@ -452,8 +221,8 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                                                 TERMS, TILES)
             added = ()
             for pair in tl.static_range(2):
-                low0, high0 = _operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
-                low1, high1 = _operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                low0, high0 = group_operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                low1, high1 = group_operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
                 for c in tl.static_range(TILES):
                     own = sums[(pair * TILES + c) * 2 * TERMS : (pair * TILES + c + 1) * 2 * TERMS]
                     b = values[(g % PAIR * TILES + c) * XW : (g % PAIR * TILES + c + 1) * XW]
@@ -463,24 +232,24 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                             mine = ()
                             for w in tl.static_range(XW):
                                 mine = mine + (tl.where(octet // 2 == (half if HALVED else part), b[w], 0),)
-                        own = _add_products(own, low0, high0, low1, high1, mine, _scale(by[2 * pair], g, part, octet, SCALES, HALVED),
-                                            _scale(by[2 * pair + 1], g, part, octet, SCALES, HALVED), TERMS, SIGNED, THREADS)
+                        own = _add_products(own, low0, high0, low1, high1, mine, group_scale(by[2 * pair], g, part, octet, SCALES, HALVED),
+                                            group_scale(by[2 * pair + 1], g, part, octet, SCALES, HALVED), TERMS, SIGNED, THREADS)
                     added = added + own
             sums = added
             now = now[EACH:]
             if g % PAIR == PAIR - 1:
-                _no_load_earlier(thread)
+                no_load_earlier(thread)
                 if SCALES == "int8" and g % 2 == 1:  # those of these groups, of the next block
-                    scales_now = scales_now + _four_if(at + (WORDS + 8 * BITS + g // 2) * stride, more)
+                    scales_now = scales_now + four_if(at + (WORDS + 8 * BITS + g // 2) * stride, more)
                 for f in tl.static_range(g + 1 - PAIR + AHEAD, g + 1 + AHEAD):
                     if f < GROUPS:
-                        now = now + _quants(at, octet, f, keep, stride, BITS)
+                        now = now + group_quants(at, octet, f, keep, stride, BITS)
                     else:
-                        now = now + _quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
+                        now = now + group_quants(at + WORDS * stride, octet, f - GROUPS, more, stride, BITS)
         if HALVED:
             whole = ()
             for i_sum in tl.static_range(4 * TERMS):
-                whole = whole + (_sum_of_pair(sums[i_sum], THREADS),)
+                whole = whole + (sum_of_pair(sums[i_sum], THREADS),)
             sums = whole
         if not EAGER:
             tails = _tails(x_at, 4 * X, columns, to_sums, MINIMUM, TILES)
@@ -503,12 +272,12 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                 scale *= 1.0 / (1 << (8 - BITS))
             for r in tl.static_range(4):
                 value = _value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS)
-                add = tl.fma(value, _row_float(halves_now, r) * scale, acc[4 * c + r])
+                add = tl.fma(value, row_float(halves_now, r) * scale, acc[4 * c + r])
                 if MINIMUM:
-                    add = tl.fma(totals[r], -(_row_float(halves_now[2:], r) * scale), add)
+                    add = tl.fma(totals[r], -(row_float(halves_now[2:], r) * scale), add)
                 kept = kept + (tl.where(active, add, acc[4 * c + r]),)
         acc = kept
-        halves_now = _block_halves(halves_at, more, halves_stride, HALVES)
+        halves_now = block_halves(halves_at, more, halves_stride, HALVES)
 
     quad = tl.arange(0, ROWS)
     for c in tl.static_range(TILES):
