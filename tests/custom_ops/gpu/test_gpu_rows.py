@@ -67,7 +67,7 @@ def test_gemv_of_every_type_and_form(block_type, tiles, monkeypatch):
         monkeypatch.setitem(gemv.ROWS_CONFIGS, (sm, most), RowsConfig(tiles, 160 if tiles else 128))
     g = torch.Generator("cuda").manual_seed(0)
     wide = LAYOUTS[block_type].block == 256  # `kiln_gemv_sums` takes these, but of activations with a scale for each 32
-    # The compiler's time is nearly all of it, so a shape has one or two forms; the last has a masked block of rows. `kernel_cases` compiles all.
+    # Nearly all of the time is the compiler's, so a shape has one or two forms; the last has a masked block of rows.
     for (n, k), forms in (((1024, 5376), ((2, 2), (8, 2))), ((5376, 2048), ((3, 3),)), ((260, 1280), ((4, 1), (8, 2)))):
         for tokens, terms in forms if tiles else forms[:1]:
             if tiles or not wide:
