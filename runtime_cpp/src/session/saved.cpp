@@ -11,9 +11,9 @@
 #include "artifact/file.h"
 #include "artifact/sha256.h"
 #include "cpu/ops.h"
-#include "session/session_file.h"
+#include "caches/session_file.h"
 #include "session/session_impl.h"
-#include "session/snapshot_state.h"
+#include "caches/snapshot_state.h"
 
 namespace kiln {
 

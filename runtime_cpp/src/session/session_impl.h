@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "kiln/session.h"
-#include "session/caches.h"
+#include "caches/caches.h"
 #include "session/speculation.h"
-#include "session/turn.h"
+#include "model/turn.h"
 
 namespace kiln {
 

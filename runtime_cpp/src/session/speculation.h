@@ -7,10 +7,10 @@
 #include <optional>
 #include <vector>
 
-#include "compiled/compiled_model.h"
+#include "model/compiled_model.h"
 #include "kiln/draft.h"
 #include "kiln/session.h"
-#include "session/model_drafter.h"
+#include "draft/model_drafter.h"
 
 namespace kiln {
 

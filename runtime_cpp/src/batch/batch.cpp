@@ -8,12 +8,12 @@
 #include <map>
 #include <numeric>
 
-#include "compiled/compiled_model.h"
+#include "model/compiled_model.h"
 #include "kiln/draft.h"
-#include "session/not_finite.h"
-#include "session/snapshot_state.h"
+#include "caches/not_finite.h"
+#include "caches/snapshot_state.h"
 #include "session/speculation.h"
-#include "session/turn.h"
+#include "model/turn.h"
 
 namespace kiln {
 

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "session/snapshot_state.h"
+#include "caches/snapshot_state.h"
 
 namespace kiln {
 

@@ -1,4 +1,4 @@
-#include "compiled/compiled_model.h"
+#include "model/compiled_model.h"
 
 #include <algorithm>
 

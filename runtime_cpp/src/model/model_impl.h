@@ -4,7 +4,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "session/backend.h"
+#include "model/backend.h"
 #include "kiln/model.h"
 
 namespace kiln {

@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "compiled/compiled_model.h"
+#include "model/compiled_model.h"
 #include "kiln/session.h"
 
 namespace kiln {

@@ -1,4 +1,4 @@
-#include "session/session_file.h"
+#include "caches/session_file.h"
 
 #include <cstring>
 

@@ -2,7 +2,7 @@
 #include <atomic>
 
 #include "kiln/error.h"
-#include "session/backend.h"
+#include "model/backend.h"
 
 namespace kiln {
 

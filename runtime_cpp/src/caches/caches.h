@@ -3,12 +3,12 @@
 #include <atomic>
 #include <memory>
 
-#include "compiled/compiled_model.h"
+#include "model/compiled_model.h"
 #include "kiln/snapshot.h"
-#include "session/backend.h"
-#include "session/lineage.h"
-#include "session/model_impl.h"
-#include "session/slots.h"
+#include "model/backend.h"
+#include "caches/lineage.h"
+#include "model/model_impl.h"
+#include "caches/slots.h"
 
 namespace kiln {
 

@@ -1,8 +1,8 @@
 #pragma once
 #include <string>
 
-#include "session/backend.h"
-#include "compiled/compiled_model.h"
+#include "model/backend.h"
+#include "model/compiled_model.h"
 
 namespace kiln {
 

@@ -9,7 +9,7 @@
 #include "artifact/file.h"
 #include "artifact/raw_weights.h"
 #include "artifact/sha256.h"
-#include "session/model_impl.h"
+#include "model/model_impl.h"
 
 namespace kiln {
 

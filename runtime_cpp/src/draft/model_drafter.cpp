@@ -1,10 +1,10 @@
-#include "session/model_drafter.h"
+#include "draft/model_drafter.h"
 
 #include <algorithm>
 #include <chrono>
 
 #include "kiln/draft.h"
-#include "session/backend.h"
+#include "model/backend.h"
 #include "session/speculation.h"
 
 namespace kiln {

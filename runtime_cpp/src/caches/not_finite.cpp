@@ -1,11 +1,11 @@
-#include "session/not_finite.h"
+#include "caches/not_finite.h"
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 
 #include "artifact/gguf_map.h"
-#include "session/slots.h"
+#include "caches/slots.h"
 
 namespace kiln {
 

@@ -1,6 +1,6 @@
 // Snapshots of a session or of a row of a batch, going on from one, and moving the position back.
 #include "session/session_impl.h"
-#include "session/snapshot_state.h"
+#include "caches/snapshot_state.h"
 
 namespace kiln {
 

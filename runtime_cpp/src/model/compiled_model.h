@@ -4,7 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "session/model_impl.h"
+#include "model/model_impl.h"
 #include "compiled/package.h"
 #include "compiled/shims.h"
 

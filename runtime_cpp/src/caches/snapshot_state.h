@@ -2,7 +2,7 @@
 #include <memory>
 #include <vector>
 
-#include "session/caches.h"
+#include "caches/caches.h"
 
 namespace kiln {
 
