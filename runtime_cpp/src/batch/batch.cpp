@@ -8,11 +8,12 @@
 #include <map>
 #include <numeric>
 
-#include "model/compiled_model.h"
-#include "kiln/draft.h"
 #include "caches/not_finite.h"
 #include "caches/snapshot_state.h"
-#include "session/speculation.h"
+#include "draft/drafting.h"
+#include "draft/model_drafter.h"
+#include "kiln/draft.h"
+#include "model/compiled_model.h"
 #include "model/turn.h"
 
 namespace kiln {

@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "kiln/draft.h"
 #include "model/backend.h"
-#include "session/speculation.h"
 
 namespace kiln {
 

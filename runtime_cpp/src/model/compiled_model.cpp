@@ -93,4 +93,10 @@ CompiledModel::Output CompiledModel::run(const TensorMap& values) {
   return out;
 }
 
+Tensor line_of(const Tensor& lines, int64_t at) {
+  if (!lines.dense() || lines.dims != 2) fail("internal error: rows with gaps");
+  const uint64_t bytes = static_cast<uint64_t>(lines.sizes[1]) * scalar_bytes(lines.scalar);
+  return Tensor::over(static_cast<char*>(lines.data()) + static_cast<uint64_t>(at) * bytes, lines.device, lines.scalar, {1, lines.sizes[1]});
+}
+
 }  // namespace kiln

@@ -4,15 +4,15 @@
 #include <unordered_map>
 #include <vector>
 
-#include "model/model_impl.h"
 #include "compiled/package.h"
 #include "compiled/shims.h"
+#include "model/model_impl.h"
 
 namespace kiln {
 
 using TensorMap = std::unordered_map<std::string, Tensor>;
 
-// One compiled model of the package, opened for one session.
+// One entry point of the package, opened for one session or row.
 class CompiledModel {
  public:
   // `surroundings`: memory, device and stream of its calls; it outlives this object.
@@ -45,5 +45,10 @@ class CompiledModel {
   Library::Container container_ = nullptr;
   std::vector<Tensor*> kept_;
 };
+
+// Line `at` of [M, N], as [1, N]: of logits or hidden rows of a step of several tokens, what one of them has.
+Tensor line_of(const Tensor& lines, int64_t at);
+
+constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
 
 }  // namespace kiln

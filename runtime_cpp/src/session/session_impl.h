@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "kiln/session.h"
 #include "caches/caches.h"
-#include "session/speculation.h"
+#include "kiln/session.h"
 #include "model/turn.h"
+#include "session/speculation.h"
 
 namespace kiln {
 

@@ -1,4 +1,5 @@
-// A session in a file: a whole snapshot, its parts one after another.
+#include "caches/saved.h"
+
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -10,10 +11,8 @@
 
 #include "artifact/file.h"
 #include "artifact/sha256.h"
-#include "cpu/ops.h"
 #include "caches/session_file.h"
-#include "session/session_impl.h"
-#include "caches/snapshot_state.h"
+#include "cpu/ops.h"
 
 namespace kiln {
 
@@ -97,9 +96,9 @@ class NewFile {
 
 }  // namespace
 
-void Session::Impl::save(const std::string& path) {
-  const std::shared_ptr<const Snapshot> whole = snapshot({/*whole=*/true, /*host=*/true}, {});
-  const Snapshot::State& s = whole->state();
+void save(const Snapshot& whole, const std::string& path) {
+  const Snapshot::State& s = whole.state();
+  const Model::Impl& shared = s.model->impl();
   std::vector<int64_t> ids = s.past.ids();
   std::vector<float> row = s.logits;
   const std::vector<Place> parts = places(shared.artifact, s.mark.position, ids, row, s.copies);
@@ -113,7 +112,8 @@ void Session::Impl::save(const std::string& path) {
   file.commit();
 }
 
-void Session::Impl::load(const std::string& path) {
+std::unique_ptr<Snapshot::State> load_saved(std::shared_ptr<const Model> model, const std::string& path) {
+  const Model::Impl& shared = model->impl();
   const MappedFile file(path);
   std::string head(std::min(file.size(), kSessionPrelude), '\0');
   file.read(0, head.size(), head.data(), 1);
@@ -148,22 +148,13 @@ void Session::Impl::load(const std::string& path) {
   for (int64_t id : ids)
     if (id < 0 || id >= shared.vocab_size) fail(path, ": damaged: token ", id, " is outside of the vocabulary of ", shared.vocab_size);
 
-  state->model = model;
+  state->model = std::move(model);
   state->past.write(0, ids.data(), record.position);
   state->past = state->past.until(record.position);
   state->mark = state->past.mark(record.position);
   state->whole = true;
   state->next = record.next, state->handed_out = record.handed_out, state->written = record.written;
-  restore(Snapshot(std::move(state)));
-}
-
-void Session::save(const std::string& path) const {
-  Turn turn(impl_->busy, *impl_->timeline);
-  impl_->save(path);
-}
-void Session::load(const std::string& path) {
-  Turn turn(impl_->busy, *impl_->timeline);
-  impl_->load(path);
+  return state;
 }
 
 }  // namespace kiln
