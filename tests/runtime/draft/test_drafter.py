@@ -14,7 +14,7 @@ import kiln
 from tests.code_only import code_only
 from tests.conftest import kiln as command
 from tests.runtime.batches import FIXTURES, FORMS, ROWS
-from tests.runtime.test_speculation import cases, same_state, session
+from tests.runtime.draft.test_speculation import cases, same_state, session
 
 NAME = "gemma4-assistant-tiny-mtp"
 EXACT = 32  # newest keys that TQ4 does not code

@@ -122,7 +122,7 @@ def test_planes_equal_pack_on_the_cpu(cpu, case, tmp_path, threads):
 @pytest.fixture(scope="module")
 def fake_driver(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("fake")
-    source = Path(__file__).with_name("fake_cuda.c")
+    source = Path(__file__).parents[1] / "fake_cuda.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-DDRIVER", source, "-o", folder / "libcuda.so.1"], check=True)
     return {"LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_REPORT": str(folder / "report")}
 

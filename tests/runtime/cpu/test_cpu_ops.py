@@ -11,7 +11,7 @@ import torch
 
 pytestmark = pytest.mark.builds
 
-SRC = Path(__file__).parents[2] / "runtime_cpp" / "src"
+SRC = Path(__file__).parents[3] / "runtime_cpp" / "src"
 BINDINGS = r"""
 #include "cpu/ops.h"
 using namespace kiln;

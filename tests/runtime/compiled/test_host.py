@@ -12,7 +12,7 @@ from tests.runtime.toy import KILN_RUN, PROMPT, change, ids
 
 pytestmark = pytest.mark.builds
 
-RUNTIME = Path(__file__).parents[2] / "runtime_cpp"
+RUNTIME = Path(__file__).parents[3] / "runtime_cpp"
 PROGRAM = r"""
 #include <cstdio>
 #include <cstdlib>

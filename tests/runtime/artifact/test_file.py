@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.builds
 
-RUNTIME = Path(__file__).parents[2] / "runtime_cpp"
+RUNTIME = Path(__file__).parents[3] / "runtime_cpp"
 PROGRAM = r"""
 #include <unistd.h>
 
