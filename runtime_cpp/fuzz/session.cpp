@@ -1,6 +1,6 @@
 // The head of a saved session: as it is, and as a header whose checksum is right. What is accepted fills the file, and reads the same when it is
 // written again.
-#include "session/session_file.h"
+#include "caches/session_file.h"
 
 #include <algorithm>
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "session/backend.h"
+#include "model/backend.h"
 #include "kiln/session.h"
 
 namespace kiln {

@@ -1,6 +1,6 @@
 // A CUDA driver and a cublasLt without a GPU: memory is the host's, kernels do nothing, matmuls give zeros. It is strict where a real one is:
 // a call without a current context fails, as does one that captures cannot hold, an address outside of what is mapped, or a handle that is gone.
-// At exit it says what was left behind. Compiled by tests/runtime/test_fake_cuda.py into libcuda.so.1 and libcublasLt.so.13.
+// At exit it says what was left behind. Compiled by the tests that need it into libcuda.so.1 and libcublasLt.so.13.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>

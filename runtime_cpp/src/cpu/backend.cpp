@@ -13,7 +13,7 @@
 #include "artifact/file.h"
 #include "artifact/raw_weights.h"
 #include "cpu/ops.h"
-#include "session/backend.h"
+#include "model/backend.h"
 
 namespace kiln {
 

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "session/backend.h"
+#include "model/backend.h"
 #include "cuda/calls.h"
 #include "cuda/memory.h"
 #include "cuda/decode_graph.h"

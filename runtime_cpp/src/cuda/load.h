@@ -5,7 +5,7 @@
 #include "artifact/raw_weights.h"
 #include "compiled/package.h"
 #include "cuda/driver.h"
-#include "session/backend.h"
+#include "model/backend.h"
 
 namespace kiln {
 

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "session/not_finite.h"
+#include "caches/not_finite.h"
 
 namespace kiln {
 

@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "caches/caches.h"
 #include "kiln/session.h"
-#include "session/caches.h"
+#include "model/turn.h"
 #include "session/speculation.h"
-#include "session/turn.h"
 
 namespace kiln {
 

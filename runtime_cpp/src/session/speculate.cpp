@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "draft/drafting.h"
 #include "session/session_impl.h"
 
 namespace kiln {
@@ -13,32 +14,6 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }
 
 }  // namespace
-
-Tensor line_of(const Tensor& rows, int64_t at) {
-  if (!rows.dense() || rows.dims != 2) fail("internal error: rows with gaps");
-  const uint64_t bytes = static_cast<uint64_t>(rows.sizes[1]) * scalar_bytes(rows.scalar);
-  return Tensor::over(static_cast<char*>(rows.data()) + static_cast<uint64_t>(at) * bytes, rows.device, rows.scalar, {1, rows.sizes[1]});
-}
-
-DraftSource draft_source(const std::string& name) {
-  if (name == "off") return DraftSource::Off;
-  if (name == "ngram") return DraftSource::Ngram;
-  if (name == "mtp") return DraftSource::Mtp;
-  fail("drafts by '", name, "': must be ngram, mtp or off");
-}
-
-std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting) {
-  std::vector<int64_t> sizes = artifact.steps();
-  if (sizes.empty()) {
-    for (const KvSpec& k : artifact.kv)
-      if (k.state) fail("drafts: the model has layers with a state, which takes one token after the other; leave drafts off");
-    fail("drafts: the artifact has no steps of several tokens; export it with --decode-rows 1,2,4,8");
-  }
-  if (drafting.length < 0 || drafting.length >= sizes.back())
-    fail("drafts: ", drafting.length, " a step: the artifact's largest step takes ", sizes.back(), " tokens, so 1 to ", sizes.back() - 1, " drafts, or 0 for that");
-  sizes.insert(sizes.begin(), 1);
-  return sizes;
-}
 
 void Session::Impl::set_drafts(const Drafting& drafting) {
   if (drafting.source == DraftSource::Off && !drafting.own) {

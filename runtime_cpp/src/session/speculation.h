@@ -7,10 +7,10 @@
 #include <optional>
 #include <vector>
 
-#include "compiled/compiled_model.h"
+#include "draft/model_drafter.h"
 #include "kiln/draft.h"
 #include "kiln/session.h"
-#include "session/model_drafter.h"
+#include "model/compiled_model.h"
 
 namespace kiln {
 
@@ -22,14 +22,6 @@ struct WideStep {
   std::optional<size_t> recording;
   int64_t runs = 0;
 };
-
-// Tokens of the artifact's steps, 1 first. Error where they cannot check what `drafting` asks for.
-std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafting);
-
-// Row `at` of [M, N], as [1, N].
-Tensor line_of(const Tensor& rows, int64_t at);
-
-constexpr int64_t kColdRuns = 2;  // of an entry, that load its code: they are not what it costs, and on a GPU the next one can be recorded
 
 // What a session that drafts has beside its caches.
 struct Speculation {

@@ -174,7 +174,7 @@ def test_no_build_path_in_the_package(artifacts):
 
 
 class TestInspectOfBadArtifacts:
-    """One clear line, exit code 1. What the runner says of them: tests/runtime/test_refused.py."""
+    """One clear line, exit code 1. What the runner says of them: tests/runtime/artifact/test_refused.py."""
 
     @pytest.fixture()
     def copy(self, artifacts, tmp_path):
