@@ -15,8 +15,8 @@ constexpr const char* kManifest = R"({"format":"kiln","format_version":%d,"produ
 "targets":[{"target":"cpu","file":"model.pt2","device":"cpu","compute_capability":null,"bytes":4,
 "sha256":"5694d08a2e53ffcae0c3103e5ad6f6076abd960eb1f8a56577040bc1028f702b"}],
 "entry_points":{"prefill":{"inputs":[],"outputs":[]},"decode":{"inputs":[],"outputs":[]}},
-"constants":[{"name":"m.words","dtype":"int32","shape":[2,4,3],"bytes":96,"source":{"plane":"words","tensors":["m.weight"]}},
-{"name":"m.halves","dtype":"float16","shape":[2,1,3],"bytes":12,"source":{"plane":"halves","tensors":["m.weight"]}},
+"constants":[{"name":"m.words","dtype":"int32","shape":[2,4,3],"bytes":96,"gathered":"host","source":{"plane":"words","tensors":["m.weight"]}},
+{"name":"m.halves","dtype":"float16","shape":[2,1,3],"bytes":12,"gathered":"host","source":{"plane":"halves","tensors":["m.weight"]}},
 {"name":"v","dtype":"float32","shape":[5],"bytes":20,"source":{"plane":"values","tensors":["v.weight"],"limit":2.0}}],
 "kv":[],"tokenizer":null,"chat":null,
 "weights":{"file":"weights.safetensors","bytes":10,"gguf":{"file":"m.gguf","types":{"F32":0,"F16":1,"Q4_0":2,"Q6_K":14,"BF16":30},
@@ -47,11 +47,11 @@ void open_file(const std::string& path) {
 
 void make_constants(const kiln::Artifact& artifact, const std::string& path) {
   std::vector<std::string> notes;
-  kiln::RawWeights weights(artifact, path, true, &notes);
+  kiln::RawWeights weights(artifact, path, true, [](const kiln::ConstantSpec& c) { return c.gathered; }, &notes);
   demand(weights.pieces().size() == 1 && weights.made().size() == 1, "two tensors are wanted");
   const kiln::RawWeights::Piece& p = weights.pieces()[0];
   demand(p.rows == 3 && p.row_bytes == 36 && p.offset <= p.file->size() && 108 <= p.file->size() - p.offset, "a tensor lies in its file");
-  std::string raw(108, '\0'), planes(weights.bytes(), '\0');
+  std::string raw(108, '\0'), planes(weights.bytes(p.host), '\0');
   p.file->read(p.offset, raw.size(), raw.data(), 1);
   p.packing->pack(raw.data(), p.row_bytes, p.rows, p.groups, reinterpret_cast<uint32_t*>(planes.data() + p.words),
                   reinterpret_cast<uint16_t*>(planes.data() + p.halves), p.n);

@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
@@ -26,6 +28,11 @@ def interpreted(file: str, marked: str = "not nightly") -> Callable[[], None]:
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
     return test
+
+
+def at_night(*cases: Any) -> list[Any]:
+    """Cases of a parameter that say little beside the others: for `make nightly`. Tuples are of several parameters."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
 
 
 def _accept_one_element_arrays_as_integers() -> None:

@@ -141,11 +141,11 @@ def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.nightly
-@pytest.mark.nightly
 def interpreted_rows_of_turboquant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rows(tmp_path, monkeypatch, turboquant=True)
 
 
+@pytest.mark.nightly
 def interpreted_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tmp_path, monkeypatch, turboquant=False)
 
@@ -161,7 +161,8 @@ def interpreted_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     check(tmp_path, monkeypatch, False, dataclasses.replace(GEOMETRIES[name], **changed), ops)
 
 
-@pytest.mark.parametrize("turboquant", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("turboquant", [False, True])
 def interpreted_hybrids(turboquant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed, ops = HYBRIDS[turboquant]
     check(tmp_path, monkeypatch, turboquant, dataclasses.replace(GEOMETRIES["qwen35-moe-tiny"], **DELTA, **changed), ops)

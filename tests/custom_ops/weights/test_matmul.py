@@ -90,7 +90,7 @@ def interpreted_every_way(block_type: str, transposed: bool) -> None:
         # GPU they are of any operands (test_gpu_ops).
         for exact, (x, w) in ((False, given), (True, tuple((4 * t).round() for t in given))):
             rows = []
-            for tokens in (130, 2, 17, 49):
+            for tokens in (130, 2, 17, 49) if exact else (130, 17):
                 out = torch.full((tokens, n + 24), torch.nan, dtype=dtype)
                 with compiling_for(dataclasses.replace(TARGETS["sm_90"], sm_count=5)):
                     matmul.multiply_into(x[:tokens], w.T.contiguous() if transposed else w, out, 8, transposed, tile)
