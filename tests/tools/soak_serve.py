@@ -164,8 +164,8 @@ def soak(
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    """Bytes in memory of a process but for pages of files, which the system drops and reads again as it likes."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) << 10
 
