@@ -107,7 +107,7 @@ class Parser:
         if calls and self._schemas:
             self._markers |= {special[calls.open]: _CALL, special[calls.close]: _CALLED}
             self._markers |= {special[calls.quote]: _QUOTE} if calls.quote else {}
-        self._texts = {i: text for text, i in special.items()}
+        self._texts = vocabulary.texts
         self._new: list[Delta] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._state = CONTENT

@@ -33,6 +33,11 @@ class Vocabulary:
     ends: frozenset[int]
 
     @cached_property
+    def texts(self) -> Mapping[int, str]:
+        """id -> text of every special token."""
+        return {i: text for text, i in self.special.items()}
+
+    @cached_property
     def marked(self) -> str:
         """Characters without which no text is a special token's, and with which none begins or ends: "<>" of Gemma's.
 

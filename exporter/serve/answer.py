@@ -77,15 +77,38 @@ class Event:
     finish: str | None = None
 
 
-class Choice:
-    """One answer of a request. `take`, `score` and `ended` run in the engine's thread."""
+Parts = tuple[Parser, "Steer | None", "Rows | None"]  # of one answer
 
-    def __init__(self, answer: Answer, index: int, parser: Parser, steer: Steer | None, rows: Rows | None):
-        self.answer, self.index, self.parser, self.steer, self.rows = answer, index, parser, steer, rows
+
+class Post:
+    """What comes of one request's choices: any thread puts, the request's task gets."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event | Problem] = asyncio.Queue()
+
+    def put(self, event: Event | Problem) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            pass
+
+    async def get(self) -> Event | Problem:
+        return await self._events.get()
+
+
+class Choice:
+    """One answer of a request. `take`, `score` and `ended` run in the engine's thread.
+
+    Knows neither its job nor its `Answer`, which know it: an answer goes at its end, and does not wait for the collector of circles.
+    """
+
+    def __init__(self, around: Around, wishes: Wishes, prompt: tuple[int, ...], post: Post, index: int, parts: Parts):
+        self._around, self._wishes, self._prompt, self._post, self.index = around, wishes, prompt, post, index
+        self.parser, self.steer, self.rows = parts
         self.tokens = self.thoughts = 0
         self.stop_id: int | None = None
         self.first = self._last = self.end = 0.0
-        self.job: Job
         self.scored: list[Likely | None] = [None]  # of each id of the prompt, given those before it
 
     @property
@@ -99,7 +122,7 @@ class Choice:
     def take(self, token: int) -> bool | tuple[int, ...]:
         now = time.monotonic()
         if self.tokens:
-            self.answer.served.metrics.between(now - self._last)
+            self._around.metrics.between(now - self._last)
         self.first, self._last = self.first or now, now
         instead = self.steer.replacement(token) if self.steer else ()
         if instead and self.rows:
@@ -111,13 +134,13 @@ class Choice:
         return False if self.parser.ended else instead or True
 
     def _one(self, token: int) -> list[Delta]:
-        wishes, parser = self.answer.wishes, self.parser
+        wishes, parser = self._wishes, self.parser
         self.tokens += 1
         self.thoughts += parser.within == REASONING
         if token in wishes.stop_ids:
             self.stop_id = token
             return parser.finish(cut=False)
-        if wishes.ignore_eos and token in self.answer.served.vocabulary.ends:
+        if wishes.ignore_eos and token in self._around.vocabulary.ends:
             return []
         deltas = parser.push([token])
         if self.steer:
@@ -125,27 +148,26 @@ class Choice:
         return deltas
 
     def score(self, row: Any, i: int) -> None:
-        ids = self.job.ids
-        if i + 1 < len(ids):
-            self.scored.append(likely(row, ids[i + 1], self.answer.wishes.top or 0))
+        if i + 1 < len(self._prompt):
+            self.scored.append(likely(row, self._prompt[i + 1], self._wishes.top or 0))
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, job: Job, outcome: Outcome) -> None:
         self.end = time.monotonic()
-        job, deltas = self.job, self.parser.finish(cut=outcome.why != "taken")
+        deltas = self.parser.finish(cut=outcome.why != "taken")
         why = self.parser.message.finish if outcome.why in ("taken", "length") else outcome.why
         times = (job.queued, job.started, job.read, self.first, self.end)
-        self.answer.served.metrics.ended(str(why), len(job.ids), job.cached, self.tokens, *times)
+        self._around.metrics.ended(str(why), len(job.ids), job.cached, self.tokens, *times)
         if outcome.why in ("taken", "length"):
             self._tell(deltas, (), self.finish)
         else:
-            self.answer.put(_problem(outcome))
+            self._post.put(_problem(outcome))
 
     def _tell(self, deltas: list[Delta], ids: tuple[int, ...], finish: str | None = None) -> None:
         likely: tuple[Likely, ...] = ()
         if self.rows and self.rows.found:
             likely = tuple(self.rows.found)
             self.rows.found.clear()
-        self.answer.put(Event(self.index, tuple(deltas), ids, likely, finish))
+        self._post.put(Event(self.index, tuple(deltas), ids, likely, finish))
 
 
 def _problem(outcome: Outcome) -> Problem:
@@ -159,13 +181,13 @@ def _problem(outcome: Outcome) -> Problem:
 
 
 class Answer:
-    """The choices of one request. Belongs to one task; only `put` may be called from other threads."""
+    """The choices of one request and their jobs. Belongs to one task."""
 
     def __init__(self, served: Around, wishes: Wishes, prompt: tuple[int, ...], stops: tuple[int, ...] = ()):
         self.served, self.wishes, self.prompt, self.stops = served, wishes, prompt, stops
         self.choices: list[Choice] = []
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | Problem] = asyncio.Queue()
+        self.jobs: list[Job] = []
+        self._post = Post()
 
     def add(self, parser: Parser, tools: tuple[str, ...], grammar: Any = None) -> Job:
         """One more choice, and the job that writes it."""
@@ -183,15 +205,15 @@ class Answer:
                 barred=bars(sorted(served.vocabulary.ends | wishes.stop_ids), wishes.least),
                 allowed=steer.allowed if steer else lambda: None,
             )  # fmt: skip
-        choice = Choice(self, index, parser, steer, rows)
+        choice = Choice(served, wishes, self.prompt, self._post, index, (parser, steer, rows))
         most = served.max_seq_len - len(self.prompt)
         job = Job(
             self.prompt, most if wishes.most is None else min(wishes.most, most), sampling, choice.take, choice.ended,
             rows.choose if rows else None, choice.score if wishes.score else None, self.stops, wishes.salt,
             deadline=time.monotonic() + served.settings.timeout if served.settings.timeout else None,
         )  # fmt: skip
-        choice.job = job
         self.choices.append(choice)
+        self.jobs.append(job)
         return job
 
     def _may_think(self) -> bool:
@@ -202,20 +224,17 @@ class Answer:
         last = next((i for i in reversed(self.prompt) if i == special[thoughts.close] or i in self.served.vocabulary.ends), -1)
         return last != special[thoughts.close]
 
-    def put(self, event: Event | Problem) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody reads any more
-            pass
-
     async def events(self) -> AsyncIterator[Event]:
         """Until every choice has ended. Raises Problem for the first that fails."""
         left = len(self.choices)
         while left:
-            event = await self._events.get()
+            event = await self._post.get()
             if isinstance(event, Problem):
                 self.cancel()
-                raise event
+                try:
+                    raise event
+                finally:
+                    del event  # the problem refers to this frame
             left -= event.finish is not None
             yield event
 
@@ -223,14 +242,14 @@ class Answer:
         return [event async for event in self.events()]
 
     def cancel(self) -> None:
-        for choice in self.choices:
-            if not choice.job.over:
-                self.served.engine.cancel(choice.job)
+        for job in self.jobs:
+            if not job.over:
+                self.served.engine.cancel(job)
 
     def usage(self) -> dict[str, Any]:
         """In OpenAI's form."""
         new = sum(choice.tokens for choice in self.choices)
-        cached = max((choice.job.cached for choice in self.choices), default=0)
+        cached = max((job.cached for job in self.jobs), default=0)
         return {
             "prompt_tokens": len(self.prompt),
             "completion_tokens": new,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -73,6 +72,7 @@ async def present(request: Request, answers: Sequence[Answer], work: Coroutine[A
     finally:
         gone.cancel()
         done.cancel()
+        del done  # what failed refers to this frame
         for answer in answers:
             answer.cancel()
 
@@ -113,7 +113,7 @@ class Stream(Response):
 
     async def _pump(self, send: Send, gone: asyncio.Future[Any]) -> None:
         events = self._events.__aiter__()
-        step: asyncio.Future[Any] = asyncio.ensure_future(_next(events))
+        step: asyncio.Future[bytes | None] = asyncio.ensure_future(_next(events))
         try:
             while True:
                 await asyncio.wait([step, gone], timeout=self._served.settings.ping, return_when=asyncio.FIRST_COMPLETED)
@@ -122,33 +122,36 @@ class Stream(Response):
                 if not step.done():
                     await self._send(send, self._ping)
                     continue
-                try:
-                    piece = step.result()
-                except StopAsyncIteration:
+                if failed := step.exception():  # raised here it would refer to this frame, which refers to it
+                    await self._send(send, self._failed(self._told(failed)))
                     break
-                except Problem as problem:
-                    self._served.metrics.refused(problem.status)
-                    await self._send(send, self._failed(problem))
-                    break
-                except Exception:
-                    log.exception("a stream failed")
-                    await self._send(send, self._failed(Problem(500, "internal error")))
+                piece = step.result()
+                if piece is None:
                     break
                 await self._send(send, piece)
                 step = asyncio.ensure_future(_next(events))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             step.cancel()
-            with contextlib.suppress(BaseException):
-                await step
+            await asyncio.wait([step])
+            if not step.cancelled():
+                step.exception()  # somebody has seen it
+
+    def _told(self, failed: BaseException) -> Problem:
+        if isinstance(failed, Problem):
+            self._served.metrics.refused(failed.status)
+            return failed
+        log.error("a stream failed", exc_info=failed)
+        return Problem(500, "internal error")
 
     async def _send(self, send: Send, piece: bytes) -> None:
         message: Message = {"type": "http.response.body", "body": piece, "more_body": True}
         await asyncio.wait_for(send(message), SLOWEST)
 
 
-async def _next(events: AsyncIterator[bytes]) -> bytes:
-    return await events.__anext__()
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    """None at the end."""
+    return await anext(events, None)
 
 
 def openai_stream(served: Served, answers: Sequence[Answer], events: AsyncIterator[bytes]) -> Stream:

@@ -109,7 +109,7 @@ class Scripted:
 
     def _end(self, job: Job, why: str) -> None:
         job.over = True
-        job.ended(Outcome(why))
+        job.ended(job, Outcome(why))
 
     def cancel(self, job: Job) -> None:
         job.cancelled = True

@@ -164,8 +164,8 @@ def soak(
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    """Bytes in memory of a process but for pages of files, which the system drops and reads again as it likes."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) << 10
 
@@ -235,11 +235,12 @@ def main() -> None:
         try:
             assert process.stdout
             url = re.findall(r"http://\S+", process.stdout.readline())[0]
-            total, parts = Counter[str](), list[Part]()
+            total, parts, start = Counter[str](), list[Part](), time.monotonic()
             for part in range(given.parts):
                 total += soak(url, model, model.prefill_chunk, given.minutes * 60 / given.parts, given.clients, part, 0.0, given.salted)
                 parts.append(measured(process, url, total["completed"]))
-                print(dict(total), f"{parts[-1].resident / 1e6:.1f} MB, in use {parts[-1].used / 1e6:.1f} MB", flush=True)
+                said = f"{parts[-1].resident / 1e6:.1f} MB, in use {parts[-1].used / 1e6:.1f} MB"
+                print(f"{(time.monotonic() - start) / 60:.1f} min: {dict(sorted(total.items()))}, {said}", flush=True)
             share, slope = grown(parts)
             print(f"since the first fifth {share:+.1%}; over the last half {slope:+.1f} bytes for each completed answer")
             assert share <= 0.05, f"memory grew from {parts[len(parts) // 5].used} to {parts[-1].used} bytes"

@@ -44,8 +44,8 @@ async def completions(served: Served, http: Http) -> Response:
     if wishes.score:  # the first choice reads the logits behind every id of the prompt; the others need not
         answers = await served.write(prompts, wishes)
         for answer in answers:
-            for choice in answer.choices[1:]:
-                choice.job.score = None
+            for job in answer.jobs[1:]:
+                job.score = None
     else:
         answers = await served.write(prompts, wishes)
     shape = _Shape(served, model, answers, echo, usage, with_ids)

@@ -60,7 +60,7 @@ class Job:
     most: int
     sampling: Sampling
     take: Take
-    ended: Callable[[Outcome], None]
+    ended: Callable[[Job, Outcome], None]
     choose: Callable[[Any, int, int], int] | None = None
     score: Callable[[Any, int], None] | None = None
     stops: tuple[int, ...] = ()  # positions, ascending, where a later prompt may part from this one
@@ -280,7 +280,7 @@ class Steps(Generic[R]):
     def _tell(self, job: Job, outcome: Outcome) -> None:
         job.over = True
         try:
-            job.ended(outcome)
+            job.ended(job, outcome)
         except Exception:
             log.exception("nobody took the end of a job")
 

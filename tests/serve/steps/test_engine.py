@@ -67,7 +67,7 @@ class Waiting:
         self.tokens += ids or [token]
         return ids or True
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, job: Job, outcome: Outcome) -> None:
         assert not self.done.is_set()
         self.outcome = outcome
         self.done.set()
