@@ -39,8 +39,8 @@ def memory_plan(spec: GraphSpec, ple: str = "device") -> MemoryPlan:
     scratch = min(max(p.N * p.K for p in multiplied) * dtype.itemsize, spec.options.materialized_head_budget)
     inner = max(layer.ffn.width for layer in spec.config.layers)
     per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
-    if ple := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept
-        per_token += len(spec.config.layers) * ple.size * (4 + 4 + 2 * dtype.itemsize)
+    if table := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept
+        per_token += len(spec.config.layers) * table.size * (4 + 4 + 2 * dtype.itemsize)
     rules = [layer.mixer for layer in spec.config.layers if isinstance(layer.mixer, DeltaNet)]
     per_token += max((m.token_scratch for m in rules), default=0)
     return MemoryPlan(
