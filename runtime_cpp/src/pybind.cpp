@@ -261,7 +261,7 @@ PYBIND11_MODULE(_runtime, m) {
            "Goes on from a saved session.")
       .def("save", [](const Session& s, const std::filesystem::path& path) { s.save(path.string()); }, py::arg("path"), ReleaseGil(),
            "Writes all that is needed to go on to a file, whole or not at all.")
-      .def("memory", [](const Session& s) { return memory_of(s.memory()); }, "Bytes: weights, kv_ring, kv_global, kv_state, activations, graph, other, total.")
+      .def("memory", [](const Session& s) { return memory_of(s.memory()); }, "Bytes: weights, host_weights (not in total), kv_ring, kv_global, kv_state, activations, graph, other, total.")
       .def_property_readonly("early_launches", &Session::early_launches, "Kernels of the decode graph that start early.");
 
   py::class_<SnapshotStore>(m, "SnapshotStore", "Snapshots of many conversations within budgets of bytes; the one used least recently goes first.")

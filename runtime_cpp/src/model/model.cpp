@@ -130,7 +130,7 @@ void check_room(const Model::Impl& impl, uint64_t bytes) {
 void load_copied(Model::Impl& impl, const Progress& progress) {
   const Artifact& artifact = impl.artifact;
   struct {
-    uint64_t begin = UINT64_MAX, end = 0, bytes = 0;
+    uint64_t begin = UINT64_MAX, end = 0;
   } found[2];
   for (const ConstantSpec& c : artifact.constants) {
     auto& part = found[impl.on_host(c)];
@@ -186,6 +186,8 @@ std::unique_ptr<Model::Impl> Model::load_impl(const std::string& directory, cons
   impl->target = place.target;
   impl->ple = options.ple;
   if (!options.ple.empty() && options.ple != "device" && options.ple != "host") fail("unknown place '", options.ple, "' of a per-layer embedding; use device or host");
+  if (options.ple == "host" && std::none_of(artifact.constants.begin(), artifact.constants.end(), [](const ConstantSpec& c) { return c.gathered; }))
+    fail(directory, ": has no per-layer embedding that could lie on the host; leave --ple away");
   impl->package = std::make_unique<Package>(artifact, *place.target);
   if (options.verify) artifact.verify(options.threads);
   std::unique_ptr<RawWeights> raw = open_weights(*impl, options);

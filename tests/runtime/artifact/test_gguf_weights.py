@@ -179,7 +179,9 @@ def test_what_rows_are_read_of_may_lie_in_host_memory(cpu, case, tmp_path, fake_
         assert not any(left[what] for what in ("bytes", "handles")), left
     sizes = [-(-c["bytes"] // 256) * 256 for c in json.loads((artifact / "manifest.json").read_text())["constants"] if "gathered" in c]
     assert len(sizes) == 4 and most["device"] - most["host"] == sum(sizes) and most[""] == most["host"]
-    assert compare(case.make(cpu, tmp_path / "cpu"), case, "cpu", {}, "host")["wrong"] == []  # one memory
+    alone = case.make(cpu, tmp_path / "cpu")
+    gathered(alone, names, "device")
+    assert compare(alone, case, "cpu", {}, "host")["wrong"] == []  # one memory
 
     holds = tmp_path / "holds"
     shutil.copytree(cpu, holds)
@@ -200,6 +202,7 @@ def test_what_rows_are_read_of_may_lie_in_host_memory(cpu, case, tmp_path, fake_
     assert compare(holds, want, "cuda", fake_driver, "device")["wrong"] == []
     gathered(holds, (second,), "elsewhere")
     fails("'gathered' is 'elsewhere', neither 'device' nor 'host'", holds, "--tokens", 1)
+    fails("has no per-layer embedding that could lie on the host; leave --ple away", cpu, "--tokens", 1, "--ple", "host")
     fails("--ple elsewhere: must be device or host", cpu, "--tokens", 1, "--ple", "elsewhere", code=2)
 
 
