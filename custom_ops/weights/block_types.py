@@ -93,6 +93,6 @@ USUAL_TYPES = ("Q4_K", "Q6_K")
 RARE_TARGETS = (90,)
 
 
-def usual_targets(block_type: str) -> tuple[int, ...] | None:
-    """`KernelCase.targets` of a case of this block type."""
-    return None if block_type in USUAL_TYPES else RARE_TARGETS
+def usual_targets(block_type: str, first: bool = True) -> tuple[int, ...] | None:
+    """`KernelCase.targets` of a case of this block type; of a rare one the others than `first` wait for the night."""
+    return None if block_type in USUAL_TYPES else RARE_TARGETS if first else ()

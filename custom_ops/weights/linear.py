@@ -15,7 +15,7 @@ from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.target import MIB, GpuTarget
 from kiln.custom_ops.weights import matmul
-from kiln.custom_ops.weights.block_types import LAYOUTS, USUAL_TYPES, usual_targets
+from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
 from kiln.custom_ops.weights.dequantize import kiln_dequantize
 from kiln.custom_ops.weights.fixed_point import TERMS
 from kiln.custom_ops.weights.gemv import COUNTERS, fix, multiply
@@ -116,6 +116,6 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             k, rows = m.k, chunk_rows(m.n, m.k, 2)
             dense = format_constants(block_type) | dequantize_launch(block_type, rows)
             case = KernelCase(f"kiln_dequantize {block_type} {rows}x{k}", kiln_dequantize, types, dense, {"num_warps": 1},
-                              usual_targets(block_type) if block_type in USUAL_TYPES or not number else (), tuple(_INTEGERS))
+                              usual_targets(block_type, first=not number), tuple(_INTEGERS))
             cases.setdefault((case.fn.__name__, *sorted(case.constexprs.items())), case)
     return list(cases.values())

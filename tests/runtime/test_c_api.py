@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kiln
+from tests.runtime.artifact.test_gguf_weights import Case
 from tests.runtime.toy import MAX_SEQ, PROMPT, VOCAB
 
 ROOT = Path(__file__).parents[2] / "runtime_cpp"
@@ -22,7 +23,8 @@ ON_TOKEN = c.CFUNCTYPE(c.c_int, c.c_int64, c.c_char_p, c.c_size_t, c.c_void_p)
 
 class LoadOptions(c.Structure):
     _fields_ = [("size", c.c_size_t), ("device", c.c_char_p), ("verify", c.c_int), ("verify_threads", c.c_int),
-                ("progress", c.CFUNCTYPE(None, c.c_uint64, c.c_uint64, c.c_void_p)), ("user", c.c_void_p)]  # fmt: skip
+                ("progress", c.CFUNCTYPE(None, c.c_uint64, c.c_uint64, c.c_void_p)), ("user", c.c_void_p), ("weights", c.c_char_p),
+                ("ple", c.c_char_p), ("note", c.CFUNCTYPE(None, c.c_char_p, c.c_void_p))]  # fmt: skip
 
 
 class ModelInfo(c.Structure):
@@ -175,6 +177,23 @@ def test_bad_values(lib, toy, device, tmp_path) -> None:
     thread.join()
     assert others == [b""]
     assert lib.kiln_session_free(session) == OK and lib.kiln_model_free(model) == OK
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_code_alone_and_the_file_of_its_weights(lib, toy, device, tmp_path) -> None:
+    case = Case(tmp_path / "m.gguf")
+    case.map["metadata"]["noted"] = {"toy.note": "0" * 64}
+    artifact, notes = case.make(toy, tmp_path / "a"), []
+
+    def status(**given: object) -> int:
+        options = LoadOptions(c.sizeof(LoadOptions), b"cpu", note=LoadOptions._fields_[-1][1](lambda line, _: notes.append(line)), **given)
+        return lib.kiln_model_load(str(artifact).encode(), c.byref(options), c.byref(c.c_void_p()))
+
+    assert status() != OK and b"holds code only" in lib.kiln_error() and not notes
+    assert status(weights=str(case.path).encode(), ple=b"host") != OK and b"no per-layer embedding" in lib.kiln_error()
+    assert status(weights=str(case.path).encode(), ple=b"there") != OK and b"unknown place 'there'" in lib.kiln_error()
+    assert status(weights=str(case.path).encode()) == OK, lib.kiln_error()
+    assert len(notes) == 1 and b"toy.note" in notes[0]
 
 
 class DraftCounts(c.Structure):

@@ -208,7 +208,7 @@ def spread(monkeypatch, programs: int, rows: int = 64, groups: int = 0, warps: i
     return compiling_for(dataclasses.replace(H200, sm_count=1))
 
 
-@pytest.mark.parametrize("block_type", [pytest.param(t, marks=pytest.mark.nightly) if t in RARE else t for t in TYPES])
+@pytest.mark.parametrize("block_type", [*(t for t in TYPES if t not in RARE), *at_night(*RARE)])
 def interpreted_gemv(block_type: str, monkeypatch) -> None:
     """A slice that starts and ends inside blocks of rows, 70 rows: a full program and a masked one; several splits.
 
@@ -245,8 +245,7 @@ def interpreted_shares(block_type: str, k: int, programs: int, warps: int, split
 
 @pytest.mark.parametrize("block_type, groups",
                          [("Q4_K", 1), ("Q4_K", 4), ("Q6_K", 2), ("Q8_0", 4), ("MXFP4", 1),
-                          *(pytest.param(t, n, marks=pytest.mark.nightly)
-                            for t, n in (("Q5_K", 4), ("Q6_K", 4), ("Q5_1", 1), ("IQ4_XS", 4), ("Q3_K", 4), ("Q2_K", 4)))])  # fmt: skip
+                          *at_night(("Q5_K", 4), ("Q6_K", 4), ("Q5_1", 1), ("IQ4_XS", 4), ("Q3_K", 4), ("Q2_K", 4))])  # fmt: skip
 def interpreted_groups(block_type: str, groups: int, monkeypatch) -> None:
     """However many groups a lane takes at a time: 4 of a block of 256 are half of it."""
     words, halves, matrix = random_weight(block_type, 64, 256)

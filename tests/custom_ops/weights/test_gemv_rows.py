@@ -14,7 +14,7 @@ from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig, RowsConfig, SumsConfig, launch, launch_rows
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from tests.custom_ops.gpu.test_kernel_resources import compile_case
-from tests.custom_ops.interpret import interpreted
+from tests.custom_ops.interpret import at_night, interpreted
 from tests.custom_ops.weights.test_linear import random_weight, random_x
 
 test_kernels_interpreted = interpreted(__file__)
@@ -25,7 +25,7 @@ if triton.knobs.runtime.interpret:
 
 H200 = gpu_targets()["sm_90"]
 USUAL = ("Q4_K", "Q6_K", "Q8_0")  # a block of 256 with minima, one of halves of groups, a block of 32; the others at night
-TYPES = [t if t in USUAL else pytest.param(t, marks=pytest.mark.nightly) for t in LAYOUTS]
+TYPES = [*USUAL, *at_night(*(t for t in LAYOUTS if t not in USUAL))]
 kiln = torch.ops.kiln
 
 
@@ -142,7 +142,7 @@ def spread(monkeypatch, tiles: bool, programs: int, warps: int = 1):
 
 
 @pytest.mark.parametrize("block_type", TYPES)
-@pytest.mark.parametrize("tiles", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["tiles", "rows"])
+@pytest.mark.parametrize("tiles", [True, *at_night(False)], ids=["tiles", "rows"])
 @pytest.mark.parametrize("by_32", [False, True])
 def interpreted_types(block_type: str, tiles: bool, by_32: bool, monkeypatch) -> None:
     """A slice along N whose last block of rows is masked; each warp with its share of K, the last with less.
@@ -165,7 +165,7 @@ def interpreted_types(block_type: str, tiles: bool, by_32: bool, monkeypatch) ->
                 assert torch.equal(together[:, i], alone), i
 
 
-EIGHT = [pytest.param(8, True, 3, marks=pytest.mark.nightly), pytest.param(8, False, 2, marks=pytest.mark.nightly)]
+EIGHT = at_night((8, True, 3), (8, False, 2))
 
 
 @pytest.mark.parametrize("tokens, tiles, terms", [(2, True, 1), (2, False, 2), *EIGHT])
