@@ -2,17 +2,9 @@
 
 #include <algorithm>
 
+#include "draft/drafting.h"
+
 namespace kiln {
-
-namespace {
-
-std::vector<int64_t> all_sizes(const Artifact& artifact) {
-  std::vector<int64_t> sizes = artifact.steps();
-  sizes.insert(sizes.begin(), 1);
-  return sizes;
-}
-
-}  // namespace
 
 BatchDrafts::BatchDrafts(const Model::Impl& shared, Timeline& timeline, Entries& entries, const BatchOptions& options)
     : shared_(shared), timeline_(timeline), entries_(entries), options_(options), costs_(all_sizes(shared.artifact)) {
