@@ -58,16 +58,29 @@ build: $(SETUP)
 # of torch's wheel, which is as old; installed alone, it plays what `make demo` left.
 ZIG = $$("$$PY" -c 'import os, ziglang; print(os.path.join(os.path.dirname(ziglang.__file__), "zig"))')
 GOMP = $$("$$PY" -c 'import importlib.util, os; print(os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib", "libgomp.so.1"))')
+# WHEEL_PYTHONS: further Pythons that get a wheel of the runtime, as WHEEL_PYTHONS='python3.10 python3.12'; none needs packages of its own.
+WHEEL_PYTHONS ?=
+RUNTIME_BUILD = import tomllib; print(*tomllib.load(open("runtime_cpp/pyproject.toml", "rb"))["build-system"]["requires"], "cmake", "ninja", sep="\n")
+TAG = import sys; print("cp%d%d" % sys.version_info[:2])
 wheels: $(SETUP)
 	@rm -rf "$$BUILD"/dist/*.whl "$$BUILD/zig" && mkdir -p "$$BUILD/dist"
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/dist" .
-	PATH=$(BIN):"$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/zig" \
-	  --config-settings=build-dir="$(FOLDER)-zig" --config-settings=cmake.define.KILN_LIBGOMP="$(GOMP)" \
-	  --config-settings=cmake.define.CMAKE_CXX_COMPILER="$(ZIG)" \
-	  --config-settings=cmake.define.CMAKE_CXX_COMPILER_ARG1="c++ -target x86_64-linux-gnu.2.28" ./runtime_cpp
-	PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir "$$BUILD/dist" "$$BUILD"/zig/kiln_runtime-*.whl
+	"$$PY" -c '$(RUNTIME_BUILD)' >"$$BUILD/runtime-build.txt"
+	set -e; for python in "$$PY" $(WHEEL_PYTHONS); do \
+	  tag=$$("$$python" -c '$(TAG)') bin=$(BIN) from="$$PY"; \
+	  if [ "$$python" != "$$PY" ]; then \
+	    from="$$BUILD/$$tag/bin/python" bin="$$PWD/$$BUILD/$$tag/bin"; \
+	    "$$python" -m venv "$$BUILD/$$tag"; "$$from" -m pip install --quiet --disable-pip-version-check --requirement "$$BUILD/runtime-build.txt"; \
+	  fi; \
+	  PATH="$$bin:$$PATH" "$$from" -m pip --quiet --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/zig/$$tag" \
+	    --config-settings=build-dir="$(FOLDER)-zig-$$tag" --config-settings=cmake.define.KILN_LIBGOMP="$(GOMP)" \
+	    --config-settings=cmake.define.CMAKE_CXX_COMPILER="$(ZIG)" \
+	    --config-settings=cmake.define.CMAKE_CXX_COMPILER_ARG1="c++ -target x86_64-linux-gnu.2.28" ./runtime_cpp; \
+	  PATH=$(BIN):"$$PATH" "$$PY" -m auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir "$$BUILD/dist" "$$BUILD/zig/$$tag"/*.whl; \
+	  "$$PY" -m tests.tools.check_wheel --python "$$python" "$$BUILD"/dist/kiln_runtime-*-"$$tag"-*.whl \
+	    $$([ ! -f "$$BUILD/demo/manifest.json" ] || echo "$$BUILD/demo"); \
+	done
 	"$$PY" -m twine check --strict "$$BUILD"/dist/*.whl
-	"$$PY" -m tests.tools.check_wheel "$$BUILD"/dist/kiln_runtime-*.whl $$([ ! -f "$$BUILD/demo/manifest.json" ] || echo "$$BUILD/demo")
 
 # The runner without Python: kiln-run, the C library, examples and licences
 RUNNER = kiln-runtime-$(shell sed -n 's/^project.kiln_runtime VERSION \([0-9.]*\).*/\1/p' runtime_cpp/CMakeLists.txt)-linux-x86_64
@@ -136,7 +149,7 @@ soak: build
 # everything that needs a GPU, on any machine that has one; which commit was tested where, and the outcome of each test, go to GPU_RECORD.
 # Where there is no git, KILN_COMMIT names the commit.
 GPU_RECORD ?= docs/measurements/gpu-tests.json
-test-gpu: DIST = load
+test-gpu: DIST = loadgroup
 test-gpu: build
 	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 

@@ -46,9 +46,19 @@ SLOW = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Artifacts of a GPU: each is compiled by one worker, for its tests, while the others do something else.
+COMPILED_FOR_A_GPU = ("gpu", "played", "several")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     first = {Path(__file__).parent / name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") and (of := next((name for name in COMPILED_FOR_A_GPU if name in item.fixturenames), None)):
+            item.add_marker(pytest.mark.xdist_group(f"{of} {item.callspec.params.get(of, '')}" if hasattr(item, "callspec") else of))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -122,7 +122,6 @@ def _ours(error: BaseException | None) -> KilnError | None:
 
 
 def _compile(spec: GraphSpec, entry: str, target: str, work: Path, dump: Path | None) -> CompiledEntry:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a present GPU must not change what is compiled
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(work / "triton")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it would put the build machine's paths into the code

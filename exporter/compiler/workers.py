@@ -128,6 +128,7 @@ def _kill_all() -> None:
 
 
 def _serve(connection: Connection, parent: int, imports: tuple[str, ...]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a present GPU must not change what is compiled; its driver reads this once
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent's affair
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -1,4 +1,4 @@
-"""`python -m tests.tools.check_wheel WHEEL [ARTIFACT]`: what a wheel of kiln-runtime needs, and that it plays where nothing else is.
+"""What a wheel of kiln-runtime needs, and that it plays where nothing else is: `python -m tests.tools.check_wheel WHEEL [ARTIFACT]`.
 
 Prints the platform, seconds and bytes of an installation, and for each binary the libraries that it needs and the newest version of each
 that it imports a symbol of; with --symbols the symbols, too. Fails where it needs more than manylinux_2_28 grants, or does not play.
@@ -50,11 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("artifact", type=Path, nargs="?", help="for the CPU; its plain text is continued")
+    parser.add_argument("--python", default=sys.executable, help="that it is installed for  [this one]")
     parser.add_argument("--symbols", action="store_true")
     options = parser.parse_args()
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        subprocess.run([options.python, "-m", "venv", "--without-pip", folder], check=True)
         python, around = Path(folder, "bin", "python"), {"PATH": "/usr/bin:/bin", "HOME": folder}
         start = time.monotonic()
         install = ["install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-cache-dir", options.wheel]

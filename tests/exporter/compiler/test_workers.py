@@ -22,6 +22,19 @@ def test_a_prepared_worker_is_taken_once() -> None:
     assert not worker._process.is_alive(), "a process is good for one task"
 
 
+def test_no_gpu_is_seen_from_the_first_import(tmp_path, monkeypatch) -> None:
+    """CUDA's driver looks once, at the first module that asks it."""
+    (tmp_path / "asks_at_import.py").write_text("import os\nSEEN = os.environ.get('CUDA_VISIBLE_DEVICES')\ndef seen(): return SEEN\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(workers, "_IMPORTS", ("asks_at_import",))
+    import asks_at_import
+
+    worker = workers.Worker()
+    worker.start(asks_at_import.seen)
+    assert worker.result() == ""
+
+
 def test_failures_are_told() -> None:
     raising, dying = workers.Worker(), workers.Worker()
     raising.start(math.sqrt, -1)
