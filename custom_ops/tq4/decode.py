@@ -138,7 +138,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     check_kernel_shapes("tq4_decode", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
-    q_scale, shift = torch.empty((2, 1, heads), dtype=torch.float32, device=q.device)
+    q_scale, shift = (torch.empty((1, heads), dtype=torch.float32, device=q.device) for _ in range(2))  # parts of one would be copied
     weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_tq4_prepare)[(heads + 2 * kv_heads,)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, cos if k_center is None else k_center, shift,
@@ -176,7 +176,7 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
     check_kernel_shapes("tq4_read", dim, k_codes)
     plain = torch.empty((1, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((1, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
-    q_scale, shift = torch.empty((2, 1, heads), dtype=torch.float32, device=q.device)
+    q_scale, shift = (torch.empty((1, heads), dtype=torch.float32, device=q.device) for _ in range(2))  # parts of one would be copied
     weight = cos if q_weight is None else q_weight
     # what the programs of keys and values would write, none of which runs: not the caches, which this op leaves alone
     unused = [torch.empty(1, dtype=t.dtype, device=q.device) for t in (*caches, *rings)]

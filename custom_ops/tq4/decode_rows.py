@@ -168,7 +168,7 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     check_kernel_shapes("tq4_decode_rows", dim, caches[0][0], rings[0][0])
     plain = torch.empty((tokens, heads, dim), dtype=dtype, device=q.device)
     rotated = torch.empty((tokens, heads, dim), dtype=torch.float32 if dtype == torch.float32 else torch.float16, device=q.device)
-    q_scale, shift = torch.empty((2, tokens, heads), dtype=torch.float32, device=q.device)
+    q_scale, shift = (torch.empty((tokens, heads), dtype=torch.float32, device=q.device) for _ in range(2))  # parts of one would be copied
     center = q_scale if k_center is None else k_center  # what is not read is any pointer
     kernel(kiln_tq4_prepare_rows)[(heads if queries_alone else heads + 2 * kv_heads, tokens)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *written_caches, *written_rings, center, shift, row, q.shape[0],
