@@ -78,23 +78,24 @@ MOST_TOGETHER = 8  # tokens of a launch
 
 @dataclass(frozen=True)
 class SumsConfig:
-    """How `kiln_gemv_sums` is spread over one architecture: the same for every number of tokens, so that their sums are."""
+    """How `kiln_gemv_sums` is spread over one architecture. How K is cut is the same for every number of tokens, so that their sums are."""
 
-    rows: int = 128  # of a program, a multiple of 32; a warp has 32
-    warps: int = 4  # of a program
+    rows: int = 128  # that K is cut for, a multiple of 32; a warp has 32
+    warps: int = 4  # of a program of so many rows
     warps_per_sm: int = 12  # at most, as `GemvConfig`
+    narrow: int = 32  # rows of a program, but for a GLU of several tokens: the fewer, the more evenly they end
     ahead: int = 8  # groups of 32 whose quants are under way, of four tokens at most
     ahead_apart: int = 6  # the same where K is split into more than FEW_SPLITS
-    ahead_many: int = 6  # of more than four tokens, whose sums take more registers
+    ahead_many: int = 4  # of more than four tokens, whose sums take more registers
 
     @property
     def registers(self) -> int:
         return registers_of(self.warps_per_sm)
 
 
-# By (architecture, loads of a group's quants).
-SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, ahead_many=8)}
-FEW_SPLITS = 3
+# By (architecture, loads of a group's quants); measured by tests/measure/tune_sums.py.
+SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, narrow=128, ahead=6, ahead_many=8)}
+FEW_SPLITS = 4
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -128,7 +129,7 @@ def sums_fit(block_type: str, extent: int, n: int, aligned: bool) -> bool:
 
 
 def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
-    """`launch` of `kiln_gemv_sums`; how it is cut does not depend on `tokens`."""
+    """`launch` of `kiln_gemv_sums`; neither the splits of K nor their shares depend on `tokens`."""
     config = pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits))
     rows = math.gcd(n // 2, config.rows) if gated else config.rows
     shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
@@ -136,9 +137,11 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
     splits = triton.cdiv(steps, each * shares)
     together = tokens if tokens <= MOST_TOGETHER else 1
+    if not (gated and together > 1) and triton.cdiv(n, config.narrow) <= COUNTERS:
+        rows = min(rows, config.narrow)
     ahead = config.ahead_many if together > 4 else config.ahead if splits <= FEW_SPLITS else config.ahead_apart
     return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target), "REGISTERS": config.registers,
-            "M": together}, splits, config.warps
+            "M": together}, splits, rows * shares // 32
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:

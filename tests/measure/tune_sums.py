@@ -43,11 +43,12 @@ SHARED = {1: ((8, 12, 16), (6, 8)), 2: ((8, 12), (6, 8))}  # warps_per_sm, ahead
 
 def configs(loads: int) -> list[SumsConfig]:
     of_sm, ahead = SHARED[loads]
-    return [SumsConfig(rows, warps, per_sm, a, a, 6) for (rows, warps), per_sm, a in itertools.product(FORMS, of_sm, ahead)]
+    return [SumsConfig(rows, warps, per_sm, rows, a, a, 6) for (rows, warps), per_sm, a in itertools.product(FORMS, of_sm, ahead)]
 
 
 def name(c: SumsConfig) -> str:
-    return f"{c.rows} rows, {c.warps} warps, {c.warps_per_sm} an SM, {c.ahead}/{c.ahead_apart}/{c.ahead_many} ahead"
+    rows = f"{c.rows} rows" + f", {c.narrow} of one program" * (c.narrow < c.rows)
+    return f"{rows}, {c.warps} warps, {c.warps_per_sm} an SM, {c.ahead}/{c.ahead_apart}/{c.ahead_many} ahead"
 
 
 def use(config: SumsConfig) -> None:
