@@ -15,7 +15,7 @@ import triton.language as tl
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import Heads
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from kiln.custom_ops.gpu.launch import kernel
+from kiln.custom_ops.gpu.launch import kernel, vector_warps
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights.fixed_point import extent_of, row_words, store_fixed
@@ -307,8 +307,7 @@ def padded_group(heads: int, kv_heads: int) -> int:
 
 
 def merge_warps(dim: int) -> int:
-    """Warps of a merge: no lane without a dimension of its own."""
-    return max(1, min(MERGE_WARPS, dim // 32))
+    return vector_warps(dim, MERGE_WARPS)
 
 
 def decode_tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:

@@ -10,12 +10,16 @@ from torch.library import triton_op
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.launch import kernel, use_triton, vector_warps
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.markers import rms_norm, rope
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
 
-PREPARE_WARPS = 8
+PREPARE_WARPS = 8  # at most
+
+
+def prepare_warps(dim: int) -> int:
+    return vector_warps(dim // 2, PREPARE_WARPS)
 
 
 def head_dim(q_weight: torch.Tensor | None, cos: torch.Tensor) -> int:
@@ -285,7 +289,7 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     weights = (cos if w is None else w for w in (q_weight, k_weight))  # what is not read is any pointer
     kernel(kiln_prepare)[(heads + 2 * kv_heads, tokens)](q, k, v, *weights, cos, sin, *outs, *parts, EPS=eps, HEADS=heads, KV=kv_heads,
                                                          D=dim, **form_constants(q_weight, v_norm, scale, neighbours, cos, gated),
-                                                         EARLY=early(), **token_strides(q, v), num_warps=PREPARE_WARPS)
+                                                         EARLY=early(), **token_strides(q, v), num_warps=prepare_warps(dim))
     return outs[0], outs[1], outs[2]
 
 
@@ -303,7 +307,7 @@ def prepare_q(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor,
     parts = (q.shape[0], q.stride(0), q.shape[0], q.stride(0))
     kernel(kiln_prepare)[(heads, tokens)](q, q, q, weight, weight, cos, sin, out, *unused, *parts, EPS=eps, HEADS=heads, KV=1, D=dim,
                                           **form_constants(q_weight, True, scale, neighbours), EARLY=early(), **token_strides(q, q),
-                                          num_warps=PREPARE_WARPS)
+                                          num_warps=prepare_warps(dim))
     return out
 
 
@@ -318,4 +322,4 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     if model is GEMMA4_31B:
         forms.append((", gated, turned in part", GEOMETRIES["qwen35-27b"].form, {"TOKEN": 0, "V_TOKEN": 0}))
     return [KernelCase(f"prepare {model.full.label}{name}", kiln_prepare, signature, constants | form | apart,
-                       {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")) for name, form, apart in forms]
+                       {"num_warps": prepare_warps(model.full.dim)}, aligned=("stride", "v_stride")) for name, form, apart in forms]

@@ -16,6 +16,14 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or triton.knobs.runtime.interpret
 
 
+def vector_warps(elements: int, most: int) -> int:
+    """Warps of a program over one vector: no lane without an element of its own, half a vector's where it is made of two.
+
+    With more lanes Triton 3.6 leaves elements out of a sum over what went through joins and reshapes.
+    """
+    return max(1, min(most, elements // 32))
+
+
 class _Limited:
     def __init__(self, fn: Any, registers: int):
         self.fn, self.registers = fn, registers

@@ -25,7 +25,7 @@ from torch.library import triton_op
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.launch import kernel, use_triton, vector_warps
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.tq4.center import center_keys, center_of_chunk, check_center, keys_to_code, kiln_tq4_center, late_key, one_or_none
 
@@ -35,7 +35,7 @@ SPREAD = tl.constexpr(1.19185)
 BOUNDARIES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
 SIGN_BITS = (7, 15, 3, 11)
 MAX_SCALE = 65504.0
-WRITE_ROWS, WRITE_WARPS = 1, 4  # of a program of the write kernel
+WRITE_ROWS, WRITE_WARPS = 1, 4  # of a program of the write kernel, warps at most
 
 
 def check_dim(dim: int) -> None:
@@ -293,7 +293,7 @@ def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tens
     grid = ((tokens * kv_heads + WRITE_ROWS - 1) // WRITE_ROWS, 2)
     kernel(kiln_tq4_write)[grid](k_codes, k_scales, v_codes, v_scales, k, v, pos, mean, ring, tokens * kv_heads,
                                    SLOTS=k_codes.shape[1], KV=kv_heads, D=dim, ROWS=WRITE_ROWS,
-                                   EXACT_WINDOW=window, RING=slots, EARLY=early(), num_warps=WRITE_WARPS)
+                                   EXACT_WINDOW=window, RING=slots, EARLY=early(), num_warps=vector_warps(dim, WRITE_WARPS))
 
 
 def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[KernelCase]:
@@ -306,7 +306,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             cases.append(KernelCase(f"tq4_write {pointer[1:]} {h.kv}x{h.dim}{'' if window else ', no center'}", kiln_tq4_write,
                                     caches | chunk | {"v_ptr": pointer, "rows": "i32"},
                                     {"SLOTS": CONTEXT, "KV": h.kv, "D": h.dim, "ROWS": WRITE_ROWS, "EXACT_WINDOW": window, "RING": window,
-                                     "EARLY": early(target)}, {"num_warps": WRITE_WARPS}))
+                                     "EARLY": early(target)}, {"num_warps": vector_warps(h.dim, WRITE_WARPS)}))
         cases.append(KernelCase(f"tq4_center {pointer[1:]} {h.kv}x{h.dim}", kiln_tq4_center,
                                 chunk | {"center_ptr": "*fp32", "tokens": "i32"},
                                 {"COUNT": center_keys(EXACT_WINDOW), "KV": h.kv, "D": h.dim, "EARLY": early(target)},

@@ -9,11 +9,11 @@ from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import LOG2E, check_kernel_shapes
 from kiln.custom_ops.attention.prepare import (
-    PREPARE_WARPS,
     check_projections,
     form_constants,
     head_dim,
     prepare_reference,
+    prepare_warps,
     prepared_head,
     queries_of,
     query_reference,
@@ -144,7 +144,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *caches, *rings, cos if k_center is None else k_center, shift,
         q.shape[0], q.stride(0), v.shape[0], v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim,
         **form_constants(q_weight, v_norm, scale, neighbours, cos, gated), SLOTS=slots, RING=ring_slots,
-        EXACT_WINDOW=0 if k_center is None else window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+        EXACT_WINDOW=0 if k_center is None else window, EARLY=early(), num_warps=prepare_warps(dim))  # fmt: skip
     out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
     attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window, q if gated else None,
                      None if k_center is None else shift, k_center)
@@ -184,7 +184,7 @@ def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, 
         q, q, q, weight, weight, cos, sin, pos, plain, rotated, q_scale, *unused, cos if k_center is None else k_center, shift, q.shape[0],
         q.stride(0), q.shape[0], q.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim,
         **form_constants(q_weight, True, scale, neighbours), SLOTS=slots, RING=ring_slots,
-        EXACT_WINDOW=0 if k_center is None else window, EARLY=early(), num_warps=PREPARE_WARPS)  # fmt: skip
+        EXACT_WINDOW=0 if k_center is None else window, EARLY=early(), num_warps=prepare_warps(dim))  # fmt: skip
     out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
     attention.decode(plain, rotated, q_scale, caches, rings, pos, out, terms, exact_window, shift=None if k_center is None else shift)
     return out
@@ -206,5 +206,5 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         if model is GEMMA4_31B:
             forms += [(", gated, turned in part", GEOMETRIES["qwen35-27b"].form), (", no center", model.form | {"EXACT_WINDOW": 0})]
         cases += [KernelCase(f"tq4_prepare {exact_window[1:]} {h.label}{name}", kiln_tq4_prepare, signature, constants | form,
-                             {"num_warps": PREPARE_WARPS}, (90,) if name else None, ("stride", "v_stride")) for name, form in forms]
+                             {"num_warps": prepare_warps(h.dim)}, (90,) if name else None, ("stride", "v_stride")) for name, form in forms]
     return cases

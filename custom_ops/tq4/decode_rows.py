@@ -12,11 +12,11 @@ from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes, merge_warps
 from kiln.custom_ops.attention.prepare import (
-    PREPARE_WARPS,
     check_projections,
     form_constants,
     head_dim,
     prepare_reference,
+    prepare_warps,
     query_reference,
     token_strides,
 )
@@ -173,7 +173,8 @@ def _launch(projections: tuple[torch.Tensor, ...], weights: list[torch.Tensor], 
     kernel(kiln_tq4_prepare_rows)[(heads if queries_alone else heads + 2 * kv_heads, tokens)](
         q, k, v, *weights, cos, sin, pos, plain, rotated, q_scale, *written_caches, *written_rings, center, shift, row, q.shape[0],
         q.stride(0), v.shape[0], v.stride(0), EPS=eps, HEADS=heads, KV=kv_heads, D=dim, **form, SLOTS=slots, RING=rings[0].shape[1],
-        EXACT_WINDOW=0 if k_center is None else exact_window, EARLY=early(), **token_strides(q, v), num_warps=PREPARE_WARPS)  # fmt: skip
+        EXACT_WINDOW=0 if k_center is None else exact_window, EARLY=early(), **token_strides(q, v),
+        num_warps=prepare_warps(dim))  # fmt: skip
     out = fixed_point.empty(tokens, heads * dim, terms, extent_of(heads * dim, dim), q)
     asm = q.is_cuda and dtype != torch.float32
     tile, split, merge = decode_launch(dtype, asm, current_target(), heads, kv_heads, dim, slots, exact_window, terms, rings[0].shape[1],
@@ -204,7 +205,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                      "EARLY": early(target), "TOKEN": size, "V_TOKEN": size}
         cases.append(KernelCase(f"tq4_prepare_rows {pointer[1:]} {h.label}", kiln_tq4_prepare_rows,
                                 raw | caches | rings | numbers | {"q_out_ptr": pointer}, constants | model.form,
-                                {"num_warps": PREPARE_WARPS}, aligned=("stride", "v_stride")))
+                                {"num_warps": prepare_warps(h.dim)}, aligned=("stride", "v_stride")))
         tile, split, merge = decode_launch(dtype, pointer != "*fp32", target, h.queries, h.kv, h.dim, CONTEXT, EXACT_WINDOW, 2, ring,
                                            True, True)
         cases.append(KernelCase(f"tq4_decode_rows {pointer[1:]} {h.label}", kiln_tq4_decode_rows,

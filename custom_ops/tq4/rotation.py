@@ -10,12 +10,12 @@ from kiln.custom_ops.attention.flash import LOG2E
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import Heads
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
-from kiln.custom_ops.gpu.launch import kernel
+from kiln.custom_ops.gpu.launch import kernel, vector_warps
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.tq4.codec import LEVEL_UNIT, hadamard_rows, sign_of
 from kiln.custom_ops.weights.fixed_point import largest, largest_size
 
-ROTATE_WARPS = 4
+ROTATE_WARPS = 4  # at most
 
 LARGEST = tl.constexpr(largest(2))  # of a query's integers
 
@@ -98,7 +98,7 @@ def rotated(q: torch.Tensor, k_center: torch.Tensor | None,
     shift = None if k_center is None else torch.empty_like(scale)
     center, to, kv_heads = (scale, scale, heads) if k_center is None or shift is None else (k_center, shift, k_center.shape[0])
     kernel(kiln_tq4_rotate)[(tokens * heads,)](q, out, scale, center, to, D=dim, HEADS=heads, GROUP=heads // kv_heads, BYTES=as_bytes,
-                                               CENTERED=k_center is not None, EARLY=early(), num_warps=ROTATE_WARPS)
+                                               CENTERED=k_center is not None, EARLY=early(), num_warps=vector_warps(dim, ROTATE_WARPS))
     return out, scale, shift
 
 
@@ -108,7 +108,7 @@ def merge_rotated(x: torch.Tensor, x_lse: torch.Tensor, lse: torch.Tensor, shift
     (tokens, heads, dim), kv_heads = x.shape, lse.shape[0]
     constants = {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "CENTERED": shift is not None}
     kernel(kiln_tq4_unrotate)[(tokens * heads,)](x, x_lse, lse, lse if shift is None else shift, pos, out, tokens,
-                                                 EXACT_WINDOW=exact_window, **constants, num_warps=ROTATE_WARPS)
+                                                 EXACT_WINDOW=exact_window, **constants, num_warps=vector_warps(dim, ROTATE_WARPS))
 
 
 def rotation_cases(name: str, pointer: str, inner: str, target: GpuTarget, heads: Heads, exact_window: int) -> list[KernelCase]:
@@ -119,7 +119,7 @@ def rotation_cases(name: str, pointer: str, inner: str, target: GpuTarget, heads
     unrotate = dict.fromkeys(("x_ptr", "out_ptr"), pointer) | dict.fromkeys(("x_lse_ptr", "lse_ptr", "shift_ptr"), "*fp32")
     unrotate |= {"pos_ptr": "*i64", "tokens": "i32"}
     cases = [KernelCase(f"{name} rotate {dim} to {out[1:]}", kiln_tq4_rotate, rotate | {"out_ptr": out},
-                        shape | {"BYTES": out == "*i8", "EARLY": early(target)}, {"num_warps": ROTATE_WARPS})
+                        shape | {"BYTES": out == "*i8", "EARLY": early(target)}, {"num_warps": vector_warps(dim, ROTATE_WARPS)})
              for out in ((inner,) if inner == "*fp32" else (inner, "*i8"))]  # fmt: skip
     return [*cases, KernelCase(f"{name} unrotate {heads.label}", kiln_tq4_unrotate, unrotate, shape | {"EXACT_WINDOW": exact_window},
-                               {"num_warps": ROTATE_WARPS})]  # fmt: skip
+                               {"num_warps": vector_warps(dim, ROTATE_WARPS)})]  # fmt: skip

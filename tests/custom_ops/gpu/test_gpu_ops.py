@@ -253,6 +253,38 @@ def test_tq4_center(dtype, model):
         assert all(torch.equal(t.view(torch.int16), old.view(torch.int16)) for t, old in zip(caches[:2], before[:2], strict=True))
 
 
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_tq4_of_every_head_size(dim, centered):
+    """44 steps from nothing, of which the last read codes, then a chunk over them: as the same ops on the CPU, gated and turned in part."""
+    window, slots, steps, heads, kv = 32, 128, 44, 4, 2
+    g = torch.Generator().manual_seed(0)
+    weights, angle = [torch.rand(dim, generator=g) + 0.5 for _ in range(2)], torch.rand(steps, dim // 8, generator=g) * 6
+    q = torch.randn(steps, 2, heads * 2 * dim, generator=g)
+    k, v = (torch.randn(steps, 2, kv * dim, generator=g) + torch.randn(kv * dim, generator=g) for _ in range(2))
+    chunk = [torch.randn(20, n, dim, generator=g) * 0.3 for n in (heads, kv, kv)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        caches = [torch.zeros(kv, slots, dim // 4, dtype=torch.int16), torch.zeros(kv, slots, dtype=torch.float16)]
+        caches = [*caches, *(t.clone() for t in caches)]
+        caches += [torch.zeros(window, kv, dim, dtype=torch.float16) for _ in range(2)]
+        caches, center = [t.to(device) for t in caches], [torch.full((kv, dim), float("nan"), device=device)] * centered
+        outs = []
+        for t in range(steps):
+            qk = torch.cat([q[t], k[t]], 1).to(device)
+            given = (qk[:, : q.shape[2]], qk[:, q.shape[2] :], v[t].to(device), *(w.to(device) for w in weights))
+            turned = (angle[t : t + 1].cos().to(device), angle[t : t + 1].sin().to(device))
+            out = kiln.tq4_decode(*given, *turned, *caches, torch.tensor([t], device=device), 1e-6, 2, center, 0.1, False, False, 0, True)
+            outs.append(fixed_point.dequantize(out).double().cpu())
+        own, pos = [x.half().to(device) for x in chunk], torch.arange(steps, steps + 20, device=device)
+        kiln.tq4_write(*caches[:4], *own[1:], pos, center, caches[4] if centered else None, window if centered else 0)
+        outs.append(kiln.tq4_attention(*own, *caches, pos, None, window, *center).double().cpu().flatten(1))
+        found[device] = torch.cat(outs), [codec.decode(caches[i].cpu(), caches[i + 1].cpu()) for i in (0, 2)]
+    assert relative(found["cuda"][0], found["cpu"][0]) < 2e-3
+    for ours, right in zip(found["cuda"][1], found["cpu"][1], strict=True):  # a coordinate beside a boundary may go either way
+        assert relative(ours[:, :44], right[:, :44].double()) < 2e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 70])
 @both_models

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
 from kiln.custom_ops.attention.flash import attend
-from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.geometry import GEMMA4_31B
+from kiln.custom_ops.gpu.target import gpu_targets
+from kiln.custom_ops.tq4 import attention, codec, decode, decode_rows
 from kiln.custom_ops.tq4.attention import tq4_attention
 from kiln.custom_ops.tq4.codec import tq4_write
 from tests.custom_ops.tq4 import tq4_cache
@@ -344,3 +348,19 @@ def test_export_keeps_the_ops_whole(centered: bool) -> None:
     args = (random(1, 5, 4, 64), random(2, 5, 2, 64), random(3, 5, 2, 64), torch.arange(5))
     longer = tuple(x[:1].repeat(9, *[1] * (x.dim() - 1)) for x in args[:3]) + (torch.arange(9),)
     check_whole(lambda: Model(centered), args, longer, 16, "tq4_write", "tq4_attention")
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_no_lane_is_without_an_element(dim: int) -> None:
+    """Of a kernel that transforms a vector: Triton 3.6 would leave elements out of the sums over it."""
+    heads = dataclasses.replace(GEMMA4_31B.full, dim=dim)
+    model = dataclasses.replace(GEMMA4_31B, full=heads)
+    target, seen = gpu_targets()["sm_90"], set()
+    transforms = {f"kiln_tq4_{name}" for name in ("write", "rotate", "unrotate", "merge", "prepare", "prepare_rows")}
+    for case in [c for module in (codec, attention, decode, decode_rows) for c in module.kernel_cases(target, model)]:
+        name = case.fn.__name__
+        if name in transforms:
+            parts = 2 if "prepare" in name else 1  # a vector of two halves
+            assert 32 * case.options["num_warps"] * parts <= case.constexprs["D"] == dim, case.name
+            seen.add(name)
+    assert seen == transforms
