@@ -44,6 +44,12 @@ HYBRIDS = {
 }  # fmt: skip
 
 
+def spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    for key, config in list(gemv.SUMS_CONFIGS.items()):
+        monkeypatch.setitem(gemv.SUMS_CONFIGS, key, dataclasses.replace(config, narrow=config.rows))
+
+
 def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]:
     """Next tokens, logits [2, V] and the caches after two steps over a past of random keys and values: rings are full, codes are read."""
     g = torch.Generator().manual_seed(0)
@@ -61,7 +67,7 @@ def decode(lowered, state: dict[str, torch.Tensor]) -> tuple[list[int], torch.Te
 def check(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, geometry: Geometry = PAIR,
           ops: set[str] | None = None) -> None:
     monkeypatch.setitem(GEOMETRIES, "pair", geometry)
-    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    spread(monkeypatch)
     path = directory / "pair.gguf"
     write_synthetic(path, "pair", "q4_k_m", 0)
     state = weights(path, directory)
@@ -103,7 +109,7 @@ def poured(lowered) -> dict[str, torch.Tensor]:
 def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
     """Every token of a step of two has, bit for bit, the logits and the sample of a step of one, and so have the caches."""
     monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
-    monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, CONFIG)
+    spread(monkeypatch)
     monkeypatch.setitem(gemv.ROWS_CONFIGS, (90, 4), gemv.RowsConfig(False, 128))
     path = directory / "pair.gguf"
     write_synthetic(path, "pair", "q4_k_m", 0)

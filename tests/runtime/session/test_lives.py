@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.runtime.toy import PROMPT
 
 # Arguments: artifact, device, lives, what is kept of each ("nothing", or "session", as a leak would), prompt. Prints what was held
-# after the first tenth of the lives, which fill caches of the allocator and of the driver, and after all of them.
+# after the first quarter of the lives, which fill caches of the allocator and of the driver, and after all of them.
 LIVES = """
 import ctypes, gc, json, os, sys
 import kiln
@@ -52,7 +52,7 @@ for life in range(count):
     seen.add(tuple(session.generate(4, stop_at_eog=False)[0]))
     if keep == "session":
         kept.append(session)
-    if life == count // 10:
+    if life == count // 4:
         before = held()
 assert len(seen) == 1
 del session
@@ -65,7 +65,7 @@ DEVICE = 8 << 20  # likewise on a GPU, of the host's and of the device's: a driv
 
 
 def grown(artifact: Path, device: str, lives: int, keep: str = "nothing") -> dict[str, int]:
-    """By how much a process holds more after nine tenths of `lives`."""
+    """By how much a process holds more after three quarters of `lives`."""
     command = [sys.executable, "-c", LIVES, artifact, device, lives, keep, json.dumps(PROMPT)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
