@@ -31,6 +31,9 @@ __device__ __forceinline__ void small(int c[4], uint32_t a0, uint32_t a1, uint32
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(b0), "r"(0));
 }
 
+// Where chunk c of 16 bytes lies in a strip of 8: the eight lanes that read at once, two quads of four strips, meet no bank twice.
+__device__ __forceinline__ uint32_t swizzled(int c, int strip) { return (c ^ (strip % 4 * 2)) * 16; }
+
 struct Work {  // of one product
   const uint32_t* words;  // [blocks, 35, n]
   const __half* halves;   // [blocks, 2, n]
@@ -61,7 +64,7 @@ __global__ void __launch_bounds__(32 * kWarps, CTAS) chain(Work p) {
     if (unit < last) {
       const int row = (unit / p.blocks * SPLIT + own) * 32, b = unit % p.blocks;
       const uint32_t* from = p.words + static_cast<size_t>(b) * kWords * p.n + row + (lane % 8) * 4 + static_cast<size_t>(lane / 8) * p.n;
-      uint32_t to = ring + stage * kStage + lane * 16;
+      uint32_t to = ring + stage * kStage + lane / 8 * 128 + swizzled(lane % 8, lane / 8);
 #pragma unroll
       for (int i = 0; i < 8; ++i) copy16(to + i * 512, from + static_cast<size_t>(4 * i) * p.n);
       if (lane < 24) copy16(to + 8 * 512, from + static_cast<size_t>(32) * p.n);
@@ -84,12 +87,12 @@ __global__ void __launch_bounds__(32 * kWarps, CTAS) chain(Work p) {
     const int s_row = unit / p.blocks, b = unit % p.blocks;
     arrived<STAGES - 1>();
     __syncwarp();
-    const uint32_t at = ring + stage * kStage + quad * 16;
+    const uint32_t at = ring + stage * kStage;
     if (ARITH) {
       const uint32_t* x = p.x + token * per_token + static_cast<size_t>(b) * kXWords;
       const uint32_t* xs = p.x + mine * per_token + static_cast<size_t>(b) * kXWords;
       const float scale = __uint_as_float(__ldg(xs + 128));
-      const uint4 s0 = lds4(at + 32 * 128), s1 = lds4(at + 33 * 128), s2 = lds4(at + 34 * 128);
+      const uint4 s0 = lds4(at + 32 * 128 + swizzled(quad, 0)), s1 = lds4(at + 33 * 128 + swizzled(quad, 1)), s2 = lds4(at + 34 * 128 + swizzled(quad, 2));
       const uint2 d = lds2(ring + stage * kStage + kWords * 128 + quad * 8), dm = lds2(ring + stage * kStage + kWords * 128 + 64 + quad * 8);
       const uint32_t sa[4] = {s0.x, s0.y, s0.z, s0.w}, sb[4] = {s1.x, s1.y, s1.z, s1.w}, sc[4] = {s2.x, s2.y, s2.z, s2.w};
       uint32_t by[4][2];
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(32 * kWarps, CTAS) chain(Work p) {
       int sums[4][2] = {};
 #pragma unroll
       for (int g = 0; g < 8; ++g) {
-        const uint4 q = lds4(at + (4 * g + octet) * 128);
+        const uint4 q = lds4(at + (4 * g + octet) * 128 + swizzled(quad, octet));
         const uint2 xb = __ldg(reinterpret_cast<const uint2*>(x + g * 16 + (octet * 2 + column % 2) * 2));
         const uint32_t qs[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(32 * kWarps, CTAS) chain(Work p) {
       uint32_t some = 0;
 #pragma unroll
       for (int g = 0; g < 9; ++g) {
-        const uint4 q = lds4(at + min(4 * g + octet, 34) * 128);
+        const uint4 q = lds4(at + min(4 * g + octet, 34) * 128 + swizzled(quad, octet));
         some += q.x ^ q.y ^ q.z ^ q.w;
       }
       acc[0] += __uint_as_float(some & 0x3FFFFFFF);
