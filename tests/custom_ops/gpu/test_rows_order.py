@@ -34,7 +34,9 @@ def reductions(case: KernelCase, target: GpuTarget) -> set[str]:
             if "xf32" in operand:
                 # of the shares of K a program adds up one a warp, whatever a warp's threads hold of each
                 shares = re.match(SHARES, operand)
-                found.add(f"{operation} of {shares[1]} shares" if shares and shares[1] == shares[2] else f"{operation} {operand}")
+                alone = "axis = 0 " in line and operand.startswith("tensor<1x")  # nothing is added to it
+                warps = "1" if alone else shares[1] if shares and shares[1] == shares[2] else ""
+                found.add(f"{operation} of {warps} shares" if warps else f"{operation} {operand}")
     return found
 
 
