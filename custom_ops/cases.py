@@ -57,8 +57,8 @@ class KernelCase:
 def all_cases(target: GpuTarget, every: bool = False) -> list[KernelCase]:
     """The distinct cases of every op for this target; a module's `kernel_cases(target, model)` lists its own.
 
-    Without `every`, which is for `make nightly`: rare block types for one architecture, and of the 12B and Qwen3-8B attention alone, of 16
-    bits, for two and for one.
+    Without `every`, which is for `make nightly`: 16 bits alone, rare block types for one architecture, and of the 12B and Qwen3-8B
+    attention alone, for two and for one.
     """
     cases: dict[tuple, KernelCase] = {}
     for model in (*MEASURED, QWEN3_8B):
@@ -68,7 +68,9 @@ def all_cases(target: GpuTarget, every: bool = False) -> list[KernelCase]:
             if not hasattr(module, "kernel_cases") or not (first or every or name.split(".")[0] in ("attention", "tq4")):
                 continue
             for case in module.kernel_cases(target, model):
-                targets = case.targets if first else () if "fp32" in case.name.split() else (90,) if model is QWEN3_8B else SECOND_TARGETS
+                targets = case.targets if first else (90,) if model is QWEN3_8B else SECOND_TARGETS
+                if not every and "fp32" in case.name.split():
+                    continue
                 if every or targets is None or target.sm in targets:
                     key = case.fn, *(tuple(sorted(d.items())) for d in (case.signature, case.constexprs, case.options))
                     cases.setdefault(key, case)

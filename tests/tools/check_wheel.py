@@ -20,6 +20,13 @@ GLIBC = (2, 28)
 LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2", "libgcc_s.so.1",
              "libstdc++.so.6", "libgomp.so.1"}  # fmt: skip
 MOST = 30 << 20  # bytes of an installation
+MODULE = """
+import sys
+import kiln
+session = kiln.Session(kiln.Model(sys.argv[1], "cpu"))
+session.prefill([2, 5, 6])
+print(session.generate(4, stop_at_eog=False)[0])
+"""
 
 
 def imports(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -89,6 +96,11 @@ def main() -> None:
             print(f"  kiln-run {options.artifact}: exit code {done.returncode} after {seconds:.1f} s: {done.stdout.strip()!r}")
             if done.returncode or not done.stdout.strip():
                 wrong.append(f"it does not play: {done.stderr.strip()}")
+            module = [python, "-c", MODULE, options.artifact.resolve()]
+            done = subprocess.run(module, capture_output=True, text=True, env=around, cwd=folder)
+            print(f"  the module: exit code {done.returncode}: {done.stdout.strip()}")
+            if done.returncode or not done.stdout.strip():
+                wrong.append(f"the module does not play: {done.stderr.strip()}")
     for problem in wrong:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(bool(wrong))

@@ -137,6 +137,7 @@ class Model(torch.nn.Module):
         return torch.ops.kiln.sample(logits, temperature, top_k, top_p, seed, pos[-1:]), logits
 
 
+@pytest.mark.nightly  # a minute and more; every artifact for the CPU has these ops compiled
 def test_opaque_when_exported_reference_when_compiled(tmp_path) -> None:
     model = Model()
     settings = arguments(torch.zeros(1), 1.0)[1:5]
