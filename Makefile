@@ -69,8 +69,8 @@ wheels: $(SETUP)
 	set -e; for python in "$$PY" $(WHEEL_PYTHONS); do \
 	  tag=$$("$$python" -c '$(TAG)') bin=$(BIN) from="$$PY"; \
 	  if [ "$$python" != "$$PY" ]; then \
-	    from="$$BUILD/$$tag/bin/python" bin="$$PWD/$$BUILD/$$tag/bin"; \
-	    "$$python" -m venv "$$BUILD/$$tag"; "$$from" -m pip install --quiet --disable-pip-version-check --requirement "$$BUILD/runtime-build.txt"; \
+	    "$$python" -m venv "$$BUILD/$$tag"; bin=$$(cd "$$BUILD/$$tag/bin" && pwd); from="$$bin/python"; \
+	    "$$from" -m pip install --quiet --disable-pip-version-check --requirement "$$BUILD/runtime-build.txt"; \
 	  fi; \
 	  PATH="$$bin:$$PATH" "$$from" -m pip --quiet --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir "$$BUILD/zig/$$tag" \
 	    --config-settings=build-dir="$(FOLDER)-zig-$$tag" --config-settings=cmake.define.KILN_LIBGOMP="$(GOMP)" \
