@@ -29,6 +29,8 @@ TEMPLATE = """{{ bos_token }}
 {%- endif %}
 """
 
+WAIT = 100  # seconds that a busy machine may take for what takes a moment
+
 torch.set_num_threads(2)
 # Of a run in the background, or behind nohup: commands would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -25,7 +25,7 @@ from kiln.exporter.conversation.prompt import Prompt, common
 from kiln.exporter.conversation.request import RequestError
 from kiln.exporter.conversation.terminal import Printer, interruptible, shown
 from kiln.exporter.errors import KilnError
-from tests.conftest import shared
+from tests.conftest import WAIT, shared
 
 FIGURES = r"prompt \d+ tokens: (\d+) reused, (\d+) evaluated"
 
@@ -359,7 +359,7 @@ def test_a_terminal(artifact: Path) -> None:
 
     def wait(what: bytes, start: int = 0) -> int:
         """Until it is there; where it ends."""
-        until = time.monotonic() + 100
+        until = time.monotonic() + WAIT
         while (at := seen.find(what, start)) < 0:
             assert time.monotonic() < until and process.poll() is None, bytes(seen)
             time.sleep(0.02)
@@ -373,7 +373,7 @@ def test_a_terminal(artifact: Path) -> None:
         os.write(main, b"/help\r")
         wait(ready, wait(b"stops an answer", at))
         os.write(main, b"\x04")
-        process.wait(timeout=100)
+        process.wait(timeout=WAIT)
     finally:
         process.kill()
         process.wait()

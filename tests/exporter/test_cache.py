@@ -19,7 +19,7 @@ from kiln.exporter.errors import KilnError
 from kiln.exporter.run_gguf import UsageError, parse, target
 from kiln.exporter.tools.synth import write_synthetic
 from tests.code_only import code_only
-from tests.conftest import kiln
+from tests.conftest import WAIT, kiln
 from tests.gguf_files import WIDE, rewrite
 
 TOKENS = ("--tokens", "2,5,9,11", "--max-new-tokens", 4, "--no-eog", "--device", "cpu")
@@ -188,7 +188,7 @@ def test_from_nothing(root, tmp_path):
         assert line
     time.sleep(2)
     interrupted.terminate()
-    assert interrupted.wait(20) == 128 + 15 and list(root.iterdir()) == []
+    assert interrupted.wait(WAIT) == 128 + 15 and list(root.iterdir()) == []
     both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
     results = [process.communicate() for process in both]
     assert all(process.returncode == 0 for process in both), results

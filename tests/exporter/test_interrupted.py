@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import WAIT
 from tests.tools.kill_anywhere import EXPORT_PHASES, FIXTURE, ROOT, begin_another, export_command, interrupt
 
 LENGTHS = {"starting": 3.0, "packing": 0.2, "compiling": 8.0}  # seconds within which a moment is drawn
@@ -67,7 +68,7 @@ def test_the_artifact_is_the_old_one_or_the_new_one(tmp_path, way):
         assert process.stdout.readline() == "ready\n"
         time.sleep(random.uniform(0.02, 0.1))
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=WAIT)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
         if number == signal.SIGKILL:
             begin_another(out, temporary)

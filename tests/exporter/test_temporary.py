@@ -18,6 +18,7 @@ from kiln.exporter.compiler import workers
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import replacing
 from kiln.exporter.temporary import working_folder
+from tests.conftest import WAIT
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +79,7 @@ def start(tmp_path: Path, way: str) -> tuple[subprocess.Popen, list[int]]:
     return process, children
 
 
-def gone(children: list[int], seconds: float = 10) -> bool:
+def gone(children: list[int], seconds: float = WAIT) -> bool:
     end = time.monotonic() + seconds
     while any(map(alive, children)):
         if time.monotonic() > end:
@@ -92,7 +93,7 @@ def gone(children: list[int], seconds: float = 10) -> bool:
 def test_a_signal_leaves_nothing(tmp_path, number, way):
     process, children = start(tmp_path, way)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=WAIT)
     assert process.returncode == 128 + number and stderr == f"kiln: ended by {number.name}\n"
     assert gone(children) and not list((tmp_path / "tmp").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["holder.py", "tmp"]
@@ -102,7 +103,7 @@ def test_a_second_signal_does_not_disturb_the_first(tmp_path):
     process, children = start(tmp_path, "wait")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=WAIT)
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
     assert gone(children) and not list((tmp_path / "tmp").iterdir())
 
@@ -110,7 +111,7 @@ def test_a_second_signal_does_not_disturb_the_first(tmp_path):
 def test_a_closed_pipe_leaves_nothing(tmp_path):
     process, children = start(tmp_path, "print")
     process.stdout.close()
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=WAIT) == 1
     assert gone(children) and not list((tmp_path / "tmp").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["holder.py", "tmp"]
 
@@ -118,7 +119,7 @@ def test_a_closed_pipe_leaves_nothing(tmp_path):
 def test_a_killed_process_takes_its_workers_along_and_the_next_one_cleans_up(tmp_path, monkeypatch):
     process, children = start(tmp_path, "wait")
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=WAIT)
     assert gone(children), "a compiler outlived its export"
     assert list((tmp_path / "tmp").iterdir())
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -129,7 +130,7 @@ def test_a_killed_process_takes_its_workers_along_and_the_next_one_cleans_up(tmp
 def test_a_killed_worker_is_told_and_takes_its_compilers_along(tmp_path):
     process, children = start(tmp_path, "wait")
     os.kill(children[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=WAIT)
     assert process.returncode == 1 and "a compiling process was killed by SIGKILL; is there enough memory?" in stderr
     assert gone(children) and not list((tmp_path / "tmp").iterdir())
 
@@ -224,5 +225,5 @@ with ending_cleanly():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(process.stdout.readline())
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=WAIT)
     assert process.returncode == 128 + signal.SIGTERM and gone([child])

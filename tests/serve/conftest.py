@@ -21,7 +21,7 @@ from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.server import config, listen
 from kiln.exporter.serve.settings import Settings
 from kiln.exporter.serve.steps.engine import Busy, Job, Outcome
-from tests.conftest import gemma4_vocabulary, shared
+from tests.conftest import WAIT, gemma4_vocabulary, shared
 from tests.timeline import FIXTURES
 
 KEY = "a-key-of-the-tests"
@@ -35,7 +35,7 @@ class Running:
     url: str
     served: Served
 
-    def idle(self, seconds: float = 10.0) -> bool:
+    def idle(self, seconds: float = WAIT) -> bool:
         """Whether nothing is in work within that time."""
         end = time.monotonic() + seconds
         while any(self.served.engine.load()[:2]):
@@ -57,7 +57,7 @@ def running(served: Served, folder: Path = PAGE) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", served)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(WAIT)
         served.close()
         assert not thread.is_alive()
 

@@ -20,6 +20,7 @@ import pytest
 
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.settings import Settings
+from tests.conftest import WAIT
 from tests.serve.conftest import QUEUE, SESSIONS, Running, Script, running
 
 LONG = {"prompt": [2, 40, 41], "max_tokens": 90, "ignore_eos": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -29,7 +30,7 @@ def begun(url: str, path: str, body: dict, until: bytes = b"\r\n\r\n") -> socket
     """A request whose answer has begun, as far as `until`."""
     host, port = url.removeprefix("http://").split(":")
     raw = json.dumps(body).encode()
-    client = socket.create_connection((host, int(port)), 10)
+    client = socket.create_connection((host, int(port)), WAIT)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer a-key-of-the-tests\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
     seen = b""
@@ -52,7 +53,7 @@ def test_while_it_is_written(script: Script, stream: bool) -> None:
     assert not job.cancelled
     client.close()
     try:
-        assert script.idle(5) and job.cancelled
+        assert script.idle() and job.cancelled
     finally:
         script.engine.gate.set()
 
@@ -65,24 +66,24 @@ def test_before_it_begins_and_after(real: Running) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw)
             + raw
         )
-        with socket.create_connection(real.url.removeprefix("http://").rsplit(":", 1), 10) as client:  # type: ignore[arg-type]
+        with socket.create_connection(real.url.removeprefix("http://").rsplit(":", 1), WAIT) as client:  # type: ignore[arg-type]
             client.sendall(whole[:cut])
     for until in (b"", b"ping", b"text"):
         begun(real.url, "/v1/completions", LONG | {"stream": True}, until).close()
         begun(real.url, "/v1/completions", LONG, b"").close()
-    assert real.idle(10)
-    found = httpx.post(f"{real.url}/v1/completions", json=LONG | {"max_tokens": 3}).json()
+    assert real.idle()
+    found = httpx.post(f"{real.url}/v1/completions", json=LONG | {"max_tokens": 3}, timeout=WAIT).json()
     assert found["usage"]["completion_tokens"] == 3
 
 
 def test_a_cancelled_request_leaves_the_others(real: Running) -> None:
     """Of several that are written beside each other one is left: the others' texts are those of requests alone."""
     bodies = [LONG | {"seed": seed, "max_tokens": 60} for seed in range(SESSIONS)]
-    alone = [httpx.post(f"{real.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] for body in bodies]
+    alone = [httpx.post(f"{real.url}/v1/completions", json=body, timeout=WAIT).json()["choices"][0]["text"] for body in bodies]
     found: dict[int, str] = {}
 
     def ask(i: int) -> None:
-        found[i] = httpx.post(f"{real.url}/v1/completions", json=bodies[i], timeout=60).json()["choices"][0]["text"]
+        found[i] = httpx.post(f"{real.url}/v1/completions", json=bodies[i], timeout=WAIT).json()["choices"][0]["text"]
 
     left = begun(real.url, "/v1/completions", LONG | {"stream": True}, b"text")
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(SESSIONS)]
@@ -99,7 +100,7 @@ def test_overload(real: Running) -> None:
     found: list[httpx.Response] = []
 
     def ask(seed: int) -> None:
-        found.append(httpx.post(f"{real.url}/v1/completions", json=LONG | {"seed": seed}, timeout=60))
+        found.append(httpx.post(f"{real.url}/v1/completions", json=LONG | {"seed": seed}, timeout=WAIT))
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4 * (SESSIONS + QUEUE))]
     for thread in threads:
@@ -111,7 +112,7 @@ def test_overload(real: Running) -> None:
     assert len(taken) >= SESSIONS + QUEUE and len(taken) + len(refused) == len(threads)
     assert all(r.json()["usage"]["completion_tokens"] == 90 for r in taken)
     assert all(r.headers["retry-after"] and r.json()["error"]["code"] == "queue_full" for r in refused)
-    assert httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE + 1}).status_code == 429
+    assert httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE + 1}, timeout=WAIT).status_code == 429
     assert real.idle()
 
 
@@ -124,13 +125,14 @@ def hurried(talking: Path, settings: Settings) -> Iterator[Running]:
 
 def test_deadlines(hurried: Running) -> None:
     body = LONG | {"logit_bias": {"9": 1}, "n": 6}  # chosen on the host, so slow enough
-    found = httpx.post(f"{hurried.url}/v1/completions", json=body, timeout=60)
+    found = httpx.post(f"{hurried.url}/v1/completions", json=body, timeout=WAIT)
     assert found.status_code == 504 and found.json()["error"]["code"] == "timeout" and found.headers["x-should-retry"] == "false"
-    streamed = httpx.post(f"{hurried.url}/v1/completions", json=body | {"stream": True}, timeout=60).text
+    streamed = httpx.post(f"{hurried.url}/v1/completions", json=body | {"stream": True}, timeout=WAIT).text
     assert '"code":"timeout"' in streamed and streamed.endswith("data: [DONE]\n\n")
     assert hurried.idle()
 
 
+@pytest.mark.flaky(reruns=2)  # a drain of a second and a half, on a machine that does other things
 def test_the_end_of_a_server(talking: Path) -> None:
     """SIGTERM: no new request is taken, a stream that lasts too long gets an error event and its end, exit code 0."""
     command = [sys.executable, "-m", "exporter", "serve", talking, "--port", "0", "--device", "cpu", "--threads", "1", "--drain", "1.5"]
@@ -139,21 +141,21 @@ def test_the_end_of_a_server(talking: Path) -> None:
         assert process.stdout and process.stderr
         said = process.stdout.readline()
         url = re.findall(r"http://\S+", said)[0]
-        assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
-        assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 403
+        assert httpx.get(f"{url}/health", timeout=WAIT).json() == {"status": "ok"}
+        assert httpx.get(f"{url}/health", headers={"host": "evil.example"}, timeout=WAIT).status_code == 403
         body = LONG | {"stream": True, "n": 60, "logit_bias": {"9": 1}, "model": talking.name}
         client = begun(url, "/v1/completions", body, b"text")
         os.kill(process.pid, signal.SIGTERM)
         seen, during = b"", set[int]()
         time.sleep(0.1)
         for path in ("/health", "/health/live"):
-            during.add(httpx.get(url + path).status_code)
-        refused = httpx.post(f"{url}/v1/completions", json=LONG)
+            during.add(httpx.get(url + path, timeout=WAIT).status_code)
+        refused = httpx.post(f"{url}/v1/completions", json=LONG, timeout=WAIT)
         assert during == {503, 200} and refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         while piece := client.recv(1 << 16):
             seen += piece
         assert b'"code":"shutting_down"' in seen and b"data: [DONE]" in seen and seen.endswith(b"0\r\n\r\n")
-        assert process.wait(30) == 0
+        assert process.wait(WAIT) == 0
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()

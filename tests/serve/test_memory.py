@@ -23,6 +23,7 @@ import pytest
 
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.settings import Settings
+from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script, running
 from tests.serve.test_gone import LONG, begun
 
@@ -65,7 +66,7 @@ def test_what_counts_as_uncollected() -> None:
 
 def plain(**fields: Any) -> Callable[[str], None]:
     def ask(url: str) -> None:
-        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 5} | fields, timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 5} | fields, timeout=WAIT).status_code == 200
 
     return ask
 
@@ -75,11 +76,11 @@ def left(**fields: Any) -> Callable[[str], None]:
 
 
 def wrong(url: str) -> None:
-    assert httpx.post(f"{url}/v1/completions", json={"prompt": [2] * 100}).status_code == 400
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": [2] * 100}, timeout=WAIT).status_code == 400
 
 
 def refused(url: str) -> None:
-    assert httpx.post(f"{url}/v1/completions", json=LONG | {"n": 100}).status_code == 429
+    assert httpx.post(f"{url}/v1/completions", json=LONG | {"n": 100}, timeout=WAIT).status_code == 429
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_too_late(talking: Path, settings: Settings, stream: bool) -> None:
     with running(Served.load(talking, "cpu", 1, hurried)) as server, uncollected() as found:
         for _ in range(TIMES):
             body = LONG | {"logit_bias": {"9": 1}, "n": 6, "stream": stream}  # chosen on the host, so slow enough
-            response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=WAIT)
             assert '"code":"timeout"' in response.text
         assert server.idle()
     assert not found
@@ -131,7 +132,7 @@ def test_conversations(script: Script, path: str, stream: bool) -> None:
     def ask() -> None:
         for _ in range(body.get("n", 1)):
             script.will_say("one two three")
-        response = httpx.post(f"{script.url}/v1/{path}", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        response = httpx.post(f"{script.url}/v1/{path}", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=WAIT)
         assert response.status_code == 200 and ("three" in response.text), response.text
 
     ask()
@@ -172,10 +173,10 @@ def test_threads_share_heaps(talking: Path, tmp_path: Path) -> None:
             for thread in some:
                 thread.join()
             process.send_signal(signal.SIGUSR1)
-            end = time.monotonic() + 30
+            end = time.monotonic() + WAIT
             while not (told.exists() and "</malloc>" in told.read_text()):
                 assert time.monotonic() < end
-                httpx.get(f"{url}/health", timeout=60)  # the handler runs in the thread that answers
+                httpx.get(f"{url}/health", timeout=WAIT)  # the handler runs in the thread that answers
                 time.sleep(0.02)
         finally:
             process.terminate()

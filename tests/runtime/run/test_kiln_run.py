@@ -50,9 +50,13 @@ def test_loading_progress(toy, device):
     master, slave = pty.openpty()
     try:
         subprocess.run([KILN_RUN, *map(str, command)], stdout=subprocess.DEVNULL, stderr=slave, check=True)
-        shown = os.read(master, 1 << 16).decode()
+        os.write(slave, b"end\n")
+        shown = b""
+        while not shown.endswith(b"end\r\n"):  # a terminal hands over what was written piece by piece
+            shown += os.read(master, 1 << 16)
     finally:
         os.close(slave), os.close(master)
+    shown = shown.decode()
     assert shown.startswith("\r\x1b[Kweights: 0.00 of 0.00 GB")
     assert re.search(r"\r\x1b\[Kweights: 0\.000 GB in \d+\.\d\d s, [\d.]+ GB/s\r$", shown.split("\n")[0])
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import WAIT
 from tests.runtime.toy import CHUNK, KILN_RUN, MAX_SEQ, PROMPT, VOCAB, change, eager, fails, ids, run
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 PIPE_BYTES = 4096
-WAIT = 30  # seconds, for what takes none
 
 
 @pytest.fixture(scope="module")

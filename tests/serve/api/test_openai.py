@@ -16,6 +16,7 @@ from kiln.exporter.conversation.prompt import common
 from kiln.exporter.conversation.request import read_request
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.settings import Settings
+from tests.conftest import WAIT
 from tests.serve import solo
 from tests.serve.conftest import Running, running
 
@@ -177,12 +178,12 @@ def test_responses(client: openai.OpenAI) -> None:
 
 def test_models_and_tokens(client: openai.OpenAI, real: Running) -> None:
     assert [m.id for m in client.models.list()] == ["small", "other"] and client.models.retrieve("other").max_model_len == 96
-    said = httpx.post(f"{real.url}/tokenize", json={"prompt": "hot kiln"}).json()
+    said = httpx.post(f"{real.url}/tokenize", json={"prompt": "hot kiln"}, timeout=WAIT).json()
     assert said == {"count": len(said["tokens"]), "max_model_len": 96, "tokens": real.served.tokenizer.encode("hot kiln")}
-    assert httpx.post(f"{real.url}/tokenize", json={"content": "hot kiln"}).json()["tokens"] == said["tokens"][1:]
-    chat = httpx.post(f"{real.url}/tokenize", json={"messages": HI}).json()["tokens"]
+    assert httpx.post(f"{real.url}/tokenize", json={"content": "hot kiln"}, timeout=WAIT).json()["tokens"] == said["tokens"][1:]
+    chat = httpx.post(f"{real.url}/tokenize", json={"messages": HI}, timeout=WAIT).json()["tokens"]
     assert chat == client.chat.completions.create(model="small", messages=HI, max_tokens=1, **extra()).prompt_token_ids
-    assert httpx.post(f"{real.url}/v1/detokenize", json={"tokens": said["tokens"][1:]}).json()["prompt"] == "hot kiln"
+    assert httpx.post(f"{real.url}/v1/detokenize", json={"tokens": said["tokens"][1:]}, timeout=WAIT).json()["prompt"] == "hot kiln"
 
 
 @pytest.mark.parametrize(
@@ -223,4 +224,4 @@ def test_a_turn_that_parts_from_the_prompt(talking: Path, model: kiln.Model) -> 
             model="small", messages=[{"role": "user", "content": "x y"}], max_tokens=4, seed=1, **extra()
         )
         assert other.choices[0].token_ids == solo.write(model, other.prompt_token_ids, 4, 16, (1.0, 0, 1.0, 1))
-        assert re.search(r"kiln:snapshot_hits\S* [1-9]", httpx.get(f"{found.url}/metrics").text)
+        assert re.search(r"kiln:snapshot_hits\S* [1-9]", httpx.get(f"{found.url}/metrics", timeout=WAIT).text)

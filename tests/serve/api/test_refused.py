@@ -15,6 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from kiln.exporter.serve.app import application, page_files
+from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script
 
 HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
@@ -132,7 +133,7 @@ def shape_is_right(path: str, response: httpx.Response) -> None:
 @pytest.fixture(scope="module")
 def http(script: Script):
     script.engine.room = 0  # nothing that is right by mistake is answered: it would be a 429
-    with httpx.Client(base_url=script.url, headers=HEADERS, timeout=60) as client:
+    with httpx.Client(base_url=script.url, headers=HEADERS, timeout=WAIT) as client:
         yield client
     script.engine.room = 1000
 
@@ -224,27 +225,27 @@ def test_addresses_and_keys(http: httpx.Client, script: Script) -> None:
             {"x-api-key": "x"},
             {"authorization": b"Bearer \xe9"},
         ):
-            assert httpx.get(script.url + path, headers=headers).status_code == 401
-        assert httpx.get(script.url + path, headers={"x-api-key": KEY}).status_code in (200, 405)
-    assert httpx.get(f"{script.url}/health").json() == httpx.get(f"{script.url}/health/live").json() == {"status": "ok"}
-    assert "Kiln" in httpx.get(script.url).text or "<html" in httpx.get(script.url).text
+            assert httpx.get(script.url + path, headers=headers, timeout=WAIT).status_code == 401
+        assert httpx.get(script.url + path, headers={"x-api-key": KEY}, timeout=WAIT).status_code in (200, 405)
+    assert httpx.get(f"{script.url}/health", timeout=WAIT).json() == httpx.get(f"{script.url}/health/live", timeout=WAIT).json() == {"status": "ok"}
+    assert "Kiln" in httpx.get(script.url, timeout=WAIT).text or "<html" in httpx.get(script.url, timeout=WAIT).text
     assert "access-control-allow-origin" not in http.get("/v1/models", headers={"origin": "https://x.example"}).headers
 
 
 def test_hosts(real: Running) -> None:
     """Bound to loopback, another name in the Host header is refused: a page of that name would be asking."""
     for host, status in (("localhost:1", 200), ("127.0.0.1", 200), ("x.example", 403), ("", 403), ("localhost.x.example", 403)):
-        assert httpx.get(f"{real.url}/v1/models", headers={"host": host}).status_code == status, host
+        assert httpx.get(f"{real.url}/v1/models", headers={"host": host}, timeout=WAIT).status_code == status, host
 
 
 def test_metrics(script: Script, real: Running) -> None:
-    httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
-    httpx.get(f"{script.url}/v1/models")
-    text = httpx.get(f"{real.url}/metrics").text
+    httpx.post(f"{real.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=WAIT)
+    httpx.get(f"{script.url}/v1/models", timeout=WAIT)
+    text = httpx.get(f"{real.url}/metrics", timeout=WAIT).text
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total", "generation_tokens_total",
                  "request_success_total", "time_to_first_token_seconds_bucket", "prefix_cache_hits_total"):  # fmt: skip
         assert f"\nkiln:{name}{{" in text, name
-    assert 'kiln:request_refused_total{model_name="gemma",status="401"}' in httpx.get(f"{script.url}/metrics", headers=HEADERS).text
+    assert 'kiln:request_refused_total{model_name="gemma",status="401"}' in httpx.get(f"{script.url}/metrics", headers=HEADERS, timeout=WAIT).text
 
 
 def test_the_page(tmp_path: Path, script: Script) -> None:
