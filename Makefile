@@ -41,14 +41,14 @@ setup:
 	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'; \
 	"$$PYTHON" -m venv "$$VENV"; \
 	"$$PY" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["build"], sep="\n")' >"$$VENV/build.txt"; \
-	$(PIP) install --no-compile --requirement "$$VENV/build.txt"; }
+	$(PIP) install --requirement "$$VENV/build.txt"; }
 	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || $(MAKE) --no-print-directory installed
 
 # kiln-export in place, which needs the runtime of its own version
 .PHONY: installed
 installed:
 	$(runtime)
-	$(PIP) install --no-compile --editable '.[build,dev]'
+	$(PIP) install --editable '.[build,dev]'
 	touch "$$VENV/.installed"
 
 build: $(SETUP)

@@ -172,7 +172,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         options["key_center"] = key_center
     from kiln.exporter.checks import check_paths
     from kiln.exporter.compiler.host import check_compiler
-    from kiln.exporter.compiler.workers import AT_ONCE, none_left, prepare
+    from kiln.exporter.compiler.workers import none_left, prepare
     from kiln.exporter.source.plan import ReadOptions, read_plan
 
     # Before torch is imported: what cannot be done is refused at once.
@@ -188,7 +188,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
 
             drafter = read_drafter(options["draft_gguf"], plan)
         if not options["dry_run"]:
-            prepare(AT_ONCE)  # they import PyTorch while this process does
+            prepare()  # PyTorch is imported there while it is here
         from kiln.exporter.build import ExportOptions, export_artifact
 
         cache = "bfloat16" if kv_cache == "bf16" else "float16"

@@ -110,7 +110,7 @@ def code_for(request: Request) -> Path:
 
 def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None:
     from kiln.exporter.compiler.host import check_compiler
-    from kiln.exporter.compiler.workers import AT_ONCE, none_left, prepare
+    from kiln.exporter.compiler.workers import none_left, prepare
     from kiln.exporter.source.plan import read_plan
 
     with contextlib.redirect_stdout(sys.stderr), working_folder() as folder, none_left():
@@ -125,7 +125,7 @@ def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None
             rebind(code, plan, place)
             return
         say(f"{model}: compiling for {options.target}, once, into {place}")
-        prepare(AT_ONCE)
+        prepare()
         from kiln.exporter.build import ExportOptions, export_artifact
 
         cache = "bfloat16" if options.kv_cache == "bf16" else "float16"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 
 
@@ -25,7 +25,7 @@ def reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos
     return attend(q, k_cache, v_cache, causal_mask(k_cache.shape[0], pos, kv_len))
 
 
-@triton_op("kiln::global_attention", mutates_args=())
+@kernel_op("kiln::global_attention", mutates_args=())
 def global_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos: torch.Tensor,
                      kv_len: torch.Tensor | None) -> torch.Tensor:
     """Causal attention with scale 1: slot j of the cache is attended to iff j <= pos of the query.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton, vector_warps
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.markers import rms_norm, rope
 from kiln.custom_ops.weights.gemv_kernels import sum_splits
@@ -252,7 +252,7 @@ def kiln_rope_table(pos_ptr, inv_freq_ptr, cos_ptr, sin_ptr, half, BLOCK: tl.con
     tl.store(sin_ptr + i, tl.sin(angle), i < half)
 
 
-@triton_op("kiln::rope_table", mutates_args=())
+@kernel_op("kiln::rope_table", mutates_args=())
 def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) of pos * inv_freq, computed once: pos int64 [T], inv_freq float32 [H] -> float32 [T, H] each."""
     if not use_triton(inv_freq):
@@ -266,7 +266,7 @@ def rope_table(pos: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor,
     return cos, sin
 
 
-@triton_op("kiln::prepare_qkv", mutates_args=())
+@kernel_op("kiln::prepare_qkv", mutates_args=())
 def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                 cos: torch.Tensor, sin: torch.Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0, v_norm: bool = True,
                 neighbours: bool = False, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -293,7 +293,7 @@ def prepare_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: tor
     return outs[0], outs[1], outs[2]
 
 
-@triton_op("kiln::prepare_q", mutates_args=())
+@kernel_op("kiln::prepare_q", mutates_args=())
 def prepare_q(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float, dtype: torch.dtype,
               scale: float = 1.0, neighbours: bool = False) -> torch.Tensor:
     """The queries of `prepare_qkv` alone, of a layer that reads another's keys and values."""

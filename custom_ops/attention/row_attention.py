@@ -9,11 +9,11 @@ an op with kernels in the place of `sliding_rows`, or the export ends.
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.attention.global_attention import causal_mask
 from kiln.custom_ops.gpu.launch import use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 
 
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def check_rows(op: str, tokens: int, pos: torch.Tensor, row: torch.Tensor) -> No
             raise ValueError(f"{op}: {name} is {x.dtype} {tuple(x.shape)}; expected int64 [{tokens}]")
 
 
-@triton_op("kiln::sliding_rows", mutates_args=())
+@kernel_op("kiln::sliding_rows", mutates_args=())
 def sliding_rows(q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, row: torch.Tensor,
                  window: int) -> torch.Tensor:
     """Attention with mask 0 <= pos_q - pos_k < window and scale 1 to the ring of each token's row, which holds its own key already.
@@ -71,7 +71,7 @@ def sliding_rows(q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, po
     return attend_rows(q, k_ring[slot], v_ring[slot], in_window(pos, keys, window))
 
 
-@triton_op("kiln::global_rows", mutates_args=())
+@kernel_op("kiln::global_rows", mutates_args=())
 def global_rows(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pos: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Causal attention with scale 1 to the cache of each token's row: slot j is attended to iff j <= pos of the query.
 

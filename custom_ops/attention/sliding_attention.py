@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import attend, check_heads, flash_attention, flash_cases
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 
 
@@ -25,7 +25,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring: torch.T
     return attend(q, keys, values, (distance >= 0) & (distance < window) & (key_pos >= 0))
 
 
-@triton_op("kiln::sliding_attention", mutates_args=())
+@kernel_op("kiln::sliding_attention", mutates_args=())
 def sliding_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor,
                       window: int) -> torch.Tensor:
     """Attention with mask 0 <= pos_q - pos_k < window and scale 1; the ring is read, never written.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.attention import sliding_attention
 from kiln.custom_ops.attention.flash import (
@@ -29,6 +28,7 @@ from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
@@ -222,7 +222,7 @@ def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: in
     return split | pads | form | one | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
 
 
-@triton_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
+@kernel_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
 def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                    sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
                    terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
@@ -247,7 +247,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
     return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm)
 
 
-@triton_op("kiln::sliding_read", mutates_args=())
+@kernel_op("kiln::sliding_read", mutates_args=())
 def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                  v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0) -> torch.Tensor:
     """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already."""

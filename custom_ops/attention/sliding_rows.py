@@ -7,7 +7,6 @@ the kernel is that of `sliding_decode`, with the same split of its keys. Tokens 
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.attention import sliding_attention
 from kiln.custom_ops.attention.flash import check_kernel_shapes, kiln_flash_merge, merge_warps
@@ -16,6 +15,7 @@ from kiln.custom_ops.attention.sliding_decode import _constants, _tile, kiln_sli
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
@@ -43,7 +43,7 @@ def _attended(query: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, p
     return fixed_point.quantize(torch.cat(out).flatten(1), terms, query.shape[-1])
 
 
-@triton_op("kiln::sliding_decode_rows", mutates_args=("k_ring", "v_ring"))
+@kernel_op("kiln::sliding_decode_rows", mutates_args=("k_ring", "v_ring"))
 def sliding_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
                         cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor,
                         row: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
@@ -63,7 +63,7 @@ def sliding_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_wei
     return _attended(query, k_ring, v_ring, pos, row, window, terms)
 
 
-@triton_op("kiln::sliding_read_rows", mutates_args=())
+@kernel_op("kiln::sliding_read_rows", mutates_args=())
 def sliding_read_rows(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                       v_ring: torch.Tensor, pos: torch.Tensor, row: torch.Tensor, window: int, eps: float, terms: int,
                       scale: float = 1.0) -> torch.Tensor:

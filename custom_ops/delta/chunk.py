@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.delta import rule
 from kiln.custom_ops.delta.kernels import kiln_delta_blocks, kiln_delta_heads, kiln_delta_outputs, kiln_delta_states
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import nearest
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 
@@ -96,7 +96,7 @@ def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: to
     return out[token // BLOCK * value_heads + torch.arange(value_heads, device=device), token % BLOCK]
 
 
-@triton_op("kiln::delta_chunk", mutates_args=("conv_state", "delta_state"))
+@kernel_op("kiln::delta_chunk", mutates_args=("conv_state", "delta_state"))
 def delta_chunk(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: torch.Tensor, a: torch.Tensor, dt_bias: torch.Tensor,
                 conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor, key_heads: int, eps: float) -> torch.Tensor:
     """The rule for T tokens at pos [T], consecutive; arguments as `delta_step`, u [T, C], alpha and beta [T, V].

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.delta import rule, step
@@ -17,6 +16,7 @@ from kiln.custom_ops.delta.kernels import SLOTS, softplus
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.markers import rms_norm, silu_mul
 from kiln.custom_ops.weights import fixed_point
@@ -132,7 +132,7 @@ def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch
     return fixed_point.quantize(gated.flatten(1), terms, norm.shape[0])
 
 
-@triton_op("kiln::delta_decode", mutates_args=("conv_state", "delta_state", "counters"))
+@kernel_op("kiln::delta_decode", mutates_args=("conv_state", "delta_state", "counters"))
 def delta_decode(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, z: torch.Tensor, conv: torch.Tensor, a: torch.Tensor,
                  dt_bias: torch.Tensor, norm: torch.Tensor, conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor,
                  counters: torch.Tensor, key_heads: int, eps: float, terms: int) -> torch.Tensor:  # fmt: skip

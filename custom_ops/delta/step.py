@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.delta import rule
 from kiln.custom_ops.delta.kernels import kiln_delta_step
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 
 COLUMNS = 32  # of a head's state that a program has
@@ -27,7 +27,7 @@ def reference(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: to
     return (state * q[:, :, None]).sum(1).unsqueeze(0)  # read after it was written
 
 
-@triton_op("kiln::delta_step", mutates_args=("conv_state", "delta_state"))
+@kernel_op("kiln::delta_step", mutates_args=("conv_state", "delta_state"))
 def delta_step(u: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, conv: torch.Tensor, a: torch.Tensor, dt_bias: torch.Tensor,
                conv_state: torch.Tensor, delta_state: torch.Tensor, pos: torch.Tensor, key_heads: int, eps: float) -> torch.Tensor:
     """The rule for the token at pos [1]; the states after it are written beside those before it.

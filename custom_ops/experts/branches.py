@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step import add_norm as one
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
@@ -70,7 +70,7 @@ def _constants(d: int, first_squares: torch.Tensor, second_squares: torch.Tensor
             "TERMS": terms, "EXTENT": extent_of(d, PIECE), "PIECE": PIECE, "EARLY": early(target)}  # fmt: skip
 
 
-@triton_op("kiln::add_norm_two", mutates_args=())
+@kernel_op("kiln::add_norm_two", mutates_args=())
 def add_norm_two(x: torch.Tensor, first: torch.Tensor, first_squares: torch.Tensor, first_weight: torch.Tensor, second: torch.Tensor,
                  second_squares: torch.Tensor, second_weight: torch.Tensor, post_weight: torch.Tensor, scale: torch.Tensor | None,
                  weight: torch.Tensor | None, eps: float, terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_chosen_sum
 from kiln.custom_ops.experts.linear import chosen_launch, chosen_rows
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
@@ -40,7 +40,7 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
         raise ValueError(f"{op}: {words.shape[2]} rows are no {count} experts of equal size")
 
 
-@triton_op("kiln::expert_glu", mutates_args=("counters",))
+@kernel_op("kiln::expert_glu", mutates_args=("counters",))
 def expert_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, up_words: torch.Tensor | None, up_halves: torch.Tensor | None,
                block_type: str, chosen: torch.Tensor, count: int, counters: torch.Tensor, squares: torch.Tensor | None = None,
                eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
@@ -110,7 +110,7 @@ def _sum(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     return out, squares
 
 
-@triton_op("kiln::expert_sum", mutates_args=("counters",))
+@kernel_op("kiln::expert_sum", mutates_args=("counters",))
 def expert_sum(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor, weights: torch.Tensor,
                count: int, counters: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over u of weights[u] times x[u] by the rows of expert chosen[u]: float32 [1, N].
@@ -122,7 +122,7 @@ def expert_sum(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block
     return _sum("expert_sum", x, words, halves, block_type, chosen, weights, count, counters, False, beside)[0]
 
 
-@triton_op("kiln::expert_sum_squares", mutates_args=("counters",))
+@kernel_op("kiln::expert_sum_squares", mutates_args=("counters",))
 def expert_sum_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor,
                        weights: torch.Tensor, count: int, counters: torch.Tensor,
                        beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts.kernels import kiln_chosen_gemv, kiln_grouped_matmul, kiln_pair_order
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
 from kiln.custom_ops.weights.fixed_point import GROUP, TERMS, extent_of
@@ -183,7 +183,7 @@ def _check(op: str, x: torch.Tensor, chosen: torch.Tensor, rows: int, k: int, co
         raise ValueError(f"{op}: {rows} rows are no {count} experts of equal size")
 
 
-@triton_op("kiln::expert_linear", mutates_args=())
+@kernel_op("kiln::expert_linear", mutates_args=())
 def expert_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, chosen: torch.Tensor,
                   count: int) -> torch.Tensor:
     """x [T, U, K], or [T, 1, K] for all U, and chosen [T, U] int64, numbers of experts -> [T, U, N] in x's dtype, float32 inside.
@@ -207,7 +207,7 @@ def expert_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bl
     return _grouped(x, piece, chosen, n, count, False)
 
 
-@triton_op("kiln::expert_matmul", mutates_args=())
+@kernel_op("kiln::expert_matmul", mutates_args=())
 def expert_matmul(x: torch.Tensor, w: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
     """`expert_linear` with the float matrix w [count * N, K], which is never rounded."""
     _check("expert_matmul", x, chosen, w.shape[0], w.shape[1], count)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 
 MOST_EXPERTS = 1024  # a program has a token's whole row
@@ -70,7 +70,7 @@ def constants(experts: int, used: int, renormalized: bool) -> dict[str, int | bo
     return {"EXPERTS": experts, "PADDED": triton.next_power_of_2(experts), "USED": used, "RENORMALIZED": renormalized}
 
 
-@triton_op("kiln::route", mutates_args=())
+@kernel_op("kiln::route", mutates_args=())
 def route(logits: torch.Tensor, used: int, renormalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E] float32 -> the `used` experts of the largest softmax, int64 [T, used], and their probabilities, float32 [T, used].
 

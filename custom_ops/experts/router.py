@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.experts import route
@@ -17,6 +16,7 @@ from kiln.custom_ops.experts.route import MOST_EXPERTS, choose
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step.add_norm import PIECE, load_root, root, root_constants
 from kiln.custom_ops.weights import fixed_point
@@ -139,7 +139,7 @@ def _check(op: str, x: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor,
                          "float32, D a multiple of 32")  # fmt: skip
 
 
-@triton_op("kiln::choose_experts", mutates_args=("counters",))
+@kernel_op("kiln::choose_experts", mutates_args=("counters",))
 def choose_experts(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
                    renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor,
                    beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +155,7 @@ def choose_experts(x: torch.Tensor, squares: torch.Tensor, eps: float, scale: to
     return _launch(x, squares, eps, scale, factor, router, used, renormalized, factors, counters, None, 1, beside)[:2]
 
 
-@triton_op("kiln::choose_experts_norm", mutates_args=("counters",))
+@kernel_op("kiln::choose_experts_norm", mutates_args=("counters",))
 def choose_experts_norm(
     x: torch.Tensor, squares: torch.Tensor, eps: float, scale: torch.Tensor, factor: float, router: torch.Tensor, used: int,
     renormalized: bool, factors: torch.Tensor | None, counters: torch.Tensor, weight: torch.Tensor,

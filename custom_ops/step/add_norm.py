@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import GROUP, extent_of, row_words, store_fixed
@@ -130,7 +130,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: {shapes}; expected float32 [T, D] and [D], D a multiple of 32")
 
 
-@triton_op("kiln::add_norm", mutates_args=())
+@kernel_op("kiln::add_norm", mutates_args=())
 def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor | None, post_weight: torch.Tensor | None,
              scale: torch.Tensor | None, weight: torch.Tensor | None, eps: float,
              terms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ def add_norm(x: torch.Tensor, branch: torch.Tensor, branch_squares: torch.Tensor
     return _launch(x, branch, branch_squares, post_weight, scale, weight, eps, terms)
 
 
-@triton_op("kiln::norm_fixed", mutates_args=())
+@kernel_op("kiln::norm_fixed", mutates_args=())
 def norm_fixed(x: torch.Tensor, weight: torch.Tensor, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x * weight in fixed point and sums of squares of x, as `add_norm` leaves them; x float32 [T, D]. ValueError when it does not fit."""
     _check("norm_fixed", x, weight)

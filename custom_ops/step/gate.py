@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.markers import gelu_mul
 from kiln.custom_ops.weights import fixed_point
@@ -52,7 +52,7 @@ def kiln_gate(gate, value, out, n, splits, stride, TERMS: tl.constexpr, BLOCK: t
     store_fixed(by * tl.load(value + i, keep, other=0.0).to(tl.float32), out, first // 32, n // 32, TERMS, BLOCK, EXTENT)
 
 
-@triton_op("kiln::gate_fixed", mutates_args=())
+@kernel_op("kiln::gate_fixed", mutates_args=())
 def gate_fixed(gate: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Tensor:
     """gelu(gate) * value in fixed point of `terms` bytes, T rows of P; GELU is the one with tanh.
 
@@ -72,7 +72,7 @@ def gate_fixed(gate: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Ten
     return out
 
 
-@triton_op("kiln::attention_gate_fixed", mutates_args=())
+@kernel_op("kiln::attention_gate_fixed", mutates_args=())
 def attention_gate_fixed(q: torch.Tensor, value: torch.Tensor, terms: int) -> torch.Tensor:
     """sigmoid(gate) * value in fixed point of `terms` bytes, a row of H D.
 

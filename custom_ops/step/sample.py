@@ -13,11 +13,11 @@ from itertools import product
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
 
@@ -71,7 +71,7 @@ def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tens
     return torch.where(torch.isfinite(row.amax()), torch.where(temperature > 0, sampled, row.argmax()), -1)
 
 
-@triton_op("kiln::sample", mutates_args=())
+@kernel_op("kiln::sample", mutates_args=())
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
            pos: torch.Tensor) -> torch.Tensor:
     """A token id for each row, int64 [T], from logits [T, V] float32; -inf forbids a token. -1: a logit is NaN or +inf, or none is finite.

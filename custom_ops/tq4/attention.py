@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import (
     Tile,
@@ -32,6 +31,7 @@ from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.tq4 import codec
@@ -367,7 +367,7 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caches: tuple[tor
     merge_rotated(still_rotated, codes_lse, lse, shift, pos, out, exact_window)
 
 
-@triton_op("kiln::tq4_attention", mutates_args=())
+@kernel_op("kiln::tq4_attention", mutates_args=())
 def tq4_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                   v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor,
                   kv_len: torch.Tensor | None, exact_window: int = 0, k_center: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,12 +20,12 @@ import struct
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton, vector_warps
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.tq4.center import center_keys, center_of_chunk, check_center, keys_to_code, kiln_tq4_center, late_key, one_or_none
 
@@ -262,7 +262,7 @@ def kiln_tq4_write(k_codes_ptr, k_scales_ptr, v_codes_ptr, v_scales_ptr, k_ptr, 
         encode_rows(x, k_codes_ptr, k_scales_ptr, slot, keep, ROWS, D)
 
 
-@triton_op("kiln::tq4_write", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales", "center"})
+@kernel_op("kiln::tq4_write", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales", "center"})
 def tq4_write(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k: torch.Tensor,
               v: torch.Tensor, pos: torch.Tensor, center: list[torch.Tensor], k_exact: torch.Tensor | None = None,
               exact_window: int = 0) -> None:

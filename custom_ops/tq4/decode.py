@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import LOG2E, check_kernel_shapes
 from kiln.custom_ops.attention.prepare import (
@@ -22,6 +21,7 @@ from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.early import early, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.tq4 import attention, codec
 from kiln.custom_ops.tq4.center import check_center, late_key, one_or_none
@@ -99,7 +99,7 @@ def prepare_token(head, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         encode_rows(x, tl.where(key, k_codes_ptr, v_codes_ptr), tl.where(key, k_scales_ptr, v_scales_ptr), slot, keep, 1, D)
 
 
-@triton_op("kiln::tq4_decode", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact", "center"))
+@kernel_op("kiln::tq4_decode", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact", "center"))
 def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, eps: float, terms: int,
@@ -151,7 +151,7 @@ def tq4_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torc
     return out
 
 
-@triton_op("kiln::tq4_read", mutates_args=())
+@kernel_op("kiln::tq4_read", mutates_args=())
 def tq4_read(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor,
              k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
              pos: torch.Tensor, eps: float, terms: int, scale: float = 1.0, neighbours: bool = False,

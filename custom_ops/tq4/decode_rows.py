@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes, merge_warps
 from kiln.custom_ops.attention.prepare import (
@@ -24,6 +23,7 @@ from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import CONTEXT, EPS, EXACT_WINDOW, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.tq4 import attention, codec
 from kiln.custom_ops.tq4.attention import decode_launch, decode_split, kiln_tq4_merge
@@ -111,7 +111,7 @@ def _attended(query: torch.Tensor, caches: Caches, rings: Caches, pos: torch.Ten
     return fixed_point.quantize(torch.cat(out).flatten(1), terms, query.shape[-1])
 
 
-@triton_op("kiln::tq4_decode_rows", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact", "center"))
+@kernel_op("kiln::tq4_decode_rows", mutates_args=("k_codes", "k_scales", "v_codes", "v_scales", "k_exact", "v_exact", "center"))
 def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                     cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor,
                     v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, row: torch.Tensor,
@@ -138,7 +138,7 @@ def tq4_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight:
     return _attended(query, caches, rings, pos, row, exact_window, terms, k_center)
 
 
-@triton_op("kiln::tq4_read_rows", mutates_args=())
+@kernel_op("kiln::tq4_read_rows", mutates_args=())
 def tq4_read_rows(q: torch.Tensor, q_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, k_codes: torch.Tensor,
                   k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
                   pos: torch.Tensor, row: torch.Tensor, exact_window: int, eps: float, terms: int, scale: float = 1.0,

@@ -6,10 +6,10 @@ In plain torch on every device: for a GPU `fuse_decode` puts `tq4_decode_rows` i
 from __future__ import annotations
 
 import torch
-from torch.library import triton_op
 
 from kiln.custom_ops.attention.global_attention import causal_mask
 from kiln.custom_ops.attention.row_attention import attend_rows, check_rows, in_window, ring_positions
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.tq4 import codec
 from kiln.custom_ops.tq4.center import added_by_halves, center_keys, check_center, one_or_none
 
@@ -38,7 +38,7 @@ def write_rows(caches: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tenso
             cache.index_put_((row[:, None], heads, at[:, None]), new)  # [M, KV]
 
 
-@triton_op("kiln::tq4_write_rows", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales", "center"})
+@kernel_op("kiln::tq4_write_rows", mutates_args={"k_codes", "k_scales", "v_codes", "v_scales", "center"})
 def tq4_write_rows(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor, k: torch.Tensor,
                    v: torch.Tensor, pos: torch.Tensor, row: torch.Tensor, center: list[torch.Tensor],
                    k_exact: torch.Tensor | None = None, exact_window: int = 0) -> None:
@@ -55,7 +55,7 @@ def tq4_write_rows(k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch
     write_rows((k_codes, k_scales, v_codes, v_scales), k, v, pos, row, k_center, k if k_exact is None else k_exact, exact_window)
 
 
-@triton_op("kiln::tq4_rows", mutates_args=())
+@kernel_op("kiln::tq4_rows", mutates_args=())
 def tq4_rows(q: torch.Tensor, k_codes: torch.Tensor, k_scales: torch.Tensor, v_codes: torch.Tensor, v_scales: torch.Tensor,
              k_exact: torch.Tensor, v_exact: torch.Tensor, pos: torch.Tensor, row: torch.Tensor, exact_window: int,
              k_center: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
 from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
 from kiln.custom_ops.weights.dequantize import kiln_dequantize
@@ -25,7 +25,7 @@ def reference(ids: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, bloc
     return dequantize(block_type, *rows).view(ids.shape[0], -1)
 
 
-@triton_op("kiln::quantized_embedding", mutates_args=())
+@kernel_op("kiln::quantized_embedding", mutates_args=())
 def quantized_embedding(ids: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
     """Rows `ids` [T] int64, each below N, of the packed matrix [N, K] (words int32 [G, W, N], halves float16 [G, H, N]) -> float32 [T, K].
 

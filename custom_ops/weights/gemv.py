@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import nearest, pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
@@ -242,7 +242,7 @@ def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, 
         raise ValueError(f"{op}: squares are {squares.dtype} {tuple(squares.shape)}; expected float32 [{rows}P]")
 
 
-@triton_op("kiln::fixed_point", mutates_args=())
+@kernel_op("kiln::fixed_point", mutates_args=())
 def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
     """x [T, K] -> rows in fixed point of `terms` bytes (see `fixed_point`). ValueError when it does not fit."""
     if x.dim() != 2 or x.shape[1] % GROUP or terms not in (1, 2, 3):
@@ -250,7 +250,7 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
     return fix(x.contiguous(), terms) if use_triton(x) else fixed_point.quantize(x, terms)
 
 
-@triton_op("kiln::fixed_linear", mutates_args=("counters",))
+@kernel_op("kiln::fixed_linear", mutates_args=("counters",))
 def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                  squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """The matmul of x, T rows in fixed point of either extent (see `fixed_point`), with the packed matrix [N, K]: float32 [T, N].
@@ -265,7 +265,7 @@ def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, blo
     return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps)[0]
 
 
-@triton_op("kiln::fixed_linear_squares", mutates_args=("counters",))
+@kernel_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
                          squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """`fixed_linear` of a few tokens, and float32 partial sums of their squares, [P] or [T, P]; the kernel chooses how many."""
@@ -276,7 +276,7 @@ def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Ten
     return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
 
 
-@triton_op("kiln::fixed_partials", mutates_args=())
+@kernel_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None = None,
                    eps: float = 0.0) -> torch.Tensor:
     """`fixed_linear` of a few tokens, in parts: float32 [S, N] of one, [S, T, N] of several, whose sum over S is the result.
@@ -291,7 +291,7 @@ def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, b
     return parts.flatten(0, 1) if x.shape[0] == 1 else parts
 
 
-@triton_op("kiln::fixed_glu", mutates_args=("counters",))
+@kernel_op("kiln::fixed_glu", mutates_args=("counters",))
 def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
               squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
     """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: rows of N / 2.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import MIB, GpuTarget
 from kiln.custom_ops.weights import matmul
 from kiln.custom_ops.weights.block_types import LAYOUTS, usual_targets
@@ -58,7 +58,7 @@ def dequantized(words: torch.Tensor, halves: torch.Tensor, block_type: str, dtyp
     return out
 
 
-@triton_op("kiln::quantized_linear", mutates_args=())
+@kernel_op("kiln::quantized_linear", mutates_args=())
 def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
     """x [T, K] float32 or bfloat16, words int32 [G, W, N], halves float16 [G, H, N] -> [T, N] in x's dtype, accumulated in float32.
 

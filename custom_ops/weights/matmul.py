@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch.library import triton_op
 
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
+from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import nearest
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights.matmul_kernels import kiln_matmul, kiln_matmul_tma
@@ -121,7 +121,7 @@ def multiply_into(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, first: in
         kernel(kiln_matmul)[grid](x, w, out, x.shape[0], first, **fixed, **options)
 
 
-@triton_op("kiln::matmul", mutates_args=())
+@kernel_op("kiln::matmul", mutates_args=())
 def matmul(x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
     """x [T, K] and w [K, N], or [N, K] if transposed, both float32 or both bfloat16 -> [T, N], accumulated in float32.
 

@@ -18,7 +18,7 @@ from kiln.custom_ops.weights.matmul import choosing
 from kiln.exporter.compiler.host import compile_failure
 from kiln.exporter.compiler.package import PackingKernel, declared_constants, write_package
 from kiln.exporter.compiler.trace import DRAFT_ENTRY, GraphSpec, lower
-from kiln.exporter.compiler.workers import AT_ONCE, results, take
+from kiln.exporter.compiler.workers import AT_ONCE, Worker, results
 from kiln.exporter.errors import KilnError
 from kiln.passes import edit
 from kiln.passes.records import KVBuffer, PassReport
@@ -68,7 +68,7 @@ def compile_target(
     entries: list[CompiledEntry] = []
     kernels: list[PackingKernel] = []
     for some in (spec.entries[i : i + AT_ONCE] for i in range(0, len(spec.entries), AT_ONCE)):
-        workers = [take() for _ in some]
+        workers = [Worker() for _ in some]
         for worker, entry in zip(workers, some, strict=True):
             worker.start(_compile_entry, spec, entry, target, work / f"{target}-{entry}", dump)
         if packing and target != "cpu" and not kernels:

@@ -206,10 +206,11 @@ def test_replacing_with_a_long_name(tmp_path):
 def test_no_worker_outlives_the_block(monkeypatch):
     monkeypatch.setattr(workers, "_IMPORTS", ())
     with workers.none_left():
-        workers.prepare(1)
-        waiting, working = workers._waiting[0], workers.Worker()
+        waiting, working = workers.Worker(), workers.Worker()
         working.start(time.sleep, 600)
-    assert not waiting._process.is_alive() and not working._process.is_alive() and not workers._waiting and not workers._started
+        nursery = workers._nursery
+        assert nursery and all(alive(pid) for pid in (waiting._pid, working._pid, nursery._process.pid))
+    assert not any(map(alive, (waiting._pid, working._pid))) and not nursery._process.is_alive() and not workers._started
 
 
 def test_what_else_was_started_ends_too(tmp_path):
