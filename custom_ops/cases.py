@@ -30,6 +30,7 @@ MODULES = (
     "attention.sliding_attention",
     "attention.sliding_decode",
     "attention.sliding_rows",
+    "attention.sliding_together",
     "attention.global_attention",
     "tq4.codec",
     "tq4.attention",

@@ -201,10 +201,12 @@ def merge_splits(o_ptr, ml_ptr, head, active, HEADS: tl.constexpr, D: tl.constex
 @triton.jit
 def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_ptr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr,
                        HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr):
+                       BLOCK_N: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, EARLY: tl.constexpr, MANY: tl.constexpr,
+                       SLOTS: tl.constexpr):
     """Merge one head's splits and, for a ring (WINDOW > 0), the query's own key and value unless a split has them already (OWN).
 
-    TERMS > 0: out_ptr is a row of H * D elements in fixed point. MANY, where no own key is merged: grid (heads, tokens).
+    TERMS > 0: out_ptr is a row of H * D elements in fixed point. MANY, where no own key is merged: grid (heads, tokens). SLOTS > 0: the
+    splits are of a ring's slots, so many, instead of positions (`sliding_together`).
     """
     wait_for_earlier_kernels(EARLY)
     head = tl.program_id(0)
@@ -216,7 +218,10 @@ def kiln_flash_merge(o_ptr, ml_ptr, pos_ptr, len_ptr, q_ptr, k_ptr, v_ptr, out_p
         out_ptr += token * (row_words(HEADS * D, TERMS, extent_of(HEADS * D, D)) if TERMS > 0 else HEADS * D)
     dim = tl.arange(0, D)
     start, end = decode_range(pos_ptr, len_ptr, HAS_LEN, WINDOW, OWN)
-    active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
+    if SLOTS > 0:
+        active = tl.cdiv(tl.cdiv(tl.minimum(end, SLOTS), BLOCK_N) * SPLITS, tl.cdiv(SLOTS, BLOCK_N))
+    else:
+        active = tl.cdiv(end - start, split_size(start, end, SPLITS, BLOCK_N))
     m, total, acc = merge_splits(o_ptr, ml_ptr, head, active, HEADS, D, SPLITS_PAD)
     if WINDOW > 0 and not OWN:
         own = (head // GROUP) * D + dim
@@ -326,7 +331,8 @@ def decode_constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, d
     shared = {"HAS_LEN": has_len, "WINDOW": window, "GROUP": group, "D": dim, "SPLITS": splits, "BLOCK_N": tile.keys,
               "EARLY": early(target)}
     return (shared | {"RING": slots if window else 0, "KV": kv_heads, "PAD": padded_group(heads, kv_heads), "ROW": 0},
-            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms, "MANY": False})
+            shared | {"HEADS": heads, "SPLITS_PAD": triton.next_power_of_2(splits), "OWN": own, "TERMS": terms, "MANY": False,
+                      "SLOTS": 0})
 
 
 def prefill_constants(tile: Tile, heads: int, kv_heads: int, dim: int, slots: int, window: int, lse: bool = False) -> dict:

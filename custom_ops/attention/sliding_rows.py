@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kiln.custom_ops.attention import sliding_attention
+from kiln.custom_ops.attention import sliding_attention, sliding_together
 from kiln.custom_ops.attention.flash import check_kernel_shapes, kiln_flash_merge, merge_warps
 from kiln.custom_ops.attention.prepare import check_projections, prepare_reference, query_reference, token_strides
 from kiln.custom_ops.attention.sliding_decode import _constants, _tile, kiln_sliding_decode
@@ -19,6 +19,9 @@ from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
+
+# One read of a window for the tokens of a row (`sliding_together`). Off until it is measured on a GPU: `kiln bench-ops` has the case.
+TOGETHER = False
 
 
 def _check(op: str, q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, kv_heads: int, dim: int, pos: torch.Tensor,
@@ -88,6 +91,9 @@ def rows_constants(tile, target: GpuTarget, heads: int, kv_heads: int, dim: int,
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window: int, eps: float, terms: int, scale: float,
             v_norm: bool, shared: bool = False) -> torch.Tensor:
     """The three kernels, without the first where `shared`; arguments as `sliding_decode_rows`."""
+    if TOGETHER:
+        return sliding_together.launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, v_norm,
+                                       shared)
     dim, (_, slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
     tokens, heads, target = q.shape[1], q.shape[2] // dim, current_target()
     check_kernel_shapes("sliding_decode_rows", dim, k_ring[0])

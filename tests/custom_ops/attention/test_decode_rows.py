@@ -9,9 +9,10 @@ import pytest
 import torch
 import triton
 
-from kiln.custom_ops.attention import flash, sliding_decode
+from kiln.custom_ops.attention import flash, sliding_decode, sliding_rows
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.tq4 import attention
+from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops.interpret import interpreted
 from tests.custom_ops.step import test_sample
 
@@ -113,6 +114,29 @@ def check_sliding(name: str, dtype: torch.dtype, window: int = 16, **form) -> No
     scale = form.get("scale", 1.0)
     read = kiln.sliding_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, window, EPS, 3, scale)
     assert torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def check_together(name: str, dtype: torch.dtype, window: int, **form) -> None:
+    """One read of a window for several tokens: each has the bits that it has in steps of it alone, and the values of other cuts."""
+    step = Step.random(name, 4, 2, 32)
+    together = rings(step, 2, window + SPARE, dtype)
+    apart, otherwise = ([ring.clone() for ring in together] for _ in range(2))
+    expected = kiln.sliding_decode_rows(*step.projections(), *otherwise, step.pos, step.row, window, EPS, 3, **form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sliding_rows, "TOGETHER", True)
+        out = kiln.sliding_decode_rows(*step.projections(), *together, step.pos, step.row, window, EPS, 3, **form)
+        alone = {}
+        for i in step.in_order():
+            q, k, v, *rest = step.projections(i)
+            one = (q[:, None], k[:, None], v[:, None], *rest)
+            alone[i] = kiln.sliding_decode_rows(*one, *apart, step.pos[[i]], step.row[[i]], window, EPS, 3, **form)
+        step.check(out, alone)
+        assert all(same(a, b) for a, b in zip(together, apart, strict=True))
+        q, _, _, q_weight, _, cos, sin = step.projections()
+        read = kiln.sliding_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, window, EPS, 3, form.get("scale", 1.0))
+        assert torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(fixed_point.dequantize(out), fixed_point.dequantize(expected), rtol=tolerance, atol=tolerance)
 
 
 def check_tq4(name: str, dtype: torch.dtype, exact_window: int = 16, centered: bool = False) -> None:
@@ -220,6 +244,15 @@ def interpreted_sliding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for sms, dtype, window in ((1, torch.float32, 16), (8, torch.float16, 40)):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
             check_sliding(name, dtype, window)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def interpreted_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of 8 columns holds 4 tokens of 2 queries; slots in one split and in several, one of them with two blocks."""
+    monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
+    for sms, dtype, window in ((1, torch.float32, 16), (2, torch.float16, 40)):
+        with compiling_for(dataclasses.replace(H200, sm_count=sms)):
+            check_together(name, dtype, window)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kiln.custom_ops import ops  # noqa: F401
+from kiln.custom_ops.attention import sliding_rows
 from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.bench.attention_cases import projections
 from kiln.custom_ops.bench.cases import packed
@@ -134,6 +135,27 @@ def test_sliding_rows(dtype):
             rings = [(torch.randn(2, window + SPARE, heads.kv, heads.dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
             check_attention(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, window, 1e-6, 2),
                             lambda x, c, p: kiln.sliding_decode(*x, *c, p, window, 1e-6, 2), rings, given, pos, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sliding_together(dtype, monkeypatch):
+    """Tokens of a row read its window together: each has the bits of a step of it alone, and the values of `sliding_decode`."""
+    monkeypatch.setattr(sliding_rows, "TOGETHER", True)
+    heads, window = GEMMA4_31B.sliding, GEMMA4_31B.window
+    g = torch.Generator("cuda").manual_seed(1)
+    for first in (0, 15, 62, 1022, 1024, 4095, 131000):
+        for given, pos, row in steps(heads, first, g):
+            rings = [(torch.randn(2, window + SPARE, heads.kv, heads.dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
+
+            def alone(x, caches, p):
+                copies, rows = [t.clone() for t in caches], [t[None] for t in caches]
+                made = kiln.sliding_decode_rows(*(y[:, None] for y in x[:3]), *x[3:], *rows, p, torch.zeros_like(p), window, 1e-6, 2)
+                expected = kiln.sliding_decode(*x, *copies, p, window, 1e-6, 2)
+                bound = 1e-4 if dtype == torch.float32 else 1e-2
+                torch.testing.assert_close(fixed_point.dequantize(made), fixed_point.dequantize(expected), rtol=bound, atol=bound)
+                return made
+
+            check_attention(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, window, 1e-6, 2), alone, rings, given, pos, row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
