@@ -31,6 +31,8 @@ import httpx
 
 import kiln
 
+PATIENCE = 600  # seconds: on a machine whose cores others fill, an answer may take minutes
+
 WRONG: list[dict[str, Any]] = [
     {"prompt": 3},
     {"prompt": []},
@@ -59,7 +61,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         kinds: list[Callable[[], None]] = [self.ask, self.ask, self.stream, self.stream, self.leave, self.leave, self.wrong, self.huge]
         try:
-            with httpx.Client(base_url=self.url, timeout=120) as self.http:
+            with httpx.Client(base_url=self.url, timeout=PATIENCE) as self.http:
                 while time.monotonic() < self.end:
                     self.random.choice(kinds)()
                     time.sleep(self.random.random() * self.pause)
@@ -156,7 +158,7 @@ def soak(
     for client in some:
         client.start()
     for client in some:
-        client.join(seconds + 300)
+        client.join(seconds + PATIENCE)
         if client.failed is not None:
             raise client.failed
         assert not client.is_alive(), "a client waits for ever"
