@@ -62,5 +62,5 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         for constants in (embedding_launch(1), embedding_launch(2)):
             name = f"kiln_dequantize {block_type} rows of {model.vocab}x{model.hidden}, {constants['ROWS']} at a time"
             cases.append(KernelCase(name, kiln_dequantize, types, format_constants(block_type) | constants, {"num_warps": 1},
-                                    usual_targets(block_type), ("k", "stride", "halves_stride")))
+                                    usual_targets(block_type, constants["EVEN"]), ("k", "stride", "halves_stride")))
     return cases

@@ -4,6 +4,7 @@ it waits for earlier kernels. No GPU needed."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -56,8 +57,11 @@ def examine(case: KernelCase, target: GpuTarget) -> tuple[str, list[str]]:
     return f"{case.name}: {registers} registers, {shared} bytes of shared memory", problems
 
 
+cases_of = functools.cache(lambda target, every: all_cases(TARGETS[target], every))
+
+
 def examine_one(target: str, every: bool, index: int) -> tuple[str, list[str]]:
-    return examine(all_cases(TARGETS[target], every)[index], TARGETS[target])
+    return examine(cases_of(target, every)[index], TARGETS[target])
 
 
 @pytest.fixture(scope="module")
