@@ -19,7 +19,7 @@ from kiln.custom_ops.weights.mixes import SYNTHETIC
 from kiln.exporter.errors import KilnError
 from kiln.exporter.interrupt import ending_cleanly
 from kiln.exporter.measure.serve_command import bench_serve
-from kiln.exporter.parameters import PATH
+from kiln.exporter.parameters import PATH, WEIGHTS
 from kiln.exporter.serve.command import serve
 from kiln.exporter.temporary import working_folder
 
@@ -278,6 +278,7 @@ def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, s
             click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help=f"Of the sampling.  [default: {seed}]"),
             click.option("--max-new-tokens", type=click.IntRange(1, (1 << 31) - 1), default=tokens, help="Longest answer, in tokens."),
             drafts,
+            WEIGHTS,
             click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N."),
             click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
@@ -310,7 +311,7 @@ def snapshot_budgets(command: Any) -> Any:
 @sampling(0.0, 0, 1.0, 128, "0")
 def converse(
     artifact: Path, prompt: str | None, prompt_file: Path | None, messages: Path | None, as_json: bool, system: str | None, think: bool,
-    seed: int | None, device: str, threads: int | None, **options: Any,
+    seed: int | None, weights: Path | None, device: str, threads: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a conversation."""
     if prompt is not None and prompt_file is not None:
@@ -322,7 +323,7 @@ def converse(
 
     if prompt_file is not None:
         prompt = terminal.prompt_text(prompt_file)
-    chat = terminal.open_chat(artifact, device, threads, Options(seed=seed or 0, **options))
+    chat = terminal.open_chat(artifact, device, threads, Options(seed=seed or 0, **options), weights=weights)
     try:
         terminal.begin(chat, messages, system, think, asks=prompt is None)
         terminal.run_once(chat, prompt, as_json)
@@ -349,6 +350,7 @@ def chat(
     system: str | None,
     think: bool,
     seed: int | None,
+    weights: Path | None,
     device: str,
     threads: int | None,
     **options: Any,
@@ -359,7 +361,7 @@ def chat(
 
     options["seed"] = terminal.random_seed() if seed is None else seed
     budgets = (snapshot_device_gib, snapshot_host_gib)
-    opened = terminal.open_chat(artifact, device, threads, Options(**options), budgets, session_dir)
+    opened = terminal.open_chat(artifact, device, threads, Options(**options), budgets, session_dir, weights)
     try:
         terminal.begin(opened, messages, system, think, asks=False)
         terminal.talk(opened)
@@ -414,7 +416,7 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
 @click.option("--rows", metavar="M,M,...", help="Instead: steps of as many tokens, of one session and of M sessions.")
-@click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
+@WEIGHTS
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")
 @click.option("--plot", "picture", type=PATH, help="Draw speed against depth into this file.")
@@ -470,7 +472,7 @@ def synth(preset: str, mix: str, out: Path, seed: int, layers: int | None, vocab
 @click.option("--depths", default="2048", show_default=True, help="Context lengths to hide keys in, with commas.")
 @click.option("--needles", type=click.IntRange(1), default=8, show_default=True, help="Keys hidden in a context.")
 @click.option("--kv-cache", type=click.Choice(["f16", "bf16", "f32", "tq4"]), help="Of a GGUF file.  [default: GPU f16, CPU f32]")
-@click.option("--weights", type=PATH, help="The GGUF file of the weights, where the artifact holds code only.")
+@WEIGHTS
 @click.option("--reference", type=PATH, help="GGUF file whose fp32 forward kld compares to.  [default: the file itself]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the keys and where they are.")

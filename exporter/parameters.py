@@ -41,3 +41,8 @@ class Numbers(click.ParamType):
         if not found or not all(0 < number < float("inf") for number in found):
             self.fail(f"{value!r} is not a list of {'whole ' if self.kind is int else ''}numbers above 0 like 1,4,8", param, ctx)
         return found
+
+WEIGHTS = click.option(
+    "--weights", type=PATH, metavar="GGUF",
+    help="Weights that the artifact does not hold.  [default: the file it was made of, if it lies beside]",
+)  # fmt: skip

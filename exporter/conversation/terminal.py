@@ -89,9 +89,10 @@ def interruptible() -> Iterator[None]:
 
 def open_chat(
     artifact: Path, device: str, threads: int | None, options: Options, budgets: tuple[float, float] = (0, 0),
-    session_dir: Path | None = None,
+    session_dir: Path | None = None, weights: Path | None = None,
 ) -> Chat:  # fmt: skip
-    """Loads an artifact. budgets: of snapshots on the device and on the host, in GiB. Raises KilnError."""
+    """Loads an artifact. budgets: of snapshots on the device and on the host, in GiB; weights: the GGUF file, where the artifact holds code
+    only and the file is not beside it. Raises KilnError."""
     from kiln.exporter.artifact.manifest import read_manifest
 
     manifest = read_manifest(artifact)
@@ -103,7 +104,7 @@ def open_chat(
         raise KilnError(f"the Python module kiln is not built ({e}); run `make build`") from e
     try:
         count = threads or len(os.sched_getaffinity(0))
-        model = kiln.Model(str(artifact), device=device, threads=count)
+        model = kiln.Model(str(artifact), device=device, threads=count, weights=str(weights) if weights else None)
         kiln.set_threads(count)
         dialect = Dialect(artifact, manifest, model.tokenizer)
         store = kiln.SnapshotStore(*(int(gib * (1 << 30)) for gib in budgets)) if any(budgets) else None

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kiln.exporter.errors import KilnError
-from kiln.exporter.parameters import PATH
+from kiln.exporter.parameters import PATH, WEIGHTS
 
 
 @click.command()
@@ -39,12 +39,13 @@ from kiln.exporter.parameters import PATH
 )  # fmt: skip
 @click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
 @click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
+@WEIGHTS
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
     artifact: Path, host: str, port: int, sessions: int | None, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
     cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
-    snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None,
+    snapshot_host_gib: float, log_requests: bool, weights: Path | None, device: str, threads: int | None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
@@ -66,4 +67,4 @@ def serve(
         log=log_requests,
         **options,
     )
-    run_server(artifact, host, port, device, threads, settings)
+    run_server(artifact, host, port, device, threads, settings, weights)

@@ -79,8 +79,8 @@ class Served:
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="kiln-prompts")
 
     @classmethod
-    def load(cls, directory: Path, device: str, threads: int | None, settings: Settings) -> Served:
-        """Raises KilnError."""
+    def load(cls, directory: Path, device: str, threads: int | None, settings: Settings, weights: Path | None = None) -> Served:
+        """weights: the GGUF file, where the artifact holds code only and the file is not beside it. Raises KilnError."""
         from kiln.exporter.artifact.manifest import read_manifest
 
         manifest = read_manifest(directory)
@@ -90,7 +90,7 @@ class Served:
             raise KilnError(f"the Python module kiln is not built ({e}); run `make build`") from e
         try:
             count = threads or len(os.sched_getaffinity(0))
-            model = kiln.Model(str(directory), device=device, threads=count)
+            model = kiln.Model(str(directory), device=device, threads=count, weights=str(weights) if weights else None)
             kiln.set_threads(count)
             store = kiln.SnapshotStore(*settings.snapshots) if any(settings.snapshots) else None
             engine: Engine = together(model, settings, store) if manifest.get("rows", 1) > 1 else by_turns(model, settings, store)

@@ -114,7 +114,9 @@ def few_arenas() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
 
-def serve(artifact: Path, host: str, port: int, device: str, threads: int | None, settings: Settings) -> None:
+def serve(
+    artifact: Path, host: str, port: int, device: str, threads: int | None, settings: Settings, weights: Path | None = None
+) -> None:
     """Until a signal. Raises KilnError where it cannot begin."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     few_arenas()
@@ -122,7 +124,7 @@ def serve(artifact: Path, host: str, port: int, device: str, threads: int | None
     if not loopback(host) and not settings.keys:
         print(f"note: everybody who reaches {host} may use the model; --api-keys FILE asks for keys", file=sys.stderr)
     try:
-        served = Served.load(artifact, device, threads, settings)
+        served = Served.load(artifact, device, threads, settings, weights)
     except BaseException:
         bound.close()
         raise

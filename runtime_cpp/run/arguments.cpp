@@ -10,7 +10,7 @@ namespace {
 
 std::vector<Option> option_table(Arguments& a) {
   return {
-      {"--weights", "FILE", "the GGUF file of the weights, where the artifact holds code only", text(a.weights)},
+      {"--weights", "FILE", "the GGUF file of weights that the artifact does not hold (the one it was made of, if it lies beside it)", text(a.weights)},
       {"--ple", "device|host", "where a GPU finds a per-layer embedding's table; host: in pinned memory, read over the bus (as the artifact says)", text(a.ple)},
       {"--prompt", "TEXT", "the user's turn", text(a.prompt)},
       {"--prompt-file", "FILE", "the same, from a file; - is standard input", text(a.prompt_file)},

@@ -183,7 +183,7 @@ def test_bad_values(lib, toy, device, tmp_path) -> None:
 def test_code_alone_and_the_file_of_its_weights(lib, toy, device, tmp_path) -> None:
     case = Case(tmp_path / "m.gguf")
     case.map["metadata"]["noted"] = {"toy.note": "0" * 64}
-    artifact, notes = case.make(toy, tmp_path / "a"), []
+    artifact, notes = case.make(toy, tmp_path / "elsewhere" / "a"), []
 
     def status(**given: object) -> int:
         options = LoadOptions(c.sizeof(LoadOptions), b"cpu", note=LoadOptions._fields_[-1][1](lambda line, _: notes.append(line)), **given)

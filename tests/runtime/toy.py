@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kiln.exporter.compiler.package import write_package
-from kiln.exporter.compiler.workers import take
 from kiln.exporter.measure.runner import runner
 
 KILN_RUN = Path(os.environ.get("KILN_RUN") or runner())  # named where it is built with sanitizers
@@ -54,15 +55,11 @@ class Toy(torch.nn.Module):
 
 
 def compile_toy(path: Path, device: str) -> None:
-    """In processes of their own: the compiler of packages is installed into them."""
-    libraries = {}
-    with tempfile.TemporaryDirectory() as work:
-        workers = {entry: take() for entry in ("prefill", "decode")}
-        for entry, worker in workers.items():
-            worker.start(_compile_entry, entry, device, f"{work}/{entry}")
-        for entry, worker in workers.items():
-            libraries[entry] = Path(worker.result())
-        write_package(path, libraries)
+    """In processes of their own: the compiler of packages is installed into them. Not in an export's, which hide the GPU."""
+    entries = ("prefill", "decode")
+    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as processes:
+        files = processes.map(_compile_entry, entries, [device] * 2, [f"{work}/{entry}" for entry in entries])
+        write_package(path, {entry: Path(file) for entry, file in zip(entries, files, strict=True)})
 
 
 def _compile_entry(entry: str, device: str, work: str) -> str:

@@ -12,7 +12,8 @@
 namespace kiln {
 
 struct LoadOptions {
-  // The GGUF file that the weights come from, or any part of a split one, where the artifact holds code only.
+  // The GGUF file that the weights come from, or any part of a split one, where the artifact holds code only. Empty: the file that it was
+  // made of, if it lies in the artifact's folder or beside it.
   std::string weights;
   // "cpu", "cuda", "cuda:1"; "auto" is the first GPU when there is one and the artifact has a GPU target, else the CPU.
   std::string device = "auto";

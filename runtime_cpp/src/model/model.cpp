@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <map>
 #include <set>
 
@@ -14,6 +15,8 @@
 namespace kiln {
 
 namespace {
+
+namespace fs = std::filesystem;
 
 struct Place {
   bool cuda = false;
@@ -104,6 +107,17 @@ void check_drafter(const Artifact& artifact) {
     }
 }
 
+// The file that a code-only artifact was made of, where a file of its name lies in the artifact's folder or beside it; else empty.
+std::string weights_nearby(const Artifact& artifact) {
+  const std::string& name = artifact.gguf->file();
+  const fs::path folder = fs::absolute(artifact.directory()).lexically_normal() / "";
+  std::error_code none;
+  if (!name.empty() && name.find('/') == std::string::npos)
+    for (const fs::path& where : {folder, folder.parent_path().parent_path()})
+      if (fs::is_regular_file(where / name, none)) return (where / name).string();
+  return "";
+}
+
 // The weights of a code-only artifact, checked; null where the artifact holds its own.
 std::unique_ptr<RawWeights> open_weights(const Model::Impl& impl, const LoadOptions& options) {
   const Artifact& artifact = impl.artifact;
@@ -111,10 +125,12 @@ std::unique_ptr<RawWeights> open_weights(const Model::Impl& impl, const LoadOpti
     if (!options.weights.empty()) fail(artifact.directory(), ": holds its weights; give no other (", options.weights, ")");
     return nullptr;
   }
-  if (options.weights.empty())
-    fail(artifact.directory(), ": holds code only; give the GGUF file of the weights with --weights (it was made of ", artifact.gguf->file(), ")");
+  const std::string file = options.weights.empty() ? weights_nearby(artifact) : options.weights;
+  if (file.empty())
+    fail(artifact.directory(), ": holds code only; give the GGUF file of the weights with --weights (it was made of ", artifact.gguf->file(),
+         ", which is neither in this folder nor beside it)");
   std::vector<std::string> notes;
-  auto weights = std::make_unique<RawWeights>(artifact, options.weights, options.verify, [&](const ConstantSpec& c) { return impl.on_host(c); }, &notes);
+  auto weights = std::make_unique<RawWeights>(artifact, file, options.verify, [&](const ConstantSpec& c) { return impl.on_host(c); }, &notes);
   for (const std::string& note : notes)
     if (options.note) options.note(note);
   return weights;

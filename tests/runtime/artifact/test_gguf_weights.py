@@ -212,9 +212,25 @@ def test_another_file_of_the_same_tensors(cpu, case, tmp_path):
     assert other.want != case.want and compare(artifact, other, "cpu", {})["wrong"] == []
 
 
+def test_the_file_that_lies_beside(cpu, case, tmp_path, monkeypatch):
+    """Of the name that the manifest has, in the artifact's folder or beside it, however the folder is named; checked as any other."""
+    artifact = case.make(cpu, tmp_path / "deep" / "a")
+    monkeypatch.chdir(artifact)
+    for place in (artifact, artifact.parent):
+        fails("which is neither in this folder nor beside", artifact, "--tokens", 1)
+        shutil.copy(case.path, place / "m.gguf")
+        for name in (artifact, f"{artifact}/", ".", "../a"):
+            assert kiln.Model(str(name), device="cpu").device == "cpu"
+        (place / "m.gguf").unlink()
+    (artifact / "m.gguf").write_bytes(case.path.read_bytes()[:200])
+    fails("download", artifact, "--tokens", 1)
+    change(artifact, lambda m: m["weights"]["gguf"].update(file=str(case.path)))
+    fails("which is neither in this folder nor beside", artifact, "--tokens", 1)
+
+
 def test_what_is_refused(cpu, case, tmp_path):
-    artifact = case.make(cpu, tmp_path / "a")
-    fails("holds code only; give the GGUF file of the weights with --weights (it was made of m.gguf)", artifact, "--tokens", 1)
+    artifact = case.make(cpu, tmp_path / "deep" / "a")
+    fails("holds code only; give the GGUF file of the weights with --weights (it was made of m.gguf", artifact, "--tokens", 1)
     fails("holds its weights; give no other", cpu, "--tokens", 1, "--weights", case.path)
     fails("cannot open", artifact, "--tokens", 1, "--weights", tmp_path / "missing.gguf")
     fails("not a GGUF file", artifact, "--tokens", 1, "--weights", artifact / "manifest.json")
