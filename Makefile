@@ -10,6 +10,8 @@ SETUP := setup
 endif
 # Recipes take paths from the environment, "$$PY", where they may hold any character.
 export PYTHON VENV BUILD PY
+# What is imported is compiled once, not in each of the hundreds of processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 BIN = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 SITE = "$$("$$PY" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 PIP = "$$PY" -m pip --quiet --disable-pip-version-check
@@ -41,14 +43,14 @@ setup:
 	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kiln needs Python 3.11 or newer; name one with make PYTHON=...")'; \
 	"$$PYTHON" -m venv "$$VENV"; \
 	"$$PY" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["build"], sep="\n")' >"$$VENV/build.txt"; \
-	$(PIP) install --requirement "$$VENV/build.txt"; }
+	$(PIP) install --no-compile --requirement "$$VENV/build.txt"; }
 	@[ -f "$$VENV/.installed" ] && ! [ pyproject.toml -nt "$$VENV/.installed" ] || $(MAKE) --no-print-directory installed
 
 # kiln-export in place, which needs the runtime of its own version
 .PHONY: installed
 installed:
 	$(runtime)
-	$(PIP) install --editable '.[build,dev]'
+	$(PIP) install --no-compile --editable '.[build,dev]'
 	touch "$$VENV/.installed"
 
 build: $(SETUP)
