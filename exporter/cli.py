@@ -19,7 +19,7 @@ from kiln.custom_ops.weights.mixes import SYNTHETIC
 from kiln.exporter.errors import KilnError
 from kiln.exporter.interrupt import ending_cleanly
 from kiln.exporter.measure.serve_command import bench_serve
-from kiln.exporter.parameters import PATH, WEIGHTS
+from kiln.exporter.parameters import PATH, WEIGHTS, is_model_file, of_what_is_played
 from kiln.exporter.serve.command import serve
 from kiln.exporter.temporary import working_folder
 
@@ -234,7 +234,7 @@ def run(arguments: tuple[str, ...]) -> None:
     if any(argument.partition("=")[0] in names for argument in arguments):
         converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
-    if arguments and not arguments[0].startswith("-") and (arguments[0].lower().endswith(".gguf") or Path(arguments[0]).is_file()):
+    if arguments and not arguments[0].startswith("-") and is_model_file(arguments[0]):
         from kiln.exporter.run_gguf import UsageError, command
 
         try:
@@ -278,7 +278,7 @@ def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, s
             click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help=f"Of the sampling.  [default: {seed}]"),
             click.option("--max-new-tokens", type=click.IntRange(1, (1 << 31) - 1), default=tokens, help="Longest answer, in tokens."),
             drafts,
-            WEIGHTS,
+            of_what_is_played,
             click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N."),
             click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
@@ -300,8 +300,17 @@ def snapshot_budgets(command: Any) -> Any:
     return command
 
 
+def _played(*given: Any) -> tuple[Path, Path | None]:
+    from kiln.exporter.run_gguf import UsageError, played
+
+    try:
+        return played(*given)
+    except UsageError as e:
+        raise click.UsageError(str(e)) from e
+
+
 @click.command(name="run")
-@click.argument("artifact", type=PATH)
+@click.argument("artifact", metavar="ARTIFACT|GGUF", type=PATH)
 @click.option("--prompt", metavar="TEXT", help="The user's turn.")
 @click.option("--prompt-file", type=PATH, help="The same, from a file; - is standard input.")
 @click.option(
@@ -311,7 +320,7 @@ def snapshot_budgets(command: Any) -> Any:
 @sampling(0.0, 0, 1.0, 128, "0")
 def converse(
     artifact: Path, prompt: str | None, prompt_file: Path | None, messages: Path | None, as_json: bool, system: str | None, think: bool,
-    seed: int | None, weights: Path | None, device: str, threads: int | None, **options: Any,
+    seed: int | None, device: str, threads: int | None, weights: Path | None, max_seq_len: int | None, kv_cache: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a conversation."""
     if prompt is not None and prompt_file is not None:
@@ -323,6 +332,7 @@ def converse(
 
     if prompt_file is not None:
         prompt = terminal.prompt_text(prompt_file)
+    artifact, weights = _played(artifact, device, weights, max_seq_len, kv_cache)
     chat = terminal.open_chat(artifact, device, threads, Options(seed=seed or 0, **options), weights=weights)
     try:
         terminal.begin(chat, messages, system, think, asks=prompt is None)
@@ -332,7 +342,7 @@ def converse(
 
 
 @main.command()
-@click.argument("artifact", type=PATH)
+@click.argument("artifact", metavar="ARTIFACT|GGUF", type=PATH)
 @click.option(
     "--messages", type=PATH, metavar="FILE.json", help="Go on with this conversation: saved by /save, or a JSON list of messages."
 )
@@ -350,17 +360,20 @@ def chat(
     system: str | None,
     think: bool,
     seed: int | None,
-    weights: Path | None,
     device: str,
     threads: int | None,
+    weights: Path | None,
+    max_seq_len: int | None,
+    kv_cache: str | None,
     **options: Any,
 ) -> None:
-    """Talk to an artifact; /help lists what can be asked besides questions."""
+    """Talk to an artifact, or to a model file, whose code is compiled once and kept; /help lists what can be asked besides questions."""
     from kiln.exporter.conversation import terminal
     from kiln.exporter.conversation.chat import Options
 
     options["seed"] = terminal.random_seed() if seed is None else seed
     budgets = (snapshot_device_gib, snapshot_host_gib)
+    artifact, weights = _played(artifact, device, weights, max_seq_len, kv_cache)
     opened = terminal.open_chat(artifact, device, threads, Options(**options), budgets, session_dir, weights)
     try:
         terminal.begin(opened, messages, system, think, asks=False)

@@ -42,6 +42,19 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of {'whole ' if self.kind is int else ''}numbers above 0 like 1,4,8", param, ctx)
         return found
 
+def is_model_file(path: str | Path) -> bool:
+    return str(path).lower().endswith(".gguf") or Path(path).is_file()
+
+
+def of_what_is_played(command: Any) -> Any:
+    """The options of chat and serve that say which weights are played, and what is compiled for a model file."""
+    length = click.option(
+        "--max-seq-len", type=click.IntRange(16), metavar="N", help="Of a model file: the context that is compiled.  [default: the model's]"
+    )
+    cache = click.option("--kv-cache", type=click.Choice(["f16", "bf16", "tq4"]), help="The same: keys and values.  [default: f16]")
+    return WEIGHTS(length(cache(command)))
+
+
 WEIGHTS = click.option(
     "--weights", type=PATH, metavar="GGUF",
     help="Weights that the artifact does not hold.  [default: the file it was made of, if it lies beside]",

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from kiln.exporter.errors import KilnError
-from kiln.exporter.parameters import PATH, WEIGHTS
+from kiln.exporter.parameters import PATH, is_model_file, of_what_is_played
 
 
 @click.command()
-@click.argument("artifact", type=PATH)
+@click.argument("artifact", metavar="ARTIFACT|GGUF", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free, which is printed.")
 @click.option("--sessions", type=click.IntRange(1, 1024), help="Answers at once, each with its caches.  [default: the artifact's --rows]")
@@ -39,16 +39,18 @@ from kiln.exporter.parameters import PATH, WEIGHTS
 )  # fmt: skip
 @click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
 @click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
-@WEIGHTS
+@of_what_is_played
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
     artifact: Path, host: str, port: int, sessions: int | None, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
     cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
-    snapshot_host_gib: float, log_requests: bool, weights: Path | None, device: str, threads: int | None,
+    snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None, weights: Path | None, max_seq_len: int | None,
+    kv_cache: str | None,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces."""
+    """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces, from an artifact or a model file, whose code is compiled once
+    and kept."""
     try:
         from kiln.exporter.serve.server import loopback, read_keys
         from kiln.exporter.serve.server import serve as run_server
@@ -56,7 +58,7 @@ def serve(
     except ImportError as e:
         raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
     settings = Settings(
-        names=names or (artifact.resolve().name or "kiln",),
+        names=names or ((artifact.stem if is_model_file(artifact) else artifact.resolve().name) or "kiln",),
         sessions=sessions or 0,
         chunk=prefill_chunk or 0,
         keys=read_keys(api_keys) if api_keys else (),
@@ -67,4 +69,10 @@ def serve(
         log=log_requests,
         **options,
     )
+    from kiln.exporter.run_gguf import UsageError, played
+
+    try:
+        artifact, weights = played(artifact, device, weights, max_seq_len, kv_cache)
+    except UsageError as e:
+        raise click.UsageError(str(e)) from e
     run_server(artifact, host, port, device, threads, settings, weights)

@@ -19,7 +19,7 @@ from kiln.exporter.errors import KilnError
 from kiln.exporter.run_gguf import UsageError, parse, target
 from kiln.exporter.tools.synth import write_synthetic
 from tests.code_only import code_only
-from tests.conftest import WAIT, kiln
+from tests.conftest import TEMPLATE, WAIT, kiln
 from tests.gguf_files import WIDE, rewrite
 
 TOKENS = ("--tokens", "2,5,9,11", "--max-new-tokens", 4, "--no-eog", "--device", "cpu")
@@ -51,6 +51,34 @@ def test_what_is_there_is_played(root, filled, artifacts):
     (root / ".0123456789abcdef.lock").touch()  # of a process that was killed
     assert "1 removed" in kiln("cache", "clear").stderr
     assert [p.name for p in root.iterdir()] == ["mine"]
+
+
+def test_talking_to_a_model_file(root, filled):
+    """`kiln chat`, `kiln serve` and what of `kiln run` is played from Python take a model file as `kiln run` does."""
+    (filled / "chat_template.jinja").write_text(TEMPLATE)
+    manifest = json.loads((filled / "manifest.json").read_text())
+    manifest["chat"] = {"prefix": "<bos>", "suffix": "<turn|>", "tokens": {"bos_token": "<bos>"}}
+    (filled / "manifest.json").write_text(json.dumps(manifest))
+    cpu = ("--device", "cpu", "--threads", 1)
+    answer = kiln("run", WIDE, "--system", "b", "--prompt", "a", "--max-new-tokens", 3, *cpu).stdout.strip()
+    assert answer == kiln("run", filled, "--weights", WIDE, "--system", "b", "--prompt", "a", "--max-new-tokens", 3, *cpu).stdout.strip()
+    command = [sys.executable, "-m", "exporter", "chat", WIDE, "--system", "b", "--temperature", 0, "--max-new-tokens", 3, *cpu]
+    done = subprocess.run(list(map(str, command)), input="a\n/quit\n", capture_output=True, text=True)
+    assert done.returncode == 0 and answer in done.stdout, (done.stdout, done.stderr)
+    command = [sys.executable, "-m", "exporter", "serve", WIDE, "--port", 0, *cpu]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        said = server.stdout.readline()
+        server.terminate()
+    assert said.startswith(f"serving {WIDE.stem} at http://127.0.0.1:") and server.returncode == 0
+    for name in ("chat", "serve"):
+        for given, told in (
+            ((filled, "--max-seq-len", 64), "is of a model file"),
+            ((filled, "--kv-cache", "tq4"), "is of a model file"),
+            ((WIDE, "--weights", WIDE), "holds its own"),
+        ):
+            refused = kiln(name, *given, check=False)
+            assert refused.returncode == 2 and told in refused.stderr, refused.stderr
 
 
 def test_another_tokenizer_takes_the_code_that_is_there(root, filled, tmp_path):
