@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from kiln.custom_ops.attention import flash, prepare, sliding_decode, sliding_rows
+from kiln.custom_ops.attention import flash, prepare, sliding_decode, sliding_rows, sliding_together
 from kiln.custom_ops.bench.attention_cases import decode_attention_cases, prefill_attention_cases, tq4_write_case
 from kiln.custom_ops.bench.cases import (
     GEMMA4_31B,
@@ -49,7 +49,7 @@ COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
-             sliding_rows, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk, delta_decode,
+             sliding_rows, sliding_together, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk, delta_decode,
              branches, expert_decode, router)  # fmt: skip
 SEED = 1
 
