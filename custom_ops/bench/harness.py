@@ -49,8 +49,8 @@ COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
 LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
-             sliding_rows, sliding_together, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk, delta_decode,
-             branches, expert_decode, router)  # fmt: skip
+             sliding_rows, sliding_together, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk,
+             delta_decode, branches, expert_decode, router)  # fmt: skip
 SEED = 1
 
 
