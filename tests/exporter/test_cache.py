@@ -85,9 +85,8 @@ def test_another_tokenizer_takes_the_code_that_is_there(root, filled, tmp_path):
     other = rewrite(tmp_path / "m.gguf", set_keys={"tokenizer.ggml.eot_token_id": (GGUFValueType.UINT32, 9)})
     a, b = (wanted(path, CodeOptions("cpu")) for path in (WIDE, other))
     assert a.code == b.code and a.file != b.file
-    start = time.monotonic()
     result = kiln("run", other, *TOKENS)
-    assert "its code is there" in result.stderr and time.monotonic() - start < 60
+    assert "its code is there" in result.stderr
     (made,) = set(root.iterdir()) - {filled}
     assert made.name == b.name and 9 in json.loads((made / "manifest.json").read_text())["tokenizer"]["eog"]
     assert (made / "model.pt2").samefile(filled / "model.pt2")

@@ -149,6 +149,7 @@ def test_control_tokens_are_skipped_and_user_defined_ones_are_not(ours):
     assert ours.decode(ids, skip_special=False) == "<|turn>user\n<|channel>thought<channel|><turn|>"
 
 
+@pytest.mark.flaky(reruns=2)  # a second, on a machine that does other things
 def test_a_long_line_is_fast(ours):
     rng = random.Random(1)
     letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz     ,.", k=100_000))
@@ -159,6 +160,7 @@ def test_a_long_line_is_fast(ours):
         assert ours.decode(ids) == line
 
 
+@pytest.mark.flaky(reruns=2)  # a second, on a machine that does other things
 def test_loading_is_fast(written):
     start = time.process_time()
     kiln.Tokenizer(str(written))
