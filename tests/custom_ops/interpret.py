@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
@@ -95,9 +96,6 @@ def _patch_the_language_once() -> None:
     interpreter._patch_lang = patch
 
 
-_patch_the_language_once()
-
-
 def _name_types_of_tuples_when_asked() -> None:
     """A shape is a tuple of constants; the type of each was put into words whenever a tensor was made."""
 
@@ -112,9 +110,6 @@ def _name_types_of_tuples_when_asked() -> None:
 
     tl.core.tuple.__init__ = initialize
     tl.core.tuple.type = property(type_of, lambda self, type: setattr(self, "_type", type))
-
-
-_name_types_of_tuples_when_asked()
 
 
 def _remember_shapes() -> None:
@@ -140,9 +135,6 @@ def _remember_shapes() -> None:
     tl.tensor.__init__ = tensor
 
 
-_remember_shapes()
-
-
 def _look_dtypes_up() -> None:
     original, found = interpreter._get_np_dtype, dict[str, np.dtype]()
 
@@ -156,9 +148,6 @@ def _look_dtypes_up() -> None:
     interpreter._get_np_dtype = dtype_of
 
 
-_look_dtypes_up()
-
-
 def _compute_no_checks_that_nobody_reads() -> None:
     """Whether sums and products of integers fit their type, of which only a debugging run would be told."""
     options = interpreter.interpreter_builder.options
@@ -166,4 +155,9 @@ def _compute_no_checks_that_nobody_reads() -> None:
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
-_compute_no_checks_that_nobody_reads()
+if triton.knobs.runtime.interpret:
+    _patch_the_language_once()
+    _name_types_of_tuples_when_asked()
+    _remember_shapes()
+    _look_dtypes_up()
+    _compute_no_checks_that_nobody_reads()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kiln.exporter.measure.runner import runner
+from kiln.exporter.tools.synth import write_synthetic
 from tests.conftest import kiln
 from tests.timeline import FIXTURES
 
@@ -48,7 +49,8 @@ def test_an_export_among_odd_paths(odd):
     code = "import torch, exporter; print(torch.__file__, exporter.__file__, sep='\\n')"
     where = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=odd).stdout.splitlines()
     assert len(where) == 2 and all(str(odd) in path for path in where)
-    command = [sys.executable, "-m", "exporter", "export", "--gguf", TINY, "--out", out.name, "--target", "cpu", "--max-seq-len", "64"]
+    write_synthetic(odd / "m.gguf", "tiny", "q4_k_m", 0, layers=2)
+    command = [sys.executable, "-m", "exporter", "export", "--gguf", "m.gguf", "--out", out.name, "--target", "cpu", "--max-seq-len", "64"]
     before = {p.name for p in odd.iterdir()}
     script = '"$@"; code=$?; ls -A "$TMPDIR"; exit $code'
     shell = ["sh", "-c", script, "sh"]

@@ -68,6 +68,7 @@ def test_same_function_as_the_decoder(model: Nano, file: Path, ids: torch.Tensor
     assert reference.std() > 0.5  # not a comparison of nothing with nothing
 
 
+@pytest.mark.nightly  # of a study's cache
 def test_same_exact_window_as_the_product(model: Nano, file: Path, ids: torch.Tensor, tmp_path: Path) -> None:
     """The study's cache, codes and the newest keys as they are, gives the logits of the lowered graph, in chunks of any size."""
     options = {"turboquant": True, "residual_length": 32}

@@ -32,10 +32,12 @@ TARGETS = ("sm_90", "sm_120")
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A small model with all layer kinds, real head sizes and head ratios, at 131,072 tokens with TurboQuant; weights stay in its file."""
+    """A small model, a layer of each kind, of real head sizes and ratios, at 131,072 tokens with TurboQuant; weights stay in its file."""
     root = tmp_path_factory.mktemp("it's \"cuda\" (ö) $HOME")  # a compiler's command is made of such paths, see test_paths
     (root / "tmp").mkdir()
-    write_synthetic(root / "model.gguf", "tiny-cuda", "q4_k_m", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["tiny-cuda"], layers=2, full_every=2))
+        write_synthetic(root / "model.gguf", "pair", "q4_k_m", 0)
     targets = [word for target in TARGETS for word in ("--target", target)]
     context = ("--max-seq-len", "131072", "--turboquant", "--weights", "gguf")
     with pytest.MonkeyPatch.context() as patch:

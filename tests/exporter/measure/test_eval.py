@@ -196,6 +196,7 @@ def test_command(tmp_path: Path) -> None:
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.nightly
 def test_command_on_the_trained_model() -> None:
     """What CI holds the shipped file to: perplexity, divergence from fp32 and passkeys, with TQ4 caches."""
     options = ["--suite", "ppl,kld,needle", "--kv-cache", "tq4", "--tokens", "600", "--depths", "500", "--needles", "4"]
