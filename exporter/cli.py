@@ -300,15 +300,6 @@ def snapshot_budgets(command: Any) -> Any:
     return command
 
 
-def _played(*given: Any) -> tuple[Path, Path | None]:
-    from kiln.exporter.run_gguf import UsageError, played
-
-    try:
-        return played(*given)
-    except UsageError as e:
-        raise click.UsageError(str(e)) from e
-
-
 @click.command(name="run")
 @click.argument("artifact", metavar="ARTIFACT|GGUF", type=PATH)
 @click.option("--prompt", metavar="TEXT", help="The user's turn.")
@@ -329,10 +320,11 @@ def converse(
         raise click.UsageError("give one of --prompt, --prompt-file, --messages")
     from kiln.exporter.conversation import terminal
     from kiln.exporter.conversation.chat import Options
+    from kiln.exporter.run_gguf import played
 
     if prompt_file is not None:
         prompt = terminal.prompt_text(prompt_file)
-    artifact, weights = _played(artifact, device, weights, max_seq_len, kv_cache)
+    artifact, weights = played(artifact, device, weights, max_seq_len, kv_cache)
     chat = terminal.open_chat(artifact, device, threads, Options(seed=seed or 0, **options), weights=weights)
     try:
         terminal.begin(chat, messages, system, think, asks=prompt is None)
@@ -370,10 +362,11 @@ def chat(
     """Talk to an artifact, or to a model file, whose code is compiled once and kept; /help lists what can be asked besides questions."""
     from kiln.exporter.conversation import terminal
     from kiln.exporter.conversation.chat import Options
+    from kiln.exporter.run_gguf import played
 
     options["seed"] = terminal.random_seed() if seed is None else seed
     budgets = (snapshot_device_gib, snapshot_host_gib)
-    artifact, weights = _played(artifact, device, weights, max_seq_len, kv_cache)
+    artifact, weights = played(artifact, device, weights, max_seq_len, kv_cache)
     opened = terminal.open_chat(artifact, device, threads, Options(**options), budgets, session_dir, weights)
     try:
         terminal.begin(opened, messages, system, think, asks=False)

@@ -42,6 +42,7 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of {'whole ' if self.kind is int else ''}numbers above 0 like 1,4,8", param, ctx)
         return found
 
+
 def is_model_file(path: str | Path) -> bool:
     return str(path).lower().endswith(".gguf") or Path(path).is_file()
 

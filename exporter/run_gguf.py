@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
+
 from kiln.exporter.cache import CodeOptions, Wanted, find, find_code, making, wanted
 from kiln.exporter.errors import KilnError
 from kiln.exporter.interrupt import held
@@ -138,14 +140,14 @@ def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None
 def played(path: Path, device: str, weights: Path | None, max_seq_len: int | None, kv_cache: str | None) -> tuple[Path, Path | None]:
     """The artifact and the file of its weights: those given, or of a model file the code that is kept for it, made where it is not there.
 
-    Raises KilnError, UsageError for options that do not go together.
+    Raises KilnError, click.UsageError for options that do not go together.
     """
     if not is_model_file(path):
         if max_seq_len is not None or kv_cache is not None:
-            raise UsageError(f"--{'max-seq-len' if max_seq_len is not None else 'kv-cache'} is of a model file; {path} is compiled")
+            raise click.UsageError(f"--{'max-seq-len' if max_seq_len is not None else 'kv-cache'} is of a model file; {path} is compiled")
         return path, weights
     if weights is not None:
-        raise UsageError(f"--weights is of an artifact; {path} holds its own")
+        raise click.UsageError(f"--weights is of an artifact; {path} holds its own")
     own = {"--max-seq-len": str(max_seq_len)} if max_seq_len is not None else {}
     return code_for(Request(path, own | ({"--kv-cache": kv_cache} if kv_cache else {}), ["--device", device])), path
 

@@ -51,6 +51,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Answer over HTTP, in the forms of OpenAI's and Anthropic's interfaces, from an artifact or a model file, whose code is compiled once
     and kept."""
+    from kiln.exporter.run_gguf import played
+
     try:
         from kiln.exporter.serve.server import loopback, read_keys
         from kiln.exporter.serve.server import serve as run_server
@@ -69,10 +71,5 @@ def serve(
         log=log_requests,
         **options,
     )
-    from kiln.exporter.run_gguf import UsageError, played
-
-    try:
-        artifact, weights = played(artifact, device, weights, max_seq_len, kv_cache)
-    except UsageError as e:
-        raise click.UsageError(str(e)) from e
+    artifact, weights = played(artifact, device, weights, max_seq_len, kv_cache)
     run_server(artifact, host, port, device, threads, settings, weights)
