@@ -50,8 +50,9 @@ def is_model_file(path: str | Path) -> bool:
 def of_what_is_played(command: Any) -> Any:
     """The options of chat and serve that say which weights are played, and what is compiled for a model file."""
     length = click.option(
-        "--max-seq-len", type=click.IntRange(16), metavar="N", help="Of a model file: the context that is compiled.  [default: 8192, or the model's]"
-    )
+        "--max-seq-len", type=click.IntRange(16), metavar="N",
+        help="Of a model file: the context that is compiled.  [default: 8192, or the model's]",
+    )  # fmt: skip
     cache = click.option("--kv-cache", type=click.Choice(["f16", "bf16", "tq4"]), help="The same: keys and values.  [default: f16]")
     return WEIGHTS(length(cache(command)))
 

@@ -1,8 +1,9 @@
 #include "kiln/model.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cstdio>
-#include <filesystem>
 #include <map>
 #include <set>
 
@@ -15,8 +16,6 @@
 namespace kiln {
 
 namespace {
-
-namespace fs = std::filesystem;
 
 struct Place {
   bool cuda = false;
@@ -110,11 +109,12 @@ void check_drafter(const Artifact& artifact) {
 // The file that a code-only artifact was made of, where a file of its name lies in the artifact's folder or beside it; else empty.
 std::string weights_nearby(const Artifact& artifact) {
   const std::string& name = artifact.gguf->file();
-  const fs::path folder = fs::absolute(artifact.directory()).lexically_normal() / "";
-  std::error_code none;
   if (!name.empty() && name.find('/') == std::string::npos)
-    for (const fs::path& where : {folder, folder.parent_path().parent_path()})
-      if (fs::is_regular_file(where / name, none)) return (where / name).string();
+    for (const char* where : {"/", "/../"}) {
+      const std::string path = artifact.directory() + where + name;
+      struct stat found;
+      if (stat(path.c_str(), &found) == 0 && S_ISREG(found.st_mode)) return path;
+    }
   return "";
 }
 
