@@ -235,12 +235,9 @@ def run(arguments: tuple[str, ...]) -> None:
         converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
     if arguments and not arguments[0].startswith("-") and is_model_file(arguments[0]):
-        from kiln.exporter.run_gguf import UsageError, command
+        from kiln.exporter.run_gguf import command
 
-        try:
-            arguments = tuple(command(arguments))
-        except UsageError as e:
-            raise click.UsageError(str(e)) from e
+        arguments = tuple(command(arguments))
     sys.stderr.flush()
     if "--help" in arguments:
         subprocess.run([binary, *arguments], check=True)

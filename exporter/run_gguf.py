@@ -21,10 +21,6 @@ OWN = ("--code", "--target", "--max-seq-len", "--kv-cache")
 CACHES = ("f16", "bf16", "tq4")
 
 
-class UsageError(KilnError):
-    """Wrong use of the command line."""
-
-
 @dataclass
 class Request:
     """The command line: options of this module, and what goes to kiln-run."""
@@ -40,7 +36,7 @@ class Request:
 
 
 def parse(arguments: tuple[str, ...]) -> Request:
-    """Raises UsageError."""
+    """Raises click.UsageError."""
     request = Request(Path(arguments[0]))
     words = iter(arguments[1:])
     for word in words:
@@ -52,16 +48,16 @@ def parse(arguments: tuple[str, ...]) -> Request:
             request.rest.append(word)
             continue
         if not equals and (value := next(words, "")) == "":
-            raise UsageError(f"{name} needs a value")
+            raise click.UsageError(f"{name} needs a value")
         request.own[name] = value
     if "--code" in request.own and len(request.own) > 1:
         other = next(name for name in request.own if name != "--code")
-        raise UsageError(f"--code names what was compiled already; {other} does not go with it")
+        raise click.UsageError(f"--code names what was compiled already; {other} does not go with it")
     if (cache := request.own.get("--kv-cache", "f16")) not in CACHES:
-        raise UsageError(f"--kv-cache {cache}: choose from {', '.join(CACHES)}")
+        raise click.UsageError(f"--kv-cache {cache}: choose from {', '.join(CACHES)}")
     length = request.own.get("--max-seq-len", "16")
     if not length.isascii() or not length.isdigit() or int(length) < 16:
-        raise UsageError(f"--max-seq-len {length}: a number of tokens, 16 or more")
+        raise click.UsageError(f"--max-seq-len {length}: a number of tokens, 16 or more")
     return request
 
 

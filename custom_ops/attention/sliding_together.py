@@ -15,7 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kiln.custom_ops.attention.flash import DECODE_FLOAT32, Tile, check_kernel_shapes, kiln_flash_merge, merge_warps, softmax_step
+from kiln.custom_ops.attention.flash import (
+    DECODE_FLOAT32,
+    LOG2E,
+    Tile,
+    check_kernel_shapes,
+    kiln_flash_merge,
+    merge_warps,
+    softmax_step,
+)
 from kiln.custom_ops.attention.prepare import form_constants, prepare_warps, prepared_head, token_strides
 from kiln.custom_ops.attention.sliding_decode import _constants, _tile
 from kiln.custom_ops.cases import KernelCase
@@ -26,7 +34,6 @@ from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
 FLOAT32 = dataclasses.replace(DECODE_FLOAT32, warps=4)  # with 8 the compiler spills
 
 

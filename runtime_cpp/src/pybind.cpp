@@ -177,7 +177,8 @@ PYBIND11_MODULE(_runtime, m) {
            py::arg("path"), py::arg("device") = "auto", py::arg("verify") = false, py::arg("threads") = 1, py::arg("progress") = py::none(),
            py::arg("weights") = py::none(), py::arg("ple") = py::none(),
            "Loads an artifact; progress(done_bytes, total_bytes) is called while the weights are loaded. weights: the GGUF file, of an artifact that "
-           "holds code only; None: the one it was made of, if it lies beside it. ple: 'device' or 'host', where a GPU finds a per-layer embedding's table; as the artifact says otherwise.")
+           "holds code only; None: the one it was made of, if it lies beside it. ple: 'device' or 'host', where a GPU finds a per-layer embedding's "
+           "table; as the artifact says otherwise.")
       .def_property_readonly("tokenizer", &Model::tokenizer, py::return_value_policy::reference_internal)
       .def_property_readonly("manifest", [](const Model& model) { return py::module_::import("json").attr("loads")(model.artifact().manifest); })
       .def_property_readonly("device", &Model::device)

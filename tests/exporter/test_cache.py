@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from click import UsageError
 from gguf import GGUFValueType
 
 from kiln.exporter import cache
 from kiln.exporter.cache import CodeOptions, Wanted, wanted
 from kiln.exporter.errors import KilnError
-from kiln.exporter.run_gguf import UsageError, parse, target
+from kiln.exporter.run_gguf import parse, target
 from kiln.exporter.tools.synth import write_synthetic
 from tests.code_only import code_only
 from tests.conftest import TEMPLATE, WAIT, kiln
@@ -81,12 +82,14 @@ def test_talking_to_a_model_file(root, filled):
             assert refused.returncode == 2 and told in refused.stderr, refused.stderr
 
 
+@pytest.mark.flaky(reruns=2)  # a minute, on a machine that does other things
 def test_another_tokenizer_takes_the_code_that_is_there(root, filled, tmp_path):
     other = rewrite(tmp_path / "m.gguf", set_keys={"tokenizer.ggml.eot_token_id": (GGUFValueType.UINT32, 9)})
     a, b = (wanted(path, CodeOptions("cpu")) for path in (WIDE, other))
     assert a.code == b.code and a.file != b.file
+    start = time.monotonic()
     result = kiln("run", other, *TOKENS)
-    assert "its code is there" in result.stderr
+    assert "its code is there" in result.stderr and time.monotonic() - start < 60
     (made,) = set(root.iterdir()) - {filled}
     assert made.name == b.name and 9 in json.loads((made / "manifest.json").read_text())["tokenizer"]["eog"]
     assert (made / "model.pt2").samefile(filled / "model.pt2")

@@ -4,6 +4,7 @@ caches; what else the step holds changes nothing."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -237,22 +238,15 @@ def test_wrong_arguments_are_named() -> None:
             kiln.tq4_decode_rows(*step.projections(), *codes, bad_ring, bad_ring, step.pos, step.row, window, EPS, 2, [])
 
 
+@pytest.mark.parametrize(("check", "several"), [(check_sliding, 8), (check_together, 2)])
 @pytest.mark.parametrize("name", STEPS)
-def interpreted_sliding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one split and several, whose sizes follow from a token's own position."""
+def interpreted_sliding(name: str, check: Callable, several: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one split and several, whose sizes follow from a token's own position; together of slots, one of the two with two blocks, and a
+    tile of 8 columns holds 4 tokens of 2 queries."""
     monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
-    for sms, dtype, window in ((1, torch.float32, 16), (8, torch.float16, 40)):
+    for sms, dtype, window in ((1, torch.float32, 16), (several, torch.float16, 40)):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
-            check_sliding(name, dtype, window)
-
-
-@pytest.mark.parametrize("name", STEPS)
-def interpreted_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile of 8 columns holds 4 tokens of 2 queries; slots in one split and in several, one of them with two blocks."""
-    monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
-    for sms, dtype, window in ((1, torch.float32, 16), (2, torch.float16, 40)):
-        with compiling_for(dataclasses.replace(H200, sm_count=sms)):
-            check_together(name, dtype, window)
+            check(name, dtype, window)
 
 
 @pytest.mark.parametrize("name", STEPS)
