@@ -68,10 +68,16 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """The first signal lets answers end, the second ends them."""
 
-    def __init__(self, config: uvicorn.Config, served: Served):
+    def __init__(self, config: uvicorn.Config, served: Served, address: str):
         super().__init__(config)
-        self._served, self._ending = served, False
+        self._served, self._address, self._ending = served, address, False
         self._drained: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it serves only now: requests are answered and a signal lets answers end."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(f"serving {self._served.settings.names[0]} at {self._address}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending:
@@ -131,8 +137,7 @@ def serve(
     address = bound.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     try:
-        server = Server(config(application(served)), served)
-        print(f"serving {settings.names[0]} at http://{shown}:{address[1]}", flush=True)
+        server = Server(config(application(served)), served, f"http://{shown}:{address[1]}")
         asyncio.run(server.serve(sockets=[bound]))
     finally:
         served.close()

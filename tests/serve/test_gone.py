@@ -160,3 +160,25 @@ def test_the_end_of_a_server(talking: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+# print sends the process SIGTERM once it has written its first line
+SIGNALLED = """
+import builtins, os, signal, sys
+from kiln.exporter.cli import main
+written = builtins.print
+def print(*words, **options):
+    written(*words, **options)
+    builtins.print = written
+    os.kill(os.getpid(), signal.SIGTERM)
+builtins.print = print
+sys.argv = ["kiln", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_signal_at_the_first_line(talking: Path) -> None:
+    """Who has read where it serves may end it: the line comes when signals are the server's."""
+    command = [sys.executable, "-c", SIGNALLED, "serve", talking, "--port", "0", "--device", "cpu", "--threads", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"serving {talking.name} at http://127.0.0.1:")
