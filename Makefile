@@ -123,7 +123,7 @@ PARALLEL = $$("$$PY" -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 10 ? n : 10)))
 test: DIST = loadfile --no-loadscope-reorder
 test: build lint
-	"$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
+	$(if $(filter c++,$(FUZZ_CXX)),KILN_TEST_FUZZ="$$(realpath -m "$$BUILD/fuzz")") "$$PY" -m pytest -m "not gpu and not nightly and not browser" $(PARALLEL) $(KILN_PYTEST)
 
 # The page of kiln serve in a headless Chromium of the system, and its pictures in docs/captures; Playwright is installed where it is not there
 test-page: $(SETUP)
@@ -196,10 +196,10 @@ tidy: build
 	@command -v clang-tidy >/dev/null || { echo "clang-tidy is not installed"; exit 1; }
 	printf '%s\n' runtime_cpp/src/*.cpp runtime_cpp/src/*/*.cpp runtime_cpp/run/*.cpp | xargs -P 2 -n 4 clang-tidy --quiet -p "$$BUILD/cpp" --warnings-as-errors='*'
 
-# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, two to a core at a time. libFuzzer where clang++ brings it, else
+# What reads files and text, with inputs made to break it; FUZZ_SECONDS for each target, four to a core at a time. libFuzzer where clang++ brings it, else
 # a driver of our own. An input that breaks something is left in tests/corpus, which `make test` goes through.
 FUZZ_SECONDS ?= 60
-FUZZ_AT_ONCE ?= $(shell echo $$((2 * $$(nproc))))
+FUZZ_AT_ONCE ?= $(shell echo $$((4 * $$(nproc))))
 FUZZED = $(filter $(basename $(notdir $(wildcard runtime_cpp/fuzz/*.cpp))), $(notdir $(wildcard tests/corpus/*)))
 LIBFUZZER = printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
 FUZZ_CXX = $(shell if $(LIBFUZZER) 2>/dev/null; then echo clang++; else echo c++; fi)

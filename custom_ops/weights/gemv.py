@@ -342,8 +342,8 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
                 out = {"halves": halves_pointer(block_type), "out": "*i32" if gated else "*fp32"}
                 together = (f", {tokens} tokens" if tokens > 1 else "") + "".join(f", {form}" for form in other)
                 targets = usual_targets(block_type, first=gated) if terms > 1 or gated else ()
-                if tokens > 1 or other:  # the compiler's time: one of each end at the most tokens, the others at night
-                    first = usual and terms == 2 and (tokens == MOST_TOGETHER or other) and (fn, end) not in {
+                if tokens > 1 or other:  # the compiler's time: one of each end at the most tokens, of one type, the others at night
+                    first = block_type == USUAL_TYPES[0] and terms == 2 and (tokens == MOST_TOGETHER or other) and (fn, end) not in {
                         (c.fn, c.constexprs.get("END")) for c in of_rows}  # fmt: skip
                     targets = RARE_TARGETS if first else ()
                 case = KernelCase(f"gemv {block_type} {n}x{k} {terms} bytes, {end}{together}", fn, types | out, constants, options, targets,

@@ -245,6 +245,7 @@ def test_steps_of_several_tokens_are_refused_where_nothing_computes_them(tmp_pat
     fails(tmp_path, "--gguf", hybrid, "--target", "cpu", *rows, match="has layers with a state, which takes one token after the other")
 
 
+@pytest.mark.nightly  # its scales are 17 GiB apart, and all are looked at
 def test_dry_run_of_the_31b(tmp_path):
     path = tmp_path / "31b.gguf"
     sparse_31b(path)

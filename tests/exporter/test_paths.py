@@ -35,6 +35,7 @@ def odd(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.nightly  # by day test_export_cuda compiles in a folder of such a name
 def test_an_export_among_odd_paths(odd):
     """The compiler's commands are strings: every path that goes into them is quoted. Nothing but the artifact stays.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ CORPUS = ROOT / "tests" / "corpus"
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> Path:
-    build = tmp_path_factory.mktemp("fuzz")
-    configure = ["cmake", "-S", ROOT / "runtime_cpp" / "fuzz", "-B", build, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++"]
+    """KILN_TEST_FUZZ names the folder where `make fuzz` builds the same."""
+    build = Path(os.environ.get("KILN_TEST_FUZZ") or tmp_path_factory.mktemp("fuzz"))
+    configure = ["cmake", "-S", ROOT / "runtime_cpp" / "fuzz", "-B", build, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=c++"]
+    tools = os.environ | {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}  # CMake builds all anew for another CMake
     for command in (configure, ["cmake", "--build", build]):
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, env=tools)
         assert result.returncode == 0, result.stdout + result.stderr
     return build
 

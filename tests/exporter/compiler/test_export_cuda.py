@@ -122,7 +122,7 @@ def test_no_layer_of_a_step_has_a_kernel_of_the_compilers(export):
     assert {name.split("_")[0] for name in theirs(images)} == {"mul", "zeros", "abs"}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [TARGETS[0], *(pytest.param(t, marks=pytest.mark.nightly) for t in TARGETS[1:])])
 def test_kernels_that_may_start_early_wait(export, target):
     """In the machine code of the decode package: what the export has checked itself, and that there is something to check."""
     artifact, _ = export
