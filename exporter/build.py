@@ -133,6 +133,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             kv_len=options.kv_len and global_layers,
             materialized_head_budget=options.head_budget_mib << 20,
             materializes_head=cpu,
+            reads_packed=cpu,
             matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
             allow_unfused=options.allow_unfused,

@@ -24,6 +24,7 @@ class PassOptions:
     decode_bytes: int = 0  # of an activation of a decode matmul, in fixed point; 0: as they are, nothing fused (the CPU target)
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
     matmul: str = "blas"  # of matmuls on a GPU: "kiln" (our kernels) or "blas"
+    reads_packed: bool = False  # the CPU target: the runner multiplies by packed weights where they lie
     decode_rows: tuple[int, ...] = (1,)  # M of each decode graph, ascending, the first 1: how many tokens one step takes
     rows: int = 1  # timelines whose caches lie side by side, of which the graphs of several tokens take any
 

@@ -91,6 +91,24 @@ def quantized_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor,
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+@torch.library.custom_op("kiln::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
+    """`quantized_linear` of float32 on the CPU as one call of the runner's: no dense weight is written to memory.
+
+    x [T, K] float32, words and halves as there -> [T, N] float32. ValueError when a shape or dtype does not fit.
+    """
+    check_weight("packed_linear", words, halves, block_type)
+    k = words.shape[0] * LAYOUTS[block_type].block
+    if x.dim() != 2 or x.shape[1] != k or x.dtype != torch.float32:
+        raise ValueError(f"packed_linear: x is {x.dtype} {tuple(x.shape)}; expected float32 [T, {k}]")
+    return reference(x, words, halves, block_type)
+
+
+@packed_linear.register_fake
+def _(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[2]))
+
+
 def bytes_moved(block_type: str, tokens: int, n: int, k: int, itemsize: int = 2) -> int:
     """Bytes that must cross memory once: the packed weight, x [tokens, k] and the result [tokens, n], `itemsize` bytes an activation."""
     layout = LAYOUTS[block_type]

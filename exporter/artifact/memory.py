@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.compiler.trace import GraphSpec
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.records import DeltaNet
@@ -36,7 +37,8 @@ def memory_plan(spec: GraphSpec, ple: str = "device") -> MemoryPlan:
     on_host = sum(c.nbytes for p in spec.plan if p.gathered for c in plan_constants(p)) if ple == "host" else 0
     multiplied = [p for p in spec.plan if p.K and not p.gathered]
     widest = max(p.N for p in multiplied)
-    scratch = min(max(p.N * p.K for p in multiplied) * dtype.itemsize, spec.options.materialized_head_budget)
+    dense = [p for p in multiplied if not spec.options.reads_packed or p.block_type not in LAYOUTS or p.stack > 1]
+    scratch = min(max((p.N * p.K for p in dense), default=0) * dtype.itemsize, spec.options.materialized_head_budget)
     inner = max(layer.ffn.width for layer in spec.config.layers)
     per_token = (4 * spec.config.hidden_size + 3 * min(widest, 2 * inner)) * dtype.itemsize
     if table := spec.config.per_layer_embedding:  # rows and their sum with the projection, in float32, and what is kept

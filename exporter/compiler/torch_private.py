@@ -525,6 +525,10 @@ def _one_object_for_each_kernel() -> None:
 FUSE_ACROSS_BYTES = 4 << 20
 
 
+PACKED_LINEAR = """AOTITorchError aoti_torch_cpu_packed_linear(
+    AtenTensorHandle x, AtenTensorHandle words, AtenTensorHandle halves, const char* block_type, AtenTensorHandle* out)"""
+
+
 def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     """Options of one compilation: nothing is measured, no constant is read, no weight and no build path is packed."""
     options = {
@@ -544,6 +548,7 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     }
     if target is None:
         options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # calls of kernels and allocations: a tenth of a millisecond in a step
+        options["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.kiln.packed_linear.default: [PACKED_LINEAR]}
     else:
         options |= {
             "cuda.arch": str(target.sm),

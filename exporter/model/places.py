@@ -34,6 +34,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
         "kv_len": dict.fromkeys(full if options.kv_len and not entry.startswith("decode_") else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
         "own_matmul": dict.fromkeys([n for n in _floats(config, plan) if n not in routers] if options.matmul != "blas" else (), ""),
+        "packed_linear": dict.fromkeys(_packed(config, plan) if options.reads_packed else (), ""),
         "fuse_decode": fused,
         "free_kv_buffers": dict.fromkeys((b.name for b in kv), ""),
     }
@@ -47,6 +48,7 @@ def draft_places(config: DraftConfig, plan: Sequence[WeightPlan], kv: Sequence[K
         "turboquant": dict.fromkeys(full if options.turboquant else (), ""),
         "chunked_lm_head": dict.fromkeys(_chunked_heads(config, plan, options), ""),
         "own_matmul": dict.fromkeys(_floats(config, plan) if options.matmul != "blas" else (), ""),
+        "packed_linear": dict.fromkeys(_packed(config, plan) if options.reads_packed else (), ""),
         "fuse_decode": _fused(config, plan, True) if options.decode_bytes else {},
     }
     named = {name: {DRAFT + place: why for place, why in places.items()} for name, places in found.items()}
@@ -75,6 +77,10 @@ def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, Weigh
 
 def _floats(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
     return [name for name, p in _matmuls(config, plan).items() if p.block_type not in LAYOUTS]
+
+
+def _packed(config: ModelConfig, plan: Sequence[WeightPlan]) -> list[str]:
+    return [name for name, p in _matmuls(config, plan).items() if p.block_type in LAYOUTS]
 
 
 def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> dict[str, str]:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/ops.h"
+#include "cpu/packed.h"
 #include "kiln/error.h"
 
 namespace kiln {
@@ -141,6 +142,24 @@ int32_t aoti_torch_cpu_mm_out(Tensor* out, Tensor* a, Tensor* b) {
 }
 int32_t aoti_torch_cpu_bmm_out(Tensor* out, Tensor* a, Tensor* b) {
   return shim([&] { product("bmm", *out, *a, *b, 1); });
+}
+
+int32_t aoti_torch_cpu_packed_linear(Tensor* x, Tensor* words, Tensor* halves, const char* block_type, Tensor** out) {
+  return shim([&] {
+    const BlockType* type = kiln::block_type(block_type);
+    if (!type) fail("packed_linear: weights of block type ", block_type, ", which this runner does not multiply; use a newer runner");
+    const int64_t blocks = words->sizes[0], n = words->sizes[2], m = x->sizes[0], k = blocks * elements(*type);
+    const bool planes = words->dims == 3 && halves->dims == 3 && words->scalar == Scalar::I32 && scalar_bytes(halves->scalar) == 2;
+    expect(planes && words->sizes[1] == kiln::words(*type) && halves->sizes[1] == kiln::halves(*type), "packed_linear", "weights of another form");
+    expect(halves->sizes[0] == blocks && halves->sizes[2] == n, "packed_linear", "words and halves of different matrices");
+    expect(n == 1 || (words->strides[2] == 1 && halves->strides[2] == 1), "packed_linear", "weights whose columns lie apart");
+    expect(x->dims == 2 && x->scalar == Scalar::F32 && x->sizes[1] == k, "packed_linear", "activations of another form");
+    Tensor product = Tensor::make(Running::now().memory, x->device, Scalar::F32, {m, n});
+    const PackedMatrix weight{type, static_cast<const int32_t*>(words->data()), static_cast<const uint16_t*>(halves->data()), words->strides[0],
+                              words->strides[1], halves->strides[0], halves->strides[1]};
+    packed_matmul(static_cast<float*>(product.data()), n, matrix(*x, 0), weight, m, k, n);
+    *out = new Tensor(std::move(product));
+  });
 }
 
 // A tensor like `x`, dense, and the rows of both along the last dimension.

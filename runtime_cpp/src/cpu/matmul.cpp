@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu/ops.h"
+#include "cpu/packed.h"
 #include "cpu/parallel.h"
 
 namespace kiln {
@@ -186,29 +187,40 @@ void pack_columns(float* to, int64_t width, const float* from, int64_t column, i
     pack(to + j * length, width, from + j * column, column, row, std::min(width, columns - j), length);
 }
 
+// The right operand: float32 in memory, or packed weights.
+struct Right {
+  MatrixView dense;
+  const PackedMatrix* packed = nullptr;
+};
+
 // One slice of K of a product; a is packed, panels of `rows` rows and then one of the rest.
 struct Slice {
   const Kernels& kernels;
   const float* packed_a;
-  MatrixView b;
+  const Right& b;
   float* c;
-  int64_t c_row, m, k, n;
-  bool add;
+  int64_t c_row, m, from_k, k, n;
 
   // c[row_from .. row_to) x [from .. to). row_from is a multiple of the tiles' rows.
   void block(int64_t row_from, int64_t row_to, int64_t from, int64_t to) const {
-    const int64_t width = kernels.columns;
-    if (m <= kernels.direct_rows && b.column == 1) {
-      const auto rows = static_cast<size_t>(m - 1);
+    const bool few = m <= kernels.direct_rows, add = from_k > 0;
+    const auto rows = static_cast<size_t>(m - 1);
+    const int64_t width = few && b.packed ? kernels.direct_columns[rows] : kernels.columns;
+    if (few && !b.packed && b.dense.column == 1) {
+      const float* first = b.dense.data + from_k * b.dense.row;
       for (const int64_t step = kernels.direct_columns[rows]; from + step <= to; from += step)
-        kernels.direct[rows](k, packed_a, b.data + from, b.row, c + from, c_row, add);
+        kernels.direct[rows](k, packed_a, first + from, b.dense.row, c + from, c_row, add);
       if (from == to) return;
     }
     float* packed_b = scratch(1, (to - from + width - 1) / width * width * k);
-    pack_columns(packed_b, width, b.data + from * b.column, b.column, b.row, to - from, k);
+    if (b.packed)
+      for (int64_t j = from; j < to; j += width)
+        unpack(*b.packed, from_k, k, j, static_cast<int>(std::min(width, to - j)), packed_b + (j - from) * k, width);
+    else
+      pack_columns(packed_b, width, b.dense.data + from_k * b.dense.row + from * b.dense.column, b.dense.column, b.dense.row, to - from, k);
     for (int64_t i = row_from; i < row_to; i += kernels.rows) {
       const int64_t height = std::min<int64_t>(kernels.rows, m - i);
-      const Tile tile = kernels.tiles[static_cast<size_t>(height - 1)];
+      const Tile tile = few && b.packed ? kernels.direct[rows] : kernels.tiles[static_cast<size_t>(height - 1)];
       for (int64_t j = from; j < to; j += width) {
         float* at = c + i * c_row + j;
         const float* panel = packed_b + (j - from) * k;
@@ -227,7 +239,7 @@ struct Slice {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void product(float* c, int64_t c_row, const MatrixView& a, const MatrixView& b, int64_t m, int64_t k, int64_t n, int threads) {
+void product(float* c, int64_t c_row, const MatrixView& a, const Right& b, int64_t m, int64_t k, int64_t n, int threads) {
   const Kernels& kn = kernels();
   const int64_t panels = divide_up(m, kn.rows);
   // Blocks enough for all threads: narrower first, then rows apart as well, for which b is packed more than once.
@@ -248,7 +260,7 @@ void product(float* c, int64_t c_row, const MatrixView& a, const MatrixView& b, 
         pack(packed_a + i * length, height, a.data + i * a.row + at * a.column, a.row, a.column, height, length);
       }
       wait_for_team(static_cast<int>(count));
-      Slice slice{kn, packed_a, {b.data + at * b.row, b.row, b.column}, c, c_row, m, length, n, at > 0};
+      Slice slice{kn, packed_a, b, c, c_row, m, at, length, n};
       for (; task < first + tasks; task = taken++) {
         const int64_t j = (task - first) / down * columns, d = (task - first) % down;
         slice.block(panels * d / down * kn.rows, std::min(m, panels * (d + 1) / down * kn.rows), j, std::min(n, j + columns));
@@ -280,7 +292,7 @@ void batch_matmul(float* c, int64_t c_row, int64_t c_batch, const MatrixView& a,
     if (k == 0)
       for (int64_t r = 0; r < m; ++r) std::fill_n(to + r * c_row, n, 0.f);
     else
-      product(to, c_row, {a.data + i * a_batch, a.row, a.column}, {b.data + i * b_batch, b.row, b.column}, m, k, n, threads);
+      product(to, c_row, {a.data + i * a_batch, a.row, a.column}, {{b.data + i * b_batch, b.row, b.column}}, m, k, n, threads);
   };
   const int threads = batch * m * k * n < kSerial ? 1 : cpu_threads();
   if (threads > 1 && batch >= threads) {
@@ -291,6 +303,11 @@ void batch_matmul(float* c, int64_t c_row, int64_t c_batch, const MatrixView& a,
   } else {
     for (int64_t i = 0; i < batch; ++i) one(i, threads);
   }
+}
+
+void packed_matmul(float* c, int64_t c_row, const MatrixView& a, const PackedMatrix& b, int64_t m, int64_t k, int64_t n) {
+  if (m == 0 || n == 0 || k == 0) return;
+  product(c, c_row, a, {{}, &b}, m, k, n, m * k * n < kSerial ? 1 : cpu_threads());
 }
 
 }  // namespace kiln

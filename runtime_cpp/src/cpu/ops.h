@@ -23,6 +23,10 @@ void matmul(float* c, int64_t c_row, const MatrixView& a, const MatrixView& b, i
 void batch_matmul(float* c, int64_t c_row, int64_t c_batch, const MatrixView& a, int64_t a_batch, const MatrixView& b, int64_t b_batch, int64_t batch,
                   int64_t m, int64_t k, int64_t n);
 
+// The same where b is packed weights (cpu/packed.h), k more than 0: the bits are those of the product with what they stand for.
+struct PackedMatrix;
+void packed_matmul(float* c, int64_t c_row, const MatrixView& a, const PackedMatrix& b, int64_t m, int64_t k, int64_t n);
+
 // The kernels of the products: "avx512" or "avx2", the CPU's best unless set. False: the CPU or this build lacks them.
 const char* matmul_kernels();
 bool set_matmul_kernels(const char* name);

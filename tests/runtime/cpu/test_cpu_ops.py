@@ -9,17 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from kiln.custom_ops.weights.layouts import LAYOUTS, dequantize, pack
+from tests.custom_ops.weights.test_layouts import random_blocks
+
 pytestmark = pytest.mark.builds
 
 SRC = Path(__file__).parents[3] / "runtime_cpp" / "src"
 BINDINGS = r"""
 #include "cpu/ops.h"
+#include "cpu/packed.h"
 using namespace kiln;
 extern "C" {
 void threads(int n) { set_cpu_threads(n); }
 int kernels(const char* name) { return set_matmul_kernels(name); }
 void mm(float* c, const int64_t* cs, const float* a, const int64_t* as, const float* b, const int64_t* bs, const int64_t* bmkn) {
   batch_matmul(c, cs[1], cs[0], {a, as[1], as[2]}, as[0], {b, bs[1], bs[2]}, bs[0], bmkn[0], bmkn[1], bmkn[2], bmkn[3]);
+}
+int packed_mm(float* c, int64_t c_row, const float* a, const int64_t* as, const char* type, const int32_t* w, const int64_t* ws,
+              const uint16_t* h, const int64_t* hs, const int64_t* mkn) {
+  PackedMatrix b{block_type(type), w, h, ws[0], ws[1], hs[0], hs[1]};
+  if (!b.type) return 1;
+  packed_matmul(c, c_row, {a, as[0], as[1]}, b, mkn[0], mkn[1], mkn[2]);
+  return 0;
+}
+void unpacked(float* to, const char* type, const int32_t* w, const int64_t* ws, const uint16_t* h, const int64_t* hs, int64_t k, int64_t n) {
+  PackedMatrix b{block_type(type), w, h, ws[0], ws[1], hs[0], hs[1]};
+  for (int64_t c = 0; c < n; c += 100) unpack(b, 0, k, c, static_cast<int>(n - c < 100 ? n - c : 100), to + c, n);
 }
 void sort(float* v, const int64_t* vs, int64_t* i, const int64_t* is, const float* x, const int64_t* xs, int64_t rows, int64_t n,
           int descending) {
@@ -51,6 +66,23 @@ class Ops:
         assert (out[..., n:] == 7).all()  # what lies between the rows
         return out[..., :n]
 
+    def packed_matmul(self, a: torch.Tensor, block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+        """[m, n] of a [m, k] and packed weights [k, n]."""
+        (m, k), n = a.shape, words.shape[2]
+        out = torch.full((m, n), 7.0)
+        sizes = (ctypes.c_int64 * 3)(m, k, n)
+        assert not self.lib.packed_mm(
+            self._at(out)[0], ctypes.c_int64(n), *self._at(a), block_type.encode(), *self._at(words), *self._at(halves), sizes
+        )
+        return out
+
+    def unpacked(self, block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+        k, n = words.shape[0] * LAYOUTS[block_type].block, words.shape[2]
+        out = torch.full((k, n), 7.0)
+        sizes = ctypes.c_int64(k), ctypes.c_int64(n)
+        self.lib.unpacked(self._at(out)[0], block_type.encode(), *self._at(words), *self._at(halves), *sizes)
+        return out
+
     def sort(self, x: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
         values, indices = torch.empty(x.shape), torch.empty(x.shape, dtype=torch.int64)
         sizes = (ctypes.c_int64(n) for n in x.shape)
@@ -68,8 +100,8 @@ class Ops:
 def ops(tmp_path_factory) -> Ops:
     folder = tmp_path_factory.mktemp("cpu_ops")
     (folder / "bindings.cpp").write_text(BINDINGS)
-    sources = [folder / "bindings.cpp", SRC / "cpu/ops.cpp", SRC / "cpu/matmul.cpp"]
-    command = ["c++", "-std=c++17", "-O1", "-fopenmp", "-shared", "-fPIC", f"-I{SRC}", *sources, "-o", folder / "ops.so"]
+    sources = [folder / "bindings.cpp", SRC / "cpu/ops.cpp", SRC / "cpu/matmul.cpp", SRC / "cpu/packed.cpp"]
+    command = ["c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", f"-I{SRC}", *sources, "-o", folder / "ops.so"]
     subprocess.run(command, check=True)
     return Ops(folder / "ops.so")
 
@@ -130,6 +162,27 @@ def test_a_row_has_the_same_bits_alone_and_beside_others(ops):
                 for right in (b, column_major):
                     part = slice(first, first + rows)
                     assert torch.equal(ops.matmul(a[:, part], right), whole[:, part]), (name, threads, part)
+
+
+def packed(block_type: str, n: int, g: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Planes of n + 3 columns, cut to n: rows are further apart than they need be."""
+    words, halves = (torch.from_numpy(plane) for plane in pack(block_type, random_blocks(block_type, n + 3, g)))
+    return words[:, :, 2 : 2 + n], halves[:, :, 2 : 2 + n]
+
+
+@pytest.mark.parametrize("block_type", LAYOUTS)
+def test_packed_weights(ops, kernels, block_type):
+    """Unpacked bit for bit as the layout says; a product's bits are those of the product with what was unpacked."""
+    for n, g in ((1, 1), (7, 3), (261, 1), (300, 1100 // LAYOUTS[block_type].block)):
+        words, halves = packed(block_type, n, g)
+        dense = dequantize(block_type, words, halves)
+        assert torch.equal(ops.unpacked(block_type, words, halves).view(torch.int32), dense.view(torch.int32))
+        for threads in (1, 3):
+            ops.lib.threads(threads)
+            for m in (1, 2, 3, 4, 5, 14, 31):
+                a = operand(1, m, len(dense), "transposed" if m % 2 else "dense", m)
+                got, same = ops.packed_matmul(a[0], block_type, words, halves), ops.matmul(a, dense[None])[0]
+                assert torch.allclose(got, same, 0, 0, equal_nan=True), (n, g, m)  # exponents of MXFP4 reach infinity
 
 
 def test_matmul_of_nothing(ops):
