@@ -27,7 +27,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     for head in heads:
         n, k = head.meta["val"].shape[-1], head.args[0].meta["val"].shape[-1]
         rows = chunk_rows(k, options.materialized_head_budget)
-        if rows >= n or _is_plain(head):
+        if rows >= n or _is_plain(head) or options.reads_packed and _packed(head, names):
             continue
         chunked.append(_name(head, names))
         emit = _packed_chunk if _packed(head, names) else _float_chunk
@@ -35,7 +35,8 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         edit.replace(ep, head, edit.emit(ep, head, aten.cat.default, pieces, -1))
     edit.drop_dead(ep)
     if not chunked:
-        note = f"the dequantized head fits the budget of {options.materialized_head_budget} bytes"
+        fits = f"the dequantized head fits the budget of {options.materialized_head_budget} bytes"
+        note = "the packed head is multiplied where it lies" if options.reads_packed and _packed(heads[0], names) else fits
         return PassReport("chunked_lm_head", "not needed", note=note)
     return PassReport("chunked_lm_head", "applied", tuple(chunked), f"{rows} rows a chunk")
 

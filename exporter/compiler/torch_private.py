@@ -548,7 +548,9 @@ def inductor_options(target: GpuTarget | None, entry: str) -> dict:
     }
     if target is None:
         options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # calls of kernels and allocations: a tenth of a millisecond in a step
-        options["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.kiln.packed_linear.default: [PACKED_LINEAR]}
+        from kiln.custom_ops.weights import linear
+
+        options["aot_inductor.custom_ops_to_c_shims"] = {linear.packed_linear._opoverload: [PACKED_LINEAR]}
     else:
         options |= {
             "cuda.arch": str(target.sm),

@@ -67,7 +67,8 @@ def _chunked_heads(config: ModelConfig, plan: Sequence[WeightPlan], options: Pas
     name = "token_embd" if config.tied_head else "output"
     head = next(p for p in plan if p.name == name)
     whole = chunk_rows(head.K, options.materialized_head_budget) >= head.N
-    return [] if not options.materializes_head or whole or head.block_type == "F32" else [name]
+    in_place = options.reads_packed and head.block_type in LAYOUTS
+    return [] if not options.materializes_head or whole or in_place or head.block_type == "F32" else [name]
 
 
 def _matmuls(config: ModelConfig, plan: Sequence[WeightPlan]) -> dict[str, WeightPlan]:

@@ -11,6 +11,7 @@ from torch import nn
 from kiln.custom_ops import ops  # noqa: F401
 from kiln.custom_ops.attention.flash import attend
 from kiln.custom_ops.tq4 import codec
+from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.compiler.torch_private import fake_export
 from kiln.exporter.compiler.trace import lower, make_kv, runnable, trace
 from kiln.exporter.errors import KilnError
@@ -297,6 +298,32 @@ def test_own_matmul():
     assert torch.allclose(runnable(program, state)(x), before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_linear(dtype, tmp_path):
+    """Every packed weight is multiplied where it lies, the head not in chunks, and the outputs are what they were but for the order of sums."""
+    state, tokens = weights(WIDE, tmp_path), torch.arange(3)
+    outputs = []
+    for reads_packed in (False, True):
+        spec = graph_spec(WIDE, dtype=dtype, materialized_head_budget=64 << 10, reads_packed=reads_packed)
+        lowered = lower(spec, "prefill", "cpu")
+        (report,) = (r for r in lowered.reports if r.name == "packed_linear")
+        packed = [p.name for p in spec.plan if p.block_type in LAYOUTS and p.K]
+        assert (report.status, sorted(report.places)) == (("applied", sorted(packed)) if reads_packed else ("off", []))
+        assert report.expected == report.matches and not report.missed
+        assert (count(lowered.program, kiln.quantized_linear.default) == 0) == reads_packed
+        assert count(lowered.program, kiln.packed_linear.default) == (len(packed) if reads_packed else 0)
+        module = runnable(lowered.program, {**state, **make_kv(lowered.kv)})
+        outputs.append(module(tokens, torch.arange(3), *GREEDY)[1])
+    assert torch.allclose(*(x.float() for x in outputs), rtol=2**-7 if dtype == "bfloat16" else 1e-5, atol=1e-5)
+
+
+def test_packed_linear_of_what_does_not_fit():
+    words, halves = torch.zeros(1, 35, 4, dtype=torch.int32), torch.zeros(1, 2, 4, dtype=torch.float16)
+    for x in (torch.zeros(2, 255), torch.zeros(256), torch.zeros(2, 256, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"packed_linear: x is .*; expected float32 \[T, 256\]"):
+            kiln.packed_linear(x, words, halves, "Q4_K")
+
+
 def test_what_is_missed_is_an_error_or_told(monkeypatch):
     """A pass that takes one layer of two, and one that takes what the model does not have."""
     take = {"places": ("blk.1.attention",)}
@@ -381,7 +408,7 @@ def test_pipeline_on_the_decoder(tmp_path):
         for entry in ("decode", "prefill"):
             lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
             assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
-            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 22 if tq else 12]
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 0, 22 if tq else 12]
             assert all(r.expected == r.matches and not r.missed for r in lowered.reports)
         plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))

@@ -149,6 +149,7 @@ def test_passes(export):
         "chunked_lm_head": "not needed",  # the kernels read the packed head
         "fuse_decode": "applied",
         "own_matmul": "off",
+        "packed_linear": "off",  # the CPU's
         "free_kv_buffers": "applied",
     }
 

@@ -32,9 +32,11 @@ int packed_mm(float* c, int64_t c_row, const float* a, const int64_t* as, const 
   packed_matmul(c, c_row, {a, as[0], as[1]}, b, mkn[0], mkn[1], mkn[2]);
   return 0;
 }
-void unpacked(float* to, const char* type, const int32_t* w, const int64_t* ws, const uint16_t* h, const int64_t* hs, int64_t k, int64_t n) {
+void unpacked(float* to, const char* type, const int32_t* w, const int64_t* ws, const uint16_t* h, const int64_t* hs,
+              const int64_t* kn) {
   PackedMatrix b{block_type(type), w, h, ws[0], ws[1], hs[0], hs[1]};
-  for (int64_t c = 0; c < n; c += 100) unpack(b, 0, k, c, static_cast<int>(n - c < 100 ? n - c : 100), to + c, n);
+  const int64_t n = kn[1];
+  for (int64_t c = 0; c < n; c += 100) unpack(b, 0, kn[0], c, static_cast<int>(n - c < 100 ? n - c : 100), to + c, n);
 }
 void sort(float* v, const int64_t* vs, int64_t* i, const int64_t* is, const float* x, const int64_t* xs, int64_t rows, int64_t n,
           int descending) {
@@ -79,8 +81,7 @@ class Ops:
     def unpacked(self, block_type: str, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
         k, n = words.shape[0] * LAYOUTS[block_type].block, words.shape[2]
         out = torch.full((k, n), 7.0)
-        sizes = ctypes.c_int64(k), ctypes.c_int64(n)
-        self.lib.unpacked(self._at(out)[0], block_type.encode(), *self._at(words), *self._at(halves), *sizes)
+        self.lib.unpacked(self._at(out)[0], block_type.encode(), *self._at(words), *self._at(halves), (ctypes.c_int64 * 2)(k, n))
         return out
 
     def sort(self, x: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,8 @@ def ops(tmp_path_factory) -> Ops:
     folder = tmp_path_factory.mktemp("cpu_ops")
     (folder / "bindings.cpp").write_text(BINDINGS)
     sources = [folder / "bindings.cpp", SRC / "cpu/ops.cpp", SRC / "cpu/matmul.cpp", SRC / "cpu/packed.cpp"]
-    command = ["c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", f"-I{SRC}", *sources, "-o", folder / "ops.so"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
+    command = ["c++", *flags, f"-I{SRC}", *sources, "-o", folder / "ops.so"]
     subprocess.run(command, check=True)
     return Ops(folder / "ops.so")
 
