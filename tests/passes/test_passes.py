@@ -300,7 +300,7 @@ def test_own_matmul():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_linear(dtype, tmp_path):
-    """Every packed weight is multiplied where it lies, the head not in chunks, and the outputs are what they were but for the order of sums."""
+    """Every packed weight is multiplied where it lies, the head in one piece; the outputs are those before but for the order of sums."""
     state, tokens = weights(WIDE, tmp_path), torch.arange(3)
     outputs = []
     for reads_packed in (False, True):
