@@ -8,9 +8,11 @@
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#define KILN_NO_OVERLAP
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c")
+#define KILN_NO_OVERLAP _Pragma("GCC ivdep")  // what a loop writes is not what it reads
 #endif
 
 namespace kiln {
@@ -50,7 +52,7 @@ int signed_byte(uint32_t byte) { return static_cast<int>(byte ^ 128) - 128; }
 template <int Items, typename Value>
 inline __attribute__((always_inline)) void scaled(const Block& b, int first, const float* scale, const Value& value) {
   float* const to = b.to + first * b.stride;
-#pragma GCC ivdep
+  KILN_NO_OVERLAP
   for (int c = 0; c < b.n; ++c)
 #pragma GCC unroll 32
     for (int i = 0; i < Items; ++i) to[i * b.stride + c] = static_cast<float>(value(c, i)) * scale[c];
@@ -58,7 +60,7 @@ inline __attribute__((always_inline)) void scaled(const Block& b, int first, con
 template <int Items, typename Value>
 inline __attribute__((always_inline)) void offset(const Block& b, int first, const float* scale, const float* minimum, float sign, const Value& value) {
   float* const to = b.to + first * b.stride;
-#pragma GCC ivdep
+  KILN_NO_OVERLAP
   for (int c = 0; c < b.n; ++c)
 #pragma GCC unroll 32
     for (int i = 0; i < Items; ++i) {
@@ -136,18 +138,15 @@ void iq4_nl(const Block& b) {
   float16(b, 0, d);
   for (int w = 0; w < 4; ++w) levels<8, 4>(b, 8 * w, b.word(w), d, kIq4Levels);
 }
-// 2^(e - 128), for its levels are doubled; below 2^-126 by the bits of what is no normal number.
-float e8m0(uint32_t e) {
-  const uint32_t bits = e < 2 ? 0x00200000u * (e + 1) : (e - 1) << 23;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// The bits of 2^(e - 128), for its levels are doubled; below 2^-126 it is no normal number.
+uint32_t e8m0(uint32_t e) { return e < 2 ? 0x00200000u * (e + 1) : (e - 1) << 23; }
 void mxfp4(const Block& b) {
+  uint32_t bits[kMost];
   float scale[kMost];
   const uint16_t* pair = b.half(0);
   for (int g = 0; g < 2; ++g) {
-    for (int c = 0; c < b.n; ++c) scale[c] = e8m0(pair[c] >> 8 * g & 255);
+    for (int c = 0; c < b.n; ++c) bits[c] = e8m0(pair[c] >> 8 * g & 255);
+    std::memcpy(scale, bits, static_cast<size_t>(b.n) * sizeof *scale);
     for (int w = 0; w < 4; ++w) levels<8, 4>(b, 32 * g + 8 * w, b.word(4 * g + w), scale, kE2m1Levels);
   }
 }
