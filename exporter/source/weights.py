@@ -158,13 +158,17 @@ def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarr
     """`rope_inv_freq*` float32 [size / 2] and `suppress_tokens` int64, by name. A pair whose divisor says "off" gets exactly 0."""
     derived: dict[str, np.ndarray] = {}
     for name, rope in config.ropes.items():
-        inv_freq = _frequencies(rope)
-        if rope.divisors:
-            divisor = vector(gguf, rope.divisors).astype(np.float64)
-            if not (divisor > 0).all():  # also false for NaN
-                raise KilnError(f"{gguf.path}: tensor {rope.divisors} has values that are not positive; convert the model again")
-            inv_freq = np.where(divisor >= ROPE_OFF, 0.0, inv_freq / divisor)
-        derived[name] = inv_freq.astype(np.float32)
+        with np.errstate(over="ignore"):  # told below
+            inv_freq = _frequencies(rope)
+            if rope.divisors:
+                divisor = vector(gguf, rope.divisors).astype(np.float64)
+                if not (divisor > 0).all():  # also false for NaN
+                    raise KilnError(f"{gguf.path}: tensor {rope.divisors} has values that are not positive; convert the model again")
+                inv_freq = np.where(divisor >= ROPE_OFF, 0.0, inv_freq / divisor)
+            derived[name] = inv_freq.astype(np.float32)
+        if not np.isfinite(derived[name]).all():
+            source = f"tensor {rope.divisors}" if rope.divisors else f"a rotary base of {rope.base:g}"
+            raise KilnError(f"{gguf.path}: {source} makes frequencies beyond float32; convert the model again")
     if config.suppress_tokens:
         derived["suppress_tokens"] = np.array(config.suppress_tokens, dtype=np.int64)
     return derived

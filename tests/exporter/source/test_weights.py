@@ -182,9 +182,11 @@ def test_derived_constants(tmp_path: Path) -> None:
     assert tensors["suppress_tokens"].dtype == torch.int64 and tensors["suppress_tokens"].tolist() == [7, 500]
 
 
-def test_bad_rope_freqs(tmp_path: Path) -> None:
-    changed = {"rope_freqs.weight": ((64,), "F32", np.zeros(64, np.float32))}
-    with pytest.raises(KilnError, match="rope_freqs.weight has values that are not positive"):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("divisor", "told"), [(0, "has values that are not positive"), (1e-42, "makes frequencies beyond float32")])
+def test_bad_rope_freqs(tmp_path: Path, divisor: float, told: str) -> None:
+    changed = {"rope_freqs.weight": ((64,), "F32", np.full(64, divisor, np.float32))}
+    with pytest.raises(KilnError, match=f"rope_freqs.weight {told}"):
         read_plan(rewrite(tmp_path / "m.gguf", set_tensors=changed))
 
 
