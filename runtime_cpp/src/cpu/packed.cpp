@@ -276,6 +276,10 @@ void unpack(const PackedMatrix& b, int64_t k, int64_t length, int64_t column, in
   const BlockType& type = *b.type;
   for (int64_t g = k / type.block; length > 0; ++g, length -= type.block, to += type.block * stride) {
     const auto* words = reinterpret_cast<const uint32_t*>(b.words) + g * b.words_block + column;
+    // The next block's rows are pages apart: the hardware does not guess them.
+    if (length > type.block)
+      for (int w = 0; w < type.words; ++w)
+        for (int c = 0; c < columns; c += 16) __builtin_prefetch(words + b.words_block + w * b.words_row + c);
     type.unpack({words, b.halves + g * b.halves_block + column, b.words_row, b.halves_row, columns, to, stride});
   }
 }
