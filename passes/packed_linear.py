@@ -6,7 +6,6 @@ As plain graph a weight would be written to memory in float32, seven times its b
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 
 from kiln.passes import edit
 from kiln.passes.edit import KILN
@@ -21,7 +20,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     ep = lowered.program
     names = edit.states(ep)
     linears = [n for n in ep.graph.nodes if edit.is_call(n, KILN.quantized_linear.default)]
-    places = tuple(dict.fromkeys(_name(node.args[1], names) for node in linears))  # a head in chunks is one
+    places = tuple(names.get(node.args[1], node.name).rpartition(".")[0] for node in linears)
     for node in linears:
         x, words, halves, block_type = node.args
         dtype = node.meta["val"].dtype
@@ -30,10 +29,3 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         product = edit.emit(ep, node, KILN.packed_linear.default, x, words, halves, block_type)
         edit.replace(ep, node, product if dtype == torch.float32 else edit.emit(ep, node, aten.to.dtype, product, dtype))
     return PassReport("packed_linear", "applied" if linears else "not needed", places)
-
-
-def _name(words: Node, names: dict[Node, str]) -> str:
-    """The weight's name, behind a chunk's slice."""
-    while edit.is_call(words, aten.slice.Tensor):
-        words = words.args[0]
-    return names.get(words, words.name).rpartition(".")[0]

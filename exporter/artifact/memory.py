@@ -37,6 +37,7 @@ def memory_plan(spec: GraphSpec, ple: str = "device") -> MemoryPlan:
     on_host = sum(c.nbytes for p in spec.plan if p.gathered for c in plan_constants(p)) if ple == "host" else 0
     multiplied = [p for p in spec.plan if p.K and not p.gathered]
     widest = max(p.N for p in multiplied)
+    # what is written in the activations' dtype before it is multiplied
     dense = [p for p in multiplied if not spec.options.reads_packed or p.block_type not in LAYOUTS or p.stack > 1]
     scratch = min(max((p.N * p.K for p in dense), default=0) * dtype.itemsize, spec.options.materialized_head_budget)
     inner = max(layer.ffn.width for layer in spec.config.layers)

@@ -167,7 +167,7 @@ def derived_constants(config: ModelConfig, gguf: GGUFFile) -> dict[str, np.ndarr
                 inv_freq = np.where(divisor >= ROPE_OFF, 0.0, inv_freq / divisor)
             derived[name] = inv_freq.astype(np.float32)
         if not np.isfinite(derived[name]).all():
-            source = f"tensor {rope.divisors}" if rope.divisors else f"a rotary base of {rope.base:g}"
+            source = f"tensor {rope.divisors}" if rope.divisors else f"a rotary base of {rope.base:g} with a factor of {rope.factor:g}"
             raise KilnError(f"{gguf.path}: {source} makes frequencies beyond float32; convert the model again")
     if config.suppress_tokens:
         derived["suppress_tokens"] = np.array(config.suppress_tokens, dtype=np.int64)

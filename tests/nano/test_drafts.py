@@ -60,12 +60,12 @@ def test_texts(model, count, draft) -> None:
             for kind, sampling in (("greedy", {}), ("sampled", {"temperature": 0.8, "top_k": 40, "seed": i})):
                 found = sums.setdefault(kind, dict.fromkeys(("steps", "tokens", "tried", "right", "plain_s", "drafted_s"), 0))
                 texts = []
-                for session, how in ((plain, None), (drafted, draft)):
+                for session, how in ((plain, {}), (drafted, {"draft": draft, "draft_length": 3, "draft_fixed": True})):
                     session.reset()
                     session.set_sampling(**sampling)
                     session.prefill(prompt)
                     began = time.process_time()
-                    texts.append(session.generate(TOKENS, draft=how, draft_length=3, draft_fixed=True) if how else session.generate(TOKENS))
+                    texts.append(session.generate(TOKENS, **how))
                     found["drafted_s" if how else "plain_s"] += time.process_time() - began
                 assert texts[0] == texts[1], (i, sampling)
                 assert plain.tokens == drafted.tokens

@@ -68,8 +68,8 @@ inline __attribute__((always_inline)) void offset(const Block& b, int first, con
       to[i * b.stride + c] = product + sign * minimum[c];
     }
 }
-template <int Items, int Bits>
-inline __attribute__((always_inline)) void levels(const Block& b, int first, const uint32_t* word, const float* scale, const int8_t* table) {
+// Eight nibbles of each word of a row, which stand for numbers of a table.
+void levels(const Block& b, int first, const uint32_t* word, const float* scale, const int8_t* table) {
   float* const to = b.to + first * b.stride;
   const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   int c = 0;
@@ -78,13 +78,13 @@ inline __attribute__((always_inline)) void levels(const Block& b, int first, con
     const __m128 s = _mm_loadu_ps(scale + c);
     const __m128i half[2] = {_mm_shuffle_epi8(levels, _mm_and_si128(w, mask)), _mm_shuffle_epi8(levels, _mm_and_si128(_mm_srli_epi16(w, 4), mask))};
 #pragma GCC unroll 8
-    for (int i = 0; i < Items; ++i) {
+    for (int i = 0; i < 8; ++i) {
       const __m128i level = _mm_srai_epi32(_mm_slli_epi32(half[i / 4], 24 - 8 * (i & 3)), 24);
       _mm_storeu_ps(to + i * b.stride + c, _mm_mul_ps(_mm_cvtepi32_ps(level), s));
     }
   }
   for (; c < b.n; ++c)
-    for (int i = 0; i < Items; ++i) to[i * b.stride + c] = static_cast<float>(table[word[c] >> shift_of(i, Bits) & 15]) * scale[c];
+    for (int i = 0; i < 8; ++i) to[i * b.stride + c] = static_cast<float>(table[word[c] >> shift_of(i, 4) & 15]) * scale[c];
 }
 
 // ---- blocks of 32 ----
@@ -136,7 +136,7 @@ void q8_0(const Block& b) {
 void iq4_nl(const Block& b) {
   float d[kMost];
   float16(b, 0, d);
-  for (int w = 0; w < 4; ++w) levels<8, 4>(b, 8 * w, b.word(w), d, kIq4Levels);
+  for (int w = 0; w < 4; ++w) levels(b, 8 * w, b.word(w), d, kIq4Levels);
 }
 // The bits of 2^(e - 128), for its levels are doubled; below 2^-126 it is no normal number.
 uint32_t e8m0(uint32_t e) { return e < 2 ? 0x00200000u * (e + 1) : (e - 1) << 23; }
@@ -147,7 +147,7 @@ void mxfp4(const Block& b) {
   for (int g = 0; g < 2; ++g) {
     for (int c = 0; c < b.n; ++c) bits[c] = e8m0(pair[c] >> 8 * g & 255);
     std::memcpy(scale, bits, static_cast<size_t>(b.n) * sizeof *scale);
-    for (int w = 0; w < 4; ++w) levels<8, 4>(b, 32 * g + 8 * w, b.word(4 * g + w), scale, kE2m1Levels);
+    for (int w = 0; w < 4; ++w) levels(b, 32 * g + 8 * w, b.word(4 * g + w), scale, kE2m1Levels);
   }
 }
 
@@ -240,7 +240,7 @@ void iq4_xs(const Block& b) {
   for (int g = 0; g < 8; ++g) {
     for (int c = 0; c < b.n; ++c)
       scale[c] = static_cast<float>(static_cast<int>((low[c] >> 4 * g & 15) | (static_cast<uint32_t>(high[c]) >> 2 * g & 3) << 4) - 32) * d[c];
-    for (int w = 0; w < 4; ++w) levels<8, 4>(b, 32 * g + 8 * w, b.word(4 * g + w), scale, kIq4Levels);
+    for (int w = 0; w < 4; ++w) levels(b, 32 * g + 8 * w, b.word(4 * g + w), scale, kIq4Levels);
   }
 }
 

@@ -190,6 +190,13 @@ def test_bad_rope_freqs(tmp_path: Path, divisor: float, told: str) -> None:
         read_plan(rewrite(tmp_path / "m.gguf", set_tensors=changed))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_rotary_base_that_is_too_small(tmp_path: Path) -> None:
+    path = rewrite(tmp_path / "m.gguf", set_keys={"gemma4.rope.freq_base_swa": (GGUFValueType.FLOAT32, 1e-44)})
+    with pytest.raises(KilnError, match="a rotary base of 9.8.*e-45 with a factor of 1 makes frequencies beyond float32"):
+        read_plan(path)
+
+
 def test_failure_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
     plan = read_plan(WIDE)
     (tmp_path / "w").write_bytes(b"earlier")
