@@ -3,8 +3,8 @@
     python -m tests.measure.measure_31b --compiled NEW [--baseline OLD --baseline-checkout DIR] --work DIR --out F.json [--budget 570]
 
 `--compiled` and `--baseline` hold manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here by `kiln synth`: nothing
-but code travels. Those of an artifact of `--weights gguf` stay in that file. Each side is completed, played and measured by the runner
-and the Python of its own checkout (built there: `make build`).
+but code travels. Those of an artifact of `--weights gguf` stay in that file; the rest of it is made anew. Each side is completed, played
+and measured by the runner and the Python of its own checkout (built there: `make build`).
 Speeds are measured in turns, new and old, `--rounds` times. F.json is written after every step, and what it holds already is not measured
 again: where the budget ends, the same command goes on. Exit code 1 where something is wrong or a step failed, 3 where steps are left.
 """
@@ -159,13 +159,10 @@ def complete(m: Measurement, side: Side, gguf: Path, other: Side | None) -> dict
         return [{k: v for k, v in c.items() if k != "sha256"} for c in constants]
 
     shutil.rmtree(side.artifact, ignore_errors=True)
-    if side.in_gguf:
-        shutil.copytree(side.compiled, side.artifact)
-        done.write_text("in the model file")
-        return {"weights": done.read_text()}
-    how = "packed"
+    side.artifact.parent.mkdir(parents=True, exist_ok=True)
+    how = "in the model file" if side.in_gguf else "packed"
     packed_already = other is not None and (other.artifact.parent / "complete").is_file()
-    if other and packed_already and layout(other.manifest["constants"]) == layout(side.manifest["constants"]):
+    if other and not side.in_gguf and packed_already and layout(other.manifest["constants"]) == layout(side.manifest["constants"]):
         side.artifact.mkdir(parents=True)
         packed = json.loads((other.artifact / "manifest.json").read_text())
         for name in ("weights.safetensors", "tokenizer.json"):

@@ -1,12 +1,17 @@
-"""Complete an artifact whose code was compiled on another machine: the weights are packed here, from the same GGUF file or its like."""
+"""Complete an artifact whose code was compiled on another machine: the rest is made here, from the same GGUF file or its like.
+
+    python -m tests.tools.rebuild COMPILED GGUF ARTIFACT
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from kiln.exporter.artifact.manifest import file_records, weights_record
+from kiln.exporter.artifact.rebind import rebind
 from kiln.exporter.artifact.weights import write_weights
 from kiln.exporter.source.plan import read_plan
 
@@ -16,9 +21,12 @@ def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
 
     The checksums are those of `gguf`: compiled code depends on shapes alone.
     """
-    artifact.mkdir(parents=True, exist_ok=True)
     manifest = json.loads((compiled / "manifest.json").read_text())
     plan = read_plan(gguf)
+    if "gguf" in manifest["weights"]:  # they stay in their file
+        rebind(compiled, plan, artifact)
+        return artifact
+    artifact.mkdir(parents=True, exist_ok=True)
     records = write_weights(artifact / "weights.safetensors", plan)
     without = [[{k: v for k, v in r.items() if k != "sha256"} for r in rows] for rows in (records, manifest["constants"])]
     if without[0] != without[1]:
@@ -30,3 +38,7 @@ def complete(compiled: Path, gguf: Path, artifact: Path) -> Path:
     for target in manifest["targets"]:
         shutil.copy(compiled / target["file"], artifact / target["file"])
     return artifact
+
+
+if __name__ == "__main__":
+    complete(*map(Path, sys.argv[1:]))

@@ -24,6 +24,7 @@ from tests.code_only import code_only, with_weights
 from tests.exporter.source.test_gguf import split
 from tests.gguf_files import WIDE, rewrite
 from tests.runtime.toy import fails, run
+from tests.tools.rebuild import complete
 
 TOKENS = ",".join(map(str, range(2, 40)))
 
@@ -54,6 +55,18 @@ def other_weights(path: Path) -> Path:
         if t.type in LAYOUTS and t.name != "token_embd.weight"
     }
     return rewrite(path, set_tensors=changed)
+
+
+def test_the_manifest_and_the_packages_are_all_that_travels(code, tmp_path):
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    manifest = json.loads((code / "manifest.json").read_text())
+    for name in ("manifest.json", *(target["file"] for target in manifest["targets"])):
+        shutil.copy(code / name, sent / name)
+    made = complete(sent, WIDE, tmp_path / "made")
+    for name in ("tokenizer.json", "weights.safetensors"):
+        assert (made / name).read_bytes() == (code / name).read_bytes()
+    assert rows(made, tmp_path / "got", "--weights", WIDE) == rows(code, tmp_path / "want", "--weights", WIDE)
 
 
 def test_the_same_bits_as_copied_weights(code, copied, tmp_path):
