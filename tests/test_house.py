@@ -118,6 +118,9 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
     (source / "runtime_cpp").mkdir(parents=True)  # pip builds in the folder that it is given
     for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE", "NOTICE", "runtime_cpp/CMakeLists.txt"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    kernel = source / "custom_ops" / "gpu" / "planted.cu"  # kernels of CUDA C++ lie beside their modules
+    kernel.write_text('#include "planted.cuh"\n')
+    kernel.with_suffix(".cuh").write_text("")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert not done.returncode, done.stderr
@@ -128,8 +131,10 @@ def test_an_installed_copy_finds_its_rooms(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(target)!r})
+from kiln.custom_ops.gpu.cuda_source import _texts
 from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.exporter.source import config
+assert list(_texts("gpu/planted.cu")) == ["planted.cu", "planted.cuh"]
 print(config.__file__, sorted(config.families()), sorted(gpu_targets()))
 """
     environment = os.environ | {"PYTHONSAFEPATH": "1"}

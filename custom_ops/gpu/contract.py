@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kiln.custom_ops.gpu.cubin import Instruction, Parameter, disassembled, instructions, kernels, parameters
 from kiln.custom_ops.gpu.early import Waiting, waiting_kernels
@@ -67,7 +68,12 @@ def problems(image: bytes, name: str, waiting: Waiting) -> list[str]:
 
 
 def pointers(given: list[Parameter], arguments: tuple[str, ...]) -> dict[str, Parameter] | None:
-    """The kernel's pointers by name; None where they are not the first of its arguments. Integers equal to 1 are no parameters."""
+    """The kernel's pointers by name; None where they are not the first of its arguments. Integers equal to 1 are no parameters.
+
+    NVRTC marks no pointer (`cuda_source.py`): then all that has 8 bytes is one, an integer too, which is one that may not be loaded from.
+    """
+    if not any(p.pointer for p in given):
+        given = [replace(p, pointer=p.end - p.begin == 8) for p in given]
     count = sum(p.pointer for p in given) - SCRATCH
     if not 0 < count <= len(arguments) or any(p.pointer != (i < count or i >= len(given) - SCRATCH) for i, p in enumerate(given)):
         return None

@@ -53,12 +53,24 @@ def images(data: bytes) -> list[bytes]:
     return found
 
 
-def sections(image: bytes) -> dict[str, bytes]:
-    """The ELF sections of an image by name."""
+def _places(image: bytes) -> dict[str, tuple[int, int]]:
+    """Name of an ELF section -> where it begins in an image, and its bytes, which the image need not hold."""
     (at,), (entry, count, names) = struct.unpack_from("<Q", image, 40), struct.unpack_from("<HHH", image, 58)
     headers = [struct.unpack_from("<IIQQQQ", image, at + entry * i) for i in range(count)]
     table = headers[names][4]
-    return {image[table + h[0] : image.index(b"\0", table + h[0])].decode(): image[h[4] : h[4] + h[5]] for h in headers}
+    return {image[table + h[0] : image.index(b"\0", table + h[0])].decode(): (h[4], h[5]) for h in headers}
+
+
+def sections(image: bytes) -> dict[str, bytes]:
+    """The ELF sections of an image by name."""
+    return {name: image[begin : begin + size] for name, (begin, size) in _places(image).items()}
+
+
+def fixed_shared(image: bytes, kernel: str) -> int:
+    """Bytes of shared memory that a kernel has beside what its launch asks for and the 1,024 of the system, from sm_90 on."""
+    places = _places(image)
+    size = places.get(f".nv.shared.{kernel}", (0, 0))[1]
+    return max(0, size - 1024) if ".nv.shared.reserved.0" in places else size
 
 
 def kernels(image: bytes) -> list[str]:
