@@ -13,8 +13,9 @@ The graph, the wrapper, the launch and the package see the stub. Its last argume
       extern __shared__ __align__(16) char shared[];  // SHARED bytes
 
 KERNEL, THREADS, SHARED and SCRATCH are defined here, BLOCK by the launch. The parameters are the stub's, in its order, and SCRATCH, two
-pointers that Triton gives every kernel. An integer that is 1 when the graph is compiled is a constant to Triton and no parameter: the
-compilation ends with an error, and such a size is to be a definition. All shared memory is dynamic.
+pointers that Triton gives every kernel; what the source does not write is const. An integer that is 1 when the graph is compiled is a
+constant to Triton and no parameter: the compilation ends with an error, and such a size is to be a definition. All shared memory is
+dynamic.
 
 SOURCE holds a digest of the text, its includes and NVRTC, so every cache of Triton and Inductor, whose keys hold the constants of a kernel,
 compiles anew after a change. What `made_from` leaves in the PTX is no instruction: where nothing replaces it, ptxas refuses the stub.
@@ -44,6 +45,7 @@ SCRATCH = "const void*, const void*"  # see `contract.SCRATCH`
 GIVEN = ("KERNEL", "THREADS", "SHARED", "SCRATCH")  # definitions made here
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"\n]+)"', re.MULTILINE)
 _MARKED = re.compile(rf"^\s*{MARK} (.*);\s*$", re.MULTILINE)
+_DECLARED = re.compile(r"\bKERNEL\s*\(([^()]*)\bSCRATCH\s*\)")
 _PARAMETER = re.compile(r"\.param\s+\.[a-z]+(\d+)")
 
 
@@ -164,6 +166,7 @@ def _cubin_of(marked: str, ptx: str, metadata: dict[str, Any], capability: int) 
     options = [f"-arch={architecture}", "-std=c++17", "-default-device", *(f"-D{define}" for define in (*given, *defines))]
     image = _compiled(texts, options)
     _check(path, kernel, image, ptx)
+    _stored(path, next(iter(texts.values())), kernel, ptx)
     metadata |= {"num_warps": int(threads) // 32, "shared": int(shared)}
     return image
 
@@ -182,6 +185,18 @@ def _check(path: str, kernel: str, image: bytes, ptx: str) -> None:
             f"{path}: the parameters of kernel {kernel} have {own} bytes, its stub's {stub}; both end in SCRATCH, and an integer that is 1 "
             "in a graph is no parameter: make it a definition"
         )
+
+
+def _stored(path: str, text: str, kernel: str, ptx: str) -> None:
+    """Raises CudaSourceError where the stub stores nothing through a pointer that is not to constants: what the graph does not know to be
+    written it may leave out, or read too early."""
+    declared = _DECLARED.search(re.sub(r"//.*|/\*[\s\S]*?\*/", "", text))
+    if not declared:
+        raise CudaSourceError(f"{path}: parameters were not found; expected KERNEL(..., SCRATCH), without brackets between them")
+    for i, parameter in enumerate(declared[1].split(",")):
+        to, pointer, _ = parameter.rpartition("*")
+        if pointer and "const" not in to.split() and f"[{kernel}_param_{i}]" not in ptx:
+            raise CudaSourceError(f"{path}: the stub stores nothing through {' '.join(parameter.split())}, which is not const")
 
 
 def _replace(stages: dict[str, Callable], capability: int) -> None:

@@ -126,6 +126,8 @@ WRONG = (
     (", SCRATCH", "", r"have \[8, 8, 4\] bytes"),
     (" KERNEL(", " mad(", "kernels are mad; expected one"),
     ("extern __shared__ __align__(16) float tile[]", "__shared__ float tile[THREADS]", "shared memory of a fixed size"),
+    ("const float* x", "float* x", r"stores nothing through float\* x, which is not const"),
+    ("int n, SCRATCH", "int n, const void*, const void*", r"expected KERNEL\(..., SCRATCH\)"),
     ('"mad.cuh"', '"other.cuh"', "other.cuh cannot be read: No such file"),
 )
 
