@@ -11,6 +11,7 @@ from kiln.custom_ops.gpu.target import GpuTarget
 
 MODULES = (
     "weights.gemv",
+    "chain.chain",
     "step.add_norm",
     "step.gate",
     "attention.prepare",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -116,25 +116,34 @@ class Geometry:
         first = {"attn_qkv": (2 * key_heads * key_dim + values, self.hidden), "attn_gate": (values, self.hidden)}
         return first | gates | {"ssm_out": (self.hidden, values)}
 
-    def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
-        """Those of the layers, fused where their types agree as the packer does, then the head, which may be the embedding.
-
-        mix: a key of MIXES; with the default all types are the same, so that all that may be fused is.
-        """
+    def _types(self, mix: str) -> dict[str, str]:
         layers = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in self.layer(i).items()}
-        head = EMBEDDING if self.tied else OUTPUT
-        types = block_types(MIXES[mix], layers | dict.fromkeys((EMBEDDING, head), (self.vocab, self.hidden)))
-        counts: Counter[tuple[str, str, int, int]] = Counter()
+        return block_types(MIXES[mix], layers | dict.fromkeys((EMBEDDING, self._head), (self.vocab, self.hidden)))
+
+    @property
+    def _head(self) -> str:
+        return EMBEDDING if self.tied else OUTPUT
+
+    def layer_matrices(self, mix: str) -> list[list[Matrix]]:
+        """Those of each layer, fused where their types agree as the packer does. mix: a key of MIXES."""
+        types, found = self._types(mix), []
         for i in range(self.layers):
             left = {name: (types[f"blk.{i}.{name}.weight"], *shape) for name, shape in self.layer(i).items()}
             block_type = left.get("attn_q", ("none",))[0]
             fused = [left.pop(name) for name in ("attn_q", "attn_k", "attn_v") if left.get(name, ("",))[0] == block_type]
-            if fused:
-                counts["attn_qkv" if len(fused) == 3 else "attn_qk" if len(fused) == 2 else "attn_q", block_type,
-                       sum(n for _, n, _ in fused), self.hidden] += 1  # fmt: skip
-            counts.update((name, *rest) for name, rest in left.items())
-        last = Matrix(head.removesuffix(".weight"), types[head], self.vocab, self.hidden, 1)
-        return (*(Matrix(*key, count) for key, count in counts.items()), last)
+            name = "attn_qkv" if len(fused) == 3 else "attn_qk" if len(fused) == 2 else "attn_q"
+            first = [Matrix(name, block_type, sum(n for _, n, _ in fused), self.hidden, 1)] if fused else []
+            found.append([*first, *(Matrix(name, *rest, 1) for name, rest in left.items())])
+        return found
+
+    def matrices(self, mix: str = "q8_0") -> tuple[Matrix, ...]:
+        """Those of all layers, counted, then the head, which may be the embedding; see `layer_matrices`.
+
+        With the default mix all types are the same, so that all that may be fused is.
+        """
+        counts = Counter(matrix for layer in self.layer_matrices(mix) for matrix in layer)
+        last = Matrix(self._head.removesuffix(".weight"), self._types(mix)[self._head], self.vocab, self.hidden, 1)
+        return (*(replace(matrix, count=count) for matrix, count in counts.items()), last)
 
 
 def keys_attended(start: int, tokens: int, window: int | None = None) -> int:

@@ -9,6 +9,7 @@ from kiln.custom_ops.attention import (  # noqa: F401
     sliding_decode,
     sliding_rows,
 )
+from kiln.custom_ops.chain import chain  # noqa: F401
 from kiln.custom_ops.delta import chunk  # noqa: F401
 from kiln.custom_ops.delta import decode as delta_decode  # noqa: F401
 from kiln.custom_ops.delta import step as delta_step  # noqa: F401

@@ -34,6 +34,7 @@ from kiln.exporter.temporary import sweep
 
 KEY = 16  # hex digits of a key in a name
 ROOMS = ("exporter", "passes", "custom_ops", "configs")  # what makes a package
+SUFFIXES = (".py", ".toml", ".cpp", ".def", ".cu", ".cuh")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _maker() -> str:
         with contextlib.suppress(PackageNotFoundError):
             digest.update(f"{package} {version(package)}\n".encode())
     root = Path(__file__).parents[1]
-    for file in sorted(f for room in ROOMS for f in (root / room).rglob("*") if f.suffix in (".py", ".toml", ".cpp", ".def")):
+    for file in sorted(f for room in ROOMS for f in (root / room).rglob("*") if f.suffix in SUFFIXES):
         digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -35,6 +35,7 @@ from kiln.custom_ops.bench.cases import (
     sample_case,
 )
 from kiln.custom_ops.bench.ceilings import Ceilings, graph_time, measure_ceilings
+from kiln.custom_ops.chain import chain
 from kiln.custom_ops.delta import chunk as delta_chunk
 from kiln.custom_ops.delta import decode as delta_decode
 from kiln.custom_ops.delta import step as delta_step
@@ -48,7 +49,7 @@ from kiln.custom_ops.weights import embedding, gemv, linear, matmul
 COLD = 4
 MOST_COPIES = 1024
 # modules whose ops launch kernels
-LAUNCHING = (prepare, flash, gemv, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
+LAUNCHING = (prepare, flash, gemv, chain, matmul, add_norm, gate, embedding, linear, route, expert_linear, sample, sliding_decode,
              sliding_rows, sliding_together, codec, attention, decode, decode_rows, prefill, rotation, delta_step, delta_chunk,
              delta_decode, branches, expert_decode, router)  # fmt: skip
 SEED = 1

@@ -20,6 +20,7 @@ TABLES = (
     ("weights.gemv", "ROWS_CONFIGS"),
     ("weights.gemv", "SUMS_CONFIGS"),
     ("weights.matmul", "TILES"),
+    ("chain.cut", "CONFIGS"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),
     ("attention.sliding_decode", "SLIDING_TILES"),

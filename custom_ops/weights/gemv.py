@@ -196,6 +196,11 @@ def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
     return y if squares is None else y * root(squares, fixed_point.elements(x), eps)
 
 
+def squares_of(y: torch.Tensor) -> torch.Tensor:
+    """The sums of squares beside a result in plain torch: [1] of one token, [T, 1] of several."""
+    return (y * y).sum(1) if y.shape[0] == 1 else (y * y).sum(1, keepdim=True)
+
+
 def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor, dtype: torch.dtype,
              end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
              leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,7 +277,7 @@ def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Ten
     _check("fixed_linear_squares", x, words, halves, block_type, squares, few=True)
     if not use_triton(x):
         y = reference(x, words, halves, block_type, squares, eps)
-        return y, (y * y).sum(1) if y.shape[0] == 1 else (y * y).sum(1, keepdim=True)
+        return y, squares_of(y)
     return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
 
 

@@ -73,7 +73,7 @@ def test_what_is_borrowed_is_named():
         "attention.flash.DECODE_TILES [256]", "attention.flash.DECODE_TILES [512]",
         "attention.flash.PREFILL_TILES [256]", "attention.flash.PREFILL_TILES [512]",
         "attention.sliding_decode.SLIDING_TILES [256]", "attention.sliding_decode.SLIDING_TILES [512]", "tq4.attention.DECODE_TILES [512]",
-        "weights.matmul.TILES",
+        "weights.matmul.TILES", "chain.cut.CONFIGS [4]", "chain.cut.CONFIGS [6]",
     }  # fmt: skip
     assert borrowed(TARGETS["sm_90"]) == {}
 

@@ -1,0 +1,1 @@
+"""The matmuls of a decode step between two attentions as one kernel."""
