@@ -20,7 +20,8 @@ SCRATCH = 2  # pointers that Triton appends to every kernel's arguments
 UNKNOWN = "what the check cannot follow"
 # Not global memory: shared, local, constant and tensor memory, and what only sounds like an access.
 ELSEWHERE = {"LDS", "LDSM", "LDL", "LDC", "LDCU", "ULDC", "LDTM", "LDGDEPBAR", "STS", "STSM", "STL", "STTM", "ATOMS", "REDUX", "CREDUX"}
-LOADS = ("LD",)
+LOADS = ("LD",)  # LDGSTS, too, from global to shared memory
+BULK_LOAD = "UBLKCP.S.G"  # the same in bulk; what a descriptor describes (UTMALDG) cannot be followed
 WRITES = ("ST", "ATOM", "RED", "UTMA", "UBLK", "SULD", "SUST", "SURED", "SUATOM", "TEX", "TLD", "TMML", "MULTIMEM")  # or not known
 NO_REGISTER = ("SETP", "PLOP3")  # write predicates alone
 REGISTER = re.compile(r"\b(U?R)(\d+)\b")
@@ -94,6 +95,8 @@ def access(instruction: Instruction) -> str | None:
     base = instruction.base
     if base in ELSEWHERE:
         return None
+    if instruction.op.startswith(BULK_LOAD):
+        return "load"
     return "load" if base.startswith(LOADS) else "write" if base.startswith(WRITES) else None
 
 

@@ -178,6 +178,25 @@ extern "C" __global__ void KERNEL(const float* weight, const float* x, float* ou
 """
 
 
+BULK = """
+extern "C" __global__ void KERNEL(const float* weight, const float* x, float* out, int n, SCRATCH) {
+  extern __shared__ __align__(128) float tile[];
+  unsigned to, barrier;
+  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(to) : "l"(tile));
+  barrier = to + 1024;
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 512;" ::"r"(barrier) : "memory");
+    COPY
+  }
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  out[threadIdx.x] = tile[threadIdx.x] * x[threadIdx.x];
+}
+"""
+IN = 'asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 512, [%2];" '
+OUT = 'asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%1], [%0], 512; // %2" '
+
+
 @triton.jit
 def kiln_early(weight, x, out, n, SOURCE: tl.constexpr):
     made_from(SOURCE)
@@ -198,6 +217,21 @@ def test_early_launch(tmp_path: Path, target: str) -> None:
         found[before] = contract.problems(image, "kiln_early", waiting)
     assert found["weight"] == []
     assert len(found["x"]) == 1 and "a load from x" in found["x"][0]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_early_launch_of_copies_in_bulk(tmp_path: Path, target: str) -> None:
+    """From global to shared memory they are loads, and followed as such; the other way they are not."""
+    waiting, found = Waiting(("weight", "x", "out", "n"), ("weight",), False), []
+    signature = dict.fromkeys(("weight", "x", "out"), "*fp32") | {"n": "i32"}
+    for i, (copy_, pointer) in enumerate(((IN, "weight"), (IN, "x"), (OUT, "weight"))):
+        path = tmp_path / f"{i}.cu"
+        path.write_text(BULK.replace("COPY", f'{copy_} ::"r"(to), "l"({pointer} + blockIdx.x * 128), "r"(barrier) : "memory");'))
+        text = cuda_source.cuda_source(path, threads=128, shared=2048)
+        image = compile_case(KernelCase("bulk", kiln_early, signature, {"SOURCE": text}), gpu_targets()[target]).asm["cubin"]
+        found.append(contract.problems(image, "kiln_early", waiting))
+    assert found[0] == [] and [len(problems) for problems in found[1:]] == [1, 1]
+    assert "a load from x" in found[1][0] and "which is no load" in found[2][0]
 
 
 class Twice(torch.nn.Module):
