@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kiln.custom_ops.attention.flash import check_kernel_shapes
+from kiln.custom_ops.chain.chain import TERMS as CHAIN_BYTES
 from kiln.custom_ops.delta import rule as delta
 from kiln.custom_ops.dtypes import DTYPES, dtype_name
 from kiln.custom_ops.gpu.early import waiting_kernels
@@ -68,6 +69,7 @@ class ExportOptions:
     activation_dtype: str = "auto"
     decode_activations: str = "exact"
     fuse_decode: bool = True
+    decode_kernel: str = PassOptions.decode_kernel
     allow_unfused: bool = False
     kv_len: bool = True
     matmul: str = "blas"
@@ -109,6 +111,8 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
         dtype = "float32" if cpu else "bfloat16"
     if options.decode_activations == "int8" and not options.fuse_decode:
         raise KilnError("--decode-activations int8 is what fused decoding multiplies; it does not go with --no-fuse-decode")
+    if options.decode_kernel == "chain" and not cpu:
+        _check_chain(options, dtype)
     if options.residual_length < 32 or options.residual_length % 32:
         raise KilnError(f"--residual-length {options.residual_length}: give a multiple of 32, at least 32")
     global_layers = any(cache.kind == "global" for cache in cache_specs(config))
@@ -136,6 +140,7 @@ def graph_spec(options: ExportOptions, plan: ModelPlan, targets: tuple[str, ...]
             reads_packed=cpu,
             matmul="blas" if cpu else options.matmul,
             decode_bytes=0 if cpu or not options.fuse_decode else decode_bytes(options, dtype),
+            decode_kernel="graph" if cpu else options.decode_kernel,
             allow_unfused=options.allow_unfused,
             decode_rows=options.decode_rows,
             rows=options.rows,
@@ -164,6 +169,15 @@ def _check_several(options: ExportOptions, plan: ModelPlan) -> None:
         raise KilnError(f"--decode-rows: only fused kernels keep a token's bits among others'; it does not go with {other}")
     if not any(p.block_type in LAYOUTS for p in plan.weights):
         raise KilnError(f"--decode-rows: {plan.config.name} has no quantized weights, which a GPU's steps of several tokens multiply")
+
+
+def _check_chain(options: ExportOptions, dtype: str) -> None:
+    """KilnError where no layer has what the kernel multiplies."""
+    if not options.fuse_decode:
+        raise KilnError("--decode-kernel chain makes one kernel of a fused layer's; it does not go with --no-fuse-decode")
+    if (found := decode_bytes(options, dtype)) != CHAIN_BYTES:
+        other = "--decode-activations int8" if found == 1 else f"--activation-dtype {dtype}"
+        raise KilnError(f"--decode-kernel chain multiplies activations of {CHAIN_BYTES} bytes; it does not go with {other}")
 
 
 def _check_rows(spec: GraphSpec) -> None:
@@ -289,6 +303,7 @@ def check_places(spec: GraphSpec) -> None:
         for name, places in spec.places(entry).items():
             if missed := [f"{place} ({why})" for place, why in places.items() if why]:
                 instead = UNFUSED if entry in ENTRIES else "leave --decode-rows away"
+                instead = "give --decode-kernel graph" if name == "chain" else instead
                 instead = "give a drafter that is quantized throughout, as in Q8_0" if entry == DRAFT_ENTRY else instead
                 raise KilnError(f"{entry}: pass {name} does not rewrite {first_of(missed)}; {instead}")
 

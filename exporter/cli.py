@@ -119,6 +119,13 @@ def _decode_rows(text: str) -> tuple[int, ...]:
 )
 @click.option("--fuse-decode/--no-fuse-decode", default=True, show_default=True, help="One token's layer in a few kernels, on a GPU.")
 @click.option(
+    "--decode-kernel",
+    type=click.Choice(["graph", "chain"]),
+    default="graph",
+    show_default=True,
+    help="Of a fused layer's matmuls on a GPU. graph: one for each; chain: one for all between two attentions (Q4_K and Q6_K alone).",
+)
+@click.option(
     "--matmul",
     type=click.Choice(["kiln", "blas"]),
     default="blas",

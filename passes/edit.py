@@ -132,6 +132,12 @@ def emit(ep: ExportedProgram, before: Node, target: Callable, *args: Any, **kwar
     return node
 
 
+def zeros(ep: ExportedProgram, count: int, device: torch.device) -> Node:
+    """int32 zeros before all other calls: for what is zero again after each call that writes it."""
+    first = next(n for n in ep.graph.nodes if n.op != "placeholder")
+    return emit(ep, first, torch.ops.aten.zeros.default, [count], dtype=torch.int32, device=device)
+
+
 def replace(ep: ExportedProgram, old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
     ep.graph.erase_node(old)

@@ -95,12 +95,7 @@ class _Fuser:
         self.tables: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.sources: dict[Node, tuple[Node, Node]] = {}  # a cache of keys that a fused op writes -> the token's key and value
         self.made: set[Node] = set()  # matmuls
-        first = next(n for n in ep.graph.nodes if n.op != "placeholder")
-        device = edit.user_input(ep, "tokens").meta["val"].device
-        with ep.graph.inserting_before(first):
-            self.counters = ep.graph.call_function(aten.zeros.default, ([COUNTERS],), {"dtype": torch.int32, "device": device})
-        with edit.fake_mode(ep):
-            self.counters.meta["val"] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self.counters = edit.zeros(ep, COUNTERS, edit.user_input(ep, "tokens").meta["val"].device)
 
     def emit(self, before: Node, target, *args, **kwargs) -> Node:
         return edit.emit(self.ep, before, target, *args, **kwargs)

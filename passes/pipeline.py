@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from kiln.passes import chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, packed_linear, turboquant
+from kiln.passes import chain, chunked_lm_head, free_kv_buffers, fuse_decode, index_copy, kv_len, own_matmul, packed_linear, turboquant
 from kiln.passes.edit import PassError, finish
 from kiln.passes.records import UNFUSED, Expected, Lowered, PassOptions, PassReport
 from kiln.passes.verifier import Known, verify
@@ -20,6 +20,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("kv_len", kv_len.run),
     ("chunked_lm_head", chunked_lm_head.run),
     ("fuse_decode", fuse_decode.run),
+    ("chain", chain.run),
     ("own_matmul", own_matmul.run),
     ("packed_linear", packed_linear.run),
     ("free_kv_buffers", free_kv_buffers.run),

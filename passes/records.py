@@ -22,6 +22,7 @@ class PassOptions:
     materialized_head_budget: int = 256 << 20  # largest dequantized piece of the head, on targets that materialize it
     materializes_head: bool = True  # the CPU target; CUDA kernels read the packed head in place
     decode_bytes: int = 0  # of an activation of a decode matmul, in fixed point; 0: as they are, nothing fused (the CPU target)
+    decode_kernel: str = "graph"  # of a fused layer's matmuls: "chain" (one persistent kernel) or "graph" (a kernel for each)
     allow_unfused: bool = False  # a pass that misses a place that it should rewrite says so in its report; otherwise it is an error
     matmul: str = "blas"  # of matmuls on a GPU: "kiln" (our kernels) or "blas"
     reads_packed: bool = False  # the CPU target: the runner multiplies by packed weights where they lie

@@ -53,8 +53,8 @@ def reference(x: torch.Tensor, stream: torch.Tensor, words: Sequence[torch.Tenso
 
 @waits(*(f"{plane}{i}" for i in range(MOST_MATMULS) for plane in ("words", "halves")))
 @triton.jit
-def kiln_chain(given, stream, between, stream_out, post0, scale0, weight0, post1, scale1, weight1, words0, halves0, words1, halves1, words2,
-               halves2, words3, halves3, words4, halves4, parts, rows, flags, out, out_more, SOURCE: tl.constexpr):
+def kiln_chain(given, stream_in, between, stream_out, post0, scale0, weight0, post1, scale1, weight1, words0, halves0, words1, halves1,
+               words2, halves2, words3, halves3, words4, halves4, parts, rows, flags, out, out_more, SOURCE: tl.constexpr):
     """The stub of `chain.cu`. Grid (BLOCKS)."""
     made_from(SOURCE)
     tl.store(between, 0)

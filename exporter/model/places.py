@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
+from kiln.custom_ops.chain.cut import BITS, MOST_MATMULS, ROWS
 from kiln.custom_ops.weights.block_types import LAYOUTS
-from kiln.custom_ops.weights.fixed_point import GROUP
+from kiln.custom_ops.weights.fixed_point import GROUP, WIDE, extent_of
 from kiln.custom_ops.weights.gemv import glu_fits
 from kiln.exporter.model.caches import exact_buffers
-from kiln.exporter.model.records import DeltaNet, DraftConfig, Experts, ModelConfig, cache_specs
+from kiln.exporter.model.records import Attention, DeltaNet, DraftConfig, Experts, Layer, ModelConfig, cache_specs
 from kiln.exporter.source.weights import DRAFT, WeightPlan
 from kiln.passes.chunked_lm_head import chunk_rows
 from kiln.passes.records import Expected, KVBuffer, PassOptions
 
 DELTA = ("ssm_in_gates", "ssm_in", "ssm_gates", "ssm_gate", "ssm_alpha_beta", "ssm_alpha", "ssm_beta")  # what reads a delta rule's input
+QKV = ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
 PER_LAYER = "per_layer_model_proj"  # the one matmul that belongs to no layer beside the head
 PROJECTIONS = ("nextn_pre_projection", "nextn_post_projection")  # and those of a drafter
 EXPERTS, EMBEDDING = (f"{name} of several tokens has no kernels yet" for name in ("a choice of experts", "a per-layer embedding"))
@@ -36,6 +39,7 @@ def expected_places(config: ModelConfig, plan: Sequence[WeightPlan], kv: Sequenc
         "own_matmul": dict.fromkeys([n for n in _floats(config, plan) if n not in routers] if options.matmul != "blas" else (), ""),
         "packed_linear": dict.fromkeys(_packed(config, plan) if options.reads_packed else (), ""),
         "fuse_decode": fused,
+        "chain": _chains(config, plan, options) if options.decode_kernel == "chain" and entry != "prefill" else {},
         "free_kv_buffers": dict.fromkeys((b.name for b in kv), ""),
     }
     return found
@@ -105,7 +109,7 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> di
     for layer in config.layers:
         at = f"blk.{layer.index}"
         delta = isinstance(layer.mixer, DeltaNet)
-        names = DELTA if delta else ("attn_qkv", "attn_qk", "attn_q", "attn_k", "attn_v")
+        names = DELTA if delta else QKV
         projections = [f"{at}.{n}" for n in names]
         gates = [f"{at}.{n}" for n in ("ffn_gate_up", "ffn_gate", "ffn_up")]
         ffn = experts.get(layer.index)
@@ -132,6 +136,44 @@ def _fused(config: ModelConfig, plan: Sequence[WeightPlan], several: bool) -> di
             gate, projection = f"{at}.inp_gate", f"{at}.proj"
             found |= {f"{at}.post_ffw_norm": floats([gate]), f"{at}.post_norm": "", f"{at}.per_layer": floats([gate, projection])}
     return found | {"output_norm": floats(["token_embd" if config.tied_head else "output"])}
+
+
+def _chains(config: ModelConfig, plan: Sequence[WeightPlan], options: PassOptions) -> dict[str, str]:
+    """What lies between the attentions of two layers, for each layer but the last, after which comes the head."""
+    matmuls = _matmuls(config, plan)
+    return {f"blk.{layer.index}.chain": _chain(config, layer, following, matmuls, options.turboquant)
+            for layer, following in pairwise(config.layers)}  # fmt: skip
+
+
+def _chain(config: ModelConfig, layer: Layer, following: Layer, matmuls: dict[str, WeightPlan], turboquant: bool) -> str:
+    """What may keep a layer from one kernel."""
+    at, after = f"blk.{layer.index}", f"blk.{following.index}"
+    if config.per_layer_embedding:
+        return "a per-layer embedding comes between"
+    if isinstance(layer.ffn, Experts):
+        return "it has a choice of experts"
+    for place in (layer, following):
+        if not isinstance(place.mixer, Attention):
+            return f"blk.{place.index} has a gated delta rule"
+    last = [p for name in QKV if (p := matmuls.get(f"{after}.{name}"))]
+    own = [matmuls.get(f"{at}.{name}") for name in ("attn_output", "ffn_gate_up", "ffn_down")]
+    if None in own:
+        return _glu(at, matmuls)
+    weights = [p for p in (*own, *last) if p]
+    if found := [f"{p.name} is {p.block_type}" for p in weights if p.block_type not in BITS]:
+        return ", ".join(found)
+    if found := [f"{p.name} has {p.N} rows, no multiple of {ROWS}" for p in weights if p.N % ROWS]:
+        return ", ".join(found)
+    if len(weights) > MOST_MATMULS:
+        return f"{', '.join(p.name for p in last)} are {len(last)} matmuls"
+    return "" if _extent(layer.mixer, turboquant) == WIDE else f"a head of {layer.mixer.head_dim} gives activations by extents of {GROUP}"
+
+
+def _extent(mixer: Attention, turboquant: bool) -> int:
+    """Of the activations that attention leaves: in fixed point head by head, or as numbers that are put into it row by row."""
+    sliding = mixer.window is not None and mixer.q_norm is not None and not mixer.rope.neighbours and mixer.rope.size == mixer.head_dim
+    by_head = (sliding and not mixer.gated) or (mixer.window is None and turboquant)
+    return extent_of(mixer.q_dim, mixer.head_dim if by_head else None)
 
 
 def _experts(at: str, ffn: Experts, matmuls: dict[str, WeightPlan], stacks: dict[str, WeightPlan]) -> str:

@@ -409,7 +409,7 @@ def test_pipeline_on_the_decoder(tmp_path):
         for entry in ("decode", "prefill"):
             lowered = lower(spec, entry, "cpu", dump=tmp_path / str(tq))
             assert [r.name for r in lowered.reports] == [n for n, _ in PIPELINE]
-            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 0, 22 if tq else 12]
+            assert [r.matches for r in lowered.reports] == [12, 2 * tq, 2, 1, 0, 0, 0, 0, 22 if tq else 12]
             assert all(r.expected == r.matches and not r.missed for r in lowered.reports)
         plan = kv_plan(spec.config, spec.max_seq_len, spec.model_dtype, spec.options)
         assert sorted(map(str, plan)) == sorted(map(str, lowered.kv))

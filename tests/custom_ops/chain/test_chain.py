@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,9 +126,9 @@ def test_wrong_arguments_are_named() -> None:
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, flags: int = flag_words(0)) -> None:
         super().__init__()
-        given = inputs(form, 1)
+        given = inputs(form, 1) | {"flags": torch.zeros(flags, dtype=torch.int32)}
         self.form, self.types = given["activation"], given["block_types"]
         self.norms = [name for name in ("post0", "scale0", "weight0", "post1", "scale1", "weight1") if given[name] is not None]
         for name in (*self.norms, "flags"):
@@ -199,7 +203,8 @@ def test_the_launch(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
             chain._launch(**given | {"flags": torch.zeros(100)}, types=types, eps=eps, activation=activation)
     named = dict(zip(chain.kiln_chain.arg_names, launched["given"], strict=False))
     assert list(named) == chain.kiln_chain.arg_names[:-1] and launched["grid"] == (132,)
-    assert named["stream_out"] is after and [named["out"], named["out_more"]][: len(parts)] == parts
+    assert named["stream_out"] is after and named["stream_in"] is given["stream"]
+    assert all(a is b for a, b in zip(parts, (named["out"], named["out_more"]), strict=False))
     assert [p.shape for p in parts] == [(cut.parts(m), 4, m.n) for m in cut.matmuls[3:]]
     assert named["parts"].numel() == cut.parts_floats and named["rows"].numel() == cut.rows_words
     assert named["halves1"] is given["halves"][1] and named["words4"] is (given["words"][4] if form == "gemma" else given["words"][0])
@@ -209,3 +214,33 @@ def test_the_launch(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = dict(re.findall(r"(\w+)=(\S+?);?(?= |$)", launched["source"]))
     expected = {"POST": "1", "SILU": "0", "SCALE1": "1"} if form == "gemma" else {"POST": "0", "SILU": "1", "SCALE1": "0"}
     assert said.items() >= (expected | {"SCALE0": "0", "EARLY": "1", "BULK": "1", "WIDTH": str(D), "EPS": "1e-06f", "M": "4"}).items()
+
+
+def package(directory: str) -> tuple[str, list[str], bytes]:
+    """In a process of its own: the generated host code, the names of kernels, and the library."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = f"{directory}/inductor", f"{directory}/triton"
+    import torch._inductor
+
+    from kiln.exporter.compiler import torch_private
+
+    target = TARGETS["sm_90"]
+    with torch_private.quiet(), compiling_for(target):
+        torch_private.install(target)
+        shapes = lambda: (torch.empty(2, A // 256, 176, dtype=torch.int32), torch.empty(2, D))  # noqa: E731
+        program = torch_private.fake_export(lambda: Layer("gemma", flag_words(target.sm_count)), shapes, None, "cuda")
+        files = torch._inductor.aot_compile(program.module(check_guards=False), *program.example_inputs,
+                                            options=torch_private.inductor_options(target, "decode"))  # fmt: skip
+    read = {Path(f).suffix: Path(f).read_bytes() for f in files if f.endswith((".so", "wrapper.cpp"))}
+    return read[".cpp"].decode(), torch_private.KERNELS, read[".so"]
+
+
+def test_a_package(tmp_path: Path) -> None:
+    """The kernel alone, launched for every multiprocessor: what it writes is copied nowhere, and what it does not write is not either."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        wrapper, names, library = pool.submit(package, str(tmp_path)).result()
+    assert names == ["kiln_chain_0"]
+    (image,) = cubin.images(library)
+    assert cubin.kernels(image) == ["kiln_chain"] and contract.check(image) == []
+    (call,) = re.findall(r"^ *call_kiln_chain_0\((.*)\);", wrapper, re.MULTILINE)
+    assert ", 132L, 1L, 1L, " in call or ", 132, 1, 1, " in call, call

@@ -148,6 +148,7 @@ def test_passes(export):
         "kv_len": "applied",
         "chunked_lm_head": "not needed",  # the kernels read the packed head
         "fuse_decode": "applied",
+        "chain": "off",
         "own_matmul": "off",
         "packed_linear": "off",  # the CPU's
         "free_kv_buffers": "applied",
@@ -337,3 +338,27 @@ def test_a_hybrid(cache, fake_gpu, tmp_path, monkeypatch):
         assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)
     result, left = fake_gpu(artifact, tmp_path / "session", program=SNAPSHOTS)
     assert result.returncode == 0 and not any(left[what] for what in LEFT), (result.stderr, left)
+
+
+@pytest.mark.nightly  # an export more
+def test_a_chain(fake_gpu, tmp_path, monkeypatch):
+    """All matmuls between two attentions are one kernel, of one token and of two, that keeps the contract; nothing is copied for it."""
+    monkeypatch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["tiny-cuda"], layers=2, full_every=2))
+    write_synthetic(tmp_path / "model.gguf", "pair", "q4_k_m", 0)
+    artifact = tmp_path / "artifact"
+    kiln("export", "--gguf", tmp_path / "model.gguf", "--out", artifact, "--target", "sm_90", "--turboquant", "--max-seq-len", 512,
+         "--weights", "gguf", "--decode-kernel", "chain", "--decode-rows", "1,2", "--rows", 2)  # fmt: skip
+    record = json.loads((artifact / "manifest.json").read_text())
+    assert {p["name"]: (p["status"], p["matches"], p["expected"], p["note"]) for p in record["passes"]}["chain"] == (
+        "applied", 1, 1, "4 matmuls in 1 kernel")  # fmt: skip
+    assert "pass    chain            applied    1/1" in kiln("inspect", artifact).stdout
+    images = cubins(artifact / "model.sm_90.pt2")
+    for entry in ("decode", "decode_2"):
+        names = [name for image in images[entry] for name in kernels(image)]
+        assert names.count("kiln_chain") == 1 and "kiln_chain" in record["entry_points"][entry]["waits"]
+        assert {name.split("_")[0] for name in theirs(images[entry])} == {"mul", "zeros", "abs"}
+        assert [finding for image in images[entry] for finding in contract.check(image)] == []
+    assert not any(name == "kiln_chain" for image in images["prefill"] for name in kernels(image))
+    result, left = fake_gpu(artifact, "--tokens", "5,6,7", "--max-new-tokens", 4, "--no-eog", "--json")
+    assert result.returncode == 0 and len(json.loads(result.stdout)["tokens"]) == 4, result.stderr
+    assert not any(left[what] for what in LEFT), left
