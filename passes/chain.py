@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from kiln.custom_ops.chain.chain import TERMS
 from kiln.custom_ops.chain.cut import BITS, MOST_MATMULS, ROWS, flag_words
-from kiln.custom_ops.gpu.target import current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import WIDE
 from kiln.passes import edit
@@ -48,7 +47,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
         return PassReport("chain", "not needed", note="a drafter" if edit.drafts(ep) else "no step of few tokens")
     names, places, matmuls = edit.states(ep), list[str](), 0
     device = edit.user_input(ep, "tokens").meta["val"].device
-    flags = edit.zeros(ep, flag_words(current_target().sm_count if device.type == "cuda" else 0), device)
+    flags = edit.zeros(ep, flag_words(), device)
     for node in list(ep.graph.nodes):
         if edit.is_call(node, *FIRST) and (found := chain_of(node)):  # one that was replaced has no readers, and so no form
             places.append(names[node.args[1]].rsplit(".", 2)[0] + ".chain")

@@ -51,7 +51,7 @@ constexpr int SLOT = (has(6) ? 52 : 36) * 128, TILES = (M + 3) / 4;  // halves o
 // Shared memory, in bytes.
 constexpr int RINGS = WARPS * STAGES * SLOT;
 constexpr int X_BYTES = M * SLICE * XW * 4, SCALE_BYTES = (M * SLICE * 4 + 15) / 16 * 16, EDGE_BYTES = WARPS * 2 * M * ROWS * 4;
-constexpr int APART_AT = RINGS, X_AT = RINGS + (has(6) ? WARPS * STAGES * 128 : 0), SCALES_AT = X_AT + X_BYTES, EDGES_AT = SCALES_AT + SCALE_BYTES, BARRIERS_AT = EDGES_AT + EDGE_BYTES, ROOM_AT = BARRIERS_AT + WARPS * STAGES * 8;
+constexpr int APART_AT = RINGS, X_AT = RINGS + (has(6) ? WARPS * STAGES * 128 : 0), SCALES_AT = X_AT + X_BYTES, EDGES_AT = SCALES_AT + SCALE_BYTES, ROOM_AT = EDGES_AT + EDGE_BYTES;
 static_assert(SHARED == ROOM_AT + WARPS * 4, "shared memory");
 
 struct Table { const u32* words; const u16* halves; };
@@ -85,8 +85,8 @@ __device__ __forceinline__ void small_product(int c[4], u32 a0, u32 a1, u32 b0) 
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(b0), "r"(0));
 }
 
-// Four rows of a quad are chunk `chunk_of(quad)` of 16 bytes of a line of 128. Chunk c of line l lies at c ^ l % 8, as the hardware's swizzle of
-// 128 bytes has it: eight lanes that read at once, two quads of four lines, meet no bank twice. `at` is a multiple of 512.
+// Four rows of a quad are chunk `chunk_of(quad)` of 16 bytes of a line of 128. Chunk c of line l lies at c ^ l % 8: eight lanes
+// that read at once, two quads of four lines, meet no bank twice. `at` is a multiple of 512.
 __device__ __forceinline__ int chunk_of(int quad) { return quad / 2 + quad % 2 * 4; }
 __device__ __forceinline__ u32 line_at(u32 at, int line, int chunk) { return at + line * 128 + ((chunk ^ ((at / 128 + line) % 8)) * 16); }
 
@@ -99,7 +99,6 @@ __device__ __forceinline__ void share(const Matmul& m, u32 worker, u32& slice, u
   end = slice < static_cast<u32>(m.slices) ? (own + 1) * total / workers : 0;
 }
 
-#if !BULK
 template <int BITS> __device__ __forceinline__ void copy_unit(u32 to, u32 halves_to, const Table& t, u32 n, u32 y, u32 row, int lane) {
   constexpr int LINES = words_of(BITS), HALVES = halves_of(BITS);
   const u32* from = t.words + static_cast<u64>(y + lane / 8) * n + row + lane % 8 * 4;
@@ -109,7 +108,6 @@ template <int BITS> __device__ __forceinline__ void copy_unit(u32 to, u32 halves
   const int i = lane - (32 - 4 * HALVES);  // lanes that had least to copy
   if (i >= 0) copy16(halves_to + i * 16, t.halves + static_cast<u64>(y / LINES * HALVES + i / 4) * n + row + i % 4 * 8);
 }
-#endif
 
 // A unit of Q4_K times activations: acc has four rows of a quad, of token octet of each four. x: a thread's words of the block, of each four.
 __device__ __forceinline__ void multiply4(float acc[TILES][4], u32 at, int quad, int octet, const float scale[TILES], const u32 x[TILES]) {
@@ -126,6 +124,9 @@ __device__ __forceinline__ void multiply4(float acc[TILES][4], u32 at, int quad,
   for (int g = 0; g < 8; ++g) {
     const uint4 q = lds4((g % 2 ? odd : even) + g * 512);
     const u32 qs[4] = {q.x, q.y, q.z, q.w};
+    u32 low[4];  // nibbles at the top of their bytes, 16 times too large: a shift less each
+#pragma unroll
+    for (int r = 0; r < 4; ++r) low[r] = (qs[r] * 16) & 0xF0F0F0F0;
     uint2 b[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) b[t] = lds2(x[t] + g * 64);
@@ -135,7 +136,7 @@ __device__ __forceinline__ void multiply4(float acc[TILES][4], u32 at, int quad,
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         int c[4];
-        product<false>(c, qs[2 * pair] & 0x0F0F0F0F, qs[2 * pair + 1] & 0x0F0F0F0F, (qs[2 * pair] >> 4) & 0x0F0F0F0F, (qs[2 * pair + 1] >> 4) & 0x0F0F0F0F, b[t].x, b[t].y);
+        product<false>(c, low[2 * pair], low[2 * pair + 1], qs[2 * pair] & 0xF0F0F0F0, qs[2 * pair + 1] & 0xF0F0F0F0, b[t].x, b[t].y);
         sums[t][2 * pair][0] += k0 * c[0], sums[t][2 * pair][1] += k0 * c[1];
         sums[t][2 * pair + 1][0] += k1 * c[2], sums[t][2 * pair + 1][1] += k1 * c[3];
       }
@@ -163,7 +164,7 @@ __device__ __forceinline__ void multiply4(float acc[TILES][4], u32 at, int quad,
         const int r = 2 * pair + j;
         const float value = fmaf(static_cast<float>(sums[t][r][0]), 256.0f, static_cast<float>(sums[t][r][1]));
         const float less = static_cast<float>(c[2 * j] + (c[2 * j + 1] << 8) + (e[2 * j] << 16));
-        acc[t][r] = fmaf(value, half_float(r < 2 ? d.x : d.y, r % 2) * scale[t], acc[t][r]);
+        acc[t][r] = fmaf(value, half_float(r < 2 ? d.x : d.y, r % 2) * (scale[t] * 0.0625f), acc[t][r]);
         acc[t][r] = fmaf(less, -(half_float(r < 2 ? dm.x : dm.y, r % 2) * scale[t]), acc[t][r]);
       }
     }
@@ -221,6 +222,7 @@ __device__ __forceinline__ void multiply6(float acc[TILES][4], u32 at, u32 halve
 }
 
 __device__ __forceinline__ float gelu_tanh(float x) { const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x); return x * (1.0f - 1.0f / (expf(2.0f * u) + 1.0f)); }
+__device__ __forceinline__ float activation(float x) { return SILU ? x / (1.0f + expf(-x)) : gelu_tanh(x); }
 __device__ __forceinline__ float largest_size(float a, float b) {  // as integers, the bits of NaN are above those of any number
   return __int_as_float(max(__float_as_int(a) & 0x7FFFFFFF, __float_as_int(b) & 0x7FFFFFFF));
 }
@@ -362,12 +364,13 @@ template <int I> struct Row {
   float h[EACH][8], post[EACH][8], weight[EACH][8], factor;
   // What no other block makes in this launch, or made long ago.
   __device__ __forceinline__ void load(const Norm& w, const float* stream, int warp, int lane) {
-    factor = w.scale ? __ldg(w.scale) : 1.0f;
+    factor = (I > 1 ? SCALE1 : SCALE0) ? __ldg(w.scale) : 1.0f;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       const int block = warp + e * WARPS, at = block * WIDE + lane * 8;
       if (block >= D / WIDE) continue;
-      load8(h[e], stream + at), load_constant8(post[e], w.post + at), load_constant8(weight[e], w.weight + at);
+      load8(h[e], stream + at), load_constant8(weight[e], w.weight + at);
+      if (POST) load_constant8(post[e], w.post + at);
     }
   }
   __device__ __forceinline__ void make(const Job& job, const float* parts, int token, int first, int count, bool everywhere, float* stream_out, volatile float* room, int warp, int lane) {
@@ -387,14 +390,15 @@ template <int I> struct Row {
         for (int i = 0; i < 8; ++i) sum += y[e + f][i] * y[e + f][i];
       }
     }
-    const float root = rsqrtf(total_of(sum, room, warp, lane) / D + EPS);
+    float root = 1;
+    if (POST) root = rsqrtf(total_of(sum, room, warp, lane) / D + EPS);
     sum = 0;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       const int block = warp + e * WARPS, at = block * WIDE + lane * 8;
       if (block >= D / WIDE) continue;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) h[e][i] = (h[e][i] + y[e][i] * root * post[e][i]) * factor, sum += h[e][i] * h[e][i];
+      for (int i = 0; i < 8; ++i) h[e][i] = (h[e][i] + (POST ? y[e][i] * root * post[e][i] : y[e][i])) * factor, sum += h[e][i] * h[e][i];
       if (stream_out) stcg4(stream_out + at, h[e]), stcg4(stream_out + at + 4, h[e] + 4);
     }
     const float next = rsqrtf(total_of(sum, room, warp, lane) / D + EPS);
@@ -417,7 +421,7 @@ template <int I> __device__ __forceinline__ void gated(const Job& job, const flo
   float gate[8], value[8];
   gates.add(gate), values.add(value);
 #pragma unroll
-  for (int e = 0; e < 8; ++e) value[e] *= gelu_tanh(gate[e]);
+  for (int e = 0; e < 8; ++e) value[e] *= activation(gate[e]);
   put(job, quantize(value, lane), token, block, first, count, everywhere, job.rows + I % 2 * (M * row_words()), m.k / WIDE, lane, 1.0f);
 }
 
@@ -440,61 +444,18 @@ template <int COUNT_, typename From, typename To> __device__ __forceinline__ voi
   }
 }
 
-#if BULK
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void wait_parity(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void bulk(u32 to, const void* map, int x, int y, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
-}
-// A warp describes a matrix of `lines` lines of n elements to the hardware, in boxes of 32 elements by `box` lines; `room`: 128 bytes of shared memory.
-__device__ __forceinline__ void describe(u32 room, void* map, const void* from, int n, int lines, int box, bool words, int lane) {
-  asm volatile("st.shared.b32 [%0], 0;" ::"r"(room + lane * 4) : "memory");
-  __syncwarp();
-  if (lane == 0) {
-    asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" ::"r"(room), "l"(from) : "memory");
-    asm volatile("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%0], 1;" ::"r"(room) : "memory");
-    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 0, %1;" ::"r"(room), "r"(ROWS) : "memory");
-    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 1, %1;" ::"r"(room), "r"(box) : "memory");
-    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 0, %1;" ::"r"(room), "r"(n) : "memory");
-    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 1, %1;" ::"r"(room), "r"(lines) : "memory");
-    asm volatile("tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%0], 0, %1;" ::"r"(room), "l"(static_cast<u64>(n) * (words ? 4 : 2)) : "memory");
-    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 0, %1;" ::"r"(room), "r"(1) : "memory");
-    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 1, %1;" ::"r"(room), "r"(1) : "memory");
-    if (words) {
-      asm volatile("tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%0], 3;" ::"r"(room) : "memory");
-      asm volatile("tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%0], 3;" ::"r"(room) : "memory");
-    } else {
-      asm volatile("tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%0], 1;" ::"r"(room) : "memory");
-      asm volatile("tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%0], 0;" ::"r"(room) : "memory");
-    }
-    asm volatile("tensormap.replace.tile.interleave_layout.shared::cta.b1024.b32 [%0], 0;" ::"r"(room) : "memory");
-    asm volatile("tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%0], 0;" ::"r"(room) : "memory");
-  }
-  __syncwarp();
-  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(map), "r"(room) : "memory");
-}
-#endif
 
 // The weights of a warp on their way: its units, one matmul after another.
 struct Ring {
-#if BULK
-  const char* maps;
-  u32 barriers;
-#else
-  const Table* tables;
+  Table tables[5];
   Table table;  // of this matmul
   u32 n;
-#endif
   u32 at, apart;  // in shared memory
   u32 worker;
   int lane, matmul, stage;
   u32 left, run, x, y, y_first, bs, lines;  // units of this matmul, of them in this row; where the next is: row, line of words
   bool four;
-  // of those that arrive
-  int next;
-  u32 phase;
+  int next;  // slot of the unit that arrives next
 
   __device__ __forceinline__ u32 apart_of(u32 slot) const { return apart + (slot - at) / SLOT * 128; }
   __device__ __forceinline__ void settle() {  // at the first unit of the next matmul that has one
@@ -503,48 +464,33 @@ struct Ring {
       u32 slice, first, end;
       share(m, worker, slice, first, end);
       bs = blocks_of(m), four = has(4) && (!has(6) || m.bits == 4), lines = four ? words_of(4) : words_of(6);
-#if !BULK
-      table = tables[matmul], n = m.n;
-#endif
+      table = tables[0], n = m.n;
+#pragma unroll
+      for (int i = 1; i < COUNT; ++i)  // no index that is known at run time only: pointers stay out of memory
+        if (matmul == i) table = tables[i];
       left = end - first, x = first / bs, run = bs - (first - x * bs);
       y_first = slice * bs * lines, y = y_first + (bs - run) * lines, x *= ROWS;
     }
   }
-  __device__ __forceinline__ void fetch() {
+  __device__ __forceinline__ void fetch() { fetch(table); }
+  __device__ __forceinline__ void fetch(const Table& table) {
     if (left) {
       const u32 to = at + stage * SLOT;
-#if BULK
-      if (lane == 0) {
-        const char* map = maps + matmul * 256;
-        const u32 barrier = barriers + stage * 8;
-        expect(barrier, four ? unit_bytes(4) : unit_bytes(6));
-        bulk(to, map, x, y, barrier);
-        if (four) bulk(to + 35 * 128, map + 128, x, y / 35 * 2, barrier);
-        else bulk(apart_of(to), map + 128, x, y / 52, barrier);
-      }
-#else
       if (four) copy_unit<4>(to, to + 35 * 128, table, n, y, x, lane);
       else copy_unit<6>(to, apart_of(to), table, n, y, x, lane);
-#endif
       stage = stage + 1 == STAGES ? 0 : stage + 1;
       y += lines;
       if (--run == 0) run = bs, y = y_first, x += ROWS;
       if (--left == 0) settle();
     }
-#if !BULK
     commit();
-#endif
   }
   // The oldest unit, when it is there; until `fetch`.
   __device__ __forceinline__ u32 arrive() {
     const u32 found = at + next * SLOT;
-#if BULK
-    wait_parity(barriers + next * 8, phase);
-#else
     arrived<STAGES - 1>();
     __syncwarp();
-#endif
-    if (++next == STAGES) next = 0, phase ^= 1;
+    next = next + 1 == STAGES ? 0 : next + 1;
     return found;
   }
 };
@@ -554,7 +500,7 @@ struct Arguments {
   const float* stream;
   float *between, *stream_out;
   Norm norms[2];
-  float *parts, *out;
+  float *parts, *out, *out_more;
   u32* flags;
 };
 
@@ -583,7 +529,7 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
       copy_groups<M * BS * 36>([&](int i) { const int t = i / (BS * 36), b = i / 36 % BS, w = i % 36; return a.given + (t * ALL + first_block + b) * GIVEN_WORDS + (w < 32 ? w * 4 : 160 + (w - 32) * 4); },
                                [&](int i) { const int t = i / (BS * 36), b = i / 36 % BS, w = i % 36; return job.x + (t * SLICE + b) * XW + w * 4; });
     for (int i = threadIdx.x; !idle && i < M * BS; i += THREADS) job.scales[i / BS * SLICE + i % BS] = __uint_as_float(ldcg(a.given + (i / BS * ALL + first_block + i % BS) * GIVEN_WORDS + 128));
-  } else {
+  } else if constexpr (m.input != SAME) {
     const float* parts = a.parts + (I - 1) % 2 * PARTS;
     u32* flag = a.flags + 64 * (I - 1);
     if constexpr (m.input == NORM) {
@@ -629,7 +575,7 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
   u32 slice_, first_, end_;
   share(m, ring.worker, slice_, first_, end_);
   const int first = first_, end = end_;
-  float* results = I + 1 < COUNT ? a.parts + I % 2 * PARTS : a.out;
+  float* results = I < RESULTS ? a.parts + I % 2 * PARTS : I == RESULTS ? a.out : a.out_more;
   u32 x_at[TILES];
   int scale_at[TILES];
 #pragma unroll
@@ -646,12 +592,8 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
     u32 x[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) scale[t] = job.scales[scale_at[t] + k], x[t] = x_at[t] + k * (XW * 4);
-#ifdef NO_ARITHMETIC
-    acc[0][0] += scale[0] + __uint_as_float(x[0]) + __uint_as_float(lds4(at + lane * 16).x);
-#else
     if constexpr (m.bits == 4) multiply4(acc, at, quad, octet, scale, x);
     else multiply6(acc, at, ring.apart_of(at), quad, octet, scale, x);
-#endif
     __syncwarp();
     LAP(3)
     ring.fetch();
@@ -664,6 +606,8 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
       if (token < M) {
         float* to = whole ? results + (static_cast<u64>(slice * P) * M + token) * N + row * ROWS + chunk_of(quad) * 4 : job.edges + ((warp * 2 + (begun != first)) * M + token) * ROWS + chunk_of(quad) * 4;
         *reinterpret_cast<float4*>(to) = make_float4(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+        if (I >= RESULTS && whole)
+          for (int p = 1; p < P; ++p) *reinterpret_cast<float4*>(to + static_cast<u64>(p) * M * N) = make_float4(0, 0, 0, 0);
       }
       acc[t][0] = acc[t][1] = acc[t][2] = acc[t][3] = 0;
     }
@@ -687,13 +631,16 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
       const float* edge = job.edges + (((w0 - of_slice * WARPS) * 2) * M + t) * ROWS + lane;
       float sum = edge[starts < rb * BS ? M * ROWS : 0];
       for (u32 w = 1; w <= w1 - w0; ++w) sum += edge[w * (2 * M * ROWS)];
-      stcg(results + (static_cast<u64>(slice * P + part) * M + t) * N + rb * ROWS + lane, sum);
+      float* to_part = results + (static_cast<u64>(slice * P + part) * M + t) * N + rb * ROWS + lane;
+      stcg(to_part, sum);
+      if (I >= RESULTS && high + 1 == rb * BS + BS)  // parts that this block of rows has not are read, too
+        for (u32 p = 1; part + p < P; ++p) stcg(to_part + static_cast<u64>(p) * M * N, 0.0f);
     }
   }
   if constexpr (I + 1 < COUNT) {
     __syncthreads();
     LAP(7)
-    if (threadIdx.x == 0) signal(a.flags + 64 * I);
+    if (I < RESULTS && threadIdx.x == 0) signal(a.flags + 64 * I);
     matmul<I + 1>(job, a, ring, room, warp, clock);
   }
 }
@@ -707,38 +654,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL(const u32* given
   float* room = reinterpret_cast<float*>(memory + ROOM_AT);
 #if EARLY
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // before anything is written: what describes the matrices is
 #endif
-  const Table tables[5] = {{words0, halves0}, {words1, halves1}, {words2, halves2}, {words3, halves3}, {words4, halves4}};
   const Job job{rows, reinterpret_cast<u32*>(memory + X_AT), reinterpret_cast<float*>(memory + SCALES_AT), reinterpret_cast<float*>(memory + EDGES_AT)};
-#if BULK
-  char* maps = reinterpret_cast<char*>(flags + 64 * COUNT + 64) + blockIdx.x * (COUNT * 256);
-#pragma unroll
-  for (int i = 0; i < 2 * COUNT; ++i)
-    if (warp == i % WARPS) {
-      constexpr auto& all = MATMULS;
-      const Matmul m = all[i / 2];
-      const int each = i % 2 ? halves_of(m.bits) : words_of(m.bits);
-      describe(ring_at, maps + i * 128, i % 2 ? static_cast<const void*>(tables[i / 2].halves) : tables[i / 2].words, m.n, m.k / WIDE * each, each, i % 2 == 0, lane);
-    }
-  const u32 barriers = base + BARRIERS_AT + warp * (STAGES * 8);
-  if (lane == 0) {
-    for (int i = 0; i < STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
-  if (lane == 0)
-    for (int i = 0; i < 2 * COUNT; ++i) asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(maps + i * 128) : "memory");
-  __syncwarp();
-  Ring ring{maps, barriers, ring_at, base + APART_AT + warp * (STAGES * 128), blockIdx.x * WARPS + warp, lane, -1, 0, 0, 0, 0, 0, 0, 0, 0, false, 0, 0};
-#else
-  Ring ring{tables, {}, 0, ring_at, base + APART_AT + warp * (STAGES * 128), blockIdx.x * WARPS + warp, lane, -1, 0, 0, 0, 0, 0, 0, 0, 0, false, 0, 0};
-#endif
+  Ring ring{{{words0, halves0}, {words1, halves1}, {words2, halves2}, {words3, halves3}, {words4, halves4}}, {}, 0, ring_at, base + APART_AT + warp * (STAGES * 128), blockIdx.x * WARPS + warp, lane, -1, 0, 0, 0, 0, 0, 0, 0, 0, false, 0};
   ring.settle();
+  int ahead = 0;
 #pragma unroll 1
-  for (int i = 0; i < STAGES; ++i) ring.fetch();
-  const Arguments a{given, stream, between, stream_out, {{post0, scale0, weight0}, {post1, scale1, weight1}}, parts, out, flags};
+  for (; ahead < STAGES && ring.matmul == 0; ++ahead) ring.fetch({words0, halves0});  // weights depend on nothing
+#if EARLY
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#pragma unroll 1
+  for (; ahead < STAGES; ++ahead) ring.fetch();
+  const Arguments a{given, stream, between, stream_out, {{post0, scale0, weight0}, {post1, scale1, weight1}}, parts, out, out_more, flags};
   Clock clock{};
 #ifdef CLOCKS
   clock.then = clock64();

@@ -68,7 +68,7 @@ def kiln_chain(given, stream_in, between, stream_out, post0, scale0, weight0, po
 
 def source(cut: Cut, d: int, eps: float, post: bool, silu: bool, scales: tuple[bool, bool], target: GpuTarget) -> str:
     """The constant SOURCE of a launch."""
-    return cuda_source(SOURCE_FILE, threads=cut.threads, shared=cut.shared, EARLY=early(target), BULK=target.sm == 90, WIDTH=d, EPS=eps,
+    return cuda_source(SOURCE_FILE, threads=cut.threads, shared=cut.shared, EARLY=early(target), WIDTH=d, EPS=eps,
                        POST=post, SILU=silu, SCALE0=scales[0], SCALE1=scales[1], **cut.defines)  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def _launch(x, stream, words, halves, types, flags, post0, scale0, weight0, post
             activation: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (tokens, d), target = stream.shape, current_target()
     cut = cut_for(matrices_of(words, types), tokens, target)
-    if flags.numel() < flag_words(cut.thread_blocks, len(words)):
-        raise ValueError(f"matmul_chain: {flags.numel()} flags; {len(words)} matmuls take {flag_words(cut.thread_blocks, len(words))}")
+    if flags.numel() < flag_words(len(words)):
+        raise ValueError(f"matmul_chain: {flags.numel()} flags; {len(words)} matmuls take {flag_words(len(words))}")
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -143,7 +143,7 @@ def matmul_chain(x: torch.Tensor, stream: torch.Tensor, words: list[torch.Tensor
 
     Without post norms a branch is added as it is. x: T rows in fixed point of two bytes and extents of 256; stream float32 [T, D]; words
     and halves: packed matrices [N, K] of `block_types`, Q4_K or Q6_K with commas between; post and weight float32 [D], scale [1] or None.
-    Parts are those of `fixed_partials`: float32 [P, N] of one token, [P, T, N] of several. flags: int32 zeros, `cut.flag_words`; the first
+    Parts are those of `fixed_partials`: float32 [P, N] of one token, [P, T, N] of several. flags: int32 zeros, `cut.flag_words`; all
     of them are zeros again afterwards. No token's bits depend on the others. ValueError when a shape or type does not fit.
     """
     types = block_types.split(",")

@@ -124,17 +124,17 @@ class Cut:
 
 
 def shared_bytes(matmuls: Sequence[Matmul], tokens: int, warps: int, stages: int) -> int:
-    """Rings of words, and of halves where they lie apart; activations and their scales; ends of rows; barriers; a float of each warp."""
+    """Rings of words, and of halves where they lie apart; activations and their scales; ends of rows; a float of each warp."""
     six, blocks = any(m.bits == 6 for m in matmuls), max(m.blocks for m in matmuls)
     # Halves of Q4_K are the ring's 36th line.
     ring = (LAYOUTS["Q6_K"].words * LINE + LINE if six else (LAYOUTS["Q4_K"].words + 1) * LINE) * stages
     scales = -(-tokens * blocks * 4 // 16) * 16
-    return warps * (ring + 2 * tokens * LINE + stages * 8 + 4) + tokens * blocks * X_WORDS * 4 + scales
+    return warps * (ring + 2 * tokens * LINE + 4) + tokens * blocks * X_WORDS * 4 + scales
 
 
-def flag_words(thread_blocks: int, matmuls: int = MOST_MATMULS) -> int:
-    """int32 of `flags`: those that are zero between launches, and what a thread block tells the hardware of the matrices."""
-    return (matmuls + 1) * FLAG_WORDS + thread_blocks * matmuls * FLAG_WORDS
+def flag_words(matmuls: int = MOST_MATMULS) -> int:
+    """int32 of `flags`, which are zero between launches."""
+    return (matmuls + 1) * FLAG_WORDS
 
 
 def slices_of(k: int, blocks: int) -> int:

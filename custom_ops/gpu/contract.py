@@ -25,6 +25,7 @@ BULK_LOAD = "UBLKCP.S.G"  # the same in bulk; what a descriptor describes (UTMAL
 WRITES = ("ST", "ATOM", "RED", "UTMA", "UBLK", "SULD", "SUST", "SURED", "SUATOM", "TEX", "TLD", "TMML", "MULTIMEM")  # or not known
 NO_REGISTER = ("SETP", "PLOP3")  # write predicates alone
 REGISTER = re.compile(r"\b(U?R)(\d+)\b")
+TABLE = "c[0x3]["  # where a source's own constants lie, which are no pointers
 CONSTANT = re.compile(r"c\[(\w+)\]\[([^\]]+)\]")
 
 State = dict[str, frozenset[str]]  # register -> the pointers that it may be made of
@@ -177,6 +178,8 @@ def of_registers(operand: str, state: State, width: int) -> frozenset[str]:
 
 def of_constant(operand: str, word: int, instruction: Instruction, named: dict[str, Parameter]) -> frozenset[str]:
     """The pointer that a constant operand is a part of. word: which of the registers that an instruction loads."""
+    if TABLE in operand:
+        return frozenset()
     match = CONSTANT.search(operand)
     if not match:
         return frozenset({UNKNOWN}) if "c[" in operand or "cx[" in operand else frozenset()
