@@ -101,6 +101,7 @@ def _behind(spec: GraphSpec, kv: KVBuffer) -> int:
 
 def target_record(compiled: CompiledTarget) -> dict:
     gpu = gpu_targets().get(compiled.target)
+    chained = any(r.name == "chain" and r.status == "applied" for entry in compiled.entries for r in entry.reports)
     return {
         "target": compiled.target,
         "file": compiled.path.name,
@@ -111,6 +112,7 @@ def target_record(compiled: CompiledTarget) -> dict:
         "passes": [r.to_dict() for r in _last_step(compiled).reports],
         "shortfalls": [f"{entry.entry}: {r.shortfall}" for entry in compiled.entries for r in entry.reports if r.shortfall],
         "borrowed": {f"sm_{sm}": tables for sm, tables in borrowed(gpu).items()} if gpu else {},
+        **({"blocks_at_once": gpu.sm_count} if gpu and chained else {}),
         "packing": {kernel.plane: kernel.record for kernel in compiled.packing} or None,
     }
 

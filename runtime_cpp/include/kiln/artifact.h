@@ -65,6 +65,7 @@ struct TargetSpec {
   uint64_t bytes = 0;
   std::string sha256;
   std::optional<PackKernel> pack_words, pack_halves;
+  int64_t blocks_at_once = 0;  // thread blocks of a decode kernel that wait for each other; 0: there is none
 };
 
 struct ValueSpec {  // an input or output of an entry point

@@ -128,6 +128,7 @@ TargetSpec parse_target(const Json& object) {
   }
   t.bytes = static_cast<uint64_t>(int_at(object, "bytes", 1));
   t.sha256 = string_at(object, "sha256");
+  if (object.find("blocks_at_once")) t.blocks_at_once = int_at(object, "blocks_at_once", 1);
   if (const Json* packing = object.find("packing"); packing && !packing->is_null()) {
     t.pack_words = parse_kernel(packing->at("words"));
     t.pack_halves = parse_kernel(packing->at("halves"));

@@ -8,6 +8,7 @@
 #include "batch/entries.h"
 #include "batch/rows.h"
 #include "kiln/batch.h"
+#include "model/alone.h"
 #include "model/model_impl.h"
 
 namespace kiln {
@@ -30,6 +31,7 @@ struct Batch::Impl {
   std::shared_ptr<const Model> model;
   const Model::Impl& shared;
   BatchOptions options;  // with the artifact's numbers where they were 0
+  Alone alone{*shared.target, shared.backend->device()};
   std::unique_ptr<Timeline> timeline;
   std::optional<Entries> entries;
   std::optional<BatchDrafts> drafts;

@@ -229,6 +229,14 @@ std::pair<int, int> cuda_compute_capability(int index) {
   return {major, minor};
 }
 
+int cuda_multiprocessors(int index) {
+  cuda::Device device = 0;
+  int count = 0;
+  driver().check(driver().device_get(&device, index), "cannot find the GPU");
+  driver().check(driver().device_attribute(&count, kMultiprocessors, device), "cannot ask the GPU for its multiprocessors");
+  return count;
+}
+
 std::unique_ptr<Backend> make_cuda_backend(int index, bool small_context) { return std::make_unique<CudaBackend>(index, small_context); }
 
 }  // namespace kiln

@@ -25,6 +25,7 @@ using GraphNode = struct OpaqueGraphNode*;
 using Allocation = unsigned long long;
 
 constexpr Result kSuccess = 0, kOutOfMemory = 2;
+constexpr int kMultiprocessors = 16;                   // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kMajor = 75, kMinor = 76;                 // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr int kLimitStackSize = 0;                      // CU_LIMIT_STACK_SIZE
 constexpr unsigned kNonBlocking = 1;                    // CU_STREAM_NON_BLOCKING

@@ -98,5 +98,6 @@ std::unique_ptr<Backend> make_cuda_backend(int index, bool small_context);
 // GPUs of this machine; when 0, `why` says why.
 int cuda_device_count(std::string* why);
 std::pair<int, int> cuda_compute_capability(int index);
+int cuda_multiprocessors(int index);
 
 }  // namespace kiln

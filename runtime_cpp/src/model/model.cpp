@@ -31,6 +31,10 @@ Place cuda_place(const Artifact& artifact, int index) {
   if (!target)
     fail(artifact.directory(), ": no target for cuda:", index, ", which is ", sm_name(cc), "; the artifact has: ", artifact.target_names(),
          ". Export with --target ", sm_name(cc), artifact.find_target(false) ? ", or run with --device cpu" : "");
+  if (target->blocks_at_once)
+    if (int there = cuda_multiprocessors(index); there < target->blocks_at_once)
+      fail(artifact.directory(), ": its decode kernel needs ", target->blocks_at_once, " multiprocessors at once, cuda:", index, " has ", there,
+           "; export with --decode-kernel graph");
   return {true, index, target};
 }
 

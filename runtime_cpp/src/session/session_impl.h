@@ -8,6 +8,7 @@
 
 #include "caches/caches.h"
 #include "kiln/session.h"
+#include "model/alone.h"
 #include "model/turn.h"
 #include "session/speculation.h"
 
@@ -65,6 +66,7 @@ struct Session::Impl : Caches {
   }
 
   int64_t chunk = 0;
+  Alone alone{*shared.target, shared.backend->device()};
   std::unique_ptr<Timeline> timeline;
   Surroundings prefill_surroundings, decode_surroundings;
   TensorMap values;  // inputs of the decode step at fixed addresses: tokens [1], pos [1], the sampling inputs [1]
