@@ -630,7 +630,9 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
       const u32 starts = w0 * TOTAL / WORKERS, part = of_slice - ((rb * BS + 1) * EACH - 1) / TOTAL;
       const float* edge = job.edges + (((w0 - of_slice * WARPS) * 2) * M + t) * ROWS + lane;
       float sum = edge[starts < rb * BS ? M * ROWS : 0];
-      for (u32 w = 1; w <= w1 - w0; ++w) sum += edge[w * (2 * M * ROWS)];
+      for (u32 w = 1; w <= w1 - w0; ++w)
+        if (TOTAL >= WORKERS || (w0 + w) * TOTAL / WORKERS < (w0 + w + 1) * TOTAL / WORKERS)  // one without a unit has left nothing
+          sum += edge[w * (2 * M * ROWS)];
       float* to_part = results + (static_cast<u64>(slice * P + part) * M + t) * N + rb * ROWS + lane;
       stcg(to_part, sum);
       if (I >= RESULTS && high + 1 == rb * BS + BS)  // parts that this block of rows has not are read, too
