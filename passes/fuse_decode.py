@@ -64,7 +64,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not packed:
         return PassReport("fuse_decode", "not needed", note="no weight is packed")
     matmuls = [n for n in packed if edit.is_call(n, KILN.quantized_linear.default)]
-    fuser = _Fuser(ep, options.decode_bytes)
+    fuser = _Fuser(ep, options.decode_bytes, options.decode_rows[-1] > 1)
     for matmul in packed:
         if edit.is_call(matmul, KILN.expert_linear.default):
             fuse_experts.rewrite(fuser, matmul)
@@ -82,8 +82,9 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 
 
 class _Fuser:
-    def __init__(self, ep, terms: int):
+    def __init__(self, ep, terms: int, beside: bool):
         self.ep, self.terms = ep, terms
+        self.beside = beside  # there are steps of several tokens, whose bits one token has, too
         self.several = edit.has_input(ep, "row")  # tokens, each of one of several rows of caches
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
@@ -328,7 +329,7 @@ class _Fuser:
             for node in write.nodes:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
-            more = exact_window_of(call) | gated
+            more = exact_window_of(call) | gated | self.as_several(sliding)
             made = () if sliding else (center_of(call),)
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *made, *form, **more),)
         self.bounded(call)
@@ -338,6 +339,9 @@ class _Fuser:
         if gates:
             return (self.emit(before, KILN.attention_gate_fixed.default, projections[0], call, self.terms),)
         return self.converted(x, before)
+
+    def as_several(self, sliding: bool) -> dict[str, bool]:
+        return {"several": True} if sliding and self.beside and not self.several else {}
 
     def reader(self, x: Node, call: Node, q: Rotated, before: Node) -> tuple[Node] | None:
         """Attention over a cache that another layer's fused op has written the tokens' keys and values to."""
@@ -358,7 +362,7 @@ class _Fuser:
         if fused:
             _, op, given = FUSED[call.target]
             center = center_of(call)
-            more = exact_window_of(call) | ({"k_center": center[0]} if center else {})
+            more = exact_window_of(call) | ({"k_center": center[0]} if center else {}) | self.as_several(sliding)
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)

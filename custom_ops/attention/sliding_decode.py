@@ -10,13 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kiln.custom_ops.attention import sliding_attention
+from kiln.custom_ops.attention import sliding_attention, sliding_cut, sliding_together
 from kiln.custom_ops.attention.flash import (
-    DECODE_FLOAT32,
     LOG2E,
-    Tile,
     check_kernel_shapes,
-    decode_constants,
     decode_range,
     kiln_flash_merge,
     merge_warps,
@@ -29,18 +26,9 @@ from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.op import kernel_op
-from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
-
-# By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
-SLIDING_TILES = {
-    (86, 256): Tile(keys=32, warps=8, stages=1),
-    (86, 512): Tile(keys=16, warps=8, stages=1),
-    (90, 256): Tile(keys=64, warps=4, stages=1),
-    (90, 512): Tile(keys=32, warps=8, stages=1),
-}
 
 
 @triton.jit
@@ -206,30 +194,14 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         tl.store(ml_ptr + part * 2 + 1, total, mask=group < GROUP)
 
 
-def _tile(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
-    return DECODE_FLOAT32 if dtype == torch.float32 else pick(SLIDING_TILES, target, dim)
-
-
-def _constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
-               terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
-    """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
-    split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
-    del split["HAS_LEN"], split["ROW"]
-    pads = {"PARTS_PAD": triton.next_power_of_2(parts), "V_PARTS_PAD": triton.next_power_of_2(v_parts)}
-    ahead = tile is not DECODE_FLOAT32  # its matmuls, out of registers, leave none for keys ahead
-    form = {"V_NORM": v_norm, "SCALE": scale, "SHARED": shared, "ROWS": triton.next_power_of_2(heads // kv_heads)}
-    one = {"TOKEN": 0, "V_TOKEN": 0, "WRITE": False}
-    return split | pads | form | one | {"AHEAD": ahead, "PARTS": parts, "V_PARTS": v_parts}, merge
-
-
 @kernel_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
 def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                    sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
-                   terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
+                   terms: int, scale: float = 1.0, v_norm: bool = True, several: bool = False) -> torch.Tensor:
     """`prepare_qkv` with norms of q and k, then sliding-window attention, the token's key and value written to the rings.
 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R is no less than min(window, max_seq_len); pos [1]
-    int64.
+    int64. several: there are steps of several tokens beside this one, which has the bits of theirs.
     Returns the attention output in fixed point of `terms` bytes, a row of H * D.
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
@@ -244,12 +216,13 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
         k_ring.index_copy_(0, slot, prepared[1])
         v_ring.index_copy_(0, slot, prepared[2])
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm)
+    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm, several)
 
 
 @kernel_op("kiln::sliding_read", mutates_args=())
 def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
-                 v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0) -> torch.Tensor:
+                 v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0,
+                 several: bool = False) -> torch.Tensor:
     """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already."""
     check_projections("sliding_read", q, q, q, q_weight, q_weight, cos)
     dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
@@ -261,18 +234,22 @@ def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin
         slot = pos % slots  # as a ring's, it stands for a position out of the window
         out = sliding_attention.reference(query, k_ring[slot], v_ring[slot], k_ring, v_ring, pos, window)
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, shared=True)
+    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, several, shared=True)
 
 
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window: int, eps: float, terms: int, scale: float, v_norm: bool,
-            shared: bool = False) -> torch.Tensor:
+            several: bool, shared: bool = False) -> torch.Tensor:
     """Both kernels; arguments as `sliding_decode`, SHARED as its kernel's."""
+    if several and sliding_cut.TOGETHER:
+        return sliding_together.launch(*(x.unsqueeze(1) for x in (q, k, v)), q_weight, k_weight, cos, sin, k_ring, v_ring, pos, None,
+                                       window, eps, terms, scale, v_norm, shared)  # fmt: skip
     dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
     heads = q.shape[1] // dim
     check_kernel_shapes("sliding_decode", dim, k_ring)
     target = current_target()
-    tile = _tile(k_ring.dtype, target, dim)
-    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale, shared)
+    tile = sliding_cut.tile_of(k_ring.dtype, target, dim)
+    split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale,
+                                         shared)
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = fixed_point.empty(1, heads * dim, terms, extent_of(heads * dim, dim), q)
@@ -292,9 +269,10 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
         return []
     for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
-        tile = _tile(dtype, target, h.dim)
+        tile = sliding_cut.tile_of(dtype, target, h.dim)
         for parts, v_parts, shared in ((3, 3, False), (4, 14, False), (4, 4, True)):
-            split, merge = _constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2, shared=shared)
+            split, merge = sliding_cut.constants(tile, target, h.queries, h.kv, h.dim, model.window, model.window, parts, v_parts, 2,
+                                                 shared=shared)
             name = f"{'sliding_read' if shared else 'sliding_decode'} {element} {parts} {v_parts} {h.label}"
             cases.append(KernelCase(name, kiln_sliding_decode, signature | rings,
                                     {"EPS": EPS} | split, {"num_warps": tile.warps, "num_stages": tile.stages},

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from kiln.custom_ops.attention import sliding_attention, sliding_together
+from kiln.custom_ops.attention import sliding_attention, sliding_cut, sliding_together
 from kiln.custom_ops.attention.flash import check_kernel_shapes, kiln_flash_merge, merge_warps
 from kiln.custom_ops.attention.prepare import check_projections, prepare_reference, query_reference, token_strides
-from kiln.custom_ops.attention.sliding_decode import _constants, _tile, kiln_sliding_decode
+from kiln.custom_ops.attention.sliding_decode import kiln_sliding_decode
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
@@ -19,9 +19,6 @@ from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
-
-# One read of a window for the tokens of a row (`sliding_together`). Off until it is measured on a GPU: `kiln bench-ops` has the case.
-TOGETHER = False
 
 
 def _check(op: str, q: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, kv_heads: int, dim: int, pos: torch.Tensor,
@@ -83,7 +80,7 @@ def rows_constants(tile, target: GpuTarget, heads: int, kv_heads: int, dim: int,
                    terms: int, v_norm: bool, scale: float, strides: dict[str, int]) -> tuple[dict, dict, dict]:
     """The constants of `kiln_sliding_decode`, to write and to attend, and of `kiln_flash_merge`. No key is read ahead: it may be of this
     step."""
-    split, merge = _constants(tile, target, heads, kv_heads, dim, slots, window, parts, v_parts, terms, v_norm, scale)
+    split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, slots, window, parts, v_parts, terms, v_norm, scale)
     both = split | strides | {"AHEAD": False}
     return both | {"WRITE": True}, both | {"SHARED": True}, merge | {"MANY": True}
 
@@ -91,13 +88,13 @@ def rows_constants(tile, target: GpuTarget, heads: int, kv_heads: int, dim: int,
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window: int, eps: float, terms: int, scale: float,
             v_norm: bool, shared: bool = False) -> torch.Tensor:
     """The three kernels, without the first where `shared`; arguments as `sliding_decode_rows`."""
-    if TOGETHER:
+    if sliding_cut.TOGETHER:
         return sliding_together.launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, v_norm,
                                        shared)
     dim, (_, slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
     tokens, heads, target = q.shape[1], q.shape[2] // dim, current_target()
     check_kernel_shapes("sliding_decode_rows", dim, k_ring[0])
-    tile = _tile(k_ring.dtype, target, dim)
+    tile = sliding_cut.tile_of(k_ring.dtype, target, dim)
     write, split, merge = rows_constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale,
                                          token_strides(q, v))
     part = torch.empty(tokens, split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
@@ -123,7 +120,7 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     size = (h.queries + 2 * h.kv) * h.dim
     for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
-        tile = _tile(dtype, target, h.dim)
+        tile = sliding_cut.tile_of(dtype, target, h.dim)
         write, split, merge = rows_constants(tile, target, h.queries, h.kv, h.dim, model.window + 14, model.window, 3, 3, 2, True, 1.0,
                                              {"TOKEN": size, "V_TOKEN": size})
         for name, constants, unused in (("write", write, "q_weight_ptr"), ("attend", split, "k_weight_ptr")):

@@ -109,7 +109,7 @@ def families(target: GpuTarget, work: Workload = GEMMA4_31B) -> list[Family]:
     pieces = {"rows": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
     tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
     decode["keys"] = (16, 32, 64)
-    tiled("fused sliding decode", "attention.sliding_decode.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
+    tiled("fused sliding decode", "attention.sliding_cut.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
           **decode | {"stages": (1,)})  # fmt: skip
     tiled("sliding decode", "attention.flash.DECODE_TILES", work.sliding.dim, [sliding_case(work, 1)], **decode)
     tiled("sliding prefill", "attention.flash.PREFILL_TILES", work.sliding.dim, [sliding_case(work, chunk)], **prefill)

@@ -22,7 +22,7 @@ TABLES = (
     ("weights.matmul", "TILES"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),
-    ("attention.sliding_decode", "SLIDING_TILES"),
+    ("attention.sliding_cut", "SLIDING_TILES"),
     ("tq4.attention", "DECODE_TILES"),
     ("tq4.prefill", "PIECE_TILES"),
 )

@@ -59,7 +59,7 @@ def needed_tables(config: ModelConfig, options: PassOptions) -> dict[str, set[in
     """Kernel tables that a model with 16-bit activations takes a configuration from -> its head dimensions there."""
     sliding, full = ({m.head_dim for m in config.attentions.values() if (m.window is not None) == s} for s in (True, False))
     needed = {"attention.flash.DECODE_TILES": sliding | full, "attention.flash.PREFILL_TILES": sliding | full,
-              "attention.sliding_decode.SLIDING_TILES": sliding}  # fmt: skip
+              "attention.sliding_cut.SLIDING_TILES": sliding}  # fmt: skip
     return needed | ({"tq4.attention.DECODE_TILES": full, "tq4.prefill.PIECE_TILES": full} if options.turboquant else {})
 
 

@@ -100,7 +100,10 @@ def test_the_pattern_is_gone() -> None:
 def test_steps_of_several_tokens() -> None:
     """The ops of one token, but for attention; what the compiler would add up in an order of its own is refused."""
     rows = {"decode_bytes": 2, "decode_rows": (1, 2), "rows": 2}
-    after = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **rows), "decode_2", "cpu")
+    spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **rows)
+    beside = lower(spec, "decode", "cpu")  # of one token
+    assert [n.kwargs for n in beside.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{"several": True}] * 4
+    after = lower(spec, "decode_2", "cpu")
     found = report(after)
     assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())
     expected = {"norm_fixed": 1, "add_norm": 12, "fixed_glu": 6, "fixed_linear": 1, "fixed_linear_squares": 12, "fixed_partials": 8,

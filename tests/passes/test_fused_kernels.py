@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 
+from kiln.custom_ops.attention import sliding_cut
 from kiln.custom_ops.geometry import GEOMETRIES, Geometry
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import gemv
@@ -106,8 +107,9 @@ def poured(lowered) -> dict[str, torch.Tensor]:
     return caches
 
 
-def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool) -> None:
+def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: bool, read_together: bool = False) -> None:
     """Every token of a step of two has, bit for bit, the logits and the sample of a step of one, and so have the caches."""
+    monkeypatch.setattr(sliding_cut, "TOGETHER", read_together)
     monkeypatch.setitem(GEOMETRIES, "pair", PAIR)
     spread(monkeypatch)
     monkeypatch.setitem(gemv.ROWS_CONFIGS, (90, 4), gemv.RowsConfig(False, 128))
@@ -142,8 +144,9 @@ def check_rows(directory: Path, monkeypatch: pytest.MonkeyPatch, turboquant: boo
 
 
 @pytest.mark.nightly
-def interpreted_rows_of_16_bit_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_rows(tmp_path, monkeypatch, turboquant=False)
+@pytest.mark.parametrize("read_together", [False, True])
+def interpreted_rows_of_16_bit_caches(read_together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows(tmp_path, monkeypatch, False, read_together)
 
 
 @pytest.mark.nightly

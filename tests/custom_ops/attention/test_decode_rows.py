@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from kiln.custom_ops.attention import flash, sliding_decode, sliding_rows
+from kiln.custom_ops.attention import flash, sliding_cut
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.tq4 import attention
 from kiln.custom_ops.weights import fixed_point
@@ -124,13 +124,12 @@ def check_together(name: str, dtype: torch.dtype, window: int, **form) -> None:
     apart, otherwise = ([ring.clone() for ring in together] for _ in range(2))
     expected = kiln.sliding_decode_rows(*step.projections(), *otherwise, step.pos, step.row, window, EPS, 3, **form)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding_rows, "TOGETHER", True)
+        patch.setattr(sliding_cut, "TOGETHER", True)
         out = kiln.sliding_decode_rows(*step.projections(), *together, step.pos, step.row, window, EPS, 3, **form)
         alone = {}
         for i in step.in_order():
-            q, k, v, *rest = step.projections(i)
-            one = (q[:, None], k[:, None], v[:, None], *rest)
-            alone[i] = kiln.sliding_decode_rows(*one, *apart, step.pos[[i]], step.row[[i]], window, EPS, 3, **form)
+            own = (ring[step.row[i]] for ring in apart)
+            alone[i] = kiln.sliding_decode(*step.projections(i), *own, step.pos[[i]], window, EPS, 3, **form, several=True)
         step.check(out, alone)
         assert all(same(a, b) for a, b in zip(together, apart, strict=True))
         q, _, _, q_weight, _, cos, sin = step.projections()
@@ -243,7 +242,7 @@ def test_wrong_arguments_are_named() -> None:
 def interpreted_sliding(name: str, check: Callable, several: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one split and several, whose sizes follow from a token's own position; together of slots, one of the two with two blocks, and a
     tile of 8 columns holds 4 tokens of 2 queries."""
-    monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
+    monkeypatch.setitem(sliding_cut.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
     for sms, dtype, window in ((1, torch.float32, 16), (several, torch.float16, 40)):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
             check(name, dtype, window)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.attention import flash, prepare, sliding_cut, sliding_decode
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import fixed_point
 from tests.custom_ops.interpret import interpreted
@@ -153,7 +153,7 @@ def interpreted_sliding(pos: int) -> None:
 @SLIDING
 def interpreted_sliding_ahead(pos: int, monkeypatch) -> None:
     """16-bit keys, of which each program reads its first block ahead: one block and several to a split, groups of 1, 3 and 8 heads."""
-    monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
+    monkeypatch.setitem(sliding_cut.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
     for sms in (1, 8):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
             check_sliding(6, 2, 32, pos, 48, 48, 5, 3, 2, torch.float16)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kiln.custom_ops.attention import flash, sliding_decode
+from kiln.custom_ops.attention import flash, sliding_cut
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.step import add_norm, gate
 from kiln.custom_ops.weights import fixed_point
@@ -109,7 +109,7 @@ def test_query_and_stream_references() -> None:
 @pytest.mark.parametrize("pos", [0, 40])
 def interpreted_sliding(pos: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one split and several; with 16-bit keys, of which a program reads its first block ahead, but never the token's own."""
-    monkeypatch.setitem(sliding_decode.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
+    monkeypatch.setitem(sliding_cut.SLIDING_TILES, (90, 256), flash.Tile(keys=16, warps=4, stages=1))
     for sms in (1, 8):
         with compiling_for(dataclasses.replace(H200, sm_count=sms)):
             check_sliding(4, 2, 32, pos, 16, 16)

@@ -12,7 +12,7 @@ import torch
 
 from kiln import custom_ops
 from kiln.custom_ops import geometry
-from kiln.custom_ops.attention import flash, sliding_decode
+from kiln.custom_ops.attention import flash, sliding_cut
 from kiln.custom_ops.attention.flash import Tile
 from kiln.custom_ops.bench import __main__ as command
 from kiln.custom_ops.bench import harness, tune
@@ -165,7 +165,7 @@ def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
 @pytest.mark.parametrize("family", tune.families(H200), ids=lambda f: f.name)
 def test_family(family):
     """The first candidate is what the tables hold; applying one is seen by the launch and leaves no trace."""
-    tables = [gemv.GEMV_CONFIGS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_decode.SLIDING_TILES,
+    tables = [gemv.GEMV_CONFIGS, flash.DECODE_TILES, flash.PREFILL_TILES, sliding_cut.SLIDING_TILES,
               attention.DECODE_TILES, prefill.PIECE_TILES]  # fmt: skip
     before = [dict(table) for table in tables]
     assert len(set(family.candidates)) == len(family.candidates) > 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kiln.custom_ops import ops  # noqa: F401
-from kiln.custom_ops.attention import flash, prepare, sliding_decode
+from kiln.custom_ops.attention import flash, prepare, sliding_cut
 from kiln.custom_ops.bench.cases import packed
 from kiln.custom_ops.geometry import EXACT_WINDOW, GEMMA4_12B, GEMMA4_31B, MEASURED, Heads
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
@@ -414,7 +414,7 @@ def test_add_norm(terms, scaled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@configured(sliding_decode.SLIDING_TILES)
+@configured(sliding_cut.SLIDING_TILES)
 def test_sliding_decode(target, dtype, model):
     """From projections in parts, before, at and past the wrap of the ring, NaN in every slot that no query may see."""
     heads, kv_heads, dim = model.sliding.queries, model.sliding.kv, model.sliding.dim

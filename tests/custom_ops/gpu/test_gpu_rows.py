@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kiln.custom_ops import ops  # noqa: F401
-from kiln.custom_ops.attention import sliding_rows
+from kiln.custom_ops.attention import sliding_cut
 from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.bench.attention_cases import projections
 from kiln.custom_ops.bench.cases import packed
@@ -140,7 +140,7 @@ def test_sliding_rows(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sliding_together(dtype, monkeypatch):
     """Tokens of a row read its window together: each has the bits of a step of it alone, and the values of `sliding_decode`."""
-    monkeypatch.setattr(sliding_rows, "TOGETHER", True)
+    monkeypatch.setattr(sliding_cut, "TOGETHER", True)
     heads, window = GEMMA4_31B.sliding, GEMMA4_31B.window
     g = torch.Generator("cuda").manual_seed(1)
     for first in (0, 15, 62, 1022, 1024, 4095, 131000):
@@ -148,8 +148,8 @@ def test_sliding_together(dtype, monkeypatch):
             rings = [(torch.randn(2, window + SPARE, heads.kv, heads.dim, generator=g, device="cuda") * 0.3).to(dtype) for _ in range(2)]
 
             def alone(x, caches, p):
-                copies, rows = [t.clone() for t in caches], [t[None] for t in caches]
-                made = kiln.sliding_decode_rows(*(y[:, None] for y in x[:3]), *x[3:], *rows, p, torch.zeros_like(p), window, 1e-6, 2)
+                copies = [t.clone() for t in caches]
+                made = kiln.sliding_decode(*x, *caches, p, window, 1e-6, 2, several=True)
                 expected = kiln.sliding_decode(*x, *copies, p, window, 1e-6, 2)
                 bound = 1e-4 if dtype == torch.float32 else 1e-2
                 torch.testing.assert_close(fixed_point.dequantize(made), fixed_point.dequantize(expected), rtol=bound, atol=bound)

@@ -72,7 +72,7 @@ def test_what_is_borrowed_is_named():
     assert set(taken) <= {86, 90} and set(taken[86]) == {
         "attention.flash.DECODE_TILES [256]", "attention.flash.DECODE_TILES [512]",
         "attention.flash.PREFILL_TILES [256]", "attention.flash.PREFILL_TILES [512]",
-        "attention.sliding_decode.SLIDING_TILES [256]", "attention.sliding_decode.SLIDING_TILES [512]", "tq4.attention.DECODE_TILES [512]",
+        "attention.sliding_cut.SLIDING_TILES [256]", "attention.sliding_cut.SLIDING_TILES [512]", "tq4.attention.DECODE_TILES [512]",
         "weights.matmul.TILES",
     }  # fmt: skip
     assert borrowed(TARGETS["sm_90"]) == {}
