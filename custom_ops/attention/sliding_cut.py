@@ -27,7 +27,7 @@ def tile_of(dtype: torch.dtype, target: GpuTarget, dim: int) -> Tile:
 
 
 def constants(tile: Tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
-               terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
+              terms: int, v_norm: bool = True, scale: float = 1.0, shared: bool = False) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_decode` and of `kiln_flash_merge`."""
     split, merge = decode_constants(tile, target, heads, kv_heads, dim, slots, window, False, own=True, terms=terms)
     del split["HAS_LEN"], split["ROW"]

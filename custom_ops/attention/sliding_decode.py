@@ -223,7 +223,7 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
 def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                  v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0,
                  several: bool = False) -> torch.Tensor:
-    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already."""
+    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already. several as there."""
     check_projections("sliding_read", q, q, q, q_weight, q_weight, cos)
     dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
     if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim) or q.shape[1] % (kv_heads * dim):

@@ -3,12 +3,13 @@
     python -m tests.measure.bench_chain
 
 sm_90, with NVRTC. Each line is a form of the kernel: M tokens, warps of a thread block, units in a warp's ring. Three small kernels stand
-in for each attention. With clocks: where a warp's time goes.
+in for each attention. With clocks: where a warp's time goes. Exit code 1 where a result is wrong.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -90,7 +91,7 @@ class Config(ctypes.Structure):
 class Kernel:
     """Launched early: it waits inside for the kernel before it."""
 
-    EARLY, SHARED, REGISTERS, LOCAL = 6, 8, 4, 3  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; CU_FUNC_ATTRIBUTE_*
+    EARLY, SHARED, REGISTERS = 6, 8, 4  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; CU_FUNC_ATTRIBUTE_*
 
     def __init__(self, image: bytes, name: str, shared: int = 0) -> None:
         module, self.function, self.shared = ctypes.c_void_p(), ctypes.c_void_p(), shared
@@ -117,13 +118,13 @@ class Form:
     """The kernel for matrices of these bits, M tokens, and what it works in."""
 
     def __init__(self, bits: tuple[int, ...], m: int, warps: int, stages: int, clocks: bool = False) -> None:
-        self.bits, self.m, self.warps, self.blocks = bits, m, warps, torch.cuda.get_device_properties(0).multi_processor_count
+        self.m, self.warps, self.blocks = m, warps, torch.cuda.get_device_properties(0).multi_processor_count
         chain = ",".join(f"{{{n},{k},{s},{b},{i}}}" for (n, k, s, i), b in zip(MATMULS, bits, strict=True))
         defines = {"M": m, "BLOCKS": self.blocks, "WARPS": warps, "STAGES": stages, "EARLY": 1, "WIDTH": D, "EPS": f"{EPS}f"}
-        defines |= {"CHAIN": chain} | ({"CLOCKS": 1} if clocks else {})
         blocks = max(k // 256 // s for _, k, s, _ in MATMULS)
         ring = stages * (52 + 1 if 6 in bits else 36) * 128  # halves of Q6_K lie apart
         shared = warps * (ring + 256 * m + 4) + m * blocks * 576 + -(-m * blocks * 4 // 16) * 16
+        defines |= {"CHAIN": chain, "SHARED": shared} | ({"CLOCKS": 1} if clocks else {})
         self.kernel = Kernel(compiled(SOURCE.read_text(), defines), "kiln_chain", shared)
         parts = [s * self.parts(n, k, s) * m * n for n, k, s, _ in MATMULS]
         rows = max(k // 256 for _, k, _, _ in MATMULS) * 145
@@ -139,10 +140,10 @@ class Form:
         return (blocks - 1) // (n // 32 * blocks // (self.blocks // slices)) + 2
 
     def launch(self, x: torch.Tensor, stream: torch.Tensor, norms: list[torch.Tensor | None], weights: list) -> None:
-        at, planes = self.memory, [plane for pair in weights for plane in pair] + [None, None]
+        at, planes = self.memory, [plane for pair in weights for plane in pair]
         own = [at[name] for name in ("parts", "rows", "flags", "out", "clocks")]
         self.kernel.launch(self.blocks, 32 * self.warps,
-                           [x, stream, at["between"], at["stream_out"], *norms, *planes, *own, None, None])  # fmt: skip
+                           [x, stream, at["between"], at["stream_out"], *norms, *planes, *own])  # fmt: skip
 
     def result(self) -> torch.Tensor:
         return self.memory["out"].view(-1, self.m, MATMULS[-1][0]).sum(0)
@@ -183,12 +184,13 @@ def expected(bits: tuple[int, ...], x: torch.Tensor, stream: torch.Tensor, norms
     return y, stream
 
 
-def verify(bits: tuple[int, ...], forms: list[tuple[int, int, int]]) -> None:
-    """Each form against float64, repeated, and its first token against that of the first form of as many warps."""
+def verify(bits: tuple[int, ...], forms: list[tuple[int, int, int]]) -> bool:
+    """Whether all are right: each form against float64, repeated, and its first token against that of the first form of as many warps."""
     torch.manual_seed(7)
     weights = [planes_of(n, k, b) for (n, k, _, _), b in zip(MATMULS, bits, strict=True)]
     xs, streams, norms = torch.randn(8, MATMULS[0][1], device="cuda"), torch.randn(8, D, device="cuda"), norms_of(3)
     alone: dict[int, torch.Tensor] = {}
+    all_right = True
     for m, warps, stages in forms:
         form, x, stream = Form(bits, m, warps, stages), fixed_point.quantize(xs, 2)[:m].contiguous(), streams[:m].contiguous()
         found = []
@@ -202,8 +204,10 @@ def verify(bits: tuple[int, ...], forms: list[tuple[int, int, int]]) -> None:
         same = torch.equal(alone.setdefault(warps, found[0][0]), found[0][0])
         repeats = all(torch.equal(a, b) for a, b in pairwise(found))
         right = max(errors) < 1e-4 and same and repeats
+        all_right &= right
         print(f"check {bits}, {m} tokens, {warps} warps: {'right' if right else 'WRONG'}: error {errors[0]:.1e}, stream {errors[1]:.1e}, "
               f"repeats {repeats}, first token as alone {same}", flush=True)  # fmt: skip
+    return all_right
 
 
 def measure(big: torch.Tensor, bits: tuple[int, ...], m: int, warps: int, stages: int, attention: bool = True,
@@ -254,7 +258,7 @@ def measure(big: torch.Tensor, bits: tuple[int, ...], m: int, warps: int, stages
         print("  us of a warp and layer: " + ", ".join(f"{name} {lap:.1f}" for name, lap in zip(names, laps, strict=True)), flush=True)
 
 
-def main() -> None:
+def main() -> int:
     big = torch.empty(1 << 32, dtype=torch.int32, device="cuda").random_(-(2**31), 2**31 - 1)
     for attention in (False, True):
         measure(big, FOUR, 1, 12, 3, attention)
@@ -263,9 +267,9 @@ def main() -> None:
         measure(big, FOUR, m, warps, stages)
     measure(big, SIX, 1, 12, 2)
     del big
-    verify(FOUR, [(1, 12, 3), (2, 12, 2), (4, 12, 2), (1, 8, 3), (8, 8, 3)])
-    verify(SIX, [(1, 12, 2), (4, 12, 2)])
+    right = [verify(FOUR, [(1, 12, 3), (2, 12, 2), (4, 12, 2), (1, 8, 3), (8, 8, 3)]), verify(SIX, [(1, 12, 2), (4, 12, 2)])]
+    return int(not all(right))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

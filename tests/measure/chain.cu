@@ -4,7 +4,8 @@
 // Weights depend on nothing, so each warp keeps a ring of them in shared memory full across the boundaries of matmuls, and before it waits
 // for the kernel before it. Between two matmuls all blocks meet: parts of results lie in global memory, and whoever needs a row adds them up.
 //
-// CHAIN is a list of `Matmul`s; M tokens, BLOCKS thread blocks, WARPS warps a block, each with a ring of STAGES units.
+// CHAIN is a list of `Matmul`s; M tokens, BLOCKS thread blocks, WARPS warps a block, each with a ring of STAGES units; SHARED
+// bytes of shared memory. CLOCKS: where the time of warps goes is added to `clocks`.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -30,7 +31,6 @@ BOTH int per_slice(Matmul m) { return BLOCKS / m.slices; }  // thread blocks
 BOTH int units_of(Matmul m) { return row_blocks(m) * blocks_of(m); }
 BOTH int words_of(int bits) { return bits == 4 ? 35 : 52; }
 BOTH int halves_of(int bits) { return bits == 4 ? 2 : 1; }
-BOTH int unit_bytes(int bits) { return words_of(bits) * 128 + halves_of(bits) * 64; }
 BOTH int parts_of(Matmul m) { return (blocks_of(m) - 1) / (units_of(m) / per_slice(m)) + 2; }  // of a row and slice, at most
 BOTH int most(int a, int b) { return a > b ? a : b; }
 BOTH int most_slice() { int found = 0; for (Matmul m : MATMULS) found = most(found, blocks_of(m)); return found; }
@@ -42,7 +42,7 @@ constexpr int SLOT = (has(6) ? 52 : 36) * 128, TILES = (M + 3) / 4;  // halves o
 constexpr int RINGS = WARPS * STAGES * SLOT;
 constexpr int X_BYTES = M * SLICE * XW * 4, SCALE_BYTES = (M * SLICE * 4 + 15) / 16 * 16, EDGE_BYTES = WARPS * 2 * M * ROWS * 4;
 constexpr int APART_AT = RINGS, X_AT = RINGS + (has(6) ? WARPS * STAGES * 128 : 0), SCALES_AT = X_AT + X_BYTES, EDGES_AT = SCALES_AT + SCALE_BYTES, ROOM_AT = EDGES_AT + EDGE_BYTES;
-extern "C" __constant__ constexpr int kiln_chain_shared = ROOM_AT + WARPS * 4;
+static_assert(SHARED == ROOM_AT + WARPS * 4, "bytes that the launch gives");
 
 struct Table { const u32* words; const u16* halves; };
 
@@ -422,7 +422,6 @@ template <int COUNT_, typename From, typename To> __device__ __forceinline__ voi
   }
 }
 
-
 // The weights of a warp on their way: its units, one matmul after another.
 struct Ring {
   const Table* tables;
@@ -566,12 +565,8 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
     u32 x[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) scale[t] = job.scales[scale_at[t] + k], x[t] = x_at[t] + k * (XW * 4);
-#ifdef NO_ARITHMETIC
-    acc[0][0] += scale[0] + __uint_as_float(x[0]) + __uint_as_float(lds4(at + lane * 16).x);
-#else
     if constexpr (m.bits == 4) multiply4(acc, at, quad, octet, scale, x);
     else multiply6(acc, at, ring.apart_of(at), quad, octet, scale, x);
-#endif
     __syncwarp();
     LAP(3)
     ring.fetch();
@@ -619,8 +614,8 @@ template <int I> __device__ __forceinline__ void matmul(const Job& job, const Ar
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kiln_chain(const u32* given, const float* stream, float* between, float* stream_out, const float* post0, const float* scale0, const float* weight0, const float* post1, const float* scale1, const float* weight1,
-    const u32* words0, const u16* halves0, const u32* words1, const u16* halves1, const u32* words2, const u16* halves2, const u32* words3, const u16* halves3, const u32* words4, const u16* halves4,
-    float* parts, u32* rows, u32* flags, float* out, float* out_more, void* scratch, void* profile) {
+    const u32* words0, const u16* halves0, const u32* words1, const u16* halves1, const u32* words2, const u16* halves2, const u32* words3, const u16* halves3,
+    float* parts, u32* rows, u32* flags, float* out, u64* clocks) {
   extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 base = shared_address(memory), ring_at = base + warp * (STAGES * SLOT);
@@ -628,7 +623,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kiln_chain(const u32* g
 #if EARLY
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const Table tables[5] = {{words0, halves0}, {words1, halves1}, {words2, halves2}, {words3, halves3}, {words4, halves4}};
+  const Table tables[4] = {{words0, halves0}, {words1, halves1}, {words2, halves2}, {words3, halves3}};
   const Job job{rows, reinterpret_cast<u32*>(memory + X_AT), reinterpret_cast<float*>(memory + SCALES_AT), reinterpret_cast<float*>(memory + EDGES_AT)};
   Ring ring{tables, {}, 0, ring_at, base + APART_AT + warp * (STAGES * 128), blockIdx.x * WARPS + warp, lane, -1, 0, 0, 0, 0, 0, 0, 0, 0, false, 0};
   ring.settle();
@@ -645,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kiln_chain(const u32* g
   matmul<0>(job, a, ring, room, warp, clock);
 #ifdef CLOCKS
   LAP(7)
-  if (lane == 0) for (int i = 0; i < 8; ++i) atomicAdd(reinterpret_cast<u64*>(out_more) + i, static_cast<u64>(clock.laps[i]));
+  if (lane == 0) for (int i = 0; i < 8; ++i) atomicAdd(clocks + i, static_cast<u64>(clock.laps[i]));
 #endif
   if (threadIdx.x == 0) {  // the last block to come here leaves the flags as they were
     u32 before;
