@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _undo: list[Callable[[], None]] = []
@@ -45,16 +45,22 @@ def held() -> Iterator[None]:
             _end(_pending)
 
 
-@contextlib.contextmanager
-def ending_cleanly() -> Iterator[None]:
-    """Within the block the signals end the process as said above. A signal that is ignored (nohup) stays ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def end_cleanly() -> dict[signal.Signals, Any]:
+    """From now on the signals end the process as said above. A signal that is ignored (nohup) stays ignored. Returns the old handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    return before
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Within the block the signals end the process as said above; of a thread that is not the main one, nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = end_cleanly()
     try:
         yield
     finally:
@@ -86,7 +92,7 @@ def _end(number: int) -> None:
 
 def _children() -> list[int]:
     found: list[int] = []
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # a thread that ended, or a kernel that does not tell
-            found += map(int, (thread / "children").read_text().split())
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children") as children:  # gone, or not told
+            found += map(int, children.read().split())
     return found

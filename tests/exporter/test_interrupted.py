@@ -37,6 +37,26 @@ def test_nothing_stays(tmp_path, phase, number):
         assert "Traceback" not in outcome.output and "Warning" not in outcome.output, told
 
 
+@pytest.mark.parametrize("start", ["exporter", "kiln.exporter"])
+def test_signals_come_first(start):
+    """The handlers stand before anything is loaded that takes time."""
+    code = f"""
+import runpy, signal, sys
+def told(number, handler, set_signal=signal.signal):
+    set_signal(number, handler)
+    seen.update(sys.modules)
+    if number == signal.SIGHUP:
+        print(*sorted(seen))
+        sys.exit()
+seen, signal.signal = set(), told
+runpy.run_module({start!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "kiln.exporter.interrupt" in loaded
+    assert not {"click", "numpy", "torch", "kiln.exporter.cli"} & loaded
+
+
 # Puts a new artifact into the place of the old one again and again; each has its number in both of its files.
 REPLACING = """
 import itertools, json, sys

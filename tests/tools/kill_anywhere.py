@@ -117,6 +117,8 @@ def interrupt(command: list, folder: Path, phases: dict[str, str | None], phase:
     watched = start(command, temporary, phases)
     reached = watched.wait_for(phase, 600)
     if reached:
+        while watched.process.poll() is None and not catches(watched.process.pid, signal.SIGTERM):  # before its first statement
+            time.sleep(0.001)
         time.sleep(delay)
     finished = watched.process.poll() is not None or not reached
     if not finished:
@@ -135,6 +137,13 @@ def interrupt(command: list, folder: Path, phases: dict[str, str | None], phase:
         whole = False
     left = (*temporary.iterdir(), *(p for p in folder.iterdir() if p.name not in ("tmp", "artifact")))
     return Outcome(code, finished, tuple(sorted(str(p.relative_to(folder)) for p in left)), len(processes), whole, watched.output)
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether the process has a handler of its own for the signal. One that has ended has none."""
+    with open(f"/proc/{process}/status") as status:
+        caught = next((line for line in status if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def begin_another(out: Path, temporary: Path) -> None:
