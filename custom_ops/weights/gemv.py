@@ -84,7 +84,8 @@ class SumsConfig:
     warps: int = 4  # of a program of so many rows
     warps_per_sm: int = 12  # at most, as `GemvConfig`
     narrow: int = 32  # rows of a program, but for a GLU of several tokens: the fewer, the more evenly they end
-    ahead: int = 8  # groups of 32 whose quants are under way, of four tokens at most
+    ahead_one: int = 16  # groups of 32 whose quants are under way, of one token
+    ahead: int = 8  # of four tokens at most
     ahead_apart: int = 6  # the same where K is split into more than FEW_SPLITS
     ahead_many: int = 4  # of more than four tokens, whose sums take more registers
 
@@ -139,7 +140,8 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     together = tokens if tokens <= MOST_TOGETHER else 1
     if not (gated and together > 1) and triton.cdiv(n, config.narrow) <= COUNTERS:
         rows = min(rows, config.narrow)
-    ahead = config.ahead_many if together > 4 else config.ahead if splits <= FEW_SPLITS else config.ahead_apart
+    ahead = config.ahead if splits <= FEW_SPLITS else config.ahead_apart
+    ahead = config.ahead_one if together == 1 else config.ahead_many if together > 4 else ahead
     return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target), "REGISTERS": config.registers,
             "M": together}, splits, rows * shares // 32
 

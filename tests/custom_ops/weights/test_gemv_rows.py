@@ -12,6 +12,7 @@ from kiln.custom_ops.gpu.cubin import disassembled, instructions
 from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig, RowsConfig, SumsConfig, launch, launch_rows
+from kiln.custom_ops.weights.gemv_sums import unroll_of
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from tests.custom_ops.gpu.test_kernel_resources import compile_case
 from tests.custom_ops.interpret import at_night, interpreted
@@ -116,16 +117,18 @@ def test_float_operations_are_those_of_one_token(block_type: str) -> None:
 
 @pytest.mark.parametrize("block_type", ["Q4_K", "Q6_K"])
 def test_float_operations_of_integer_sums(block_type: str) -> None:
-    """As above; here one token takes as many as four, and eight take twice as many."""
+    """As above; a thread ends with four rows and a token of four, with one row of one token, and with twice as many of eight tokens."""
     shape = {"Q4_K": "16384x5376 2 bytes, split", "Q6_K": "5376x8192 2 bytes, sum"}[block_type]
     cases = {case.name: case for case in gemv.kernel_cases(H200)}
     counts = []
     for together in ("", ", 4 tokens", ", 8 tokens"):
-        code = instructions(disassembled(compile_case(cases[f"gemv {block_type} {shape}{together}"], H200).asm["cubin"]))
+        case = cases[f"gemv {block_type} {shape}{together}"]
+        code = instructions(disassembled(compile_case(case, H200).asm["cubin"]))
         bodies = [code[i.target : at + 1] for at, i in enumerate(code) if i.base == "BRA" and i.target is not None and 0 <= i.target < at]
         body = min((b for b in bodies if any(i.base == "IMMA" for i in b)), key=len)
-        counts.append([sum(i.base == base for i in body) for base in ("FFMA", "I2FP", "FADD")])
-    assert counts[0] == counts[1] and counts[2] == [2 * count for count in counts[0]] and counts[0][0] and not counts[0][2]
+        results = unroll_of(case.constexprs["AHEAD"]) * (1 if not together else 8 if together == ", 8 tokens" else 4)
+        counts.append([sum(i.base == base for i in body) / results for base in ("FFMA", "I2FP", "FADD")])
+    assert counts[0] == counts[1] == counts[2] and counts[0][0] and not counts[0][2]
 
 
 # ---- under the interpreter ----
@@ -159,10 +162,11 @@ def interpreted_types(block_type: str, tiles: bool, by_32: bool, monkeypatch) ->
         x = rows_of(3, k)
         x = fixed_point.quantize(x, terms, 32) if by_32 else gemv.fix(x, terms)
         with spread(monkeypatch, tiles, 1, warps=2):
-            together = kiln.fixed_partials(x, words[:, :, cut], halves[:, :, cut], block_type)
+            together, two = (kiln.fixed_partials(x[:m], words[:, :, cut], halves[:, :, cut], block_type) for m in (3, 2))
             for i in range(3):
                 alone = kiln.fixed_partials(x[i : i + 1], words[:, :, cut], halves[:, :, cut], block_type)
                 assert torch.equal(together[:, i], alone), i
+                assert i == 2 or torch.equal(two[:, i], alone), i
 
 
 EIGHT = at_night((8, True, 3), (8, False, 2))

@@ -1,0 +1,590 @@
+"""Kernels' PTX on a CPU: what Triton makes of a kernel, its inline assembly with it, played a thread block at a time.
+
+The interpreter plays a kernel's Python and another branch where that has assembly; here it is the code that the assembler gets. Every
+access is checked: an address outside the launch's tensors, or one that is not aligned, is an error. Float functions that a GPU
+approximates are rounded correctly, so results agree with a GPU's but for their last bits. An instruction that is not known is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kiln.custom_ops.gpu.target import GpuTarget
+
+BASE, GAP = 1 << 36, 256  # where memory begins, and what lies between two tensors
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int16: "*i16",
+            torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64"}  # fmt: skip
+TYPES = {"b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "b32": "u4", "u32": "u4", "s32": "i4",
+         "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8"}  # fmt: skip
+COMPARISONS: dict[str, Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+                               "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
+                               "hs": np.greater_equal}  # fmt: skip
+ROUNDINGS: dict[str, Any] = {"rzi": np.trunc, "rmi": np.floor, "rni": np.rint, "rpi": np.ceil}
+ENDS = ("bra", "ret", "exit", "bar", "barrier")  # of a run of instructions
+Values = np.ndarray
+
+
+@dataclass(frozen=True)
+class Instruction:
+    text: str
+    guard: str
+    negated: bool
+    parts: tuple[str, ...]  # of the opcode
+    operands: tuple[Any, ...]  # texts, tuples of texts where they stand in braces
+
+    @property
+    def base(self) -> str:
+        return self.parts[0]
+
+
+def _operands(text: str) -> tuple[Any, ...]:
+    found = []
+    for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
+        found.append(tuple(re.findall(r"[^,\s{}]+", part)) if part[0] == "{" else part)
+    return tuple(found)
+
+
+@dataclass
+class Program:
+    """A kernel's instructions, its labels, and the sizes of its registers in bytes, a predicate's 0."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        text = re.sub(r"//[^\n]*", "", text)
+        entry = re.search(r"\.entry\s+\w+\(([^)]*)\)[^{]*\{(.*)", text, re.S)
+        assert entry is not None
+        program = cls(parameters=re.findall(r"(\w+)\s*(?:,|$)", entry[1].strip()))
+        scopes: list[dict[str, str]] = [{}]
+        body = re.sub(r"^\s*\.(loc|pragma|section|file)[^\n]*$", "", entry[2], flags=re.M)
+        for piece in re.sub(r"(\$?\w+):\s*\n", r"\1:;", body).split(";"):
+            piece = piece.strip()
+            while piece[:1] in ("{", "}"):
+                scopes = [*scopes, {}] if piece[0] == "{" else scopes[:-1]
+                piece = piece[1:].strip()
+                if not scopes:
+                    return program
+            if not piece:
+                continue
+            if piece.endswith(":"):
+                program.labels[piece[:-1]] = len(program.instructions)
+            elif piece.startswith(".reg"):
+                program._declare(piece, scopes)
+            elif not piece.startswith("."):
+                program._add(piece, scopes)
+        return program
+
+    def _declare(self, piece: str, scopes: list[dict[str, str]]) -> None:
+        _, kind, names = piece.split(None, 2)
+        for name in map(str.strip, names.split(",")):
+            size = 0 if kind == ".pred" else int(kind[2:]) // 8
+            if counted := re.fullmatch(r"(%\w+)<(\d+)>", name):
+                self.sizes |= {f"{counted[1]}{i}": size for i in range(int(counted[2]))}
+            else:
+                scopes[-1][name] = f"{name}#{len(self.sizes)}"
+                self.sizes[scopes[-1][name]] = size
+
+    def _add(self, piece: str, scopes: list[dict[str, str]]) -> None:
+        for scope in scopes:
+            for name, unique in scope.items():
+                piece = re.sub(rf"(?<![\w%$.]){re.escape(name)}(?![\w.])", unique, piece)
+        guard = re.match(r"@(!?)([%\w#]+)\s+", piece)
+        rest = piece[guard.end() :] if guard else piece
+        opcode, _, operands = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
+        self.instructions.append(Instruction(piece, guard[2] if guard else "", bool(guard and guard[1]), tuple(opcode.strip().split(".")),
+                                             _operands(operands)))  # fmt: skip
+
+
+class Memory:
+    """The tensors of a launch, one after another, and what lies around them."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.tensors = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.numel()}
+        self.starts, at = {}, GAP
+        for pointer, storage in self.tensors.items():
+            self.starts[pointer] = at
+            at += -(-(storage.nbytes() + GAP) // GAP) * GAP
+        self.bytes, self.valid = np.zeros(at, np.uint8), np.zeros(at, bool)
+        for pointer, storage in self.tensors.items():
+            start = self.starts[pointer]
+            self.bytes[start : start + storage.nbytes()] = self._of(storage)
+            self.valid[start : start + storage.nbytes()] = True
+
+    @staticmethod
+    def _of(storage: torch.UntypedStorage) -> Values:
+        return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)).numpy()  # type: ignore[call-overload]
+
+    def address(self, t: torch.Tensor) -> int:
+        storage = t.untyped_storage().data_ptr()
+        return BASE + self.starts[storage] + t.data_ptr() - storage if t.numel() else BASE
+
+    def take_back(self) -> None:
+        for pointer, storage in self.tensors.items():
+            start = self.starts[pointer]
+            self._of(storage)[:] = self.bytes[start : start + storage.nbytes()]
+
+
+class Block:
+    """One thread block, played to its end."""
+
+    def __init__(self, program: Program, threads: int, shared: int, memory: Memory, arguments: dict[str, int | float]):
+        self.program, self.threads, self.memory, self.arguments = program, threads, memory, arguments
+        self.shared = np.zeros(shared + 1024, np.uint8)
+        self.lane = np.arange(threads)
+        self.zero = {size: np.zeros(threads, f"u{size}" if size else bool) for size in (0, 1, 2, 4, 8)}
+
+    def run(self, at: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        self.registers: dict[str, Values] = {}
+        self.special = {f"%ctaid.{n}": v for n, v in zip("xyz", at, strict=True)}
+        self.special |= {f"%nctaid.{n}": v for n, v in zip("xyz", grid, strict=True)}
+        self.special |= {"%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0, "global_smem": 0}
+        pc, alive, waiting = np.zeros(self.threads, np.int64), np.ones(self.threads, bool), np.zeros(self.threads, bool)
+        joins, instructions = set(self.program.labels.values()), self.program.instructions
+        while alive.any():
+            ready = alive & ~waiting
+            if not ready.any():  # all have come to the barrier
+                waiting[:] = False
+                continue
+            here = int(pc[ready].min())
+            mask = ready & (pc == here)
+            while True:
+                instruction = instructions[here]
+                taken = mask
+                if instruction.guard:
+                    taken = mask & (self.registers[instruction.guard] != instruction.negated)
+                here += 1
+                if instruction.base in ENDS and not (instruction.base == "bar" and instruction.parts[1] == "warp"):
+                    pc[mask] = here
+                    if instruction.base == "bra":
+                        pc[taken] = self.program.labels[instruction.operands[0]]
+                    elif instruction.base in ("ret", "exit"):
+                        alive &= ~taken
+                    else:
+                        waiting |= taken
+                    break
+                if taken.any():
+                    try:
+                        self._play(instruction, None if taken.all() else taken)
+                    except Exception as error:
+                        error.add_note(f"in `{instruction.text}`")
+                        raise
+                if here in joins:
+                    pc[mask] = here
+                    break
+
+    # ---- operands ----
+
+    def _read(self, operand: str, dtype: str) -> Values:
+        """The operand of every thread, as dtype."""
+        if operand in self.registers or operand in self.program.sizes:
+            value = self.registers.get(operand, self.zero[self.program.sizes[operand]])
+            if dtype == "?":
+                return value
+            if value.dtype.itemsize == np.dtype(dtype).itemsize:
+                return value.view(dtype)
+            return value.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)  # cut, or with zeros before it
+        if operand == "%tid.x":
+            return self.lane.astype(dtype)
+        if operand == "%laneid":
+            return (self.lane % 32).astype(dtype)
+        if operand == "%lanemask_lt":
+            return ((1 << self.lane % 32) - 1).astype(dtype)
+        if operand in self.special:
+            return np.full(self.threads, self.special[operand]).astype(dtype)
+        if operand.startswith("0f"):
+            bits = np.full(self.threads, int(operand[2:], 16), np.uint32)
+            return bits if dtype == "?" else bits.view(dtype) if np.dtype(dtype).itemsize == 4 else bits.astype(dtype)
+        return np.full(self.threads, int(operand.rstrip("U"), 0)).astype(dtype)
+
+    def _write(self, register: str, value: Values, mask: Values | None) -> None:
+        if register == "_":
+            return
+        size = self.program.sizes[register]
+        if size and value.dtype.itemsize != size:  # what is narrower is extended by its own sign
+            value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{size}")
+        value = value.view(f"u{size}") if size else value.astype(bool)
+        if mask is not None:
+            value = np.where(mask, value, self.registers.get(register, self.zero[size]))
+        self.registers[register] = value
+
+    def _addresses(self, operand: str) -> Values:
+        name, _, offset = operand[1:-1].replace(" ", "").partition("+")
+        return self._read(name, "i8") + (int(offset) if offset else 0)
+
+    def _space(self, parts: tuple[str, ...], addresses: Values, size: int, mask: Values | None) -> tuple[Values, Values]:
+        """Memory and, of the threads of the mask, where their accesses of so many bytes begin in it."""
+        at = addresses if mask is None else addresses[mask]
+        if "shared" in parts or any(p.startswith("shared::") for p in parts):
+            if ((at < 0) | (at + size > self.shared.size) | (at % size != 0)).any():
+                raise IndexError(f"shared memory of {self.shared.size} bytes: {size} at {at.tolist()}")
+            return self.shared, at
+        at = at - BASE
+        inside = (at >= 0) & (at + size <= self.memory.valid.size)
+        if not inside.all() or not self.memory.valid[at[:, None] + np.arange(size)].all() or (at % size != 0).any():
+            raise IndexError(f"global memory: {size} bytes at {[hex(a) for a in at.tolist()]}, outside every tensor or not aligned")
+        return self.memory.bytes, at
+
+    # ---- instructions ----
+
+    def _play(self, i: Instruction, mask: Values | None) -> None:
+        handler: Callable[[Instruction, Values | None], None] | None = getattr(self, f"_op_{i.base}", None)
+        if handler is not None:
+            handler(i, mask)
+            return
+        dtype = TYPES.get(i.parts[-1], "?")
+        if i.base not in ARITHMETIC:
+            raise NotImplementedError(i.text)
+        with np.errstate(all="ignore"):
+            values = [self._read(operand, dtype) for operand in i.operands[1:]]
+            result = ARITHMETIC[i.base](i, *values)
+        self._write(i.operands[0], np.asarray(result, dtype=result.dtype if dtype == "?" else dtype), mask)
+
+    def _op_ld(self, i: Instruction, mask: Values | None) -> None:
+        if "param" in i.parts:
+            value, dtype = self.arguments[i.operands[1][1:-1]], TYPES[i.parts[-1]]
+            kind = "f4" if isinstance(value, float) else dtype
+            self._write(i.operands[0], np.full(self.threads, value).astype(kind).view(dtype), mask)
+            return
+        dtype = TYPES[i.parts[-1]]
+        registers = i.operands[0] if isinstance(i.operands[0], tuple) else (i.operands[0],)
+        size = np.dtype(dtype).itemsize
+        memory, at = self._space(i.parts, self._addresses(i.operands[1]), size * len(registers), mask)
+        for n, register in enumerate(registers):
+            found = memory[(at + n * size)[:, None] + np.arange(size)].reshape(-1).view(dtype)
+            if mask is not None:
+                whole = np.zeros(self.threads, dtype)
+                whole[mask] = found
+                found = whole
+            self._write(register, found, mask)
+
+    def _op_st(self, i: Instruction, mask: Values | None) -> None:
+        dtype = TYPES[i.parts[-1]]
+        registers = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
+        size = np.dtype(dtype).itemsize
+        memory, at = self._space(i.parts, self._addresses(i.operands[0]), size * len(registers), mask)
+        for n, register in enumerate(registers):
+            value = self._read(register, f"u{size}")
+            value = value if mask is None else value[mask]
+            memory[(at + n * size)[:, None] + np.arange(size)] = np.ascontiguousarray(value).view(np.uint8).reshape(-1, size)
+
+    def _op_atom(self, i: Instruction, mask: Values | None) -> None:
+        if "add" not in i.parts or i.parts[-1] not in ("u32", "s32"):
+            raise NotImplementedError(i.text)
+        memory, at = self._space(i.parts, self._addresses(i.operands[1]), 4, mask)
+        value, found = self._read(i.operands[2], "u4"), np.zeros(self.threads, np.uint32)
+        for thread, where in zip(np.flatnonzero(np.ones(self.threads, bool) if mask is None else mask), at, strict=True):
+            cell = memory[where : where + 4].view(np.uint32)
+            found[thread] = cell[0]
+            cell[0] += value[thread]
+        self._write(i.operands[0], found, mask)
+
+    def _op_mov(self, i: Instruction, mask: Values | None) -> None:
+        to, given = i.operands
+        if isinstance(given, tuple):  # several in one
+            whole = np.ascontiguousarray(np.stack([self._read(g, "?") for g in given], 1))
+            self._write(to, whole.reshape(-1).view(f"u{whole.itemsize * len(given)}"), mask)
+        elif isinstance(to, tuple):
+            value = np.ascontiguousarray(self._read(given, "?"))
+            for n, register in enumerate(to):
+                parts = value.view(f"u{value.itemsize // len(to)}").reshape(self.threads, -1)
+                self._write(register, np.ascontiguousarray(parts[:, n]), mask)
+        else:
+            self._write(to, self._read(given, "?" if i.parts[-1] == "pred" else TYPES[i.parts[-1]]), mask)
+
+    def _op_cvt(self, i: Instruction, mask: Values | None) -> None:
+        kinds = [p for p in i.parts[1:] if p in TYPES or p in ("bf16", "f16x2", "bf16x2")]
+        to, given = kinds
+        if to == "f16x2":
+            high, low = (self._read(o, "f4").astype(np.float16).view("u2").astype("u4") for o in i.operands[1:])
+            self._write(i.operands[0], low | high << 16, mask)
+            return
+        if given == "bf16":
+            value = (self._read(i.operands[1], "u2").astype("u4") << 16).view("f4")
+        else:
+            value = self._read(i.operands[1], TYPES[given])
+        with np.errstate(all="ignore"):
+            if to == "bf16":
+                value = torch.from_numpy(value.astype("f4")).bfloat16().view(torch.int16).numpy().view("u2")
+            else:
+                for rounding in (ROUNDINGS[p] for p in i.parts if p in ROUNDINGS and value.dtype.kind == "f"):
+                    value = rounding(value)
+                if value.dtype.kind == "f" and TYPES[to][0] != "f":
+                    limits = np.iinfo(TYPES[to])
+                    value = np.where(np.isnan(value), 0, np.clip(value.astype("f8"), limits.min, limits.max))
+                value = value.astype(TYPES[to])
+        self._write(i.operands[0], value, mask)
+
+    def _op_setp(self, i: Instruction, mask: Values | None) -> None:
+        dtype, name = TYPES[i.parts[-1]], i.parts[1]
+        a, b = self._read(i.operands[1], dtype), self._read(i.operands[2], dtype)
+        with np.errstate(all="ignore"):
+            if name in COMPARISONS:
+                result = COMPARISONS[name](a, b)
+                if name == "ne" and a.dtype.kind == "f":
+                    result &= ~(np.isnan(a) | np.isnan(b))
+            elif name in ("num", "nan"):
+                result = (np.isnan(a) | np.isnan(b)) == (name == "nan")
+            else:  # unordered: true of NaN, too
+                result = COMPARISONS[name[:-1]](a, b) | np.isnan(a) | np.isnan(b)
+        if i.parts[2] in ("and", "or", "xor"):
+            other = self._read(i.operands[3].lstrip("!"), "?") != i.operands[3].startswith("!")
+            result = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[i.parts[2]](result, other)
+        self._write(i.operands[0], result, mask)
+
+    def _op_selp(self, i: Instruction, mask: Values | None) -> None:
+        dtype = TYPES[i.parts[-1]]
+        first, second = (self._read(o, dtype) for o in i.operands[1:3])
+        self._write(i.operands[0], np.where(self._read(i.operands[3], "?"), first, second), mask)
+
+    def _op_prmt(self, i: Instruction, mask: Values | None) -> None:
+        a, b, selector = (self._read(o, "u4") for o in i.operands[1:])
+        both = a.astype("u8") | b.astype("u8") << np.uint64(32)
+        result = np.zeros(self.threads, np.uint32)
+        for n in range(4):
+            which = selector >> (4 * n) & 15
+            byte = (both >> (8 * (which & 7)).astype("u8") & np.uint64(255)).astype("u4")
+            byte = np.where(which & 8, np.where(byte & 128, 255, 0), byte).astype("u4")
+            result |= byte << np.uint32(8 * n)
+        self._write(i.operands[0], result, mask)
+
+    def _whole_warps(self, mask: Values | None) -> Values:
+        """The warps that take part; all of a warp's threads must."""
+        active = np.ones(self.threads, bool) if mask is None else mask
+        of_warps = active.reshape(-1, 32)
+        if (of_warps.any(1) != of_warps.all(1)).any():
+            raise ValueError("some threads of a warp alone")
+        return of_warps.any(1)
+
+    def _op_shfl(self, i: Instruction, mask: Values | None) -> None:
+        self._whole_warps(mask)
+        value, by, clamp = self._read(i.operands[1], "u4"), self._read(i.operands[2], "i8"), self._read(i.operands[3], "i8")
+        lane, segment = self.lane % 32, clamp >> 8 & 31
+        lowest = lane & segment
+        last = lowest | (clamp & 31 & ~segment)
+        if "bfly" in i.parts:
+            source, legal = lane ^ by, (lane ^ by) <= last
+        elif "idx" in i.parts:
+            source = lowest | (by & ~segment)
+            legal = source <= last
+        elif "up" in i.parts:
+            source, legal = lane - by, lane - by >= last
+        else:
+            source, legal = lane + by, lane + by <= last
+        source = np.where(legal, source, lane)
+        self._write(i.operands[0].split("|")[0], value[self.lane // 32 * 32 + source], mask)
+
+    def _op_redux(self, i: Instruction, mask: Values | None) -> None:
+        self._whole_warps(mask)
+        dtype = TYPES[i.parts[-1]]
+        value = self._read(i.operands[1], dtype).reshape(-1, 32)
+        result = {"max": np.max, "min": np.min, "add": np.sum}[i.parts[2]](value, axis=1).astype(dtype)  # type: ignore[operator]
+        self._write(i.operands[0], np.repeat(result, 32), mask)
+
+    def _op_mma(self, i: Instruction, mask: Values | None) -> None:
+        warps = self._whole_warps(mask)
+        shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
+        kinds = i.parts[-4:]
+        to, a, b, c = i.operands
+        a, b = ((r,) if isinstance(r, str) else r for r in (a, b))
+        if kinds[0] == "s32":
+            k = int(shape.split("k")[1])
+            left = self._bytes(a, kinds[1])  # [warps, 8, 4, registers, 4]
+            right = self._bytes(b, kinds[2])
+            rows = np.stack([left[:, :, :, 0::2], left[:, :, :, 1::2]], 1)  # [warps, 2, 8, 4, halves of K, 4]
+            rows = rows.transpose(0, 1, 2, 4, 3, 5).reshape(-1, 16, k)
+            columns = right.transpose(0, 1, 3, 2, 4).reshape(-1, 8, k)
+            product = np.einsum("wrk,wck->wrc", rows, columns)
+        elif shape == "m16n8k16" and kinds[1] in ("f16", "bf16") and kinds[0] == "f32":
+            left, right = self._halves(a, kinds[1]), self._halves(b, kinds[2])  # [warps, 8, 4, registers, 2]
+            rows = np.stack([left[:, :, :, 0::2], left[:, :, :, 1::2]], 1).transpose(0, 1, 2, 4, 3, 5).reshape(-1, 16, 16)
+            columns = right.transpose(0, 1, 3, 2, 4).reshape(-1, 8, 16)
+            product = np.einsum("wrk,wck->wrc", rows.astype("f8"), columns.astype("f8"))
+        else:
+            raise NotImplementedError(i.text)
+        dtype = "i4" if kinds[0] == "s32" else "f4"
+        product = product.reshape(-1, 2, 8, 4, 2)  # [warps, row / 8, row % 8, column / 2, column % 2]
+        for n, register in enumerate(to):
+            of = product[:, n // 2, :, :, n % 2].reshape(-1)
+            self._write(register, (of + self._read(c[n], dtype)).astype(dtype), np.repeat(warps, 32) if mask is not None else None)
+
+    def _bytes(self, registers: tuple[str, ...], kind: str) -> Values:
+        words = np.stack([self._read(r, "u4") for r in registers], 1)
+        return np.ascontiguousarray(words).view(TYPES[kind]).reshape(-1, 8, 4, len(registers), 4).astype(np.int64)
+
+    def _halves(self, registers: tuple[str, ...], kind: str) -> Values:
+        words = np.ascontiguousarray(np.stack([self._read(r, "u4") for r in registers], 1))
+        values = words.view("f2").astype("f4") if kind == "f16" else (words.view("u2").astype("u4") << 16).view("f4")
+        return values.reshape(-1, 8, 4, len(registers), 2)
+
+    def _op_ldmatrix(self, i: Instruction, mask: Values | None) -> None:
+        warps = self._whole_warps(mask)
+        registers = i.operands[0] if isinstance(i.operands[0], tuple) else (i.operands[0],)
+        given = self._addresses(i.operands[1]).reshape(-1, 32)
+        for n, register in enumerate(registers):
+            memory, at = self._space(("shared",), given[:, 8 * n : 8 * n + 8].reshape(-1), 16, np.repeat(warps, 8))
+            found = np.zeros((warps.size, 8, 8), np.uint16)
+            found[warps] = memory[at[:, None] + np.arange(16)].reshape(-1).view(np.uint16).reshape(-1, 8, 8)
+            if "trans" in i.parts:
+                found = found.transpose(0, 2, 1)
+            self._write(register, np.ascontiguousarray(found).view(np.uint32).reshape(-1), mask)
+
+    def _nothing(self, i: Instruction, mask: Values | None) -> None:
+        """What orders kernels, threads of a warp or accesses: here one follows the other."""
+
+    _op_griddepcontrol = _op_bar = _op_fence = _op_membar = _nothing
+
+
+def _shift(i: Instruction, value: Values, by: Values) -> Values:
+    bits, by = 8 * value.dtype.itemsize, by.astype(np.int64) & 0xFFFFFFFF
+    if i.base == "shl":
+        return np.where(by < bits, value << np.minimum(by, bits - 1).astype(value.dtype), 0)
+    return value >> np.minimum(by, bits - 1).astype(value.dtype) if value.dtype.kind == "i" else np.where(
+        by < bits, value >> np.minimum(by, bits - 1).astype(value.dtype), 0)  # fmt: skip
+
+
+def _divide(i: Instruction, a: Values, b: Values) -> Values:
+    return a / b if a.dtype.kind == "f" else np.trunc(a.astype(np.longdouble) / b).astype(a.dtype)
+
+
+def _fma(i: Instruction, a: Values, b: Values, c: Values) -> Values:
+    return (a.astype("f8") * b.astype("f8") + c.astype("f8")).astype(a.dtype)
+
+
+def _logic(of_integers: Any, of_predicates: Any) -> Any:
+    return lambda i, a, b: (of_predicates if i.parts[-1] == "pred" else of_integers)(a, b)
+
+
+def _extreme(smaller: Any, larger: Any) -> Any:
+    """Of floats NaN is nobody's choice unless the instruction says so."""
+    return lambda i, a, b: (larger if a.dtype.kind == "f" and "NaN" not in i.parts else smaller)(a, b)
+
+
+ARITHMETIC: dict[str, Any] = {
+    "add": lambda i, a, b: a + b,
+    "sub": lambda i, a, b: a - b,
+    "neg": lambda i, a: -a,
+    "abs": lambda i, a: np.abs(a),
+    "and": _logic(np.bitwise_and, np.logical_and),
+    "or": _logic(np.bitwise_or, np.logical_or),
+    "xor": _logic(np.bitwise_xor, np.logical_xor),
+    "not": lambda i, a: ~a,
+    "shl": _shift,
+    "shr": _shift,
+    "min": _extreme(np.minimum, np.fmin),
+    "max": _extreme(np.maximum, np.fmax),
+    "div": _divide,
+    "rem": lambda i, a, b: a - _divide(i, a, b) * b,
+    "fma": _fma,
+    "rsqrt": lambda i, a: (1 / np.sqrt(a.astype("f8"))).astype(a.dtype),
+    "sqrt": lambda i, a: np.sqrt(a),
+    "rcp": lambda i, a: 1 / a,
+    "ex2": lambda i, a: np.exp2(a.astype("f8")).astype(a.dtype),
+    "lg2": lambda i, a: np.log2(a.astype("f8")).astype(a.dtype),
+    "cvta": lambda i, a: a,
+}
+
+
+def _wide(self: Block, i: Instruction, mask: Values | None) -> None:
+    """mul and mad: of integers the low half, the high one or all of the product."""
+    dtype = TYPES[i.parts[-1]]
+    values = [self._read(o, dtype) for o in i.operands[1:3]]
+    addend = i.operands[3] if i.base == "mad" else None
+    with np.errstate(all="ignore"):
+        if dtype[0] == "f":
+            result = values[0] * values[1]
+        elif "wide" in i.parts:
+            wider = f"{dtype[0]}{2 * int(dtype[1])}"
+            result = values[0].astype(wider) * values[1].astype(wider)
+            result = result if addend is None else result + self._read(addend, wider)
+        elif "hi" in i.parts:
+            bits = 8 * int(dtype[1])
+            result = np.array([int(a) * int(b) >> bits for a, b in zip(*values, strict=True)]).astype(dtype)
+        else:
+            result = values[0] * values[1]
+            result = result if addend is None else result + self._read(addend, dtype)
+    self._write(i.operands[0], result, mask)
+
+
+def _field(self: Block, i: Instruction, mask: Values | None) -> None:
+    """bfe: bits from a place on; of signed values the last is their sign."""
+    value = self._read(i.operands[1], TYPES[i.parts[-1]])
+    start, length = int(i.operands[2]), int(i.operands[3])
+    kind, above = value.dtype.type, 8 * value.itemsize - start - length
+    self._write(i.operands[0], value << kind(above) >> kind(above + start), mask)
+
+
+def _dot(self: Block, i: Instruction, mask: Values | None) -> None:
+    a, b = (np.ascontiguousarray(self._read(o, "u4")).view(TYPES[f"{kind[0]}8"]).reshape(-1, 4).astype(np.int64)
+            for o, kind in zip(i.operands[1:3], i.parts[1:3], strict=True))  # fmt: skip
+    self._write(i.operands[0], ((a * b).sum(1) + self._read(i.operands[3], "i4")).astype("i4"), mask)
+
+
+Block._op_mul = Block._op_mad = _wide  # type: ignore[attr-defined]
+Block._op_bfe = _field  # type: ignore[attr-defined]
+Block._op_dp4a = _dot  # type: ignore[attr-defined]
+
+
+class Launcher:
+    """In place of `launch.kernel`: `Launcher(target)(fn, registers, x)[grid](...)` compiles for the target and plays the PTX.
+
+    launched: names of the kernels, in order.
+    """
+
+    def __init__(self, target: GpuTarget):
+        self.target, self.launched = target, list[str]()
+        self._compiled: dict[Any, tuple[Program, int, int]] = {}
+
+    def __call__(self, fn: Any, registers: int | None = None, x: torch.Tensor | None = None) -> Any:
+        launcher = self
+
+        class Gridded:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *args, **kwargs: launcher._launch(fn, grid, args, kwargs, registers)
+
+        return Gridded()
+
+    def _launch(self, fn: Any, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any], registers: int | None) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        if registers:
+            options["maxnreg"] = registers
+        given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+        fixed = {p.name: given[p.name] for p in fn.params if p.is_constexpr}
+        fixed |= {name: value for name, value in given.items() if value is None or (type(value) is int and value == 1)}
+        free = {name: given[name] for name in fn.arg_names if name not in fixed}
+        signature = {name: "constexpr" if name in fixed else self._type(given[name]) for name in fn.arg_names}
+        aligned = [n for n, name in enumerate(fn.arg_names) if name in free and not isinstance(free[name], float) and
+                   (free[name].data_ptr() if isinstance(free[name], torch.Tensor) else free[name]) % 16 == 0]  # fmt: skip
+        key = fn, *map(str, (sorted(signature.items()), sorted(fixed.items()), aligned, sorted(options.items())))
+        if key not in self._compiled:
+            source = ASTSource(fn, signature, fixed, {(n,): [["tt.divisibility", 16]] for n in aligned})
+            compiled = triton.compile(source, target=GPUTarget("cuda", self.target.sm, 32), options=options)
+            self._compiled[key] = Program.parse(compiled.asm["ptx"]), compiled.metadata.num_warps * 32, compiled.metadata.shared
+        program, threads, shared = self._compiled[key]
+        memory = Memory([value for value in free.values() if isinstance(value, torch.Tensor)])
+        values = [memory.address(v) if isinstance(v, torch.Tensor) else v for v in free.values()]
+        whole = (*grid, 1, 1)[:3]
+        block = Block(program, threads, shared, memory, dict(zip(program.parameters, values, strict=False)))
+        for n in range(math.prod(whole)):
+            block.run((n % whole[0], n // whole[0] % whole[1], n // (whole[0] * whole[1])), whole)  # type: ignore[arg-type]
+        memory.take_back()
+        self.launched.append(fn.fn.__name__)
+
+    @staticmethod
+    def _type(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
