@@ -67,13 +67,6 @@ def two(words):
 
 
 @triton.jit
-def no_load_earlier(thread):
-    """The assembler moves no load from below to above: what is loaded ahead would take registers before those of its group are free."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def row_float(words, r: tl.constexpr, place, ROWS: tl.constexpr, OWN: tl.constexpr):
     """Half r of a thread's OWN rows, of the halves of its rows or, ROWS is 4, of all four, float32."""
     if ROWS == OWN:
@@ -170,15 +163,78 @@ def scale_loads(scales: str) -> int:
     return {"k": 3, "int8": 4, "four": 5, "six": 3, "split": 1}[scales]
 
 
+@triton.constexpr_function
+def ring_asm(bytes: int) -> str:
+    """The address of shared memory of so many bytes, which the function has by itself."""
+    return f".shared .align 16 .b8 kiln_ring[{bytes}]; mov.u32 $0, kiln_ring;"
+
+
 @triton.jit
-def group_quants(words, octet, g: tl.constexpr, keep, stride: tl.constexpr, BITS: tl.constexpr):
-    """The quants of group g of a block, which begins at words, of four rows and a thread's octet: `loads_of` fours."""
+def quants_ring(thread, RING: tl.constexpr, BITS: tl.constexpr, THREADS: tl.constexpr):
+    """Where a thread's ring begins in shared memory: for RING groups its own `loads_of` times 16 bytes each, a warp's side by side."""
+    if INTERPRETED:
+        return thread
+    EACH: tl.constexpr = 16 * loads_of(BITS)
+    base = tl.inline_asm_elementwise(ring_asm(RING * EACH * THREADS), "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+    return base + thread // 32 * (RING * EACH * 32) + thread % 32 * 16
+
+
+@triton.jit
+def _copy_if(to, words, keep, AT: tl.constexpr):
+    """16 bytes on their way from global memory to shared memory, if `keep` is not 0."""
+    tl.inline_asm_elementwise(
+        f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global [$1 + {AT}], [$2], 16; mov.b32 $0, $1; }}", "=r,r,l,r",
+        [to, words, keep], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def fetch_quants(ring, words, octet, slot, g: tl.constexpr, keep, stride: tl.constexpr, BITS: tl.constexpr):
+    """The quants of group g of a block, which begins at words, of four rows and a thread's octet, begin to move to their slot."""
     MAIN: tl.constexpr = 4 if BITS >= 4 else 2  # words of a group
-    found = four_if(words + (octet if BITS >= 4 else octet // 2) * stride + g * MAIN * stride, keep)
-    if BITS == 6:
-        found = found + four_if(words + octet // 2 * stride + (GROUPS * MAIN + 2 * g) * stride, keep)
-    elif BITS == 3 or BITS == 5:
-        found = found + four_if(words + (GROUPS * MAIN + g) * stride, keep)
+    EACH: tl.constexpr = 512 * loads_of(BITS)
+    if not INTERPRETED:
+        _copy_if(ring + slot, words + (octet if BITS >= 4 else octet // 2) * stride + g * MAIN * stride, keep, g * EACH)
+        if BITS == 6:
+            _copy_if(ring + slot, words + octet // 2 * stride + (GROUPS * MAIN + 2 * g) * stride, keep, g * EACH + 512)
+        elif BITS == 3 or BITS == 5:
+            _copy_if(ring + slot, words + (GROUPS * MAIN + g) * stride, keep, g * EACH + 512)
+
+
+@triton.jit
+def fetches_end_here(thread):
+    """What was fetched since the last of these is one turn for `wait_for_fetches`."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("cp.async.commit_group; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait_for_fetches(thread, LEFT: tl.constexpr):
+    """Until all but the last LEFT turns are there, of the thread's own."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(f"cp.async.wait_group {LEFT}; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _four_shared(at, AT: tl.constexpr):
+    return tl.inline_asm_elementwise(f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {AT}];", "=r,=r,=r,=r,r", [at],
+                                     dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+
+
+@triton.jit
+def fetched_quants(ring, words, octet, slot, g: tl.constexpr, stride: tl.constexpr, BITS: tl.constexpr):
+    """What `fetch_quants` brought: `loads_of` fours of words."""
+    EACH: tl.constexpr = 512 * loads_of(BITS)
+    if INTERPRETED:  # there is no shared memory
+        MAIN: tl.constexpr = 4 if BITS >= 4 else 2
+        found = four_if(words + (octet if BITS >= 4 else octet // 2) * stride + g * MAIN * stride, octet + 1)
+        if BITS == 6:
+            found = found + four_if(words + octet // 2 * stride + (GROUPS * MAIN + 2 * g) * stride, octet + 1)
+        elif BITS == 3 or BITS == 5:
+            found = found + four_if(words + (GROUPS * MAIN + g) * stride, octet + 1)
+    else:
+        found = _four_shared(ring + slot, g * EACH)
+        if loads_of(BITS) == 2:
+            found = found + _four_shared(ring + slot, g * EACH + 512)
     return found
 
 

@@ -26,16 +26,17 @@ from kiln.custom_ops.weights.gemv_finish import finish, ordered_root
 from kiln.custom_ops.weights.gemv_fragments import (
     block_halves,
     block_scales,
+    fetch_quants,
+    fetched_quants,
+    fetches_end_here,
     four_if,
     group_operands,
-    group_quants,
     loads_of,
-    no_load_earlier,
     own_scales,
+    quants_ring,
     row_float,
     row_minima,
     row_scales,
-    scale_loads,
     signed_levels,
     small_product,
     sum_of_pair,
@@ -43,6 +44,7 @@ from kiln.custom_ops.weights.gemv_fragments import (
     tile_product_onto,
     two,
     unit_scale,
+    wait_for_fetches,
 )
 from kiln.custom_ops.weights.gemv_kernels import warp_share
 
@@ -51,12 +53,6 @@ from kiln.custom_ops.weights.gemv_kernels import warp_share
 def places_of(tokens: int) -> int:
     """Units that share a product: its 8 columns are tokens by places by two bytes of activations."""
     return 4 if tokens == 1 else 2 if tokens == 2 else 1
-
-
-@triton.constexpr_function
-def unroll_of(ahead: int) -> int:
-    """Blocks of a turn of the loop: after so many what is under way lies in the registers where it lay, and nothing is moved."""
-    return ahead // 8 if ahead % 8 == 0 else 1
 
 
 @triton.jit
@@ -180,13 +176,13 @@ def _sums_of_own_rows(sums, place, TERMS: tl.constexpr, PLACES: tl.constexpr, TH
 def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_out, n, k, splits, stride: tl.constexpr,
                    halves_stride: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, WORDS: tl.constexpr,
                    HALVES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, TERMS: tl.constexpr,
-                   EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
+                   EXTENT: tl.constexpr, OUT: tl.constexpr, END: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
                    SHARES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, REGISTERS: tl.constexpr, COUNT: tl.constexpr,
                    PAD: tl.constexpr, EPS: tl.constexpr, SQUARES: tl.constexpr, M: tl.constexpr):
     """`kiln_gemv` of T tokens, M of them a program, 8 at most. Grid (row blocks, splits, T / M).
 
     As there but for: x of extent 256; n and where a row of words or of halves lies are multiples of 4; ROWS is a multiple of 32, a warp has
-    32 of them and one of SHARES shares of the program's part of K; AHEAD: groups of 32 whose quants are under way.
+    32 of them and one of SHARES shares of the program's part of K; RING: groups of 32 whose quants are under way, a multiple of 8.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -218,20 +214,21 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     if SHARES > 1:
         begin += warp_share(thread, 32) // (ROWS // 32) * each
     end = tl.minimum(begin + each, steps)
-    BLOCKS: tl.constexpr = (AHEAD + 7) // 8 if M == 1 else 1  # whose scales are under way; of several tokens they take registers
     H: tl.constexpr = 4 if SCALES == "split" else R
     HALF_WORDS: tl.constexpr = 2 if H == 4 else 1
     at = words + tl.cast(begin, tl.int64) * (WORDS * stride) + row  # of a scalar and a small offset: fewer registers stay in use
     halves_at = halves + tl.cast(begin, tl.int64) * (HALVES * halves_stride) + half_rows
-    now = ()
-    for g in tl.static_range(AHEAD):
-        now = now + group_quants(at + g // 8 * (WORDS * stride), octet, g % 8, _is_there(begin + g // 8, end, thread), stride, BITS)
-    scales = ()
-    factors = ()
-    for d in tl.static_range(BLOCKS):
-        there = _is_there(begin + d, end, thread)
-        scales = scales + block_scales(at + d * (WORDS * stride), octet, there, stride, BITS, SCALES)
-        factors = factors + block_halves(halves_at + d * (HALVES * halves_stride), there, halves_stride, HALVES, H)
+    FETCHED: tl.constexpr = 4 // loads_of(BITS)  # groups whose quants are fetched together
+    PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose activations are read together, at least
+    BLOCK_BYTES: tl.constexpr = 8 * 512 * loads_of(BITS)  # of a warp's ring
+    ring = quants_ring(thread, RING, BITS, THREADS)
+    for d in tl.static_range(RING // 8):
+        for g in tl.static_range(8):
+            fetch_quants(ring, at + d * (WORDS * stride), octet, d * BLOCK_BYTES, g, _is_there(begin + d, end, thread), stride, BITS)
+            if g % FETCHED == FETCHED - 1:
+                fetches_end_here(thread)
+    scales = block_scales(at, octet, _is_there(begin, end, thread), stride, BITS, SCALES)
+    factors = block_halves(halves_at, _is_there(begin, end, thread), halves_stride, HALVES, H)
     wait_for_earlier_kernels(EARLY)
     x += after_waiting(0, EARLY)
     X = row_words(k, TERMS, EXTENT)
@@ -243,129 +240,126 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     scales_at = ()
     sums_at = ()
     for c in tl.static_range(TILES):
-        last = 3 if 4 * c + 4 <= M else M - 4 * c - 1
-        own_token = tl.minimum(column // 2 // PLACES, last) * X
+        most = 3 if 4 * c + 4 <= M else M - 4 * c - 1
+        own_token = tl.minimum(column // 2 // PLACES, most) * X
         columns = columns + (own_token + (octet * TERMS + (0 if TERMS == 1 else column % 2)) * 2 + column_place // PARTS * (8 * TERMS),)
-        scales_at = scales_at + (tl.minimum(octet // PLACES, last) * X + 64 * TERMS,)
+        scales_at = scales_at + (tl.minimum(octet // PLACES, most) * X + 64 * TERMS,)
         sums_at = sums_at + (own_token + 64 * TERMS + 32 + octet * 4 + 2 * (column % 2),)
     acc = ()
     for _ in tl.static_range(R * TILES):
         acc = acc + (tl.zeros((THREADS,), tl.float32),)
-    EACH: tl.constexpr = 4 * loads_of(BITS)
+    EACH: tl.constexpr = 4 * loads_of(BITS)  # words of a group's quants
     XW: tl.constexpr = 4 if TERMS == 3 else 2  # words of activations of a thread, group and four tokens
     PW: tl.constexpr = 8 if TERMS == 3 else 4  # of a product
-    PAIR: tl.constexpr = 1 if PARTS == 2 or loads_of(BITS) == 2 else 2  # groups whose quants are loaded together
-    READ: tl.constexpr = ROUND if ROUND > PAIR else PAIR  # groups whose activations are read together
+    READ: tl.constexpr = ROUND if ROUND > PAIR else PAIR
     # Registers are left for what is read before its block: x of the first groups, and tails.
     EAGER: tl.constexpr = M <= 4 or END != "split" or loads_of(BITS) == 2
-    UNROLL: tl.constexpr = unroll_of(AHEAD)
     coming = ()
     for g in tl.static_range(0, READ if EAGER else 0, ROUND):
         coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
-    for turn in tl.range(0, each, UNROLL):
-        for u in tl.static_range(UNROLL):
-            i = turn + u
-            active = begin + i < end
-            step = tl.minimum(begin + i, steps - 1)
-            at = words + tl.cast(step, tl.int64) * (WORDS * stride) + row
-            halves_at = halves + tl.cast(step + BLOCKS, tl.int64) * (HALVES * halves_stride) + half_rows
-            further = _is_there(begin + i + BLOCKS, end, thread)
-            by = ()  # words of scales of each row
+    for i in tl.range(0, each):
+        active = begin + i < end
+        step = tl.minimum(begin + i, steps - 1)
+        at = words + tl.cast(step, tl.int64) * (WORDS * stride) + row
+        halves_at = halves + tl.cast(step + 1, tl.int64) * (HALVES * halves_stride) + half_rows
+        more = _is_there(begin + i + 1, end, thread)
+        slot = i % (RING // 8) * BLOCK_BYTES
+        last = _is_there(begin + i + RING // 8, end, thread)
+        by = ()  # words of scales of each row
+        for r in tl.static_range(4):
+            by = by + (own_scales(row_scales(scales, factors[HALF_WORDS * (HALVES - 1) :], r, SCALES), place, SCALES, PARTS, PLACES),)
+        minima = ()
+        if MINIMUM:
             for r in tl.static_range(4):
-                by = by + (own_scales(row_scales(scales, factors[HALF_WORDS * (HALVES - 1) :], r, SCALES), place, SCALES, PARTS, PLACES),)
-            minima = ()
-            if MINIMUM:
-                for r in tl.static_range(4):
-                    minima = minima + (row_minima(scales, octet, r, SCALES),)
-            scales = scales[4 * scale_loads(SCALES) :]
-            if SCALES != "int8" and BLOCKS == 1:
-                scales = scales + block_scales(at + WORDS * stride, octet, further, stride, BITS, SCALES)
-            sums = ()
-            for _ in tl.static_range(4 * TILES * TERMS):
-                sums = sums + (tl.zeros((THREADS,), tl.int32),)
-            x_at = x + step * XB
-            x_next = x + tl.minimum(begin + i + 1, steps - 1) * XB
-            tails = ()
-            if EAGER:
-                tails = _tails(x_at, 4 * X, scales_at, sums_at, MINIMUM, TILES)
-            else:
-                for g in tl.static_range(0, READ, ROUND):
-                    coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
-            for g in tl.static_range(8):
-                if g % READ == 0:
-                    values = coming
-                    coming = ()
-                    for f in tl.static_range(g + READ, g + 2 * READ if EAGER or g + READ < 8 else g + READ, ROUND):
-                        coming = coming + _of_tiles(x_at if f < 8 else x_next, 4 * X, columns, f % 8, even, TERMS, TILES)
-                if g % ROUND == 0:
-                    products = ()
+                minima = minima + (row_minima(scales, octet, r, SCALES),)
+        scales = ()
+        if SCALES != "int8":
+            scales = block_scales(at + WORDS * stride, octet, more, stride, BITS, SCALES)
+        sums = ()
+        for _ in tl.static_range(4 * TILES * TERMS):
+            sums = sums + (tl.zeros((THREADS,), tl.int32),)
+        x_at = x + step * XB
+        x_next = x + tl.minimum(begin + i + 1, steps - 1) * XB
+        tails = ()
+        if EAGER:
+            tails = _tails(x_at, 4 * X, scales_at, sums_at, MINIMUM, TILES)
+        else:
+            for g in tl.static_range(0, READ, ROUND):
+                coming = coming + _of_tiles(x_at, 4 * X, columns, g, even, TERMS, TILES)
+        for g in tl.static_range(8):
+            if g % READ == 0:
+                values = coming
+                coming = ()
+                for f in tl.static_range(g + READ, g + 2 * READ if EAGER or g + READ < 8 else g + READ, ROUND):
+                    coming = coming + _of_tiles(x_at if f < 8 else x_next, 4 * X, columns, f % 8, even, TERMS, TILES)
+            if g % ROUND == 0:
+                products = ()
+            if g % FETCHED == 0:
+                wait_for_fetches(thread, RING // FETCHED - 1)
+            now = fetched_quants(ring, at, octet, slot, g, stride, BITS)
+            added = ()
+            for pair in tl.static_range(2):
+                low0, high0 = group_operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                low1, high1 = group_operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
+                for c in tl.static_range(TILES):
+                    b = values[(g % READ // ROUND * TILES + c) * XW : (g % READ // ROUND * TILES + c + 1) * XW]
+                    for part in tl.static_range(PRODUCTS):
+                        mine = b
+                        if PLACES > 1 or PARTS == 2:  # what is of another unit is 0
+                            taken = column_place // PARTS == g % ROUND
+                            if PARTS == 2:
+                                taken = taken & (octet // 2 == (column_place % 2 if PLACES > 1 else part))
+                            mine = ()
+                            for w in tl.static_range(XW):
+                                mine = mine + (tl.where(taken, b[w], 0),)
+                        before = products[((pair * TILES + c) * PRODUCTS + part) * PW :]  # of none at the first of a round
+                        added = added + _added_products(before, low0, high0, low1, high1, mine, TERMS, g % ROUND == 0, SIGNED, THREADS)
+            products = added
+            if g % ROUND == ROUND - 1:
                 added = ()
                 for pair in tl.static_range(2):
-                    low0, high0 = group_operands(now[2 * pair], now[EACH - 4 + 2 * pair], octet, BITS, TABLE, MINIMUM)
-                    low1, high1 = group_operands(now[2 * pair + 1], now[EACH - 3 + 2 * pair], octet, BITS, TABLE, MINIMUM)
                     for c in tl.static_range(TILES):
-                        b = values[(g % READ // ROUND * TILES + c) * XW : (g % READ // ROUND * TILES + c + 1) * XW]
+                        own = sums[(pair * TILES + c) * 2 * TERMS : (pair * TILES + c + 1) * 2 * TERMS]
                         for part in tl.static_range(PRODUCTS):
-                            mine = b
-                            if PLACES > 1 or PARTS == 2:  # what is of another unit is 0
-                                taken = column_place // PARTS == g % ROUND
-                                if PARTS == 2:
-                                    taken = taken & (octet // 2 == (column_place % 2 if PLACES > 1 else part))
-                                mine = ()
-                                for w in tl.static_range(XW):
-                                    mine = mine + (tl.where(taken, b[w], 0),)
-                            before = products[((pair * TILES + c) * PRODUCTS + part) * PW :]  # of none at the first of a round
-                            added = added + _added_products(before, low0, high0, low1, high1, mine, TERMS, g % ROUND == 0, SIGNED, THREADS)
-                products = added
-                if g % ROUND == ROUND - 1:
-                    added = ()
-                    for pair in tl.static_range(2):
-                        for c in tl.static_range(TILES):
-                            own = sums[(pair * TILES + c) * 2 * TERMS : (pair * TILES + c + 1) * 2 * TERMS]
-                            for part in tl.static_range(PRODUCTS):
-                                own = _scaled(own, products[((pair * TILES + c) * PRODUCTS + part) * PW :],
-                                              unit_scale(by[2 * pair], g // ROUND, part, SCALES, PARTS, PLACES),
-                                              unit_scale(by[2 * pair + 1], g // ROUND, part, SCALES, PARTS, PLACES), TERMS)
-                            added = added + own
-                    sums = added
-                now = now[EACH:]
-                if g % PAIR == PAIR - 1:
-                    no_load_earlier(thread)
-                    if SCALES != "int8" and BLOCKS > 1 and g == 3:  # the later, the fewer registers they take
-                        scales = scales + block_scales(at + BLOCKS * (WORDS * stride), octet, further, stride, BITS, SCALES)
-                    if SCALES == "int8" and g % 2 == 1:  # those of these groups, of the last block that is under way
-                        scales = scales + four_if(at + (BLOCKS * WORDS + 8 * BITS + g // 2) * stride, further)
-                    for f in tl.static_range(g + 1 - PAIR + AHEAD, g + 1 + AHEAD):
-                        now = now + group_quants(at + f // 8 * (WORDS * stride), octet, f % 8,
-                                                 _is_there(begin + i + f // 8, end, thread), stride, BITS)
-            sums = _sums_of_own_rows(sums, place, TERMS, PLACES, THREADS)
-            if not EAGER:
-                tails = _tails(x_at, 4 * X, scales_at, sums_at, MINIMUM, TILES)
-            kept = ()
-            for c in tl.static_range(TILES):
-                scale = tails[2 * c]
-                bytes = ()
+                            own = _scaled(own, products[((pair * TILES + c) * PRODUCTS + part) * PW :],
+                                          unit_scale(by[2 * pair], g // ROUND, part, SCALES, PARTS, PLACES),
+                                          unit_scale(by[2 * pair + 1], g // ROUND, part, SCALES, PARTS, PLACES), TERMS)
+                        added = added + own
+                sums = added
+            if g % FETCHED == FETCHED - 1:
+                for f in tl.static_range(g + 1 - FETCHED, g + 1):
+                    fetch_quants(ring, at + RING // 8 * (WORDS * stride), octet, slot, f, last, stride, BITS)
+                fetches_end_here(thread)
+            if SCALES == "int8" and g % 2 == 1:  # those of these groups, of the next block
+                scales = scales + four_if(at + (WORDS + 8 * BITS + g // 2) * stride, more)
+        sums = _sums_of_own_rows(sums, place, TERMS, PLACES, THREADS)
+        if not EAGER:
+            tails = _tails(x_at, 4 * X, scales_at, sums_at, MINIMUM, TILES)
+        kept = ()
+        for c in tl.static_range(TILES):
+            scale = tails[2 * c]
+            bytes = ()
+            if MINIMUM:
+                b = tails[2 * c + 1]
+                for pair in tl.static_range(2):
+                    c0, c1, d0, d1 = small_product(minima[2 * pair], minima[2 * pair + 1], b[0], THREADS)
+                    if TERMS > 1:
+                        c2, c3, d2, d3 = small_product(minima[2 * pair], minima[2 * pair + 1], b[1], THREADS)
+                        bytes = bytes + (c0, c1, c2, c3, d0, d1, d2, d3)
+                    else:
+                        bytes = bytes + (c0, c1, c0, c1, d0, d1, d0, d1)
+                bytes = _own_rows(bytes, place, 4, PLACES)
+            if SIGNED and not LEVELS:
+                scale *= 1.0 / (1 << (8 - BITS))
+            for r in tl.static_range(R):
+                value = _value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS)
+                add = tl.fma(value, row_float(factors, r, place, H, R) * scale, acc[R * c + r])
                 if MINIMUM:
-                    b = tails[2 * c + 1]
-                    for pair in tl.static_range(2):
-                        c0, c1, d0, d1 = small_product(minima[2 * pair], minima[2 * pair + 1], b[0], THREADS)
-                        if TERMS > 1:
-                            c2, c3, d2, d3 = small_product(minima[2 * pair], minima[2 * pair + 1], b[1], THREADS)
-                            bytes = bytes + (c0, c1, c2, c3, d0, d1, d2, d3)
-                        else:
-                            bytes = bytes + (c0, c1, c0, c1, d0, d1, d0, d1)
-                    bytes = _own_rows(bytes, place, 4, PLACES)
-                if SIGNED and not LEVELS:
-                    scale *= 1.0 / (1 << (8 - BITS))
-                for r in tl.static_range(R):
-                    value = _value(sums, ((r // 2 * TILES + c) * 2 + r % 2) * TERMS, TERMS)
-                    add = tl.fma(value, row_float(factors, r, place, H, R) * scale, acc[R * c + r])
-                    if MINIMUM:
-                        total = _minima_total(bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3], TERMS)
-                        add = tl.fma(total, -(row_float(factors[HALF_WORDS:], r, place, H, R) * scale), add)
-                    kept = kept + (tl.where(active, add, acc[R * c + r]),)
-            acc = kept
-            factors = factors[HALF_WORDS * HALVES :] + block_halves(halves_at, further, halves_stride, HALVES, H)
+                    total = _minima_total(bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3], TERMS)
+                    add = tl.fma(total, -(row_float(factors[HALF_WORDS:], r, place, H, R) * scale), add)
+                kept = kept + (tl.where(active, add, acc[R * c + r]),)
+        acc = kept
+        factors = block_halves(halves_at, more, halves_stride, HALVES, H)
 
     quad = tl.arange(0, ROWS)
     for c in tl.static_range(TILES):

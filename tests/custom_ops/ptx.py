@@ -62,6 +62,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
+    shared: dict[str, int] = field(default_factory=dict)  # bytes of each variable of its own
 
     @classmethod
     def parse(cls, text: str) -> Program:
@@ -84,6 +85,10 @@ class Program:
                 program.labels[piece[:-1]] = len(program.instructions)
             elif piece.startswith(".reg"):
                 program._declare(piece, scopes)
+            elif variable := re.fullmatch(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", piece):
+                if variable[1] in program.shared:
+                    raise ValueError(f"{variable[1]} is declared twice")
+                program.shared[variable[1]] = int(variable[2])
             elif not piece.startswith("."):
                 program._add(piece, scopes)
         return program
@@ -143,7 +148,11 @@ class Block:
 
     def __init__(self, program: Program, threads: int, shared: int, memory: Memory, arguments: dict[str, int | float]):
         self.program, self.threads, self.memory, self.arguments = program, threads, memory, arguments
-        self.shared = np.zeros(shared + 1024, np.uint8)
+        self.symbols, at = {"global_smem": 0}, -(-shared // 16) * 16
+        for name, size in program.shared.items():
+            self.symbols[name] = at
+            at += -(-size // 16) * 16
+        self.shared = np.zeros(at, np.uint8)
         self.lane = np.arange(threads)
         self.zero = {size: np.zeros(threads, f"u{size}" if size else bool) for size in (0, 1, 2, 4, 8)}
 
@@ -151,7 +160,8 @@ class Block:
         self.registers: dict[str, Values] = {}
         self.special = {f"%ctaid.{n}": v for n, v in zip("xyz", at, strict=True)}
         self.special |= {f"%nctaid.{n}": v for n, v in zip("xyz", grid, strict=True)}
-        self.special |= {"%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0, "global_smem": 0}
+        self.special |= {"%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0} | self.symbols
+        self.copies: list[list[Callable[[], None]]] = [[]]  # asynchronous ones, the last entry those that no group has yet
         pc, alive, waiting = np.zeros(self.threads, np.int64), np.ones(self.threads, bool), np.zeros(self.threads, bool)
         joins, instructions = set(self.program.labels.values()), self.program.instructions
         while alive.any():
@@ -223,7 +233,7 @@ class Block:
 
     def _addresses(self, operand: str) -> Values:
         name, _, offset = operand[1:-1].replace(" ", "").partition("+")
-        return self._read(name, "i8") + (int(offset) if offset else 0)
+        return self._read(name, "u8").view("i8") + (int(offset) if offset else 0)
 
     def _space(self, parts: tuple[str, ...], addresses: Values, size: int, mask: Values | None) -> tuple[Values, Values]:
         """Memory and, of the threads of the mask, where their accesses of so many bytes begin in it."""
@@ -280,6 +290,27 @@ class Block:
             value = self._read(register, f"u{size}")
             value = value if mask is None else value[mask]
             memory[(at + n * size)[:, None] + np.arange(size)] = np.ascontiguousarray(value).view(np.uint8).reshape(-1, size)
+
+    def _op_cp(self, i: Instruction, mask: Values | None) -> None:
+        """Asynchronous copies to shared memory, which are made as late as the code lets them be, at once in all threads."""
+        if i.parts[1] != "async":
+            raise NotImplementedError(i.text)
+        if i.parts[2] == "commit_group":
+            self.copies.append([])
+        elif i.parts[2] == "wait_group":
+            self._whole_warps(mask)
+            while len(self.copies) - 1 > int(i.operands[0]):
+                for copy in self.copies.pop(0):
+                    copy()
+        else:
+            size = int(i.operands[2])
+            to, at = self._space(("shared",), self._addresses(i.operands[0]), size, mask)
+            given, source = self._space(("global",), self._addresses(i.operands[1]), size, mask)
+
+            def copy() -> None:
+                to[at[:, None] + np.arange(size)] = given[source[:, None] + np.arange(size)]
+
+            self.copies[-1].append(copy)
 
     def _op_atom(self, i: Instruction, mask: Values | None) -> None:
         if "add" not in i.parts or i.parts[-1] not in ("u32", "s32"):
