@@ -29,6 +29,7 @@ from kiln.exporter.artifact.verify import verify
 from kiln.exporter.cli import main
 from kiln.exporter.compiler import host, workers
 from kiln.exporter.errors import KilnError
+from kiln.exporter.progress import size_text
 from kiln.exporter.source.gguf import open_gguf, same_model
 from tests.conftest import kiln as command
 from tests.exporter.source.test_gguf import split
@@ -125,7 +126,8 @@ def test_the_end_of_an_export_says_where_they_are(export, gguf, tmp_path):
     assert sorted(f.name for f in (tmp_path / "art").iterdir()) == [
         "m.gguf", "manifest.json", "model.pt2", "tokenizer.json", "weights.safetensors"
     ]  # fmt: skip
-    assert " MiB in " in result.stderr and f"{gguf.stat().st_size / 2**20:.2f} MiB in" not in result.stderr.replace("checking", "")
+    size = sum(f.lstat().st_size for f in (tmp_path / "art").iterdir())
+    assert f"{tmp_path / 'art'}: {size_text(size)} in " in result.stderr
     copied = export(gguf, tmp_path / "copied", "--weights", "copy")
     assert copied.exit_code == 0 and others(copied) == [] and not (tmp_path / "copied" / "m.gguf").exists()
 
