@@ -18,6 +18,7 @@ from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.tq4.codec import check_dim
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.fixed_point import TERMS
+from kiln.exporter.artifact.link import link_weights
 from kiln.exporter.artifact.mapping import constant_records, gguf_record
 from kiln.exporter.artifact.memory import memory_plan
 from kiln.exporter.artifact.output import check_output, check_space, staged
@@ -28,13 +29,14 @@ from kiln.exporter.compiler.host import check_gpu_tools
 from kiln.exporter.compiler.torch_private import check_versions
 from kiln.exporter.compiler.trace import DRAFT_ENTRY, ENTRIES, DrafterSpec, GraphSpec
 from kiln.exporter.compiler.workers import none_left
-from kiln.exporter.errors import KilnError
+from kiln.exporter.errors import KilnError, Problems, printable
 from kiln.exporter.files import write_text
 from kiln.exporter.model.caches import kv_plan
 from kiln.exporter.model.decoder import check_supported
 from kiln.exporter.model.places import needed_tables
 from kiln.exporter.model.records import DeltaNet, DraftConfig, cache_specs
 from kiln.exporter.progress import bar, say, size_text
+from kiln.exporter.source.finite import scan
 from kiln.exporter.source.plan import ModelPlan, key_factors
 from kiln.exporter.source.weights import DRAFT, weight_bytes
 from kiln.exporter.temporary import working_folder
@@ -53,7 +55,8 @@ class ExportOptions:
     gguf_path: Path
     out: Path
     draft_gguf: Path | None = None
-    weights: str = "copy"  # or "gguf": they stay in the file
+    weights: str = "gguf"  # they stay in the file; or "copy"
+    shared: bool = False  # weights "gguf", for any file like this one: none is linked, and the numbers in it are not read
     hash_weights: bool = False
     ple: str = "device"  # or "host": where a GPU finds the table of a per-layer embedding
     max_seq_len: int | None = None
@@ -243,10 +246,24 @@ def export_artifact(options: ExportOptions, plan: ModelPlan, drafter: ModelPlan 
             raise KilnError("the compiled caches differ from the plan; this is a bug in Kiln")
         waits = tuple(waiting_kernels())
         write_manifest(stage, spec, options.gguf_path, compiled, records, tokenizer, chat, waits, gguf, options.draft_gguf)
+        where = _link(stage, options.out, plan) if gguf and not options.shared else None  # last: a name that is taken is no link
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = max(peak, *(e.peak_rss for c in compiled for e in c.entries))
-    size = sum(f.stat().st_size for f in options.out.iterdir())
+    size = sum(f.lstat().st_size for f in options.out.iterdir())
     say(f"{options.out}: {size_text(size)} in {time.monotonic() - start:.0f} s, peak memory of one process {peak / GIB:.2f} GiB")
+    if where:
+        say(where)
+
+
+def _link(stage: Path, out: Path, plan: ModelPlan) -> str:
+    """Links the file of the weights; where they are, for the user."""
+    file, parts = plan.gguf.path.resolve(), len(plan.gguf.files)
+    where = f"weights stay in {file}" + (f" and the other {parts - 1} part{'s' if parts > 2 else ''}" if parts > 1 else "")
+    try:
+        link_weights(stage, plan.gguf)
+    except OSError as e:
+        where += f"; {out} cannot hold a link to it ({e.strerror}): play it with --weights {file}"
+    return printable(where)
 
 
 def _write_constants(
@@ -257,6 +274,11 @@ def _write_constants(
     if options.weights == "copy":
         with bar("packing weights") as progress:
             return write_weights(path, plan, progress, options.allow_nonfinite, drafter, options.ple), None
+    if not options.allow_nonfinite and not options.shared:  # packing looks at every number, too
+        with bar("checking weights") as progress:
+            problems = scan(plan.gguf, dict.fromkeys(source for p in plan.weights for source in p.sources), progress)
+        if problems:
+            raise Problems(problems, f"kiln inspect {plan.gguf.path}")
     limit = torch.finfo(torch.float16).max if spec.cache_dtype == torch.float16 else None
     limits = {name: limit / factor for name, factor in key_factors(plan.config).items()} if limit else {}
     computed = write_weights(path, replace(plan, weights=()), None, options.allow_nonfinite, drafter)

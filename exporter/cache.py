@@ -193,7 +193,7 @@ def entries() -> list[tuple[Path, dict]]:
 
 def size(path: Path) -> int:
     """Bytes of an entry's files; those that entries share count in each."""
-    return sum(f.stat().st_size for f in path.iterdir())
+    return sum(f.lstat().st_size for f in path.iterdir())
 
 
 def clear(names: tuple[str, ...] = ()) -> tuple[int, int]:

@@ -139,12 +139,12 @@ def _decode_rows(text: str) -> tuple[int, ...]:
 @click.option(
     "--weights",
     type=click.Choice(["copy", "gguf"]),
-    default="copy",
+    default="gguf",
     show_default=True,
-    help="copy: packed into the artifact; gguf: they stay in the file, which is named again when it is played, or another one like it.",
+    help="gguf: they stay in the file, to which the artifact holds a link; copy: packed into the artifact, which can go without the file.",
 )
 @click.option("--draft-gguf", type=PATH, help="A drafter of the model, for --draft mtp. Needs --decode-rows; its weights are copied.")
-@click.option("--hash-weights", is_flag=True, help="With --weights gguf: the manifest gets a checksum of every tensor, for --verify.")
+@click.option("--hash-weights", is_flag=True, help="The manifest gets a checksum of every tensor, for --verify.")
 @click.option("--allow-unfused", is_flag=True, help="Export a model that a pass or a kernel table does not fit whole: slower, and said so.")
 @click.option("--chat-template", type=PATH, help="Use this Jinja file instead of the model file's template.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep block scales and weights that are NaN or infinite.")
@@ -157,7 +157,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
         flag = "--turboquant" if turboquant else "--no-turboquant"
         raise click.UsageError(f"--kv-cache {kv_cache} and {flag} contradict each other; give one of them")
     if options["hash_weights"] and options["weights"] != "gguf":
-        raise click.UsageError("--hash-weights is of tensors that stay in the file; give --weights gguf with it")
+        raise click.UsageError("--hash-weights is of tensors that stay in the file; it does not go with --weights copy")
     tq4 = bool(turboquant) or kv_cache == "tq4"
     if residual_length is not None:
         if not tq4:
@@ -179,7 +179,7 @@ def export(kv_cache: str | None, turboquant: bool | None, residual_length: int |
     check_paths(options["out"], options["force"], options["gguf_path"], options["dump_passes"])
     with working_folder() as folder, none_left():
         check_compiler(folder)
-        # Packing checks every number on its way; a dry run, which packs nothing, reads them for that alone.
+        # An export looks at every number later; a dry run, which ends before, reads them here.
         scan = options["dry_run"] and not options["allow_nonfinite"]
         plan = read_plan(options["gguf_path"], ReadOptions(options.pop("chat_template"), scan))
         drafter = None

@@ -59,5 +59,5 @@ def of_what_is_played(command: Any) -> Any:
 
 WEIGHTS = click.option(
     "--weights", type=PATH, metavar="GGUF",
-    help="Weights that the artifact does not hold.  [default: the file it was made of, if it lies beside]",
+    help="Weights that the artifact does not hold.  [default: the file it was made of, by its link to it or if it lies beside]",
 )  # fmt: skip

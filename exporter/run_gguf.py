@@ -129,7 +129,7 @@ def _make(model: Path, options: CodeOptions, entry: Wanted, place: Path) -> None
 
         cache = "bfloat16" if options.kv_cache == "bf16" else "float16"
         export_artifact(
-            ExportOptions(gguf_path=model, out=place, weights="gguf", max_seq_len=options.max_seq_len, targets=(options.target,),
+            ExportOptions(gguf_path=model, out=place, shared=True, max_seq_len=options.max_seq_len, targets=(options.target,),
                           cache=cache, turboquant=options.kv_cache == "tq4"), plan)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from kiln.exporter.source.plan import read_plan
 
 
 def _with(artifact: Path, out: Path, change: Callable[[dict], None]) -> Path:
-    shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("weights.safetensors"))
+    shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("weights.safetensors", "*.gguf"))
     manifest = json.loads((artifact / "manifest.json").read_text())
     change(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -28,7 +28,7 @@ def _with(artifact: Path, out: Path, change: Callable[[dict], None]) -> Path:
 
 def code_only(artifact: Path, gguf: Path, out: Path, limits: dict[str, float] | None = None, hash_weights: bool = False,
               drafter: Path | None = None) -> Path:  # fmt: skip
-    """What `kiln export --weights gguf` makes of `gguf`, of which `artifact` was made, with the drafter that it has."""
+    """What `kiln export` makes of `gguf`, of which `artifact` was made, with the drafter that it has; but for the link to `gguf`."""
 
     def change(manifest: dict) -> None:
         plan = read_plan(gguf)

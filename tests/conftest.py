@@ -134,14 +134,15 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory) -> dict[str, Path]:
-    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant) and `tq4` (Q4_K_M, TurboQuant, with an exact
-    window shorter than the context).
+    """CPU artifacts of the fixtures, exported by the command: `plain` (F32, no TurboQuant, weights in their file) and `tq4` (Q4_K_M,
+    TurboQuant, with an exact window shorter than the context, weights copied).
 
     KILN_TEST_ARTIFACTS names a directory that keeps them from run to run.
     """
     kept = os.environ.get("KILN_TEST_ARTIFACTS")
     common = ("--target", "cpu", "--max-seq-len", 96, "--prefill-chunk", 96)
-    models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", "--turboquant", "--residual-length", 32)}
+    tq4 = ("--turboquant", "--residual-length", 32, "--weights", "copy")
+    models = {"plain": ("gemma4-tiny-dense.gguf",), "tq4": ("gemma4-tiny-dense-wide-Q4_K_M.gguf", *tq4)}
 
     def export(name: str) -> Callable[[Path], object]:
         gguf, *options = models[name]
@@ -171,7 +172,7 @@ def talking(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """The plain artifact with a chat template."""
 
     def make(path: Path) -> None:
-        shutil.copytree(artifacts["plain"], path)
+        shutil.copytree(artifacts["plain"], path, symlinks=True)
         (path / "chat_template.jinja").write_text(TEMPLATE)
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["chat"] = {"prefix": "<bos><|turn>user\n", "suffix": "<turn|>\n<|turn>model\n", "tokens": {"bos_token": "<bos>"}}

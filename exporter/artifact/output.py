@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kiln.exporter.artifact.link import is_weights
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import short
 from kiln.exporter.interrupt import held
@@ -102,7 +103,7 @@ def _check(out: Path, force: bool, sources: Sequence[Path]) -> Output:
 
 
 def _check_ours(out: Path, path: Path) -> None:
-    """Raises KilnError unless `path` is an artifact and nothing but files."""
+    """Raises KilnError unless `path` is an artifact and nothing but files, and links to weights that lie elsewhere."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -110,7 +111,10 @@ def _check_ours(out: Path, path: Path) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != "kiln":
         raise KilnError(f"--out {out} is not an artifact of Kiln ({FORCE}); remove it yourself or name another")
     for entry in sorted(path.iterdir()):
-        if entry.is_symlink() or not entry.is_file() or entry.suffix == ".gguf":
+        weights = is_weights(manifest, entry.name)
+        if weights and entry.is_symlink() and path not in entry.resolve().parents:
+            continue  # the link goes, its target stays
+        if weights or entry.is_symlink() or not entry.is_file() or entry.suffix.lower() == ".gguf":
             raise KilnError(f"--out {out} holds {entry.name}, which is no part of an artifact ({FORCE}); move it away or name another")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from kiln.exporter.artifact.link import dangling
 from kiln.exporter.artifact.manifest import read_manifest
 from kiln.exporter.artifact.verify import verify as verify_artifact
 from kiln.exporter.errors import printable
@@ -55,6 +56,8 @@ def _notes(found: Survey) -> list[str]:
 def artifact(path: Path, verify: bool) -> dict:
     """The manifest; with `verify` every checksum is recomputed first."""
     manifest = read_manifest(path)
+    for name, target in dangling(path, manifest).items():
+        say(printable(f"note: {path / name} is a link to {target}, which is gone; put the file there again, or give it with --weights"))
     if verify:
         for name in verify_artifact(path):
             say(f"note: {path / name} is no part of the artifact")

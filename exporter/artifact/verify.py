@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from kiln.exporter.artifact.link import is_weights
 from kiln.exporter.artifact.manifest import file_sha256, read_manifest
 from kiln.exporter.artifact.output import MANIFEST
 from kiln.exporter.errors import KilnError
@@ -17,7 +18,8 @@ AGAIN = "copy the artifact again, or export it again"
 
 
 def verify(directory: Path) -> list[str]:
-    """Names in the folder that are no part of the artifact. Raises KilnError naming the first file or constant that differs."""
+    """Names in the folder that are no part of the artifact. Raises KilnError naming the first file or constant that differs. The GGUF file
+    of the weights, or a link to it, is not opened."""
     manifest = read_manifest(directory)
     try:
         for target in manifest["targets"]:
@@ -30,7 +32,7 @@ def verify(directory: Path) -> list[str]:
         named = {MANIFEST, manifest["weights"]["file"], *(r["file"] for r in (*manifest["targets"], *manifest.get("files", ())))}
     except (KeyError, TypeError, AttributeError) as e:
         raise KilnError(f"{directory / MANIFEST} lacks {e} or has another type there; {AGAIN}") from e
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in named)
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in named and not is_weights(manifest, entry.name))
 
 
 def check_package(path: Path, entries: tuple[str, ...], kernels: tuple[str, ...] = ()) -> None:

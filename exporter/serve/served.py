@@ -72,7 +72,8 @@ class Served:
         self.grammars = Grammars(directory / record["file"], self.vocabulary, self.lexicon.size)
         self.control = frozenset(self.vocabulary.special.values())
         self.samples = any(v["name"] == "temperature" for v in manifest["entry_points"]["decode"]["inputs"])
-        self.fingerprint = f"kiln-{manifest['weights']['header']['sha256'][:12]}"
+        weights = manifest["weights"]  # their names, types and shapes, wherever they lie
+        self.fingerprint = f"kiln-{(weights['gguf']['directory'] if 'gguf' in weights else weights['header']['sha256'])[:12]}"
         self.created = int(time.time())
         self.metrics = Metrics(settings.metrics_prefix, settings.names[0], engine.load)
         self.draining = False

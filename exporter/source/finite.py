@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,12 +59,19 @@ def describe(gguf: GGUFFile, name: str, row: int) -> str:
             "damaged model: download it again, or keep it with --allow-nonfinite")  # fmt: skip
 
 
-def scan(gguf: GGUFFile, names: Iterable[str]) -> list[str]:
-    """An error line for each tensor with a number that is not finite. Reads every page of them; a hole in a file is known to be zeros."""
+def scan(gguf: GGUFFile, names: Iterable[str], progress: Callable[[str, int, int], None] | None = None) -> list[str]:
+    """An error line for each tensor with a number that is not finite. Reads every page of them; a hole in a file is known to be zeros.
+    `progress(tensor name, bytes done, bytes in all)` is called after each tensor that is read."""
     names = [name for name in names if not _is_hole(gguf, name)]
+    total, done, problems = sum(gguf.tensors[name].nbytes for name in names), 0, []
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
-        rows = list(pool.map(lambda name: _scan_tensor(gguf, name), names))
-    return [describe(gguf, name, row) for name, row in zip(names, rows, strict=True) if row is not None]
+        for name, row in zip(names, pool.map(lambda name: _scan_tensor(gguf, name), names), strict=True):
+            done += gguf.tensors[name].nbytes
+            if progress:
+                progress(name, done, total)
+            if row is not None:
+                problems.append(describe(gguf, name, row))
+    return problems
 
 
 def _scan_tensor(gguf: GGUFFile, name: str) -> int | None:

@@ -347,6 +347,12 @@ def _check_path(path: Path) -> None:
         raise KilnError(f"{path}: a pipe or device, which cannot be mapped into memory; save the model as a file first")
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two files' names are the same, or those of parts of one split model."""
+    models = [match and match.group("stem", "count", "end") for match in map(_SPLIT_NAME.match, (name, other))]
+    return name == other or (models[0] is not None and models[0] == models[1])
+
+
 def _whole(value: Any) -> int | None:
     """A count as any number type; None for anything else."""
     return int(value) if isinstance(value, int | float) and value == value and abs(value) < 1 << 31 and value == int(value) else None

@@ -173,9 +173,12 @@ def test_space_for_the_weights_is_looked_for_first(tmp_path, monkeypatch):
     from kiln.exporter import build
 
     monkeypatch.setattr(build, "weight_bytes", lambda *arguments: 1 << 60)
-    result = CliRunner().invoke(main, ["export", "--gguf", str(TINY), "--out", str(tmp_path / "art"), "--target", "cpu"])
+    command = ["export", "--gguf", str(TINY), "--out", str(tmp_path / "art"), "--target", "cpu"]
+    result = CliRunner().invoke(main, [*command, "--weights", "copy"])
     assert result.exit_code == 1 and "GiB are needed" in result.stderr and not list(tmp_path.iterdir())
-    result = CliRunner().invoke(main, ["export", "--gguf", str(TINY), "--out", str(tmp_path / "art"), "--target", "cpu", "--dry-run"])
+    result = CliRunner().invoke(main, [*command, "--dry-run"])
+    assert result.exit_code == 0 and "GiB are needed" not in result.stderr
+    result = CliRunner().invoke(main, [*command, "--weights", "copy", "--dry-run"])
     assert result.exit_code == 0 and "total" in result.stdout and "note: --out" in result.stderr and "GiB are needed" in result.stderr
 
 

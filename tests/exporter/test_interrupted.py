@@ -19,17 +19,22 @@ import pytest
 from tests.conftest import WAIT
 from tests.tools.kill_anywhere import EXPORT_PHASES, FIXTURE, ROOT, begin_another, export_command, interrupt
 
-LENGTHS = {"starting": 3.0, "packing": 0.2, "compiling": 8.0}  # seconds within which a moment is drawn
+LENGTHS = {"starting": 3.0, "weights": 0.2, "compiling": 8.0}  # seconds within which a moment is drawn
 
 
 @pytest.mark.parametrize(
-    ("phase", "number"),
-    [("starting", signal.SIGINT), ("packing", signal.SIGHUP), ("compiling", signal.SIGTERM), ("compiling", signal.SIGKILL)],
+    ("phase", "number", "weights"),
+    [
+        ("starting", signal.SIGINT, "gguf"),
+        ("weights", signal.SIGHUP, "copy"),
+        ("compiling", signal.SIGTERM, "gguf"),
+        ("compiling", signal.SIGKILL, "gguf"),
+    ],
 )
-def test_nothing_stays(tmp_path, phase, number):
+def test_nothing_stays(tmp_path, phase, number, weights):
     (tmp_path / "tmp").mkdir()
     delay = random.uniform(0, LENGTHS[phase])
-    outcome = interrupt(export_command(FIXTURE, tmp_path), tmp_path, EXPORT_PHASES, phase, delay, number)
+    outcome = interrupt(export_command(FIXTURE, tmp_path, weights), tmp_path, EXPORT_PHASES, phase, delay, number)
     told = f"{signal.Signals(number).name} {delay:.3f} s into {phase}: {outcome}"
     assert outcome.clean(number), told
     if not outcome.finished:

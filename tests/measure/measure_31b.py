@@ -3,7 +3,7 @@
     python -m tests.measure.measure_31b --compiled NEW [--baseline OLD --baseline-checkout DIR] --work DIR --out F.json [--budget 570]
 
 `--compiled` and `--baseline` hold manifest.json and model.sm_NN.pt2 of `kiln export`; the weights are made here by `kiln synth`: nothing
-but code travels. Those of an artifact of `--weights gguf` stay in that file; the rest of it is made anew. Each side is completed, played
+but code travels. Those of an artifact of code alone stay in that file; the rest of it is made anew. Each side is completed, played
 and measured by the runner and the Python of its own checkout (built there: `make build`).
 Speeds are measured in turns, new and old, `--rounds` times. F.json is written after every step, and what it holds already is not measured
 again: where the budget ends, the same command goes on. Exit code 1 where something is wrong or a step failed, 3 where steps are left.

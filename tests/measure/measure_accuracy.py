@@ -2,7 +2,7 @@
 
     python -m tests.measure.measure_accuracy --compiled DIR --work DIR --out accuracy.json
 
-`--compiled` holds manifest.json and model.sm_NN.pt2 of `kiln export` of `kiln synth --preset gemma4-31b --layers 6`.
+`--compiled` holds manifest.json and model.sm_NN.pt2 of `kiln export --weights copy` of `kiln synth --preset gemma4-31b --layers 6`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def export(m: Measurement, at: Side, preset: str, options: argparse.Namespace) -
     said = m.run(at, *command, "--force", stderr=True)
     hole.unlink()
     found = FINISHED.search(said)
-    size = sum(f.stat().st_size for f in at.artifact.iterdir())
+    size = sum(f.lstat().st_size for f in at.artifact.iterdir())
     return {"wall_s": time.monotonic() - began, "seconds": int(found["seconds"]) if found else None,
             "peak_gib": float(found["gib"]) if found else None, "artifact_bytes": size}  # fmt: skip
 

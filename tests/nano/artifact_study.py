@@ -2,6 +2,7 @@
 
     python -m tests.nano.artifact_study --exact DIR --tq4 DIR --out DIR
 
+Both are exported with `--weights copy`, so that their manifests tell whether their weights are the same.
 Windows: a context is read to each depth, then fed on token by token; logits of both artifacts are compared row by row. Passkeys: all keys
 of a context are asked for one after another, each value fed token by token; a greedy answer would be right where every token is the
 likeliest. Writes artifact-study.json after every row, artifact-study.md at the end.
@@ -108,7 +109,8 @@ class Study:
             raise KilnError("--exact and --tq4 are artifacts with an exact and a TQ4 KV cache: kiln export --kv-cache bf16 and tq4")
         differing = [key for key in ("config", "activation_dtype", "constants") if manifests["exact"][key] != manifests["tq4"][key]]
         if differing:
-            raise KilnError(f"{a.exact} and {a.tq4} differ in {', '.join(differing)}; export both from the same file, for the same target")
+            raise KilnError(f"{a.exact} and {a.tq4} differ in {', '.join(differing)}; export both from the same file, for the same target, "
+                            "with --weights copy")
         self.players = {name: ArtifactPlayer(getattr(a, name), a.device) for name in manifests}
         self.slots = min(player.max_seq_len for player in self.players.values())
         self.maker = data.Maker(Tokenizer.from_file(str(a.tq4 / manifests["tq4"]["tokenizer"]["file"])))

@@ -23,7 +23,7 @@ NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
 
 
 def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On the CPU a fixture of three layers and its drafter, on a GPU the small trained model, whose weights are packed; with TQ4.
+    """On the CPU a fixture of three layers and its drafter, weights copied, on a GPU the small trained model, whose weights are quantized.
 
     KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
     """
@@ -34,7 +34,7 @@ def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     def make(path: Path) -> None:
         gguf = FIXTURES / "gemma4-tiny-mtp.gguf" if device == "cpu" else NANO
         drafter = ("--draft-gguf", FIXTURES / "gemma4-assistant-tiny-mtp.gguf")
-        more = ("--target", "cpu", *drafter) if device == "cpu" else ("--target", "native", "--weights", "gguf")
+        more = ("--target", "cpu", *drafter, "--weights", "copy") if device == "cpu" else ("--target", "native")
         command("export", "--gguf", gguf, "--out", path, *options, *more)
 
     kept = os.environ.get("KILN_TEST_BATCH")

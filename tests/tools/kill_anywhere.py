@@ -1,6 +1,7 @@
 """Signals at random moments in each phase of `kiln export` and of `kiln run`: what they leave behind, as a table.
 
-    python -m tests.tools.kill_anywhere [--moments 10] [--seed 0] [--only export|run] [--signals TERM,INT] [--gguf FILE]
+    python -m tests.tools.kill_anywhere [--moments 10] [--seed 0] [--only export|run] [--signals TERM,INT] [--gguf FILE] \\
+      [--weights copy]
 
 Exit code 1 where anything is left: a file in TMPDIR or beside --out, a process, or an --out that is neither absent nor whole.
 After SIGKILL, which nobody can handle, what is left is counted after the next export of the same name has begun.
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "gemma4-tiny-dense.gguf"
 RUNNER = Path(runner())
 # A phase ends where its words are printed; the last one with the process.
-EXPORT_PHASES = {"starting": "total ", "packing": "compiling for", "compiling": "traced in", "finishing": None}
+EXPORT_PHASES = {"starting": "total ", "weights": "compiling for", "compiling": "traced in", "finishing": None}
 RUN_PHASES = {"loading": "", "generating": None}
 BEGIN_ANOTHER = """
 import sys
@@ -164,8 +165,8 @@ def processes_of(temporary: Path) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def export_command(gguf: Path, folder: Path) -> list:
-    options = ("--target", "cpu", "--max-seq-len", 64, "--prefill-chunk", 64, "--force")
+def export_command(gguf: Path, folder: Path, weights: str = "gguf") -> list:
+    options = ("--target", "cpu", "--max-seq-len", 64, "--prefill-chunk", 64, "--weights", weights, "--force")
     return [sys.executable, "-m", "exporter", "export", "--gguf", gguf, "--out", folder / "artifact", *options]
 
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["export", "run"])
     parser.add_argument("--signals", default="TERM,INT,HUP,KILL", help="by turns")
     parser.add_argument("--gguf", type=Path, default=FIXTURE)
+    parser.add_argument("--weights", choices=["gguf", "copy"], default="gguf")
     options = parser.parse_args()
     chance, wrong = random.Random(options.seed), 0
     names = options.signals.split(",")
@@ -221,7 +223,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-anywhere-") as name:
         folder = Path(name)
         (folder / "tmp").mkdir()
-        export = export_command(options.gguf, folder)
+        export = export_command(options.gguf, folder, options.weights)
         print(f"{'command':8} {'phase':10} {'seconds':>7} {'moments':>8} {'reached':>8} {'files left':>11} {'processes':>10} {'broken':>7}")
         if options.only != "run":
             wrong += survey("export", export, EXPORT_PHASES, folder, numbers, chance)

@@ -157,14 +157,16 @@ def test_manifest(artifacts):
 
 
 def test_nothing_is_stored_twice_and_no_cache_at_all(artifacts):
-    for directory in artifacts.values():
-        record = manifest(directory)
+    for name, linked in (("plain", ["gemma4-tiny-dense.gguf"]), ("tq4", [])):
+        record, directory = manifest(artifacts[name]), artifacts[name]
         names = sorted(f.name for f in directory.iterdir())
-        assert names == ["manifest.json", "model.pt2", "tokenizer.json", "weights.safetensors"]
-        size = sum(c["bytes"] for c in record["constants"])
-        assert size <= record["weights"]["bytes"] < size + 256 * len(record["constants"]) + (64 << 10)
+        assert names == [*linked, "manifest.json", "model.pt2", "tokenizer.json", "weights.safetensors"]
+        held = [c for c in record["constants"] if "source" not in c]
+        assert linked or held == record["constants"]
+        size = sum(c["bytes"] for c in held)
+        assert size <= record["weights"]["bytes"] < size + 256 * len(held) + (64 << 10)
         assert not {b["name"] for b in record["kv"]} & {c["name"] for c in record["constants"]}
-        assert len({c["sha256"] for c in record["constants"] if c["bytes"] > 4}) == sum(c["bytes"] > 4 for c in record["constants"])
+        assert len({c["sha256"] for c in held if c["bytes"] > 4}) == sum(c["bytes"] > 4 for c in held)
 
 
 def test_no_build_path_in_the_package(artifacts):
@@ -178,7 +180,7 @@ class TestInspectOfBadArtifacts:
 
     @pytest.fixture()
     def copy(self, artifacts, tmp_path):
-        return Path(shutil.copytree(artifacts["plain"], tmp_path / "artifact"))
+        return Path(shutil.copytree(artifacts["tq4"], tmp_path / "artifact"))
 
     def fails(self, *arguments, match: str):
         result = kiln("inspect", *arguments, check=False)

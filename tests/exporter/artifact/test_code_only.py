@@ -210,5 +210,6 @@ def test_rebind(code, copied, tmp_path):
 def test_usage():
     from tests.conftest import kiln
 
-    result: subprocess.CompletedProcess = kiln("export", "--gguf", WIDE, "--out", "x", "--hash-weights", check=False)
-    assert result.returncode == 2 and "give --weights gguf with it" in result.stderr
+    command = ("export", "--gguf", WIDE, "--out", "x", "--hash-weights", "--weights", "copy")
+    result: subprocess.CompletedProcess = kiln(*command, check=False)
+    assert result.returncode == 2 and "it does not go with --weights copy" in result.stderr

@@ -39,7 +39,7 @@ def export(tmp_path_factory):
         patch.setitem(GEOMETRIES, "pair", dataclasses.replace(GEOMETRIES["tiny-cuda"], layers=2, full_every=2))
         write_synthetic(root / "model.gguf", "pair", "q4_k_m", 0)
     targets = [word for target in TARGETS for word in ("--target", target)]
-    context = ("--max-seq-len", "131072", "--turboquant", "--weights", "gguf")
+    context = ("--max-seq-len", "131072", "--turboquant")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(root / "tmp"))
         result = kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", *targets, *context)
@@ -51,7 +51,7 @@ def export(tmp_path_factory):
 def test_the_artifact_is_complete_and_has_nothing_twice(export):
     artifact, _ = export
     record = json.loads((artifact / "manifest.json").read_text())
-    names = {"manifest.json", "weights.safetensors", "tokenizer.json", *(f"model.{t}.pt2" for t in TARGETS)}
+    names = {"manifest.json", "weights.safetensors", "tokenizer.json", "model.gguf", *(f"model.{t}.pt2" for t in TARGETS)}
     assert {f.name for f in artifact.iterdir()} == names
     assert [(t["target"], t["device"], t["compute_capability"]) for t in record["targets"]] == [
         ("sm_90", "cuda", [9, 0]),
@@ -59,7 +59,7 @@ def test_the_artifact_is_complete_and_has_nothing_twice(export):
     ]
     assert record["activation_dtype"] == "bfloat16" and record["kv_cache"] == "tq4"
     weights = (artifact / "weights.safetensors").stat().st_size
-    total = sum(f.stat().st_size for f in artifact.iterdir())
+    total = sum(f.lstat().st_size for f in artifact.iterdir())
     kv = sum(b["bytes"] for b in record["kv"])
     assert kv > 200 << 20 and total < 60 << 20 and weights < 8192, "cache bytes or weights were packed"
 
@@ -165,8 +165,8 @@ def fake_gpu(tmp_path_factory):
 
     def run(artifact: Path, *arguments: object, program: str = "", **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
         (folder / "report").unlink(missing_ok=True)
-        start = [sys.executable, "-c", program, artifact] if program else [KILN_RUN, artifact, "--weights"]
-        command = list(map(str, [*start, artifact.parent / "model.gguf", *arguments]))
+        start = [sys.executable, "-c", program, artifact, artifact.parent / "model.gguf"] if program else [KILN_RUN, artifact]
+        command = list(map(str, [*start, *arguments]))
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | fakes | environment)
         return result, json.loads((folder / "report").read_text())
 
@@ -261,7 +261,7 @@ def of_rows(tmp_path_factory):
     config = draft_config("tiny-assistant", from_gguf(open_gguf(root / "model.gguf")), hidden=128, ffn=128, heads=4)
     write_drafter(config, root / "drafter.gguf", "Q8_0", random_tensor)
     kiln("export", "--gguf", root / "model.gguf", "--out", root / "artifact", "--target", "sm_90", "--max-seq-len", 4096, "--turboquant",
-         "--weights", "gguf", "--decode-rows", "1,2,4,8", "--rows", 3, "--draft-gguf", root / "drafter.gguf")  # fmt: skip
+         "--decode-rows", "1,2,4,8", "--rows", 3, "--draft-gguf", root / "drafter.gguf")  # fmt: skip
     return root / "artifact"
 
 
@@ -324,7 +324,7 @@ def test_a_hybrid(cache, fake_gpu, tmp_path, monkeypatch):
     write_synthetic(tmp_path / "model.gguf", "pair", "q4_k_m", 0)
     artifact = tmp_path / "artifact"
     kiln("export", "--gguf", tmp_path / "model.gguf", "--out", artifact, "--target", "sm_90", "--kv-cache", cache, "--max-seq-len", 512,
-         "--prefill-chunk", 128, "--weights", "gguf")  # fmt: skip
+         "--prefill-chunk", 128)  # fmt: skip
     record = json.loads((artifact / "manifest.json").read_text())
     assert all(p["expected"] == p["matches"] and not p["missed"] for p in record["passes"])
     images = cubins(artifact / "model.sm_90.pt2")
