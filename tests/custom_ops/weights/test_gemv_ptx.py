@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.weights import fixed_point, gemv
 from kiln.custom_ops.weights.gemv import GemvConfig
 from kiln.custom_ops.weights.layouts import LAYOUTS
 from tests.custom_ops.interpret import at_night
-from tests.custom_ops.ptx import Launcher
+from tests.custom_ops.ptx.launcher import Launcher, playing
 from tests.custom_ops.weights.test_linear import random_weight, random_x
 
 H200 = gpu_targets()["sm_90"]
@@ -22,16 +23,13 @@ kiln = torch.ops.kiln
 
 
 @pytest.fixture()
-def launcher(monkeypatch) -> Launcher:
+def launcher(monkeypatch) -> Iterator[Launcher]:
     """A card of one multiprocessor, on which two programs of 32 rows run at a time."""
-    launcher = Launcher(H200)
-    monkeypatch.setattr(gemv, "kernel", launcher)
-    monkeypatch.setattr(gemv, "use_triton", lambda x: True)
     for key in gemv.SUMS_CONFIGS:
         config = dataclasses.replace(gemv.SUMS_CONFIGS[key], rows=32, warps=1, warps_per_sm=4)
         monkeypatch.setitem(gemv.SUMS_CONFIGS, key, config)
     monkeypatch.setitem(gemv.GEMV_CONFIGS, 90, GemvConfig(warps_per_sm=8))
-    with compiling_for(dataclasses.replace(H200, sm_count=1)):
+    with playing(monkeypatch, dataclasses.replace(H200, sm_count=1)) as launcher:
         yield launcher
 
 

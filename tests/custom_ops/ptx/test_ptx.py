@@ -9,7 +9,9 @@ import triton.language as tl
 
 from kiln.custom_ops.gpu.target import gpu_targets
 from tests.custom_ops.interpret import at_night
-from tests.custom_ops.ptx import Launcher, Memory, Program
+from tests.custom_ops.ptx.block import Block, Memory
+from tests.custom_ops.ptx.launcher import Launcher
+from tests.custom_ops.ptx.program import Program
 
 if triton.knobs.runtime.interpret:
     pytest.skip("plays what is compiled", allow_module_level=True)
@@ -76,7 +78,5 @@ def test_views_lie_where_their_tensor_does() -> None:
 
 def test_an_unknown_instruction_is_named() -> None:
     program = Program.parse(".visible .entry k(\n)\n{\n.reg .b32 %r<2>;\nsin.approx.f32 %r0, %r1;\nret;\n}\n")
-    from tests.custom_ops.ptx import Block
-
     with pytest.raises(NotImplementedError, match="sin.approx.f32"):
         Block(program, 32, 0, Memory([]), {}).run((0, 0, 0), (1, 1, 1))

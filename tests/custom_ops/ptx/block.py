@@ -1,117 +1,18 @@
-"""Kernels' PTX on a CPU: what Triton makes of a kernel, its inline assembly with it, played a thread block at a time.
-
-The interpreter plays a kernel's Python and another branch where that has assembly; here it is the code that the assembler gets. Every
-access is checked: an address outside the launch's tensors, or one that is not aligned, is an error. Float functions that a GPU
-approximates are rounded correctly, so results agree with a GPU's but for their last bits. An instruction that is not known is an error.
-"""
+"""A thread block played by its PTX, and the memory that it may touch."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from kiln.custom_ops.gpu.target import GpuTarget
+from tests.custom_ops.ptx.arithmetic import ARITHMETIC, COMPARISONS, ROUNDINGS, TYPES, Values, rounded
+from tests.custom_ops.ptx.program import Instruction, Program
 
 BASE, GAP = 1 << 36, 256  # where memory begins, and what lies between two tensors
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int16: "*i16",
-            torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64"}  # fmt: skip
-TYPES = {"b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "b32": "u4", "u32": "u4", "s32": "i4",
-         "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8"}  # fmt: skip
-COMPARISONS: dict[str, Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-                               "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
-                               "hs": np.greater_equal}  # fmt: skip
-ROUNDINGS: dict[str, Any] = {"rzi": np.trunc, "rmi": np.floor, "rni": np.rint, "rpi": np.ceil}
 ENDS = ("bra", "ret", "exit", "bar", "barrier")  # of a run of instructions
-Values = np.ndarray
-
-
-@dataclass(frozen=True)
-class Instruction:
-    text: str
-    guard: str
-    negated: bool
-    parts: tuple[str, ...]  # of the opcode
-    operands: tuple[Any, ...]  # texts, tuples of texts where they stand in braces
-
-    @property
-    def base(self) -> str:
-        return self.parts[0]
-
-
-def _operands(text: str) -> tuple[Any, ...]:
-    found = []
-    for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
-        found.append(tuple(re.findall(r"[^,\s{}]+", part)) if part[0] == "{" else part)
-    return tuple(found)
-
-
-@dataclass
-class Program:
-    """A kernel's instructions, its labels, and the sizes of its registers in bytes, a predicate's 0."""
-
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    parameters: list[str] = field(default_factory=list)
-    shared: dict[str, int] = field(default_factory=dict)  # bytes of each variable of its own
-
-    @classmethod
-    def parse(cls, text: str) -> Program:
-        text = re.sub(r"//[^\n]*", "", text)
-        entry = re.search(r"\.entry\s+\w+\(([^)]*)\)[^{]*\{(.*)", text, re.S)
-        assert entry is not None
-        program = cls(parameters=re.findall(r"(\w+)\s*(?:,|$)", entry[1].strip()))
-        scopes: list[dict[str, str]] = [{}]
-        body = re.sub(r"^\s*\.(loc|pragma|section|file)[^\n]*$", "", entry[2], flags=re.M)
-        for piece in re.sub(r"(\$?\w+):\s*\n", r"\1:;", body).split(";"):
-            piece = piece.strip()
-            while piece[:1] in ("{", "}"):
-                scopes = [*scopes, {}] if piece[0] == "{" else scopes[:-1]
-                piece = piece[1:].strip()
-                if not scopes:
-                    return program
-            if not piece:
-                continue
-            if piece.endswith(":"):
-                program.labels[piece[:-1]] = len(program.instructions)
-            elif piece.startswith(".reg"):
-                program._declare(piece, scopes)
-            elif variable := re.fullmatch(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", piece):
-                if variable[1] in program.shared:
-                    raise ValueError(f"{variable[1]} is declared twice")
-                program.shared[variable[1]] = int(variable[2])
-            elif not piece.startswith("."):
-                program._add(piece, scopes)
-        return program
-
-    def _declare(self, piece: str, scopes: list[dict[str, str]]) -> None:
-        _, kind, names = piece.split(None, 2)
-        for name in map(str.strip, names.split(",")):
-            size = 0 if kind == ".pred" else int(kind[2:]) // 8
-            if counted := re.fullmatch(r"(%\w+)<(\d+)>", name):
-                self.sizes |= {f"{counted[1]}{i}": size for i in range(int(counted[2]))}
-            else:
-                scopes[-1][name] = f"{name}#{len(self.sizes)}"
-                self.sizes[scopes[-1][name]] = size
-
-    def _add(self, piece: str, scopes: list[dict[str, str]]) -> None:
-        for scope in scopes:
-            for name, unique in scope.items():
-                piece = re.sub(rf"(?<![\w%$.]){re.escape(name)}(?![\w.])", unique, piece)
-        guard = re.match(r"@(!?)([%\w#]+)\s+", piece)
-        rest = piece[guard.end() :] if guard else piece
-        opcode, _, operands = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
-        self.instructions.append(Instruction(piece, guard[2] if guard else "", bool(guard and guard[1]), tuple(opcode.strip().split(".")),
-                                             _operands(operands)))  # fmt: skip
 
 
 class Memory:
@@ -337,22 +238,20 @@ class Block:
             self._write(to, self._read(given, "?" if i.parts[-1] == "pred" else TYPES[i.parts[-1]]), mask)
 
     def _op_cvt(self, i: Instruction, mask: Values | None) -> None:
-        kinds = [p for p in i.parts[1:] if p in TYPES or p in ("bf16", "f16x2", "bf16x2")]
-        to, given = kinds
-        if to == "f16x2":
-            high, low = (self._read(o, "f4").astype(np.float16).view("u2").astype("u4") for o in i.operands[1:])
+        to, given = (p for p in i.parts[1:] if p in TYPES or p in ("bf16", "f16x2", "bf16x2", "tf32"))
+        if to.endswith("x2"):
+            high, low = (rounded(self._read(o, "f4"), to[:-2]).astype("u4") for o in i.operands[1:])
             self._write(i.operands[0], low | high << 16, mask)
             return
+        value = self._read(i.operands[1], TYPES.get(given, "u2"))
         if given == "bf16":
-            value = (self._read(i.operands[1], "u2").astype("u4") << 16).view("f4")
-        else:
-            value = self._read(i.operands[1], TYPES[given])
+            value = (value.astype("u4") << 16).view("f4")
         with np.errstate(all="ignore"):
-            if to == "bf16":
-                value = torch.from_numpy(value.astype("f4")).bfloat16().view(torch.int16).numpy().view("u2")
+            for rounding in (ROUNDINGS[p] for p in i.parts if p in ROUNDINGS and value.dtype.kind == "f"):
+                value = rounding(value)
+            if to in ("bf16", "tf32"):
+                value = rounded(value.astype("f4"), to)
             else:
-                for rounding in (ROUNDINGS[p] for p in i.parts if p in ROUNDINGS and value.dtype.kind == "f"):
-                    value = rounding(value)
                 if value.dtype.kind == "f" and TYPES[to][0] != "f":
                     limits = np.iinfo(TYPES[to])
                     value = np.where(np.isnan(value), 0, np.clip(value.astype("f8"), limits.min, limits.max))
@@ -473,149 +372,51 @@ class Block:
                 found = found.transpose(0, 2, 1)
             self._write(register, np.ascontiguousarray(found).view(np.uint32).reshape(-1), mask)
 
+    def _op_stmatrix(self, i: Instruction, mask: Values | None) -> None:
+        warps = self._whole_warps(mask)
+        registers = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
+        given = self._addresses(i.operands[0]).reshape(-1, 32)
+        for n, register in enumerate(registers):
+            memory, at = self._space(("shared",), given[:, 8 * n : 8 * n + 8].reshape(-1), 16, np.repeat(warps, 8))
+            value = np.ascontiguousarray(self._read(register, "u4")).view("u2").reshape(-1, 8, 8)[warps]
+            value = value.transpose(0, 2, 1) if "trans" in i.parts else value
+            memory[at[:, None] + np.arange(16)] = np.ascontiguousarray(value).view(np.uint8).reshape(-1, 16)
+
     def _nothing(self, i: Instruction, mask: Values | None) -> None:
         """What orders kernels, threads of a warp or accesses: here one follows the other."""
 
     _op_griddepcontrol = _op_bar = _op_fence = _op_membar = _nothing
 
+    def _op_mul(self, i: Instruction, mask: Values | None) -> None:
+        """mul and mad: of integers the low half, the high one or all of the product."""
+        dtype = TYPES[i.parts[-1]]
+        values = [self._read(o, dtype) for o in i.operands[1:3]]
+        addend = i.operands[3] if i.base == "mad" else None
+        with np.errstate(all="ignore"):
+            if dtype[0] == "f":
+                result = values[0] * values[1]
+            elif "wide" in i.parts:
+                wider = f"{dtype[0]}{2 * int(dtype[1])}"
+                result = values[0].astype(wider) * values[1].astype(wider)
+                result = result if addend is None else result + self._read(addend, wider)
+            elif "hi" in i.parts:
+                bits = 8 * int(dtype[1])
+                result = np.array([int(a) * int(b) >> bits for a, b in zip(*values, strict=True)]).astype(dtype)
+            else:
+                result = values[0] * values[1]
+                result = result if addend is None else result + self._read(addend, dtype)
+        self._write(i.operands[0], result, mask)
 
-def _shift(i: Instruction, value: Values, by: Values) -> Values:
-    bits, by = 8 * value.dtype.itemsize, by.astype(np.int64) & 0xFFFFFFFF
-    if i.base == "shl":
-        return np.where(by < bits, value << np.minimum(by, bits - 1).astype(value.dtype), 0)
-    return value >> np.minimum(by, bits - 1).astype(value.dtype) if value.dtype.kind == "i" else np.where(
-        by < bits, value >> np.minimum(by, bits - 1).astype(value.dtype), 0)  # fmt: skip
+    _op_mad = _op_mul
 
+    def _op_bfe(self, i: Instruction, mask: Values | None) -> None:
+        """bfe: bits from a place on; of signed values the last is their sign."""
+        value = self._read(i.operands[1], TYPES[i.parts[-1]])
+        start, length = int(i.operands[2]), int(i.operands[3])
+        kind, above = value.dtype.type, 8 * value.itemsize - start - length
+        self._write(i.operands[0], value << kind(above) >> kind(above + start), mask)
 
-def _divide(i: Instruction, a: Values, b: Values) -> Values:
-    return a / b if a.dtype.kind == "f" else np.trunc(a.astype(np.longdouble) / b).astype(a.dtype)
-
-
-def _fma(i: Instruction, a: Values, b: Values, c: Values) -> Values:
-    return (a.astype("f8") * b.astype("f8") + c.astype("f8")).astype(a.dtype)
-
-
-def _logic(of_integers: Any, of_predicates: Any) -> Any:
-    return lambda i, a, b: (of_predicates if i.parts[-1] == "pred" else of_integers)(a, b)
-
-
-def _extreme(smaller: Any, larger: Any) -> Any:
-    """Of floats NaN is nobody's choice unless the instruction says so."""
-    return lambda i, a, b: (larger if a.dtype.kind == "f" and "NaN" not in i.parts else smaller)(a, b)
-
-
-ARITHMETIC: dict[str, Any] = {
-    "add": lambda i, a, b: a + b,
-    "sub": lambda i, a, b: a - b,
-    "neg": lambda i, a: -a,
-    "abs": lambda i, a: np.abs(a),
-    "and": _logic(np.bitwise_and, np.logical_and),
-    "or": _logic(np.bitwise_or, np.logical_or),
-    "xor": _logic(np.bitwise_xor, np.logical_xor),
-    "not": lambda i, a: ~a,
-    "shl": _shift,
-    "shr": _shift,
-    "min": _extreme(np.minimum, np.fmin),
-    "max": _extreme(np.maximum, np.fmax),
-    "div": _divide,
-    "rem": lambda i, a, b: a - _divide(i, a, b) * b,
-    "fma": _fma,
-    "rsqrt": lambda i, a: (1 / np.sqrt(a.astype("f8"))).astype(a.dtype),
-    "sqrt": lambda i, a: np.sqrt(a),
-    "rcp": lambda i, a: 1 / a,
-    "ex2": lambda i, a: np.exp2(a.astype("f8")).astype(a.dtype),
-    "lg2": lambda i, a: np.log2(a.astype("f8")).astype(a.dtype),
-    "cvta": lambda i, a: a,
-}
-
-
-def _wide(self: Block, i: Instruction, mask: Values | None) -> None:
-    """mul and mad: of integers the low half, the high one or all of the product."""
-    dtype = TYPES[i.parts[-1]]
-    values = [self._read(o, dtype) for o in i.operands[1:3]]
-    addend = i.operands[3] if i.base == "mad" else None
-    with np.errstate(all="ignore"):
-        if dtype[0] == "f":
-            result = values[0] * values[1]
-        elif "wide" in i.parts:
-            wider = f"{dtype[0]}{2 * int(dtype[1])}"
-            result = values[0].astype(wider) * values[1].astype(wider)
-            result = result if addend is None else result + self._read(addend, wider)
-        elif "hi" in i.parts:
-            bits = 8 * int(dtype[1])
-            result = np.array([int(a) * int(b) >> bits for a, b in zip(*values, strict=True)]).astype(dtype)
-        else:
-            result = values[0] * values[1]
-            result = result if addend is None else result + self._read(addend, dtype)
-    self._write(i.operands[0], result, mask)
-
-
-def _field(self: Block, i: Instruction, mask: Values | None) -> None:
-    """bfe: bits from a place on; of signed values the last is their sign."""
-    value = self._read(i.operands[1], TYPES[i.parts[-1]])
-    start, length = int(i.operands[2]), int(i.operands[3])
-    kind, above = value.dtype.type, 8 * value.itemsize - start - length
-    self._write(i.operands[0], value << kind(above) >> kind(above + start), mask)
-
-
-def _dot(self: Block, i: Instruction, mask: Values | None) -> None:
-    a, b = (np.ascontiguousarray(self._read(o, "u4")).view(TYPES[f"{kind[0]}8"]).reshape(-1, 4).astype(np.int64)
-            for o, kind in zip(i.operands[1:3], i.parts[1:3], strict=True))  # fmt: skip
-    self._write(i.operands[0], ((a * b).sum(1) + self._read(i.operands[3], "i4")).astype("i4"), mask)
-
-
-Block._op_mul = Block._op_mad = _wide  # type: ignore[attr-defined]
-Block._op_bfe = _field  # type: ignore[attr-defined]
-Block._op_dp4a = _dot  # type: ignore[attr-defined]
-
-
-class Launcher:
-    """In place of `launch.kernel`: `Launcher(target)(fn, registers, x)[grid](...)` compiles for the target and plays the PTX.
-
-    launched: names of the kernels, in order.
-    """
-
-    def __init__(self, target: GpuTarget):
-        self.target, self.launched = target, list[str]()
-        self._compiled: dict[Any, tuple[Program, int, int]] = {}
-
-    def __call__(self, fn: Any, registers: int | None = None, x: torch.Tensor | None = None) -> Any:
-        launcher = self
-
-        class Gridded:
-            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                return lambda *args, **kwargs: launcher._launch(fn, grid, args, kwargs, registers)
-
-        return Gridded()
-
-    def _launch(self, fn: Any, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any], registers: int | None) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
-        if registers:
-            options["maxnreg"] = registers
-        given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-        fixed = {p.name: given[p.name] for p in fn.params if p.is_constexpr}
-        fixed |= {name: value for name, value in given.items() if value is None or (type(value) is int and value == 1)}
-        free = {name: given[name] for name in fn.arg_names if name not in fixed}
-        signature = {name: "constexpr" if name in fixed else self._type(given[name]) for name in fn.arg_names}
-        aligned = [n for n, name in enumerate(fn.arg_names) if name in free and not isinstance(free[name], float) and
-                   (free[name].data_ptr() if isinstance(free[name], torch.Tensor) else free[name]) % 16 == 0]  # fmt: skip
-        key = fn, *map(str, (sorted(signature.items()), sorted(fixed.items()), aligned, sorted(options.items())))
-        if key not in self._compiled:
-            source = ASTSource(fn, signature, fixed, {(n,): [["tt.divisibility", 16]] for n in aligned})
-            compiled = triton.compile(source, target=GPUTarget("cuda", self.target.sm, 32), options=options)
-            self._compiled[key] = Program.parse(compiled.asm["ptx"]), compiled.metadata.num_warps * 32, compiled.metadata.shared
-        program, threads, shared = self._compiled[key]
-        memory = Memory([value for value in free.values() if isinstance(value, torch.Tensor)])
-        values = [memory.address(v) if isinstance(v, torch.Tensor) else v for v in free.values()]
-        whole = (*grid, 1, 1)[:3]
-        block = Block(program, threads, shared, memory, dict(zip(program.parameters, values, strict=False)))
-        for n in range(math.prod(whole)):
-            block.run((n % whole[0], n // whole[0] % whole[1], n // (whole[0] * whole[1])), whole)  # type: ignore[arg-type]
-        memory.take_back()
-        self.launched.append(fn.fn.__name__)
-
-    @staticmethod
-    def _type(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return POINTERS[value.dtype]
-        return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+    def _op_dp4a(self, i: Instruction, mask: Values | None) -> None:
+        a, b = (np.ascontiguousarray(self._read(o, "u4")).view(TYPES[f"{kind[0]}8"]).reshape(-1, 4).astype(np.int64)
+                for o, kind in zip(i.operands[1:3], i.parts[1:3], strict=True))  # fmt: skip
+        self._write(i.operands[0], ((a * b).sum(1) + self._read(i.operands[3], "i4")).astype("i4"), mask)
