@@ -204,12 +204,22 @@ class Block:
                 for copy in self.copies.pop(0):
                     copy()
         else:
-            size = int(i.operands[2])
+            size = int(i.operands[2], 0)
             to, at = self._space(("shared",), self._addresses(i.operands[0]), size, mask)
-            given, source = self._space(("global",), self._addresses(i.operands[1]), size, mask)
+            whole = np.ones(at.size, bool)  # the others get zeros, and where these would come from is not looked at
+            if len(i.operands) > 3:
+                read = self._read(i.operands[3], "u4")
+                whole = (read if mask is None else read[mask]) == size
+                if not (whole | ((read if mask is None else read[mask]) == 0)).all():
+                    raise NotImplementedError(i.text)
+            threads = np.flatnonzero(np.ones(self.threads, bool) if mask is None else mask)[whole]
+            taken = np.zeros(self.threads, bool)
+            taken[threads] = True
+            given, source = self._space(("global",), self._addresses(i.operands[1]), size, taken)
 
             def copy() -> None:
-                to[at[:, None] + np.arange(size)] = given[source[:, None] + np.arange(size)]
+                to[at[~whole][:, None] + np.arange(size)] = 0
+                to[at[whole][:, None] + np.arange(size)] = given[source[:, None] + np.arange(size)]
 
             self.copies[-1].append(copy)
 
