@@ -6,12 +6,14 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 
 EM_CUDA = 190
-PARAMETERS_AT, PARAMETER = 0x0A, 0x17  # attributes of a kernel: EIATTR_PARAM_CBANK, EIATTR_KPARAM_INFO
+# Attributes of a kernel: EIATTR_PARAM_CBANK, EIATTR_KPARAM_INFO, EIATTR_MAXREG_COUNT.
+PARAMETERS_AT, PARAMETER, MOST_REGISTERS = 0x0A, 0x17, 0x1B
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,30 @@ def kernels(image: bytes) -> list[str]:
     return [name.removeprefix(".text.") for name in sections(image) if name.startswith(".text.")]
 
 
-def parameters(image: bytes, kernel: str) -> list[Parameter]:
-    """The arguments of a kernel in order."""
-    data, at, base, found = sections(image)[f".nv.info.{kernel}"], 0, 0, {}
+def _attributes(image: bytes, kernel: str) -> Iterator[tuple[int, int, bytes]]:
+    """(attribute, its size or, where it has no further bytes, its value, those bytes)."""
+    data, at = sections(image)[f".nv.info.{kernel}"], 0
     while at < len(data):
         form, attribute, size = struct.unpack_from("<BBH", data, at)
         value = data[at + 4 : at + 4 + size] if form == 4 else b""  # other forms have their value in place of the size
+        yield attribute, size, value
+        at += 4 + len(value)
+
+
+def most_registers(image: bytes, kernel: str) -> int | None:
+    """Registers that a thread of the kernel was compiled to have at most, where it was told."""
+    return next((size for attribute, size, _ in _attributes(image, kernel) if attribute == MOST_REGISTERS), None)
+
+
+def parameters(image: bytes, kernel: str) -> list[Parameter]:
+    """The arguments of a kernel in order."""
+    base, found = 0, {}
+    for attribute, _, value in _attributes(image, kernel):
         if attribute == PARAMETERS_AT:
             base = struct.unpack_from("<H", value, 4)[0]
         elif attribute == PARAMETER:
             ordinal, offset, what = struct.unpack_from("<HHI", value, 4)
             found[ordinal] = (offset, what >> 18, what >> 8 & 15 == 4)
-        at += 4 + len(value)
     return [Parameter(base + offset, base + offset + size, pointer) for _, (offset, size, pointer) in sorted(found.items())]
 
 

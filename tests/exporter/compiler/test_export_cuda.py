@@ -15,7 +15,7 @@ import pytest
 
 from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu import contract
-from kiln.custom_ops.gpu.cubin import kernels, parameters
+from kiln.custom_ops.gpu.cubin import kernels, most_registers, parameters
 from kiln.custom_ops.weights.gemv import SUMS_CONFIGS
 from kiln.exporter.artifact.verify import verify
 from kiln.exporter.measure.runner import runner
@@ -91,12 +91,13 @@ def test_code_of_the_right_architecture(export):
 
 
 def test_products_have_the_registers_that_were_asked_for(export):
-    """Left alone the assembler takes 40 - 52 of them, and loads late."""
+    """Left alone the assembler takes few of them, and loads late."""
     artifact, _ = export
     images = cubins(artifact / "model.sm_90.pt2")["decode"]
-    found = [count for image in images for name, count in registers(image).items() if name.startswith("kiln_gemv")]
-    asked = {config.registers for config in SUMS_CONFIGS.values()}  # the assembler leaves a few of them
-    assert len(found) > 3 and all(any(most - 8 < count <= most for most in asked) for count in found), found
+    found = [(name, most_registers(image, name), count) for image in images for name, count in registers(image).items()
+             if name.startswith("kiln_gemv")]  # fmt: skip
+    asked = {config.registers for config in SUMS_CONFIGS.values()}
+    assert len(found) > 3 and all(most in asked and 100 < count <= most for _, most, count in found), found
 
 
 def test_memory_constants_and_paths(export):
