@@ -82,17 +82,18 @@ class SumsConfig:
 
     rows: int = 128  # that K is cut for, a multiple of 32; a warp has 32
     warps: int = 4  # of a program of so many rows
-    warps_per_sm: int = 12  # at most, as `GemvConfig`
+    warps_per_sm: int = 12  # that K is cut for
+    # Of one or two tokens, of four, of more: warps that a multiprocessor has registers for, the next kernel's that come early among them.
+    resident: tuple[int, int, int] = (16, 14, 12)
     narrow: int = 32  # rows of a program, but for a GLU of several tokens: the fewer, the more evenly they end
     ring: int = 16  # groups of 32 whose quants are under way, at most, a multiple of 8
 
-    @property
-    def registers(self) -> int:
-        return registers_of(self.warps_per_sm)
+    def registers(self, tokens: int) -> int:
+        return registers_of(self.resident[0 if tokens <= 2 else 1 if tokens <= 4 else 2])
 
 
 # By (architecture, loads of a group's quants); measured by tests/measure/tune_sums.py.
-SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8)}
+SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, resident=(16, 14, 8))}
 MOST_STATIC = 40 << 10  # bytes of a program's ring: 48 KiB in all need no word to the driver, and how it ends takes some
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
@@ -140,8 +141,8 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     warp = 32 * 16 * loads_of(LAYOUTS[block_type].bits)  # bytes of a group
     most = min(MOST_STATIC // (rows * shares // 32), (target.smem_optin - KIB * config.warps_per_sm) // config.warps_per_sm)
     ring = max(min(config.ring, most // warp // 8 * 8), 8)
-    return {"RING": ring, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target), "REGISTERS": config.registers,
-            "M": together}, splits, rows * shares // 32
+    return {"RING": ring, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target),
+            "REGISTERS": config.registers(together), "M": together}, splits, rows * shares // 32
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:

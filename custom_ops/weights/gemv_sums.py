@@ -253,7 +253,7 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
     PW: tl.constexpr = 8 if TERMS == 3 else 4  # of a product
     READ: tl.constexpr = ROUND if ROUND > PAIR else PAIR
     # Registers are left for what is read before its block: x of the first groups, and tails.
-    EAGER: tl.constexpr = M <= 4 or END != "split" or loads_of(BITS) == 2
+    EAGER: tl.constexpr = M <= 4
     coming = ()
     for g in tl.static_range(0, READ if EAGER else 0, ROUND):
         coming = coming + _of_tiles(x + tl.minimum(begin, steps - 1) * XB, 4 * X, columns, g, even, TERMS, TILES)
@@ -327,8 +327,9 @@ def kiln_gemv_sums(x, words, halves, partials, counters, out, squares, squares_o
                         added = added + own
                 sums = added
             if g % FETCHED == FETCHED - 1:
+                ahead_at = words + tl.cast(step + RING // 8, tl.int64) * (WORDS * stride) + row
                 for f in tl.static_range(g + 1 - FETCHED, g + 1):
-                    fetch_quants(ring, at + RING // 8 * (WORDS * stride), octet, slot, f, last, stride, BITS)
+                    fetch_quants(ring, ahead_at, octet, slot, f, last, stride, BITS)
                 fetches_end_here(thread)
             if SCALES == "int8" and g % 2 == 1:  # those of these groups, of the next block
                 scales = scales + four_if(at + (WORDS + 8 * BITS + g // 2) * stride, more)

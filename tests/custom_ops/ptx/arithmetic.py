@@ -36,6 +36,14 @@ def _shift(i: Instruction, value: Values, by: Values) -> Values:
         by < bits, value >> np.minimum(by, bits - 1).astype(value.dtype), 0)  # fmt: skip
 
 
+def _funnel(i: Instruction, low: Values, high: Values, by: Values) -> Values:
+    """32 of the 64 bits high : low, moved left or right."""
+    if i.parts[2] != "wrap":
+        raise NotImplementedError(i.text)
+    both, by = high.astype("u8") << np.uint64(32) | low, by.astype("u8") & np.uint64(31)
+    return (both << by >> np.uint64(32) if i.parts[1] == "l" else both >> by).astype("u4")
+
+
 def _divide(i: Instruction, a: Values, b: Values) -> Values:
     return a / b if a.dtype.kind == "f" else np.trunc(a.astype(np.longdouble) / b).astype(a.dtype)
 
@@ -64,6 +72,7 @@ ARITHMETIC: dict[str, Any] = {
     "not": lambda i, a: ~a,
     "shl": _shift,
     "shr": _shift,
+    "shf": _funnel,
     "min": _extreme(np.minimum, np.fmin),
     "max": _extreme(np.maximum, np.fmax),
     "div": _divide,
