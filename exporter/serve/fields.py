@@ -47,7 +47,7 @@ class Fields:
         self.body, self.part = body, part
 
     def name(self, name: str) -> str:
-        return f"{self.part}.{name}" if self.part else name
+        return f"{self.part}.{name}" if self.part and name else self.part or name
 
     def has(self, name: str) -> bool:
         return self.body.get(name) is not None
@@ -60,6 +60,13 @@ class Fields:
             raise wrong(self.name(name), f"a text was expected, not {shown(value)}")
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise wrong(self.name(name), "is no Unicode text: it has half of a surrogate pair")
+        return value
+
+    def needed(self, name: str) -> str:
+        """A text that may neither lack nor be empty."""
+        value = self.text(name)
+        if not value:
+            raise wrong(self.name(name), "is missing" if value is None else "is empty")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:

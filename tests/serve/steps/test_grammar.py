@@ -43,6 +43,14 @@ def test_parse(client: openai.OpenAI, seed: int) -> None:
     assert client.responses.parse(model="small", input=HI, text_format=Kiln, **given).output_parsed == found.choices[0].message.parsed
 
 
+def test_wishes_beside_a_schema(client: openai.OpenAI) -> None:
+    """llama.cpp's schema of a json_object; a least length and a bias give way to the schema."""
+    form: dict = {"type": "json_object", "schema": {"const": 1}}
+    for more in ({}, {"extra_body": {"min_tokens": 9}}, {"logit_bias": {str(i): -100 for i in range(8, 400)}}):
+        found = client.chat.completions.create(model="small", messages=HI, response_format=form, max_tokens=9, temperature=0, **more)
+        assert json.loads(found.choices[0].message.content) == 1 and found.choices[0].finish_reason == "stop", more
+
+
 def test_an_object_of_any_kind(client: openai.OpenAI) -> None:
     found = client.chat.completions.create(model="small", messages=HI, response_format={"type": "json_object"}, temperature=0, max_tokens=8)
     assert found.choices[0].message.content.startswith("{") and found.choices[0].finish_reason in ("stop", "length")
