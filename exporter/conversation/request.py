@@ -204,7 +204,7 @@ def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
     names = set()
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        if not isinstance(function, Mapping) or tool.get("type") not in (None, "function"):
             raise RequestError(f"tools[{i}]", "a tool of type 'function' was expected")
         name = _text(f"tools[{i}].function.name", function.get("name"))
         if not 0 < len(name) <= MAX_NAME or not all(c.isascii() and (c.isalnum() or c in "_-.") for c in name):

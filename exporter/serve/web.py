@@ -34,10 +34,14 @@ class Json(Response):
         return dumps(content).encode("utf-8", "replace")
 
 
-def refused(problem: Problem, path: str) -> Json:
-    """A problem as the clients of a path read it."""
-    anthropic = path.removeprefix("/v1").startswith("/messages")
-    return Json(problem.anthropic() if anthropic else problem.openai(), problem.status, problem.headers)
+def is_anthropic(scope: Scope) -> bool:
+    """Whether the client of a request speaks Anthropic's interface."""
+    return scope["path"].removeprefix("/v1").startswith("/messages") or any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def refused(problem: Problem, scope: Scope) -> Json:
+    """A problem as the client of a request reads it."""
+    return Json(problem.anthropic() if is_anthropic(scope) else problem.openai(), problem.status, problem.headers)
 
 
 async def read_body(request: Request, settings: Settings) -> Fields:
@@ -45,6 +49,9 @@ async def read_body(request: Request, settings: Settings) -> Fields:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of another origin can send everything else unasked
         raise Problem(415, f"the content type is {kind[:80]!r}, application/json was expected", None, "unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise Problem(415, f"the content encoding is {coding[:80]!r}; send the body as it is", None, "unsupported_media_type")
     raw = bytearray()
     try:
         async for piece in request.stream():
