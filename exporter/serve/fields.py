@@ -18,8 +18,13 @@ def read_json(raw: bytes, depth: int) -> dict[str, Any]:
     def constant(name: str) -> float:
         raise ValueError(f"{name} is no JSON number")
 
+    def number(text: str) -> float:
+        """Where it is beyond float64, what repeats it would write no JSON."""
+        value = float(text)
+        return value if math.isfinite(value) else constant(text[:40])
+
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=constant, parse_float=number)
     except UnicodeDecodeError as e:
         raise Problem(400, f"the body is not UTF-8: {e.reason} at byte {e.start}", None, "invalid_json") from None
     except RecursionError:

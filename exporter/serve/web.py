@@ -52,12 +52,15 @@ async def read_body(request: Request, settings: Settings) -> Fields:
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise Problem(415, f"the content encoding is {coding[:80]!r}; send the body as it is", None, "unsupported_media_type")
+    large = Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
+    if int(request.headers.get("content-length", 0)) > settings.body:  # a number, or the server would not have taken it
+        raise large
     raw = bytearray()
     try:
         async for piece in request.stream():
             raw += piece
             if len(raw) > settings.body:
-                raise Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
+                raise large
     except ClientDisconnect:
         raise Problem(499, "the client is gone") from None
     return Fields(read_json(bytes(raw), settings.depth))

@@ -30,6 +30,10 @@ class Closed(Exception):
     """The engine takes no more jobs."""
 
 
+class JobError(Exception):
+    """Why a job cannot go on; its client is told."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy; top_k 0 and top_p 1 are off."""
@@ -243,7 +247,7 @@ class Steps(Generic[R]):
             return
         try:
             step(row)
-        except kiln.Error as e:
+        except (kiln.Error, JobError) as e:
             self._fail(row, str(e))
         except Exception:
             log.exception("a job failed")

@@ -106,6 +106,10 @@ class Rows:
     _count: int = 0
     _last: int = -1
 
+    def __post_init__(self) -> None:
+        ids, values = np.array(list(self.bias), np.int64), np.array(list(self.bias.values()), np.float32)
+        self._biased = ids, values, ids[values <= -100]
+
     def choose(self, row: Row, position: int, token: int) -> int:
         changed = self._changed(row)
         if changed is not row or self.min_p > 0:
@@ -139,16 +143,15 @@ class Rows:
             out[ids] -= counts * np.float32(self.frequency) + np.float32(self.presence)
         if self.bias:
             out = out.copy()
-            for i, value in self.bias.items():
-                out[i] += np.float32(value)
+            out[self._biased[0]] += self._biased[1]
         allowed = self.allowed()
         if allowed is not None:
             mask = np.zeros(len(row), bool)
             mask[allowed if isinstance(allowed, np.ndarray) else np.array(sorted(allowed), np.int64)] = True
             out = np.where(mask, out, np.float32(-np.inf))
-        for never in ([i for i, value in self.bias.items() if value <= -100], sorted(self.barred(self._count))):
-            if never:
+        for never in (self._biased[2], np.array(self.barred(self._count), np.int64)):
+            if len(never):
                 less = out.copy()
-                less[np.array(never, np.int64)] = -np.inf
+                less[never] = -np.inf
                 out = less if np.isfinite(less.max()) else out  # it comes all the same where nothing else may
         return out

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import socket
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -204,7 +205,7 @@ def test_a_thousand_by_chance(http: httpx.Client) -> None:
 def test_bodies_that_are_none(http: httpx.Client, script: Script) -> None:
     texts = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b'{"a": NaN}', b'{"a": Infinity}', b"{'a': 1}", b'{"a": ' * 50_000,
         b"[" * 100_000,
-             b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"n": ' + b"9" * 5000 + b"}"]  # fmt: skip
+             b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"n": ' + b"9" * 5000 + b"}", b'{"metadata": {"a": -1e999}}']  # fmt: skip
     for path in WHOLE:
         for text in texts:
             response = http.post(path, content=text)
@@ -221,6 +222,18 @@ def test_bodies_that_are_none(http: httpx.Client, script: Script) -> None:
         response = http.get(path)
         shape_is_right(path, response)
         assert response.status_code == 405 and response.headers["allow"] == "POST"
+
+
+def test_a_body_too_large_is_refused_unread(script: Script) -> None:
+    """By the length that its header says: a client that asks first sends none of it."""
+    host, port = script.url.removeprefix("http://").split(":")
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), WAIT) as client:
+        client.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {1 << 40}\r\n\r\n".encode())
+        said = client.recv(1 << 16)
+        while piece := client.recv(1 << 16):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 413 ") and b'"type":"request_too_large"' in said
 
 
 def test_which_entry_is_wrong(http: httpx.Client) -> None:

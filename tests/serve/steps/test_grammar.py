@@ -60,13 +60,22 @@ def test_an_object_of_any_kind(client: openai.OpenAI) -> None:
     ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"not": {"type": "string"}}, "not"), ({"type": "string", "format": "zip"},
     "zip"),
     ({"if": {}, "then": {}}, "if"), ({"type": "striing"}, "striing"), ({"$ref": "#/nowhere"},
-    "nowhere"), ({"type": "string", "pattern": "("}, ""),
+    "nowhere"), ({"type": "string", "pattern": "("}, "unclosed"), ({"$ref": "#"}, "grammar failed"),
 ])  # fmt: skip
 def test_refused(client: openai.OpenAI, schema: dict, named: str) -> None:
     format_: dict = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="small", messages=HI, response_format=format_)  # type: ignore[call-overload]
     assert named in error.value.message and (error.value.param, error.value.code) == ("response_format", "unsupported_schema")
+
+
+def test_a_grammar_that_fails_on_its_way(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    """The client is told, in a line that has neither the schema nor what was written, and the log has no more."""
+    secret = {"type": "object", "properties": {"secret": {"anyOf": [{"type": "object", "properties": {"a": {"type": "integer"}}}] * 300}}}
+    form: dict = {"type": "json_schema", "json_schema": {"schema": secret | {"required": ["secret"]}}}
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(model="small", messages=HI, response_format=form, temperature=0)  # type: ignore[call-overload]
+    assert "items; max is" in error.value.message and "secret" not in error.value.message + caplog.text
 
 
 def test_after_a_thought(script: Script) -> None:
