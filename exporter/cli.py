@@ -237,9 +237,15 @@ def run(arguments: tuple[str, ...]) -> None:
         converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
     if arguments and not arguments[0].startswith("-") and is_model_file(arguments[0]):
-        from kiln.exporter.run_gguf import command
+        from kiln.exporter.run_gguf import command, parse
 
-        arguments = tuple(command(arguments))
+        # Usage first: code is compiled for a minute. Of an artifact that is not there kiln-run says so behind it.
+        usage = subprocess.run([binary, os.devnull, *parse(arguments).rest], stdin=subprocess.DEVNULL, capture_output=True)
+        if usage.returncode == 2:
+            click.echo(usage.stderr.decode(errors="replace"), nl=False, err=True)
+            sys.exit(2)
+        if "--help" not in arguments:
+            arguments = tuple(command(arguments))
     sys.stderr.flush()
     if "--help" in arguments:
         subprocess.run([binary, *arguments], check=True)

@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kiln.exporter.conversation.request import is_halved
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 
 INT64 = (-(1 << 63), (1 << 63) - 1)
 
 
-def read_json(raw: bytes, depth: int) -> dict[str, Any]:
+def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
     """A JSON object. Raises Problem."""
 
     def constant(name: str) -> float:
@@ -63,7 +64,7 @@ class Fields:
             return default
         if not isinstance(value, str):
             raise wrong(self.name(name), f"a text was expected, not {shown(value)}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if is_halved(value):
             raise wrong(self.name(name), "is no Unicode text: it has half of a surrogate pair")
         return value
 

@@ -75,6 +75,8 @@ class Served:
         self.fingerprint = f"kiln-{manifest['weights']['header']['sha256'][:12]}"
         self.created = int(time.time())
         self.metrics = Metrics(settings.metrics_prefix, settings.names[0], engine.load)
+        if self.dialect:
+            _ = self.dialect.template.manner  # a template that cannot be used is told now, and no request waits for what it is asked
         self.draining = False
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="kiln-prompts")
 

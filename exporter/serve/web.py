@@ -20,6 +20,7 @@ from kiln.exporter.serve.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger("kiln.serve")
+ASIDE = 64 << 10  # bytes of a body from which on the event loop does not wait for its reading
 SLOWEST = 60.0  # seconds in which a client takes one piece of a stream
 
 
@@ -63,7 +64,9 @@ async def read_body(request: Request, settings: Settings) -> Fields:
                 raise large
     except ClientDisconnect:
         raise Problem(499, "the client is gone") from None
-    return Fields(read_json(bytes(raw), settings.depth))
+    if len(raw) < ASIDE:
+        return Fields(read_json(raw, settings.depth))
+    return Fields(await asyncio.to_thread(read_json, raw, settings.depth))
 
 
 async def _gone(receive: Receive) -> None:
