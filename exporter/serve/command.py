@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def serve(
         raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
     if not all(names):
         raise click.BadParameter("a name may not be empty", param_hint="--alias")
+    for origin in cors_origins:  # as browsers send it, or no page would ever be let
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise click.BadParameter(f"{origin!r} is no origin such as https://example.org", param_hint="--cors-origins")
+    for name in allow_host:
+        if not re.fullmatch(r"[^/:\[\]\s]+|[0-9A-Fa-f:.]+", name):
+            raise click.BadParameter(f"{name!r} is no name of a host, without scheme and port", param_hint="--allow-host")
     settings = Settings(
         names=names or ((artifact.stem if is_model_file(artifact) else artifact.resolve().name) or "kiln",),
         sessions=sessions or 0,

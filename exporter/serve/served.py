@@ -182,7 +182,9 @@ class Served:
         except Busy:
             raise Problem(429, "too many requests wait already; try again later", None, "queue_full", {"retry-after": "1"}) from None
         except TooMany as e:
-            raise wrong("n" if wanted[0][0].n > 1 else field, f"{len(jobs)} answers at once; this server takes {e}") from None
+            name = "n" if wanted[0][0].n > 1 else field
+            said = f"{name}: {len(jobs)} answers at once; this server takes {e} at most"
+            raise Problem(429, said, name, "queue_full", {"x-should-retry": "false"}) from None
         except Closed as e:
             raise Problem(503, f"the model cannot be used any more: {e}" if str(e) else "the server is shutting down") from None
         return answers

@@ -60,6 +60,8 @@ def test_chat_without_input(talking: Path) -> None:
         *(("serve", FIXTURES, f"--snapshot-{where}-gib", value) for where in ("host", "device") for value in ("inf", "1e30", "nan")),
         *((command, FIXTURES, "--device", name) for command in ("serve", "chat", "bench") for name in ("gpu", "cuda:", "cuda:x", "")),
         ("serve", FIXTURES, "--alias", ""),
+        *(("serve", FIXTURES, "--cors-origins", name) for name in ("example.org", "https://example.org/", "", "https://")),
+        *(("serve", FIXTURES, "--allow-host", name) for name in ("example.org:80", "http://example.org", "[::1]", "")),
         ("chat", FIXTURES, "--temperature", "nan"),
         ("chat", FIXTURES, "--top-p", "nan"),
         ("bench-serve", "http://127.0.0.1:1", "--timeout", "inf"),

@@ -114,7 +114,8 @@ def test_overload(real: Running) -> None:
     assert all(r.headers["retry-after"] and r.json()["error"]["code"] == "queue_full" for r in refused)
     assert httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE}, timeout=WAIT).status_code == 200
     more = httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE + 1}, timeout=WAIT)
-    assert more.status_code == 400 and more.json()["error"]["param"] == "n"  # trying again would not help
+    assert more.status_code == 429 and more.json()["error"]["param"] == "n" and more.headers["x-should-retry"] == "false"
+    assert "retry-after" not in more.headers  # trying again would not help
     assert real.idle()
 
 

@@ -124,7 +124,7 @@ class Rows:
         """The token chosen last gave way to these, which were not chosen and have no probability."""
         if self.found:
             self.found.pop()
-        self._written[self._last] -= 1
+        self._written -= Counter((self._last,))  # which keeps no zero: a penalty would touch what was never written
         self._count += len(ids) - 1
         self._written.update(ids)
 

@@ -186,6 +186,14 @@ def test_wishes_that_leave_nothing() -> None:
     assert Rows(Sampling(), bias=dict.fromkeys(range(4), -100.0)).choose(row, 0, 1) == 1
 
 
+def test_a_token_that_gave_way_is_not_penalized() -> None:
+    row = np.array([1.0, 5.0, 4.5, 0.0], np.float32)
+    rows = Rows(Sampling(), presence=1.0)
+    assert rows.choose(row, 0, 1) == 1
+    rows.replaced((3, 3))
+    assert rows.choose(row, 2, 1) == 1 and rows.choose(row, 3, 1) == 2
+
+
 def test_the_end_of_the_window(engine: Steps, model: kiln.Model) -> None:
     n = model.max_seq_len - 6
     waiting, host = Waiting(prompt(n), 50), Waiting(prompt(n), 50, choose=Rows(Sampling(1.0, 0, 1.0, 0)).choose)
