@@ -232,6 +232,7 @@ def run(arguments: tuple[str, ...]) -> None:
     """
     from kiln.exporter.measure.runner import runner
 
+    arguments = ("--help", *arguments[1:]) if arguments[:1] == ("-h",) else arguments  # as of every other command
     names = {name for parameter in converse.params for name in parameter.opts if parameter.name in CONVERSING}
     if any(argument.partition("=")[0] in names for argument in arguments):
         converse.main(list(arguments), prog_name="kiln run")

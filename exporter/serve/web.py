@@ -21,7 +21,7 @@ from kiln.exporter.serve.settings import Settings
 T = TypeVar("T")
 log = logging.getLogger("kiln.serve")
 ASIDE = 64 << 10  # bytes of a body from which on the event loop does not wait for its reading
-SLOWEST = 60.0  # seconds in which a client takes one piece of a stream
+SLOWEST = 60.0  # seconds in which a client sends one piece of a body, and takes one of a stream
 
 
 def dumps(value: Any) -> str:
@@ -56,14 +56,17 @@ async def read_body(request: Request, settings: Settings) -> Fields:
     large = Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
     if int(request.headers.get("content-length", 0)) > settings.body:  # a number, or the server would not have taken it
         raise large
-    raw = bytearray()
+    raw, pieces = bytearray(), request.stream()
     try:
-        async for piece in request.stream():
+        while (piece := await asyncio.wait_for(anext(pieces, None), SLOWEST)) is not None:
             raw += piece
             if len(raw) > settings.body:
                 raise large
     except ClientDisconnect:
         raise Problem(499, "the client is gone") from None
+    except TimeoutError:
+        said = f"nothing more of the body came within {SLOWEST:g} seconds"
+        raise Problem(408, said, None, "request_timeout", {"connection": "close"}) from None
     if len(raw) < ASIDE:
         return Fields(read_json(raw, settings.depth))
     return Fields(await asyncio.to_thread(read_json, raw, settings.depth))

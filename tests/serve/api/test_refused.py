@@ -15,6 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from kiln.exporter.serve import web
 from kiln.exporter.serve.app import application, page_files
 from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script
@@ -234,6 +235,18 @@ def test_a_body_too_large_is_refused_unread(script: Script) -> None:
         while piece := client.recv(1 << 16):
             said += piece
     assert said.startswith(b"HTTP/1.1 413 ") and b'"type":"request_too_large"' in said
+
+
+def test_a_body_that_stops_coming(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SLOWEST", 0.1)
+    host, port = script.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), WAIT) as client:
+        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"a": '.encode())
+        said = client.recv(1 << 16)
+        while piece := client.recv(1 << 16):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 408 ") and b'"code":"request_timeout"' in said
 
 
 def test_which_entry_is_wrong(http: httpx.Client) -> None:
