@@ -21,6 +21,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kiln.exporter.errors import printable
 from kiln.exporter.serve.api.chat import chat
 from kiln.exporter.serve.api.completions import completions, detokenize, tokenize
 from kiln.exporter.serve.api.messages import count_tokens, messages
@@ -66,7 +67,7 @@ class Gate:
         else:
             await self.app(scope, receive, noting)
         if self.served.settings.log:
-            log.info("%s %s %s %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)
+            log.info("%s %s %s %.3f s", scope["method"], printable(scope["path"]), status, time.monotonic() - start)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization", b"x-api-key")}

@@ -376,6 +376,8 @@ def test_no_prompt_is_logged(script: Script, caplog: pytest.LogCaptureFixture, m
     failed = client.post("/v1/chat/completions", json=good, headers=HEADERS)
     assert failed.status_code == 500 and failed.json()["error"]["message"] == "internal error"
     assert not before and b'status="500"' in served.metrics.text()
+    client.get("/a%0aINFO%20b%1b[2J", headers=HEADERS)
+    assert all(record.getMessage().isprintable() for record in caplog.records if record.name == "kiln.serve")
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "POST /v1/chat/completions 200" in said and "a request failed" in said
     assert "secret" not in said and KEY not in said
