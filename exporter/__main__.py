@@ -9,9 +9,10 @@ if __package__ == "exporter":  # the rooms beside this file, whatever else is in
 
 def main() -> None:
     """The command. Signals are its own before it loads what takes time, and stay so to the end of the process."""
-    from kiln.exporter.interrupt import end_cleanly
+    from kiln.exporter.interrupt import end_cleanly, open_streams
 
     end_cleanly()
+    open_streams()
     from kiln.exporter.cli import main as command
 
     command()

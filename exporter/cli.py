@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,16 +15,16 @@ import click
 
 from kiln.custom_ops.geometry import GEOMETRIES, MAX_ROWS
 from kiln.custom_ops.weights.mixes import SYNTHETIC
-from kiln.exporter.errors import KilnError
+from kiln.exporter.errors import KilnError, UsageProblem
 from kiln.exporter.interrupt import ending_cleanly
 from kiln.exporter.measure.serve_command import bench_serve
-from kiln.exporter.parameters import PATH, WEIGHTS, is_model_file, of_what_is_played
+from kiln.exporter.parameters import DEVICE, PATH, WEIGHTS, Float, is_model_file, of_what_is_played
 from kiln.exporter.serve.command import serve
 from kiln.exporter.temporary import working_folder
 
 
 class Group(click.Group):
-    """One line on stderr and exit code 1 for what the user can mend; click itself gives 2 for usage."""
+    """One line on stderr for what the user can mend: exit code 2 for usage, which click itself gives as well, else 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):  # UTF-8 whatever the locale says; what is no text in it is escaped
@@ -36,11 +35,14 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except KilnError as e:
             click.echo(f"kiln: error: {e}", err=True)
-        except OSError as e:
-            if e.errno == errno.EPIPE:  # nobody reads any more
-                raise
+            sys.exit(2 if isinstance(e, UsageProblem) else 1)
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().main(*arguments, **options)
+        except OSError as e:  # of a help text as well; that nobody reads any more ends click itself
             click.echo(f"kiln: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", err=True)
-        sys.exit(1)
+            sys.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -230,14 +232,21 @@ def run(arguments: tuple[str, ...]) -> None:
     """
     from kiln.exporter.measure.runner import runner
 
+    arguments = ("--help", *arguments[1:]) if arguments[:1] == ("-h",) else arguments  # as of every other command
     names = {name for parameter in converse.params for name in parameter.opts if parameter.name in CONVERSING}
     if any(argument.partition("=")[0] in names for argument in arguments):
         converse.main(list(arguments), prog_name="kiln run")
     binary = runner()
     if arguments and not arguments[0].startswith("-") and is_model_file(arguments[0]):
-        from kiln.exporter.run_gguf import command
+        from kiln.exporter.run_gguf import command, parse
 
-        arguments = tuple(command(arguments))
+        # Usage first: code is compiled for a minute. Of an artifact that is not there kiln-run says so behind it.
+        usage = subprocess.run([binary, os.devnull, *parse(arguments).rest], stdin=subprocess.DEVNULL, capture_output=True)
+        if usage.returncode == 2:
+            click.echo(usage.stderr.decode(errors="replace"), nl=False, err=True)
+            sys.exit(2)
+        if "--help" not in arguments:
+            arguments = tuple(command(arguments))
     sys.stderr.flush()
     if "--help" in arguments:
         subprocess.run([binary, *arguments], check=True)
@@ -269,14 +278,14 @@ def sampling(temperature: float, top_k: int, top_p: float, tokens: int | None, s
 
     def add(command: Any) -> Any:
         for option in (
-            click.option("--temperature", type=click.FloatRange(0), default=temperature, show_default=True, help="0 is greedy."),
+            click.option("--temperature", type=Float(0), default=temperature, show_default=True, help="0 is greedy."),
             click.option("--top-k", type=click.IntRange(0, (1 << 31) - 1), default=top_k, show_default=True, help="0 is off."),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=top_p, show_default=True, help="1 is off."),
+            click.option("--top-p", type=Float(0, 1, min_open=True), default=top_p, show_default=True, help="1 is off."),
             click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help=f"Of the sampling.  [default: {seed}]"),
             click.option("--max-new-tokens", type=click.IntRange(1, (1 << 31) - 1), default=tokens, help="Longest answer, in tokens."),
             drafts,
             of_what_is_played,
-            click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N."),
+            DEVICE,
             click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
             click.option("--think", is_flag=True, help="Let the model think before it answers."),
@@ -292,7 +301,7 @@ def snapshot_budgets(command: Any) -> Any:
     """The options of what is kept to be used again."""
     for where, default in (("host", 4.0), ("device", 4.0)):
         what = f"GiB of the {'GPU' if where == 'device' else 'host'} that snapshots of what was read may take."
-        size = click.FloatRange(0, 1 << 20)
+        size = Float(0, 1 << 20)
         command = click.option(f"--snapshot-{where}-gib", type=size, default=default, show_default=True, help=what)(command)
     return command
 
@@ -415,7 +424,7 @@ def clear_cache(names: tuple[str, ...]) -> None:
 @click.option("--raw", is_flag=True, help="With --prompt-file: no chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(2), help="With --draft: tokens that are written.  [default: 128]")
 @click.option("--draft-rates", metavar="F,F,...", help="Draft what will come, each place of a draft right as often, by a seeded coin.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@DEVICE
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--profile", is_flag=True, help="Instead: the time of a decode step and of a prefill call, kernel by kernel (GPU).")
 @click.option("--rows", metavar="M,M,...", help="Instead: steps of as many tokens, of one session and of M sessions.")

@@ -27,6 +27,10 @@ class KilnError(Exception):
         super().__init__(printable(message))
 
 
+class UsageProblem(KilnError):
+    """Options that are wrong whatever the files hold: exit code 2."""
+
+
 class Problems(KilnError):
     """Everything that is wrong with one input; as text the first and how many there are."""
 

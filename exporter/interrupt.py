@@ -6,6 +6,7 @@ The handler does that itself instead of raising: an exception may be swallowed b
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -43,6 +44,25 @@ def held() -> Iterator[None]:
         _held -= 1
         if _pending is not None and not _held:
             _end(_pending)
+
+
+def open_streams() -> None:
+    """Standard streams that were closed before the command began: input is at its end, errors go nowhere, output takes nothing.
+
+    Until they are open, whatever file is opened next would be one of them.
+    """
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
+    # Without a buffer, which would fail once more at the end of the process.
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
 
 
 def end_cleanly() -> dict[signal.Signals, Any]:

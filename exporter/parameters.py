@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,28 @@ class UserPath(click.Path):
 
 
 PATH = UserPath(path_type=Path)
+
+
+class Float(click.FloatRange):
+    """A number within a range, none of which is infinite or none at all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        return found if math.isfinite(found) else self.fail(f"{value} is not a finite number", param, ctx)
+
+
+class Device(click.ParamType):
+    """Where an artifact is played."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value, re.ASCII):
+            self.fail(f"{value!r} is none of auto, cpu, cuda and cuda:N", param, ctx)
+        return value
+
+
+DEVICE = click.option("--device", type=Device(), metavar="NAME", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 
 
 class Numbers(click.ParamType):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from kiln.exporter.artifact.output import MANIFEST
 from kiln.exporter.errors import KilnError
@@ -32,8 +33,15 @@ def read_manifest(directory: Path) -> dict:
     path = directory / MANIFEST
     if not path.is_file():
         raise KilnError(f"{directory} is not an artifact: it has no {MANIFEST}")
+
+    class Record(dict[str, Any]):
+        """An object of the file, wherever it stands in it: what it lacks is told as such."""
+
+        def __missing__(self, key: str) -> Any:
+            raise KilnError(f"{path} lacks {key!r}; copy the artifact again, or export it again")
+
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
     except (ValueError, RecursionError) as e:
         raise KilnError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(manifest, dict) or manifest.get("format") != "kiln":

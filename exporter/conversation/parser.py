@@ -79,6 +79,11 @@ def call_id() -> str:
     return "call_" + "".join(secrets.choice(letters) for _ in range(24))
 
 
+def _begun(stop: str, text: str) -> int:
+    """Characters at a text's end that a stop text, which it does not hold, may begin with."""
+    return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-k:])), 0)
+
+
 class Parser:
     """One answer. `message` is what has come so far; `ended` says that nothing more counts: an end token, a stop text, or `finish`.
 
@@ -259,7 +264,7 @@ class Parser:
             self._say(text[:at])
             self._end("stop")
             return
-        keep = max((k for stop in self._stops for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
+        keep = max((_begun(stop, text) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         self._say(text[: len(text) - keep])
 

@@ -79,12 +79,21 @@ def read_request(
     return Request(tuple(read), _tools(tools), dict(variables or {}), generate and not continue_final, continue_final)
 
 
+def is_halved(text: str) -> bool:
+    """Whether a text has half of a surrogate pair, which no UTF-8 spells."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def check_value(part: str, value: Any, depth: int = 0) -> None:
     """RequestError where a value is no JSON that can be written as text: half characters, infinite numbers, no end of nesting."""
     if depth > MAX_DEPTH:
         raise RequestError(part, f"is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        if is_halved(value):
             raise RequestError(part, "is no Unicode text: it has bytes that are not UTF-8, or half of a surrogate pair")
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -110,7 +119,7 @@ def _message(part: str, message: Any, before: list[dict[str, Any]]) -> dict[str,
     content = _content(f"{part}.content", message.get("content"), may_lack=role in ("assistant", "tool"))
     if role in ("system", "developer") and isinstance(content, list):
         content = "\n".join(item["text"] for item in content)
-    read: dict[str, Any] = {"role": role, "content": content}
+    read: dict[str, Any] = {"role": role, "content": "" if content is None else content}
     if message.get("name") is not None:
         read["name"] = _text(f"{part}.name", message["name"])
     if role == "assistant":
@@ -120,7 +129,6 @@ def _message(part: str, message: Any, before: list[dict[str, Any]]) -> dict[str,
         if message.get("tool_calls"):
             read["tool_calls"] = _calls(f"{part}.tool_calls", message["tool_calls"])
     if role == "tool":
-        read["content"] = "" if content is None else content
         read["tool_call_id"] = _answered(part, message.get("tool_call_id"), before)
     return read
 
@@ -204,7 +212,7 @@ def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
     names = set()
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        if not isinstance(function, Mapping) or tool.get("type") not in (None, "function"):
             raise RequestError(f"tools[{i}]", "a tool of type 'function' was expected")
         name = _text(f"tools[{i}].function.name", function.get("name"))
         if not 0 < len(name) <= MAX_NAME or not all(c.isascii() and (c.isalnum() or c in "_-.") for c in name):

@@ -132,7 +132,8 @@ class Template:
         takes_text = isinstance(in_text, str) and p in in_text
         takes_parts = isinstance(in_parts, str) and in_parts.count(p) == 1 and (in_parts == in_text or not takes_text)
         if not takes_text and not takes_parts:
-            raise KilnError(f"the chat template cannot render a single user turn: {one_line(in_text)}; export with another --chat-template")
+            why = one_line(in_text) if isinstance(in_text, TemplateError) else "its text is not in what it writes"
+            raise KilnError(f"the chat template cannot render a single user turn: {why}; export with another --chat-template")
         if not takes_text:
             ended, answered, *switched = self.render(
                 [turn(parts, generate=False), turn(parts, [{"type": "text", "text": f" {q} "}], False)]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from kiln.custom_ops.geometry import keys_attended
 from kiln.exporter.artifact.manifest import read_manifest
-from kiln.exporter.errors import KilnError
+from kiln.exporter.errors import KilnError, UsageProblem
 from kiln.exporter.measure.picture import log2_ticks, panels
 from kiln.exporter.measure.runner import runner
 
 
 def numbers(text: str, option: str = "--depths") -> list[int]:
-    """`128,512` as a list; raises KilnError."""
+    """`128,512` as a list; raises UsageProblem."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise KilnError(f"{option} {text}: must be integers separated by commas") from None
+        raise UsageProblem(f"{option} {text}: must be integers separated by commas") from None
 
 
 # ---- costs, from the manifest ----

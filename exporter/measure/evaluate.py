@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kiln.exporter.artifact.manifest import read_manifest
-from kiln.exporter.errors import KilnError
+from kiln.exporter.errors import KilnError, UsageProblem
 from kiln.exporter.measure.picture import check_plot, log2_ticks, panels
 from kiln.exporter.measure.players import (
     KV_CACHES,
@@ -193,14 +193,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     """Runs the suites and returns one JSON-able record. Raises KilnError."""
     for suite in options.suites:
         if suite not in SUITES:
-            raise KilnError(f"--suite {suite} is unknown; choose from {', '.join(SUITES)}")
+            raise UsageProblem(f"--suite {suite} is unknown; choose from {', '.join(SUITES)}")
     if options.picture:
-        check_plot()
         if not set(PLOTTED) & set(options.suites):
-            raise KilnError("--plot shows the suites kld and needle; add one of them to --suite")
+            raise UsageProblem("--plot shows the suites kld and needle; add one of them to --suite")
+        check_plot()
     scored = bool({"ppl", "kld"} & set(options.suites))
     if scored and options.text is None:
-        raise KilnError("--suite ppl and kld need text to score: give --text FILE")
+        raise UsageProblem("--suite ppl and kld need text to score: give --text FILE")
     written = _read_text(options.text) if options.text else None
     longest = max([options.tokens] * scored + list(options.depths) * ("needle" in options.suites))
     is_artifact = options.path.is_dir()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kiln.exporter.parameters import PATH, Numbers
+from kiln.exporter.parameters import PATH, Float, Numbers
 from kiln.exporter.temporary import working_folder
 
 
@@ -17,20 +17,20 @@ from kiln.exporter.temporary import working_folder
 @click.option("--users", type=Numbers(int), metavar="N,N,...", help="Closed loop: each of so many users asks again when answered.")
 @click.option("--rate", "rates", type=Numbers(float), metavar="R,R,...", help="Open loop: so many conversations a second begin (Poisson).")
 @click.option("--conversations", type=click.IntRange(1), default=32, show_default=True, help="At each load.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Begin none after so long, at each load.")
+@click.option("--seconds", type=Float(0, min_open=True), help="Begin none after so long, at each load.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of the first message; no two are alike.")
 @click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
 @click.option("--shared-prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens of a system prompt that all share.")
 @click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="Requests of a conversation, each with all before it.")
 @click.option("--turn-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of each message after the first.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=Float(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--ignore-eos/--no-ignore-eos", default=True, show_default=True, help="Ask for whole answers (an extension of most servers).")
-@click.option("--max-ttft-ms", type=click.FloatRange(0, min_open=True), help="Goodput: the first token within this.")
-@click.option("--max-token-ms", type=click.FloatRange(0, min_open=True), help="Goodput: a token of an answer, in the mean, within this.")
-@click.option("--max-gap-ms", type=click.FloatRange(0, min_open=True), help="Goodput: no gap between parts of an answer above this.")
+@click.option("--max-ttft-ms", type=Float(0, min_open=True), help="Goodput: the first token within this.")
+@click.option("--max-token-ms", type=Float(0, min_open=True), help="Goodput: a token of an answer, in the mean, within this.")
+@click.option("--max-gap-ms", type=Float(0, min_open=True), help="Goodput: no gap between parts of an answer above this.")
 @click.option("--model", help="Its name.  [default: the first that the server lists]")
 @click.option("--key-file", type=PATH, help="A file with the key of the server.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds of a whole answer.")
+@click.option("--timeout", type=Float(0, min_open=True), default=600, show_default=True, help="Seconds of a whole answer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
 @click.option("--json", "as_json", is_flag=True, help="The record as JSON instead of a table.")
 @click.option("--out", type=PATH, help="Write the record here, too.")

@@ -36,7 +36,8 @@ class Around(Protocol):
 class Wishes:
     """How an answer is to be made. most: its tokens, None: as many as there is room for. top: log-probabilities, of so many others too.
 
-    stop_ids: end an answer and are no part of it. budget: ids of its thoughts. schema: JSON schema of the content, None: any text.
+    stop_ids: end an answer and are no part of it. budget: ids of its thoughts. schema: JSON schema of the content, None: any text;
+    schema_field: where the request has it.
     """
 
     sampling: Sampling
@@ -47,7 +48,7 @@ class Wishes:
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     top: int | None = None
-    score: bool = False  # log-probabilities of the prompt, too
+    score: bool = False  # log-probabilities of the prompt, too: the first choice has them
     bias: Mapping[int, float] = field(default_factory=dict)
     frequency: float = 0.0
     presence: float = 0.0
@@ -57,6 +58,7 @@ class Wishes:
     calling: Calling | None = None
     budget: int | None = None
     schema: Any = None
+    schema_field: str = "response_format"
     salt: str = ""
 
     @property
@@ -209,7 +211,7 @@ class Answer:
         most = served.max_seq_len - len(self.prompt)
         job = Job(
             self.prompt, most if wishes.most is None else min(wishes.most, most), sampling, choice.take, choice.ended,
-            rows.choose if rows else None, choice.score if wishes.score else None, self.stops, wishes.salt,
+            rows.choose if rows else None, choice.score if wishes.score and not index else None, self.stops, wishes.salt,
             deadline=time.monotonic() + served.settings.timeout if served.settings.timeout else None,
         )  # fmt: skip
         self.choices.append(choice)

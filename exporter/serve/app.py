@@ -8,6 +8,7 @@ import logging
 import mimetypes
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,19 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kiln.exporter.errors import printable
 from kiln.exporter.serve.api.chat import chat
 from kiln.exporter.serve.api.completions import completions, detokenize, tokenize
 from kiln.exporter.serve.api.messages import count_tokens, messages
 from kiln.exporter.serve.api.responses import responses
 from kiln.exporter.serve.problem import Problem
 from kiln.exporter.serve.served import Served
-from kiln.exporter.serve.web import Endpoint, Json, refused
+from kiln.exporter.serve.web import Endpoint, Json, is_anthropic, refused
 
 log = logging.getLogger("kiln.serve")
 PAGE = Path(__file__).with_name("page")
 OPEN = {"/health", "/health/live"}  # without a key
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -46,6 +49,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope["path"] = scope["path"].rstrip("/") or "/"
         start, status = time.monotonic(), 0
 
         async def noting(message: Message) -> None:
@@ -59,11 +63,11 @@ class Gate:
         try:
             self._check(scope)
         except Problem as problem:
-            await refused(problem, scope["path"])(scope, receive, noting)
+            await refused(problem, scope)(scope, receive, noting)
         else:
             await self.app(scope, receive, noting)
         if self.served.settings.log:
-            log.info("%s %s %s %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)
+            log.info("%s %s %s %.3f s", scope["method"], printable(scope["path"]), status, time.monotonic() - start)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization", b"x-api-key")}
@@ -103,19 +107,23 @@ async def metrics(served: Served, http: Http) -> Response:
     return Response(served.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def model_record(served: Served, name: str) -> dict[str, Any]:
+def model_record(served: Served, name: str, anthropic: bool) -> dict[str, Any]:
+    if anthropic:
+        created = datetime.fromtimestamp(served.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {"type": "model", "id": name, "display_name": name, "created_at": created}
     return {"id": name, "object": "model", "created": served.created, "owned_by": "kiln", "max_model_len": served.max_seq_len}
 
 
 async def models(served: Served, http: Http) -> Response:
-    return Json({"object": "list", "data": [model_record(served, name) for name in served.settings.names]})
+    names, anthropic = served.settings.names, is_anthropic(http.scope)
+    data = [model_record(served, name, anthropic) for name in names]
+    return Json(
+        {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]} if anthropic else {"object": "list", "data": data}
+    )
 
 
 async def one_model(served: Served, http: Http) -> Response:
-    name = http.path_params["name"]
-    if name not in served.settings.names:
-        raise Problem(404, f"the model {name[:80]!r} is not served here", "model", "model_not_found")
-    return Json(model_record(served, name))
+    return Json(model_record(served, served.model(http.path_params["name"]), is_anthropic(http.scope)))
 
 
 async def version(served: Served, http: Http) -> Response:
@@ -154,16 +162,26 @@ def application(served: Served, folder: Path = PAGE) -> Starlette:
 
     def bound(endpoint: Endpoint) -> Any:
         async def call(http: Http) -> Response:
-            return await endpoint(served, http)
+            try:
+                return await endpoint(served, http)
+            except (Problem, HTTPException):
+                raise
+            except Exception as e:  # further out it would end the connection, and other origins could not read it
+                log.error("a request failed", exc_info=e)
+                raise Problem(500, "internal error") from None
 
         return call
 
     async def static(http: Http) -> Response:
-        file = page.get(http.url.path)
+        path = http.scope["path"]
+        bare, file = path.removeprefix("/v1"), page.get(path)
+        get = file is not None or path == "/" or bare in GETS or bare.startswith("/models/")
+        if not get and bare not in POSTS:
+            raise HTTPException(404)
+        if not get or http.method not in ("GET", "HEAD"):
+            raise HTTPException(405, headers={"allow": "GET, HEAD" if get else "POST"})
         if file is None:
-            if http.url.path == "/":
-                return PlainTextResponse("Kiln serves a model here: POST /v1/chat/completions, GET /v1/models\n")
-            raise HTTPException(405 if http.url.path.removeprefix("/v1") in POSTS else 404)
+            return PlainTextResponse("Kiln serves a model here: POST /v1/chat/completions, GET /v1/models\n")
         headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
         return FileResponse(file, headers=headers, media_type=mimetypes.guess_type(file.name)[0] or "application/octet-stream")
 
@@ -171,16 +189,16 @@ def application(served: Served, folder: Path = PAGE) -> Starlette:
     for prefix in ("/v1", ""):
         routes += [Route(prefix + path, bound(endpoint), methods=["GET"]) for path, endpoint in GETS.items()]
         routes += [Route(prefix + path, bound(endpoint), methods=["POST"]) for path, endpoint in POSTS.items()]
-    routes.append(Route("/{path:path}", static, methods=["GET"]))
+    routes.append(Route("/{path:path}", static, methods=METHODS))
 
     async def told(http: Http, error: Exception) -> Response:
         if isinstance(error, Problem):
-            return refused(error, http.url.path)
+            return refused(error, http.scope)
         if isinstance(error, HTTPException):
             said = {404: "there is nothing at this address", 405: "this address takes another method"}.get(error.status_code, error.detail)
-            return refused(Problem(error.status_code, said, None, None, error.headers), http.url.path)
+            return refused(Problem(error.status_code, said, None, None, error.headers), http.scope)
         log.error("a request failed", exc_info=error)
-        return refused(Problem(500, "internal error"), http.url.path)
+        return refused(Problem(500, "internal error"), http.scope)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kiln.exporter.errors import KilnError
-from kiln.exporter.parameters import PATH, is_model_file, of_what_is_played
+from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what_is_played
 
 
 @click.command()
@@ -19,13 +20,13 @@ from kiln.exporter.parameters import PATH, is_model_file, of_what_is_played
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Requests that may wait; more are refused.")
 @click.option("--prefill-chunk", type=click.IntRange(2), help="Tokens of a prompt between two steps of others.  [default: the artifact's]")
 @click.option(
-    "--max-gap-ms", type=click.FloatRange(0), default=0.0,
+    "--max-gap-ms", type=Float(0), default=0.0,
     help="What prompts may take between two steps of others, where the artifact has rows; a chunk is read at least.",
 )  # fmt: skip
-@click.option("--snapshot-device-gib", type=click.FloatRange(0), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
-@click.option("--snapshot-host-gib", type=click.FloatRange(0), default=0.0, help="The same of the host; on the CPU the only one.")
-@click.option("--timeout", type=click.FloatRange(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
-@click.option("--drain", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
+@click.option("--snapshot-device-gib", type=Float(0, 1 << 20), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
+@click.option("--snapshot-host-gib", type=Float(0, 1 << 20), default=0.0, help="The same of the host; on the CPU the only one.")
+@click.option("--timeout", type=Float(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
+@click.option("--drain", type=Float(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
 @click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
 @click.option("--any-model", is_flag=True, help="Answer to every name.")
 @click.option("--api-keys", type=PATH, metavar="FILE", help="Ask for a key of this file, which has one a line.")
@@ -40,7 +41,7 @@ from kiln.exporter.parameters import PATH, is_model_file, of_what_is_played
 @click.option("--metrics-prefix", type=click.Choice(["kiln", "vllm"]), default="kiln", show_default=True, help="Of the names in /metrics.")
 @click.option("--log-requests", is_flag=True, help="A line for each request: method, address, status, time; never a prompt.")
 @of_what_is_played
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
     artifact: Path, host: str, port: int, sessions: int | None, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
@@ -59,6 +60,14 @@ def serve(
         from kiln.exporter.serve.settings import Settings
     except ImportError as e:
         raise KilnError(f"the server's packages are not installed ({e}); pip install 'kiln-export[serve]'") from e
+    if not all(names):
+        raise click.BadParameter("a name may not be empty", param_hint="--alias")
+    for origin in cors_origins:  # as browsers send it, or no page would ever be let
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise click.BadParameter(f"{origin!r} is no origin such as https://example.org", param_hint="--cors-origins")
+    for name in allow_host:
+        if not re.fullmatch(r"[^/:\[\]\s]+|[0-9A-Fa-f:.]+", name):
+            raise click.BadParameter(f"{name!r} is no name of a host, without scheme and port", param_hint="--allow-host")
     settings = Settings(
         names=names or ((artifact.stem if is_model_file(artifact) else artifact.resolve().name) or "kiln",),
         sessions=sessions or 0,

@@ -7,19 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kiln.exporter.conversation.request import is_halved
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 
 INT64 = (-(1 << 63), (1 << 63) - 1)
 
 
-def read_json(raw: bytes, depth: int) -> dict[str, Any]:
+def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
     """A JSON object. Raises Problem."""
 
     def constant(name: str) -> float:
         raise ValueError(f"{name} is no JSON number")
 
+    def number(text: str) -> float:
+        """Where it is beyond float64, what repeats it would write no JSON."""
+        value = float(text)
+        return value if math.isfinite(value) else constant(text[:40])
+
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=constant, parse_float=number)
     except UnicodeDecodeError as e:
         raise Problem(400, f"the body is not UTF-8: {e.reason} at byte {e.start}", None, "invalid_json") from None
     except RecursionError:
@@ -47,7 +53,7 @@ class Fields:
         self.body, self.part = body, part
 
     def name(self, name: str) -> str:
-        return f"{self.part}.{name}" if self.part else name
+        return f"{self.part}.{name}" if self.part and name else self.part or name
 
     def has(self, name: str) -> bool:
         return self.body.get(name) is not None
@@ -58,8 +64,15 @@ class Fields:
             return default
         if not isinstance(value, str):
             raise wrong(self.name(name), f"a text was expected, not {shown(value)}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if is_halved(value):
             raise wrong(self.name(name), "is no Unicode text: it has half of a surrogate pair")
+        return value
+
+    def needed(self, name: str) -> str:
+        """A text that may neither lack nor be empty."""
+        value = self.text(name)
+        if not value:
+            raise wrong(self.name(name), "is missing" if value is None else "is empty")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:

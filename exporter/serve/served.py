@@ -21,7 +21,7 @@ from kiln.exporter.serve.answer import Answer, Wishes
 from kiln.exporter.serve.metrics import Metrics
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 from kiln.exporter.serve.settings import Settings
-from kiln.exporter.serve.steps.engine import Busy, Closed, Engine
+from kiln.exporter.serve.steps.engine import Busy, Closed, Engine, TooMany
 from kiln.exporter.serve.steps.grammar import Grammars
 from kiln.exporter.serve.steps.steer import Lexicon
 from kiln.exporter.serve.steps.timelines import Timeline
@@ -76,6 +76,8 @@ class Served:
         self.fingerprint = f"kiln-{(weights['gguf']['directory'] if 'gguf' in weights else weights['header']['sha256'])[:12]}"
         self.created = int(time.time())
         self.metrics = Metrics(settings.metrics_prefix, settings.names[0], engine.load)
+        if self.dialect:
+            _ = self.dialect.template.manner  # a template that cannot be used is told now, and no request waits for what it is asked
         self.draining = False
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="kiln-prompts")
 
@@ -129,8 +131,8 @@ class Served:
             raise Problem(400, "this model has no chat template; it takes /v1/completions", None, "unsupported")
         return self.dialect
 
-    async def converse(self, request: Request, wishes: Wishes) -> Answer:
-        """Raises Problem, before anything is written, for what cannot be answered."""
+    async def converse(self, request: Request, wishes: Wishes, field: str = "messages") -> Answer:
+        """field: of the request, that holds the conversation. Raises Problem, before anything is written, for what cannot be answered."""
         dialect = self.talks()
         if request.tools and self.markup.calls is None:
             raise unsupported("tools", "this model's template and vocabulary have no markers of calls")
@@ -144,7 +146,7 @@ class Served:
             return [dialect.parser(prompt, request, wishes.stop, wishes.parallel) for _ in range(wishes.n)]
 
         at = tuple(stops(prompt.cuts, 0, len(prompt.ids)))
-        return self.begin([(wishes, prompt.ids, at, parser, tools, grammar) for parser in await self.aside(parsers)])[0]
+        return self.begin([(wishes, prompt.ids, at, parser, tools, grammar) for parser in await self.aside(parsers)], field)[0]
 
     async def write(self, prompts: Sequence[tuple[int, ...]], wishes: Wishes) -> list[Answer]:
         """Continuations of plain ids, an `Answer` for each prompt."""
@@ -152,17 +154,17 @@ class Served:
         found = []
         for ids in prompts:
             found += [(wishes, ids, (), Parser(self.vocabulary, Markup(), (), None, wishes.stop), (), grammar) for _ in range(wishes.n)]
-        return self.begin(found)
+        return self.begin(found, "prompt")
 
     async def grammar(self, wishes: Wishes) -> Callable[[], Any]:
         """Makes a grammar of each answer's own. Raises Problem for a schema that cannot be honoured."""
         if wishes.schema is None:
             return lambda: None
-        text = await self.aside(self.grammars.check, wishes.schema, "response_format")
+        text = await self.aside(self.grammars.check, wishes.schema, wishes.schema_field)
         return lambda: self.grammars.make(text)
 
-    def begin(self, wanted: Sequence[Wanted]) -> list[Answer]:
-        """Submits choices, neighbours of one prompt to one `Answer`; all or none. Raises Problem."""
+    def begin(self, wanted: Sequence[Wanted], field: str) -> list[Answer]:
+        """Submits choices, neighbours of one prompt to one `Answer`; all or none. Raises Problem, which names the prompts' field."""
         answers: list[Answer] = []
         jobs = []
         for wishes, ids, at, parser, tools, grammar in wanted:
@@ -170,7 +172,7 @@ class Served:
                 raise Problem(503, "the server is shutting down", None, "shutting_down", {"retry-after": "5"})
             if len(ids) >= self.max_seq_len and wishes.most != 0 or len(ids) > self.max_seq_len:
                 said = f"this model's maximum context length is {self.max_seq_len} tokens, the prompt has {len(ids)}"
-                raise Problem(400, said, "messages", "context_length_exceeded")
+                raise Problem(400, said, field, "context_length_exceeded")
             if not ids:
                 raise wrong("prompt", "has no tokens")
             if not answers or answers[-1].prompt is not ids:
@@ -180,6 +182,10 @@ class Served:
             self.engine.submit(jobs)
         except Busy:
             raise Problem(429, "too many requests wait already; try again later", None, "queue_full", {"retry-after": "1"}) from None
+        except TooMany as e:
+            name = "n" if wanted[0][0].n > 1 else field
+            said = f"{name}: {len(jobs)} answers at once; this server takes {e} at most"
+            raise Problem(429, said, name, "queue_full", {"x-should-retry": "false"}) from None
         except Closed as e:
             raise Problem(503, f"the model cannot be used any more: {e}" if str(e) else "the server is shutting down") from None
         return answers

@@ -77,7 +77,12 @@ class Server(uvicorn.Server):
         """Says where it serves only now: requests are answered and a signal lets answers end."""
         await super().startup(sockets=sockets)
         if self.started:
-            print(f"serving {self._served.settings.names[0]} at {self._address}", flush=True)
+            line = f"serving {self._served.settings.names[0]} at {self._address}"
+            try:
+                print(line, flush=True)
+            except OSError as e:  # of a server whose output nobody wants
+                print(f"note: standard output takes nothing: {e.strerror}; {line}", file=sys.stderr)
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending:

@@ -20,7 +20,8 @@ from kiln.exporter.serve.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger("kiln.serve")
-SLOWEST = 60.0  # seconds in which a client takes one piece of a stream
+ASIDE = 64 << 10  # bytes of a body from which on the event loop does not wait for its reading
+SLOWEST = 60.0  # seconds in which a client sends one piece of a body, and takes one of a stream
 
 
 def dumps(value: Any) -> str:
@@ -34,10 +35,14 @@ class Json(Response):
         return dumps(content).encode("utf-8", "replace")
 
 
-def refused(problem: Problem, path: str) -> Json:
-    """A problem as the clients of a path read it."""
-    anthropic = path.removeprefix("/v1").startswith("/messages")
-    return Json(problem.anthropic() if anthropic else problem.openai(), problem.status, problem.headers)
+def is_anthropic(scope: Scope) -> bool:
+    """Whether the client of a request speaks Anthropic's interface."""
+    return scope["path"].removeprefix("/v1").startswith("/messages") or any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def refused(problem: Problem, scope: Scope) -> Json:
+    """A problem as the client of a request reads it."""
+    return Json(problem.anthropic() if is_anthropic(scope) else problem.openai(), problem.status, problem.headers)
 
 
 async def read_body(request: Request, settings: Settings) -> Fields:
@@ -45,15 +50,26 @@ async def read_body(request: Request, settings: Settings) -> Fields:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of another origin can send everything else unasked
         raise Problem(415, f"the content type is {kind[:80]!r}, application/json was expected", None, "unsupported_media_type")
-    raw = bytearray()
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise Problem(415, f"the content encoding is {coding[:80]!r}; send the body as it is", None, "unsupported_media_type")
+    large = Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
+    if int(request.headers.get("content-length", 0)) > settings.body:  # a number, or the server would not have taken it
+        raise large
+    raw, pieces = bytearray(), request.stream()
     try:
-        async for piece in request.stream():
+        while (piece := await asyncio.wait_for(anext(pieces, None), SLOWEST)) is not None:
             raw += piece
             if len(raw) > settings.body:
-                raise Problem(413, f"the body is larger than {settings.body} bytes", None, "request_too_large", {"connection": "close"})
+                raise large
     except ClientDisconnect:
         raise Problem(499, "the client is gone") from None
-    return Fields(read_json(bytes(raw), settings.depth))
+    except TimeoutError:
+        said = f"nothing more of the body came within {SLOWEST:g} seconds"
+        raise Problem(408, said, None, "request_timeout", {"connection": "close"}) from None
+    if len(raw) < ASIDE:
+        return Fields(read_json(raw, settings.depth))
+    return Fields(await asyncio.to_thread(read_json, raw, settings.depth))
 
 
 async def _gone(receive: Receive) -> None:

@@ -308,7 +308,7 @@ def test_run(artifact: Path, tmp_path: Path) -> None:
     ]:  # fmt: skip
         done = command("run", artifact, *arguments)
         assert done.returncode == code and match in done.stderr, done.stderr
-    assert "--system TEXT" in command("run", "--help").stdout
+    assert "--system TEXT" in command("run", "--help").stdout == command("run", "-h").stdout
 
 
 def test_artifacts_that_cannot_talk(artifacts: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from random import Random
 from typing import Any
 
@@ -225,3 +226,12 @@ def test_thoughts_between_other_markers() -> None:
     assert message("<think>x<end>\n", "Hi<end>")["content"] == "Hi"  # that turn is over
     lost = message("", "<tool_call>\nsorry</tool_call><end>")
     assert (lost["content"], lost["finish_reason"]) == ("<tool_call>\nsorry</tool_call>", "stop")
+
+
+def test_long_stop_texts(words: Vocabulary) -> None:
+    """A token costs what its text is long, not what a stop text is; what may begin one is held back all the same."""
+    reader = Parser(words, Markup(), stop=("a" * 200_000, "xyz"))
+    start = time.process_time()
+    said = "".join(delta.text for text in ["hot kiln "] * 200 + ["aa", "ab x", "y", "q aaa"] for delta in reader.push_bytes(text.encode()))
+    assert said == "hot kiln " * 200 + "aaab xyq " and time.process_time() - start < 2
+    assert [delta.text for delta in reader.finish()] == ["aaa"]

@@ -93,3 +93,9 @@ def test_the_request_is_not_changed() -> None:
     messages = json.loads(given)
     read_request(messages, [{"function": {"name": "a"}}])
     assert json.dumps(messages) == given
+
+
+def test_an_answer_without_content() -> None:
+    """A template that writes a content as it is would write "None"."""
+    for answer in ({"content": None}, {}, {"content": None, "tool_calls": CALLS}):
+        assert read_request([USER, {"role": "assistant", **answer}]).messages[1]["content"] == ""

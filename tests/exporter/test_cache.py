@@ -161,6 +161,14 @@ def test_command_line():
     assert result.returncode == 2 and "choose from" in result.stderr
 
 
+def test_wrong_use_of_the_runner_is_told_before_anything_is_compiled(root):
+    for wrong in ((), ("--prompt", "x", "--bogus"), ("--prompt", "x", "--temperature", "nan"), ("--prompt", "x", "--tokens", "1")):
+        result = kiln("run", WIDE, *wrong, check=False)
+        assert result.returncode == 2 and result.stderr.startswith("kiln-run: error: ") and result.stderr.count("\n") == 1, result.stderr
+    result = kiln("run", WIDE, "--help")
+    assert "--prompt TEXT" in result.stdout and not root.exists()
+
+
 def test_an_unsound_file_is_told_in_full(root, tmp_path):
     result = kiln("run", rewrite(tmp_path / "bad.gguf", drop=["blk.0.attn_q.weight"]), *TOKENS, check=False)
     assert result.returncode == 1 and "tensor blk.0.attn_q.weight is missing" in result.stderr and result.stderr.count("\n") == 1

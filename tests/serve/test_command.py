@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def test_what_cannot_be_served(tmp_path: Path, talking: Path) -> None:
         assert "cannot listen on 127.0.0.1" in said(talking, "--port", taken.getsockname()[1])
     assert "cannot listen on no.such.host.invalid:0" in said(talking, "--host", "no.such.host.invalid", "--port", 0)
     assert "cannot read the API keys" in said(talking, "--api-keys", tmp_path / "none")
+    broken = tmp_path / "broken"
+    shutil.copytree(talking, broken)
+    for text, why in (("{{", "the chat template cannot be used: "), ("", "its text is not in what it writes")):
+        (broken / "chat_template.jinja").write_text(text)
+        assert why in said(broken, "--port", 0, "--threads", 1)
+    (broken / "manifest.json").write_text('{"format": "kiln", "format_version": 2}')
+    assert "manifest.json" in (line := said(broken, "--port", 0)) and line.count("\n") == 1
     said(talking, "--sessions", 0, code=2)
     said(talking, "--port", 70_000, code=2)
     said(code=2)

@@ -112,7 +112,10 @@ def test_overload(real: Running) -> None:
     assert len(taken) >= SESSIONS + QUEUE and len(taken) + len(refused) == len(threads)
     assert all(r.json()["usage"]["completion_tokens"] == 90 for r in taken)
     assert all(r.headers["retry-after"] and r.json()["error"]["code"] == "queue_full" for r in refused)
-    assert httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE + 1}, timeout=WAIT).status_code == 429
+    assert httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE}, timeout=WAIT).status_code == 200
+    more = httpx.post(f"{real.url}/v1/completions", json=LONG | {"n": SESSIONS + QUEUE + 1}, timeout=WAIT)
+    assert more.status_code == 429 and more.json()["error"]["param"] == "n" and more.headers["x-should-retry"] == "false"
+    assert "retry-after" not in more.headers  # trying again would not help
     assert real.idle()
 
 

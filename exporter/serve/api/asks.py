@@ -5,8 +5,10 @@ What cannot be honoured is a Problem that names it. A field that nobody knows is
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kiln.exporter.conversation.request import Request, RequestError, read_request
@@ -18,13 +20,23 @@ from kiln.exporter.serve.steps.engine import Sampling
 from kiln.exporter.serve.steps.steer import Calling
 
 TEMPERATURE, TOP_K, TOP_P = 1.0, 64, 0.95  # where a request does not say
+COLDEST = 1e-5  # a temperature below it is greedy: its reciprocal may be infinite in float32
 STOPS, CHOICES, LOGPROBS, MOST = 16, 128, 20, (1 << 31) - 1
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-REFUSED = ("chat_template", "documents", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+# Fields of other servers that change an answer, and what of each is no wish.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("chat_template", "documents", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()
+    ),
+    **dict.fromkeys(("repetition_detection", "truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"), ()),
+    **{"grammar": ("",), "json_schema": ({},), "bad_words": ([],), "logits_processors": ([],), "skip_special_tokens": (True,)},
+    **{"use_beam_search": (False,), "include_stop_str_in_output": (False,)},
+}
 
 
 def sampling(fields: Fields, served: Served, top_temperature: float = 2.0) -> Sampling:
     temperature = fields.number("temperature", 0, top_temperature, TEMPERATURE if served.samples else 0.0)
+    temperature = temperature if temperature >= COLDEST else 0.0
     if temperature and not served.samples:
         raise unsupported(fields.name("temperature"), "the artifact is greedy only; leave it out or give 0")
     top_k = fields.whole("top_k", -1, MOST, TOP_K) or 0
@@ -53,7 +65,7 @@ def bias(fields: Fields, served: Served) -> dict[int, float]:
     given = fields.object("logit_bias")
     found = {}
     for key in given.body if given else ():
-        if not key.isascii() or not key.isdigit() or int(key[:12]) >= served.lexicon.size:
+        if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= served.lexicon.size:
             raise wrong("logit_bias", f"{key[:40]!r} is no token of this model, which has {served.lexicon.size}")
         assert given
         found[int(key)] = given.number(key, -100, 100, 0.0)
@@ -62,8 +74,8 @@ def bias(fields: Fields, served: Served) -> dict[int, float]:
 
 def wishes(fields: Fields, served: Served, **more: Any) -> Wishes:
     """The fields of chat and of plain completions."""
-    for name in (*REFUSED, "repetition_detection"):
-        fields.refuse(name, "this server does not take it")
+    for name, neutral in REFUSED.items():
+        fields.refuse(name, "this server does not take it", *neutral)
     n = fields.whole("n", 1, CHOICES, 1) or 1
     return Wishes(
         sampling(fields, served),
@@ -103,6 +115,25 @@ def conversation(
         raise Problem(400, str(e), e.part) from e
 
 
+@contextlib.contextmanager
+def numbered(field: str, origin: Sequence[int], first: str) -> Iterator[None]:
+    """Problems of converted messages name the client's own: message i is of entry origin[i] of `field`, -1: of the field `first`."""
+
+    def own(match: re.Match[str]) -> str:
+        if not match.group(1):
+            return field
+        at = origin[int(match.group(1))] if int(match.group(1)) < len(origin) else -1
+        return f"{field}[{at}]" if at >= 0 else first
+
+    try:
+        yield
+    except Problem as problem:
+        if not (problem.param or "").startswith("messages"):
+            raise
+        message, param = (re.sub(r"^messages(?:\[(\d+)\])?", own, text) for text in (problem.message, problem.param or ""))
+        raise Problem(problem.status, message, param, problem.code, problem.headers) from None
+
+
 def variables(fields: Fields, served: Served, think: bool | None, param: str) -> dict[str, Any]:
     """Of the template: chat_template_kwargs, which win, and the switch of thinking. think: what the field `param` says."""
     given = fields.object("chat_template_kwargs")
@@ -139,7 +170,7 @@ def calling(choice: Any, names: Sequence[str], field: str = "tool_choice") -> tu
         return Calling(True, (_named(inner, names, field),)), True
     if kind == "allowed_tools":
         inner = choice.get("allowed_tools", choice)
-        listed, mode = (inner.get("tools"), inner.get("mode", "auto")) if isinstance(inner, dict) else (None, None)
+        listed, mode = (inner.get("tools"), inner.get("mode") or "auto") if isinstance(inner, dict) else (None, None)
         if not isinstance(listed, list) or not listed or mode not in ("auto", "required"):
             raise wrong(field, "allowed_tools needs a list of tools, and the mode auto or required")
         some = tuple(_named(t.get("function", t) if isinstance(t, dict) else t, names, f"{field}.tools[{i}]") for i, t in enumerate(listed))
@@ -165,10 +196,8 @@ def schema(format_: Fields | None, tools: bool) -> Any:
         return None
     if tools:
         raise unsupported(format_.name("type"), f"{kind} does not go with tools; give tool_choice 'none', or leave one of them out")
-    if kind == "json_object":
-        return {"type": "object"}
     inner = format_.object("json_schema") or format_  # beside the type in responses and messages
-    given = inner.object("schema")
-    if given is None:
+    given = inner.object("schema")  # of llama.cpp's json_object, too
+    if given is None and kind == "json_schema":
         raise wrong(inner.name("schema"), "is missing")
-    return dict(given.body)
+    return dict(given.body) if given and (given.body or kind == "json_schema") else {"type": "object"}

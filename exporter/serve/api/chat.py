@@ -146,7 +146,7 @@ class _Shape:
                 pieces += self._chunk([self._choice(event.index, delta) | first])
             if event.finish:
                 choice = self.answer.choices[event.index]
-                pieces += self._chunk([self._choice(event.index, {}, event.finish, stop_reason=_stop_reason(choice))])
+                pieces += self._chunk([self._choice(event.index, {}, event.finish, stop_reason=stop_reason(choice))])
             if pieces:
                 yield pieces
         if self.usage:
@@ -166,7 +166,7 @@ class _Shape:
                 "message": self._message(choice.message),
                 "logprobs": None,
                 "finish_reason": choice.finish,
-                "stop_reason": _stop_reason(choice),
+                "stop_reason": stop_reason(choice),
             }
             if self.answer.wishes.top is not None:
                 record["logprobs"] = {"content": [logprob(self.served, x) for e in events for x in e.likely], "refusal": None}
@@ -186,5 +186,5 @@ class _Shape:
         return record
 
 
-def _stop_reason(choice: Choice) -> str | int | None:
+def stop_reason(choice: Choice) -> str | int | None:
     return choice.message.stop_text if choice.message.stop_text is not None else choice.stop_id

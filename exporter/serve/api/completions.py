@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from kiln.exporter.serve.answer import Answer, Event
 from kiln.exporter.serve.api import asks
+from kiln.exporter.serve.api.chat import stop_reason
 from kiln.exporter.serve.fields import Fields
 from kiln.exporter.serve.problem import unsupported, wrong
 from kiln.exporter.serve.served import Served
@@ -19,6 +21,7 @@ from kiln.exporter.serve.steps.rows import Likely
 from kiln.exporter.serve.web import Json, openai_stream, present, read_body, sse
 
 PROMPTS = 64  # of one request
+LEAST = -9999.0  # of a log-probability that is told
 MOST = 16  # tokens of an answer where a request does not say
 
 
@@ -37,18 +40,11 @@ async def completions(served: Served, http: Http) -> Response:
         raise unsupported("best_of", "give the same as n, or leave it out")
     if wishes.most == 0 and not echo:
         raise wrong("max_tokens", "0 needs echo: true")
-    if stream and wishes.score:
-        raise unsupported("echo", "with logprobs it does not go with stream")
-    options = fields.object("stream_options") or Fields({})
-    usage, with_ids = options.flag("include_usage"), fields.flag("return_token_ids")
-    if wishes.score:  # the first choice reads the logits behind every id of the prompt; the others need not
-        answers = await served.write(prompts, wishes)
-        for answer in answers:
-            for job in answer.jobs[1:]:
-                job.score = None
-    else:
-        answers = await served.write(prompts, wishes)
-    shape = _Shape(served, model, answers, echo, usage, with_ids)
+    options = fields.object("stream_options") or Fields({}, "stream_options")
+    usage, every = options.flag("include_usage"), options.flag("continuous_usage_stats")
+    with_ids = fields.flag("return_token_ids")
+    answers = await served.write(prompts, wishes)
+    shape = _Shape(served, model, answers, echo, usage, every, with_ids)
     if stream:
         return openai_stream(served, answers, shape.stream())
     await present(http, answers, shape.collect())
@@ -84,11 +80,38 @@ def _with_bos(ids: Sequence[int], served: Served) -> tuple[int, ...]:
     return tuple(ids) if bos is None or (ids and ids[0] == bos) else (bos, *ids)
 
 
+class _Logprobs:
+    """One choice's, in the form of completions. Offsets are of its text, in which special tokens and a leading space may lack."""
+
+    def __init__(self, served: Served, at: int = 0):
+        self._served, self._at = served, at
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def record(self, found: Sequence[tuple[int, Likely | None]]) -> dict[str, Any]:
+        """Of the next tokens. None: the first id of a prompt, which nothing precedes."""
+        tokens, values, tops, offsets = [], [], [], []
+        for token, x in found:
+            tokens.append(_text(self._served, token))
+            values.append(None if x is None else max(x.logprob, LEAST))
+            tops.append(None if x is None else self._top(x))
+            offsets.append(max(self._at, 0))
+            self._at += len(self._decoder.decode(self._served.tokenizer.piece(token, True)))
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, x: Likely) -> dict[str, float]:
+        """The most probable ones, and the token itself."""
+        found = {_text(self._served, token): max(value, LEAST) for token, value in x.top}
+        found.setdefault(_text(self._served, x.token), max(x.logprob, LEAST))
+        return found
+
+
 class _Shape:
     """Answers as OpenAI's objects; choice i of prompt p is number p * n + i."""
 
-    def __init__(self, served: Served, model: str, answers: Sequence[Answer], echo: bool, usage: bool, with_ids: bool):
-        self.served, self.answers, self.echo, self.usage, self.with_ids = served, answers, echo, usage, with_ids
+    def __init__(
+        self, served: Served, model: str, answers: Sequence[Answer], echo: bool, usage: bool, every: bool, with_ids: bool
+    ):  # fmt: skip
+        self.served, self.answers, self.echo, self.usage, self.every, self.with_ids = served, answers, echo, usage, every, with_ids
         self.n = answers[0].wishes.n
         self.events: dict[int, list[Event]] = {}
         self.head = {
@@ -102,6 +125,14 @@ class _Shape:
     def _prompt(self, answer: Answer) -> str:
         return self.served.tokenizer.decode(list(answer.prompt)) if self.echo else ""
 
+    def _logprobs(self, answer: Answer) -> tuple[_Logprobs, list[tuple[int, Likely | None]]]:
+        """Of one choice, and what it begins with: the prompt, where it is echoed."""
+        if not answer.wishes.score:
+            return _Logprobs(self.served), []
+        spelled = b"".join(self.served.tokenizer.piece(i, True) for i in answer.prompt).decode("utf-8", "replace")
+        scored = answer.choices[0].scored[: len(answer.prompt)]
+        return _Logprobs(self.served, len(self._prompt(answer)) - len(spelled)), list(zip(answer.prompt, scored, strict=True))
+
     def _total(self) -> dict[str, Any]:
         found = [answer.usage() for answer in self.answers]
         total = {name: sum(usage[name] for usage in found) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -110,20 +141,37 @@ class _Shape:
     async def stream(self) -> AsyncIterator[bytes]:
         """One prompt after the other: their answers are written meanwhile."""
         for p, answer in enumerate(self.answers):
-            begun: set[int] = set()
-            async for event in answer.events():
+            told: dict[int, _Logprobs] = {}
+            async for event in self._in_order(answer):
                 text = "".join(delta.text for delta in event.deltas)
-                if event.index not in begun:
-                    begun.add(event.index)
-                    text = self._prompt(answer) + text
-                if text or event.finish or event.likely or (self.with_ids and event.ids):
-                    logprobs = _logprobs(self.served, list(event.likely), 0) if event.likely else None
+                likely: list[tuple[int, Likely | None]] = [(x.token, x) for x in event.likely]
+                ids: dict[str, Any] = {"token_ids": list(event.ids)} if self.with_ids else {}
+                if event.index not in told:
+                    told[event.index], before = self._logprobs(answer)
+                    text, likely = self._prompt(answer) + text, before + likely if answer.wishes.top is not None else []
+                    ids |= {"prompt_token_ids": list(answer.prompt)} if self.with_ids else {}
+                if text or event.finish or likely or (self.with_ids and event.ids):
+                    logprobs = told[event.index].record(likely) if likely else None
                     choice = {"index": p * self.n + event.index, "text": text, "logprobs": logprobs, "finish_reason": event.finish}
-                    ids = {"token_ids": list(event.ids)} if self.with_ids else {}
-                    yield sse({**self.head, "choices": [choice | ids], **({"usage": None} if self.usage else {})})
+                    choice["stop_reason"] = stop_reason(answer.choices[event.index]) if event.finish else None
+                    usage = {"usage": self._total() if self.every else None} if self.usage or self.every else {}
+                    yield sse({**self.head, "choices": [choice | ids], **usage})
         if self.usage:
             yield sse({**self.head, "choices": [], "usage": self._total()})
         yield sse("[DONE]")
+
+    async def _in_order(self, answer: Answer) -> AsyncIterator[Event]:
+        """The events; where the prompt is scored none of another choice before the first one's, which reads it."""
+        held: list[Event] = []
+        begun = not answer.wishes.score
+        async for event in answer.events():
+            begun = begun or event.index == 0
+            if not begun:
+                held.append(event)
+                continue
+            yield event
+            while held:
+                yield held.pop(0)
 
     async def collect(self) -> None:
         for p, answer in enumerate(self.answers):
@@ -138,34 +186,19 @@ class _Shape:
                 events = self.events.get(index, [])
                 logprobs = None
                 if answer.wishes.top is not None:
-                    found: list[Likely | None] = [x for event in events for x in event.likely]
-                    if self.echo:
-                        found = list(answer.choices[0].scored[: len(answer.prompt)]) + found
-                    logprobs = _logprobs(self.served, found, 0, answer.prompt if self.echo else ())
+                    told, before = self._logprobs(answer)
+                    logprobs = told.record([*before, *((x.token, x) for event in events for x in event.likely)])
                 record: dict[str, Any] = {
                     "index": index,
                     "text": self._prompt(answer) + choice.message.content,
                     "logprobs": logprobs,
                     "finish_reason": choice.finish,
-                    "stop_reason": choice.message.stop_text if choice.message.stop_text is not None else choice.stop_id,
+                    "stop_reason": stop_reason(choice),
                 }
                 if self.with_ids:
                     record |= {"token_ids": [i for event in events for i in event.ids], "prompt_token_ids": list(answer.prompt)}
                 choices.append(record)
         return {**self.head, "choices": choices, "usage": self._total()}
-
-
-def _logprobs(served: Served, found: Sequence[Likely | None], start: int, prompt: Sequence[int] = ()) -> dict[str, Any]:
-    """In the form of completions. None: the first id of a prompt, which nothing precedes."""
-    tokens, values, tops, offsets, at = [], [], [], [], start
-    for i, x in enumerate(found):
-        text = _text(served, x.token if x else prompt[i])
-        tokens.append(text)
-        values.append(None if x is None else max(x.logprob, -9999.0))
-        tops.append(None if x is None else {_text(served, token): max(value, -9999.0) for token, value in x.top})
-        offsets.append(at)
-        at += len(text)
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
 def _text(served: Served, token: int) -> str:
@@ -177,6 +210,15 @@ def _text(served: Served, token: int) -> str:
         return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)
 
 
+def _piece(served: Served, token: int) -> str | list[int]:
+    """A token's text; where it is a part of a character, its bytes, as llama.cpp writes them."""
+    piece = served.tokenizer.piece(token, False)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
 async def tokenize(served: Served, http: Http) -> Response:
     """In vLLM's form (prompt or messages) and llama.cpp's (content)."""
     fields = await read_body(http, served.settings)
@@ -186,8 +228,11 @@ async def tokenize(served: Served, http: Http) -> Response:
         found = await served.aside(served.ids, content, fields.flag("parse_special", True), fields.flag("add_special"))
     elif fields.has("messages"):
         variables = asks.variables(fields, served, None, "")
-        tools, generate = fields.items("tools", served.settings.tools), fields.flag("add_generation_prompt", True)
-        request = asks.conversation(served, fields.body["messages"], tools, variables, generate)
+        tools, going_on = fields.items("tools", served.settings.tools), fields.flag("continue_final_message")
+        generate = fields.flag("add_generation_prompt", not going_on)
+        if going_on and generate:
+            raise wrong("continue_final_message", "and add_generation_prompt exclude each other")
+        request = asks.conversation(served, fields.body["messages"], tools, variables, generate, going_on)
         found = (await served.aside(served.rendered, request)).ids
     else:
         prompt = fields.text("prompt")
@@ -196,7 +241,7 @@ async def tokenize(served: Served, http: Http) -> Response:
         found = await served.aside(served.ids, prompt, fields.flag("parse_special"), fields.flag("add_special_tokens", True))
     tokens: list[Any] = list(found)
     if fields.flag("with_pieces"):
-        tokens = [{"id": i, "piece": _text(served, i)} for i in found]
+        tokens = [{"id": i, "piece": _piece(served, i)} for i in found]
     return Json({"count": len(found), "max_model_len": served.max_seq_len, "tokens": tokens})
 
 

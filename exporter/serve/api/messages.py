@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,16 +31,18 @@ async def messages(served: Served, http: Http) -> Response:
     most = fields.whole("max_tokens", 1, asks.MOST)
     if most is None:
         raise wrong("max_tokens", "is missing")
-    request, calling, parallel = _request(fields, served)
+    request, calling, parallel, origin = _request(fields, served)
     thinking = fields.object("thinking")
-    output = fields.object("output_config")
+    output = fields.object("output_config") or Fields({}, "output_config")
+    form = output.object("format") or fields.object("output_format")
     wishes = Wishes(
         asks.sampling(fields, served, 1.0), most=most, stop=asks.stops(fields, "stop_sequences"), parallel=parallel, calling=calling,
         budget=_budget(thinking, most), salt=fields.text("cache_salt") or "",
-        schema=asks.schema(output.object("format") if output else None, bool(request.tools)),
+        schema=asks.schema(form, bool(request.tools)), schema_field=form.part if form else "",
     )  # fmt: skip
     stream = fields.flag("stream")
-    answer = await served.converse(request, wishes)
+    with asks.numbered("messages", origin, "system"):
+        answer = await served.converse(request, wishes)
     shape = _Shape(model, answer)
     if stream:
 
@@ -56,12 +57,14 @@ async def messages(served: Served, http: Http) -> Response:
 async def count_tokens(served: Served, http: Http) -> Response:
     fields = await read_body(http, served.settings)
     served.model(fields.text("model"))
-    request, _, _ = _request(fields, served)
-    return Json({"input_tokens": len((await served.aside(served.rendered, request)).ids)})
+    request, _, _, origin = _request(fields, served)
+    with asks.numbered("messages", origin, "system"):
+        prompt = await served.aside(served.rendered, request)
+    return Json({"input_tokens": len(prompt.ids)})
 
 
-def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, bool]:
-    """-> the conversation, what may be called, whether more than once."""
+def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, bool, list[int]]:
+    """-> the conversation, what may be called, whether more than once, and of each message where it came from, as of `_history`."""
     for name in ("mcp_servers", "container"):
         fields.refuse(name, "this server does not take it", [], {})
     if (management := fields.object("context_management")) is not None:
@@ -71,15 +74,19 @@ def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, b
     tools = [_tool(i, tool) for i, tool in enumerate(fields.items("tools", served.settings.tools) or [])]
     thinking = fields.object("thinking")
     kind = thinking.choice("type", ("enabled", "adaptive", "disabled")) if thinking else None
+    if thinking and kind is None:
+        raise wrong("thinking.type", "is missing")
     variables = asks.variables(fields, served, None if kind is None else kind != "disabled", "thinking")
     choice = fields.object("tool_choice")
     converted, parallel = "auto", True
     if choice is not None:
         said = choice.choice("type", ("auto", "any", "tool", "none"))
-        converted = {"auto": "auto", "any": "required", "none": "none"}.get(
-            said or "",
-            {"type": "function", "name": choice.text("name")},  # type: ignore[arg-type]
-        )
+        if said is None:
+            raise wrong("tool_choice.type", "is missing")
+        if said == "any" and not tools:
+            raise wrong("tool_choice.type", "'any' needs tools")
+        named: Any = {"type": "function", "name": choice.needed("name")} if said == "tool" else None
+        converted = named or {"any": "required"}.get(said, said)
         parallel = not choice.flag("disable_parallel_tool_use")
     listed = fields.items("messages", served.settings.messages)
     if not listed:
@@ -87,22 +94,12 @@ def _request(fields: Fields, served: Served) -> tuple[Request, Calling | None, b
     history, origin = _history(fields, listed)
     last = history[-1] if history else {}
     going_on = last.get("role") == "assistant" and not last.get("tool_calls")
-    try:
+    with asks.numbered("messages", origin, "system"):
         request = asks.conversation(served, history, tools, variables, True, going_on)
-    except Problem as problem:  # of the converted messages: the client numbers its own
-        raise Problem(400, _numbered(problem.message, origin), _numbered(problem.param or "", origin)) from None
     calling, seen = asks.calling(converted, [tool["function"]["name"] for tool in request.tools])
     if not seen:
         request = dataclasses.replace(request, tools=())
-    return request, calling if request.tools else None, parallel
-
-
-def _numbered(text: str, origin: list[int]) -> str:
-    def own(match: re.Match[str]) -> str:
-        at = origin[int(match.group(1))] if int(match.group(1)) < len(origin) else -1
-        return f"messages[{at}]" if at >= 0 else "system"
-
-    return re.sub(r"messages\[(\d+)\]", own, text)
+    return request, calling if request.tools else None, parallel, origin
 
 
 def _budget(thinking: Fields | None, most: int) -> int | None:
@@ -170,7 +167,7 @@ def _said(i: int, role: str, content: Any) -> list[dict[str, Any]]:
             result = _texts(f"{part}.content", "" if inner is None else inner)
             if block.get("is_error") is True:
                 result = f"Error: {result}" if isinstance(result, str) else [{"type": "text", "text": "Error: "}, *result]
-            found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
+            found.append({"role": "tool", "tool_call_id": Fields(block, part).needed("tool_use_id"), "content": result})
             continue
         if not found or found[-1]["role"] != role:
             found.append({"role": role, "content": []})
@@ -191,8 +188,11 @@ def _assistant(i: int, message: dict[str, Any]) -> list[dict[str, Any]]:
                 raise wrong(f"{part}.thinking", f"a text was expected, not {shown(thought)}")
             record["reasoning_content"] = record.get("reasoning_content", "") + thought
         elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": block.get("input")}
-            record.setdefault("tool_calls", []).append({"id": block.get("id"), "function": function})
+            given = Fields(block, part)
+            if given.has("input") and not isinstance(block["input"], str):  # some clients keep the text that was streamed
+                given.object("input")
+            function = {"name": given.needed("name"), "arguments": block.get("input")}
+            record.setdefault("tool_calls", []).append({"id": given.needed("id"), "function": function})
         elif kind != "redacted_thinking":
             record["content"].append(_text(part, block))
     if not record["content"]:

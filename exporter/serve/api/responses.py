@@ -36,11 +36,9 @@ async def responses(served: Served, http: Http) -> Response:
     tools = [_tool(i, tool) for i, tool in enumerate(fields.items("tools", served.settings.tools) or [])]
     reasoning = fields.object("reasoning") or Fields({}, "reasoning")
     variables = asks.variables(fields, served, asks.effort(reasoning, "effort", served), "reasoning.effort")
-    history = _history(fields, served)
-    try:
+    history, origin = _history(fields, served)
+    with asks.numbered("input", origin, "instructions"):
         request = asks.conversation(served, history, tools, variables)
-    except Problem as problem:
-        raise Problem(400, problem.message.replace("messages", "input"), (problem.param or "").replace("messages", "input")) from None
     calling, seen = asks.calling(fields.body.get("tool_choice"), [tool["function"]["name"] for tool in request.tools])
     if not seen:
         request = dataclasses.replace(request, tools=())
@@ -50,10 +48,12 @@ async def responses(served: Served, http: Http) -> Response:
     wishes = Wishes(
         asks.sampling(fields, served), most=fields.whole("max_output_tokens", 1, asks.MOST),
         top=(top or 0) if top or LOGPROBS in include else None, parallel=fields.flag("parallel_tool_calls", True),
-        calling=calling if request.tools else None, schema=asks.schema(text.object("format") if text else None, bool(request.tools)),
+        calling=calling if request.tools else None,
+        schema=asks.schema(text.object("format") if text else None, bool(request.tools)), schema_field="text.format",
     )  # fmt: skip
     stream = fields.flag("stream")
-    answer = await served.converse(request, wishes)
+    with asks.numbered("input", origin, "instructions"):
+        answer = await served.converse(request, wishes, "input")
     shape = _Shape(served, fields, model, answer)
     if stream:
         return Stream(served, [answer], shape.stream(), b": ping\n\n", shape.failed)
@@ -69,13 +69,16 @@ def _tool(i: int, tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": given}
 
 
-def _history(fields: Fields, served: Served) -> list[dict[str, Any]]:
+def _history(fields: Fields, served: Served) -> tuple[list[dict[str, Any]], list[int]]:
+    """In the form of chat completions, and of each message the item that it began with; -1: the instructions."""
     history: list[dict[str, Any]] = []
+    origin: list[int] = []
     if instructions := fields.text("instructions"):
         history.append({"role": "system", "content": instructions})
+        origin.append(-1)
     given = fields.body.get("input")
     if isinstance(given, str):
-        return [*history, {"role": "user", "content": given}]
+        return [*history, {"role": "user", "content": given}], [*origin, 0]
     items = fields.items("input", served.settings.messages)
     if not items:
         raise wrong("input", "a text or a list of items was expected")
@@ -84,29 +87,32 @@ def _history(fields: Fields, served: Served) -> list[dict[str, Any]]:
         part = f"input[{i}]"
         if not isinstance(item, dict):
             raise wrong(part, f"an object was expected, not {shown(item)}")
-        kind = item.get("type", "message")
+        kind = item.get("type") or "message"
         own = kind in ("reasoning", "function_call") or (kind == "message" and item.get("role") == "assistant")
         if own:
             if not open_turn or (kind == "message" and history[-1].get("content")) or (kind == "reasoning" and _spoken(history[-1])):
                 history.append({"role": "assistant", "content": None})
             turn = history[-1]
             if kind == "message":
-                turn["content"] = _content(part, item.get("content"))
+                turn["content"] = _content(f"{part}.content", item.get("content"))
             elif kind == "reasoning":
-                thought = "".join(x.get("text") or "" for x in item.get("content") or () if isinstance(x, dict))
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
+                parts = Fields(item, part).items("content", served.settings.messages) or []
+                thoughts = [Fields(x, f"{part}.content[{j}]").text("text") or "" for j, x in enumerate(parts) if isinstance(x, dict)]
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + "".join(thoughts)
             else:
-                function = {"name": item.get("name"), "arguments": item.get("arguments")}
-                turn.setdefault("tool_calls", []).append({"id": item.get("call_id"), "function": function})
+                given = Fields(item, part)
+                function = {"name": given.needed("name"), "arguments": given.text("arguments")}
+                turn.setdefault("tool_calls", []).append({"id": given.needed("call_id"), "function": function})
         elif kind == "function_call_output":
-            output = item.get("output")
-            history.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(f"{part}.output", output)})
+            output, ident = _content(f"{part}.output", item.get("output")), Fields(item, part).needed("call_id")
+            history.append({"role": "tool", "tool_call_id": ident, "content": output})
         elif kind == "message":
-            history.append({"role": item.get("role"), "content": _content(part, item.get("content"))})
+            history.append({"role": item.get("role"), "content": _content(f"{part}.content", item.get("content"))})
         else:
             raise unsupported(f"{part}.type", shown(kind))
         open_turn = own
-    return history
+        origin += [i] * (len(history) - len(origin))
+    return history, origin
 
 
 def _spoken(turn: dict[str, Any]) -> bool:
@@ -120,7 +126,7 @@ def _content(part: str, content: Any) -> Any:
     for j, item in enumerate(content):
         kind = item.get("type") if isinstance(item, dict) else None
         if kind not in _TEXTS:
-            raise unsupported(f"{part}.content[{j}]", f"a part of type {shown(kind)}; this model reads text")
+            raise unsupported(f"{part}[{j}]", f"a part of type {shown(kind)}; this model reads text")
         found.append({"type": "text", "text": item.get("text")})
     return found
 

@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from kiln.exporter.parameters import PATH
+from kiln.exporter.parameters import PATH, Float
 from kiln.exporter.serve.deploy.prefix import key, ranked
 
 HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"proxy-connection", b"te", b"trailer"}
@@ -146,9 +146,9 @@ def application(artifact: Path, plan: Plan, device: str, threads: int | None = N
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="At least.")
 @click.option("--max-replicas", type=click.IntRange(1), help="At most.  [default: --replicas]")
-@click.option("--target", type=click.FloatRange(0, min_open=True), default=4.0, help="Requests of a replica, above which one is added.")
+@click.option("--target", type=Float(0, min_open=True), default=4.0, help="Requests of a replica, above which one is added.")
 @click.option("--room", type=click.IntRange(1), default=16, help="Requests of a replica, above which the next one is asked.")
-@click.option("--gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a replica; 0: the CPU.")
+@click.option("--gpus", type=Float(0), default=1.0, show_default=True, help="Of a replica; 0: the CPU.")
 @click.option("--alias", help="The model's name.  [default: the folder's]")
 @click.option("--address", help="Of a Ray cluster that runs; none: one is started here.")
 def main(

@@ -22,8 +22,16 @@ class Busy(Exception):
     """The queue is full."""
 
 
+class TooMany(Exception):
+    """More jobs at once than there can ever be room for; its argument is how many there can be."""
+
+
 class Closed(Exception):
     """The engine takes no more jobs."""
+
+
+class JobError(Exception):
+    """Why a job cannot go on; its client is told."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Engine(Protocol):
     """Any thread may call."""
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of them, or none: raises Busy or Closed."""
+        """All of them, or none: raises Busy, TooMany or Closed."""
 
     def cancel(self, job: Job) -> None:
         """It ends soon, wherever it stands; nothing happens where it has ended."""
@@ -148,7 +156,10 @@ class Steps(Generic[R]):
         with self._changed:
             if self._closing or self.broken:
                 raise Closed(self.broken)
-            if len(self._waiting) + len(self._rows) + len(jobs) > self._queue + self._count:
+            room = self._queue + self._count
+            if len(jobs) > room:
+                raise TooMany(room)
+            if len(self._waiting) + len(self._rows) + len(jobs) > room:
                 raise Busy
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -236,7 +247,7 @@ class Steps(Generic[R]):
             return
         try:
             step(row)
-        except kiln.Error as e:
+        except (kiln.Error, JobError) as e:
             self._fail(row, str(e))
         except Exception:
             log.exception("a job failed")

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from kiln.exporter.conversation.vocabulary import Vocabulary
+from kiln.exporter.errors import one_line
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
+from kiln.exporter.serve.steps.engine import JobError
 
 UNUSED = re.compile(rb"<unused\d+>")  # tokens of vocabularies that no text has
 # One space or newline between tokens: with more a model may go on with them for ever.
@@ -34,10 +36,10 @@ class Grammar:
         self._matcher = LLMatcher(grammars.tokenizer, text, log_level=0)
 
     def allowed(self, more: Collection[int] = ()) -> Any:
-        """What may be next; `more` may be, too. Raises ValueError where the grammar cannot go on."""
+        """What may be next; `more` may be, too. Raises JobError where the grammar cannot go on."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
+        if self._matcher.is_error():  # behind a tag stand the schema and what was written, which are nobody's
+            raise JobError("the grammar failed: " + one_line(self._matcher.get_error().partition("\n<")[0]))
         mask = np.unpackbits(bits, count=self._grammars.size, bitorder="little").astype(bool) & ~self._grammars.never
         mask[list(more)] = True
         return mask
@@ -77,10 +79,12 @@ class Grammars:
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=OPTIONS)
             _, said = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
-        except ValueError as e:
+            if not said:
+                self.make(grammar).allowed()  # a limit of the library's may be passed as it begins
+        except (ValueError, JobError) as e:
             said = [str(e)]
         if said:
-            raise wrong(param, f"the schema cannot be honoured: {'; '.join(said)[:300]}", "unsupported_schema")
+            raise wrong(param, f"the schema cannot be honoured: {one_line('; '.join(said))}", "unsupported_schema")
         return grammar
 
     def make(self, grammar: str) -> Grammar:

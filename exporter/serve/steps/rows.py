@@ -20,6 +20,7 @@ from kiln.exporter.serve.steps.engine import Sampling
 Row = Any  # numpy float32 [V]
 _MASS_ONE = float(1 << 40)
 _FURTHEST = 28.0  # nats below the best, of a token that may still be chosen
+_LEAST_PENALTY = 1e-30  # what it divides stays a number
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Rows:
     _count: int = 0
     _last: int = -1
 
+    def __post_init__(self) -> None:
+        ids, values = np.array(list(self.bias), np.int64), np.array(list(self.bias.values()), np.float32)
+        self._biased = ids, values, ids[values <= -100]
+
     def choose(self, row: Row, position: int, token: int) -> int:
         changed = self._changed(row)
         if changed is not row or self.min_p > 0:
@@ -119,7 +124,7 @@ class Rows:
         """The token chosen last gave way to these, which were not chosen and have no probability."""
         if self.found:
             self.found.pop()
-        self._written[self._last] -= 1
+        self._written -= Counter((self._last,))  # which keeps no zero: a penalty would touch what was never written
         self._count += len(ids) - 1
         self._written.update(ids)
 
@@ -133,18 +138,20 @@ class Rows:
             counts = np.array([self._written[i] for i in ids.tolist()], np.float32)
             if self.repetition != 1:
                 seen = np.array(sorted({*ids.tolist(), *self.prompt} - self.spared), np.int64)
-                out[seen] = np.where(out[seen] > 0, out[seen] / np.float32(self.repetition), out[seen] * np.float32(self.repetition))
+                by = np.float32(max(self.repetition, _LEAST_PENALTY))
+                out[seen] = np.where(out[seen] > 0, out[seen] / by, out[seen] * by)
             out[ids] -= counts * np.float32(self.frequency) + np.float32(self.presence)
         if self.bias:
             out = out.copy()
-            for i, value in self.bias.items():
-                out[i] = -np.inf if value <= -100 else out[i] + np.float32(value)
-        allowed, barred = self.allowed(), self.barred(self._count)
+            out[self._biased[0]] += self._biased[1]
+        allowed = self.allowed()
         if allowed is not None:
             mask = np.zeros(len(row), bool)
             mask[allowed if isinstance(allowed, np.ndarray) else np.array(sorted(allowed), np.int64)] = True
             out = np.where(mask, out, np.float32(-np.inf))
-        if barred:
-            out = out.copy()
-            out[np.array(sorted(barred), np.int64)] = -np.inf
+        for never in (self._biased[2], np.array(self.barred(self._count), np.int64)):
+            if len(never):
+                less = out.copy()
+                less[never] = -np.inf
+                out = less if np.isfinite(less.max()) else out  # it comes all the same where nothing else may
         return out

@@ -62,6 +62,17 @@ def fails(artifact: Path, match: str) -> None:
     assert len(result.stderr.splitlines()) == 1 and match in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("options", [(), ("--json", "--verify"), ("--verify",)])
+def test_a_manifest_that_lacks_something(artifact: Path, options: tuple[str, ...]) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    if options:
+        del manifest["weights"]["header"]["sha256"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(main, ["inspect", *options, str(artifact)])
+    lacks = "'sha256'" if options else "'config'"
+    assert result.exit_code == 1 and result.stderr.startswith(f"kiln: error: {artifact / 'manifest.json'} lacks {lacks}; "), result.stderr
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1

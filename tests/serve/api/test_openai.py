@@ -128,6 +128,45 @@ def test_log_probabilities(client: openai.OpenAI, real: Running, model: kiln.Mod
     assert values[0] is None and values[1:] == pytest.approx([exact[0][40], exact[1][41], exact[2][42]], abs=1e-4)
 
 
+def test_log_probabilities_of_completions(client: openai.OpenAI, real: Running) -> None:
+    """Each token among the most probable of its place; offsets are of the text, where special tokens stand for nothing and parts of
+    characters for less than one; a stream has the same, piece by piece."""
+    text = "a \u00e9\U0001f389 b"
+    for echo in (True, False):
+        asked = {"model": "small", "prompt": [text, "b"], "n": 2, "seed": 3, "max_tokens": 4, "logprobs": 0, "echo": echo, **extra()}
+        whole = client.completions.create(**asked)
+        for choice in whole.choices:
+            told = choice.logprobs
+            assert told.top_logprobs == [x if x is None else {t: x} for t, x in zip(told.tokens, told.token_logprobs, strict=True)]
+            assert len(told.tokens) == len(choice.token_ids) + (len(choice.prompt_token_ids) if echo else 0)
+            for token, at in zip(told.tokens, told.text_offset, strict=True):
+                assert token.startswith(("bytes:", "<")) or choice.text[at:].startswith(token), (token, at, choice.text)
+        assert whole.choices[0].logprobs.text_offset[:3] == [0, 0, 1] or not echo
+        parts: dict[int, list] = {}
+        for chunk in client.completions.create(**asked, stream=True):
+            parts.setdefault(chunk.choices[0].index, []).append(chunk.choices[0])
+        for choice in whole.choices:
+            mine = parts[choice.index]
+            assert "".join(c.text for c in mine) == choice.text and mine[-1].finish_reason == choice.finish_reason
+            for name in ("tokens", "token_logprobs", "text_offset"):
+                assert [x for c in mine if c.logprobs for x in getattr(c.logprobs, name)] == getattr(choice.logprobs, name)
+
+
+def test_usage_of_every_chunk(client: openai.OpenAI) -> None:
+    options: dict = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.completions.create(model="small", prompt="a", max_tokens=3, stream=True, stream_options=options, **extra()))
+    assert [c.usage.completion_tokens for c in chunks][-1] == 3 and all(c.usage for c in chunks)
+
+
+def test_temperatures_next_to_zero(client: openai.OpenAI) -> None:
+    """Their reciprocal is infinite in float32."""
+    greedy = client.completions.create(model="small", prompt="a b", max_tokens=5, temperature=0).choices[0].text
+    for temperature in (5e-324, 1e-40, 1e-6):
+        for more in ({}, {"min_p": 0.1}):
+            found = client.completions.create(model="small", prompt="a b", max_tokens=5, temperature=temperature, extra_body=more)
+            assert found.choices[0].text == greedy, (temperature, more)
+
+
 def test_what_is_chosen_on_the_host(client: openai.OpenAI, model: kiln.Model) -> None:
     def tokens(**fields: object) -> list[int]:
         given = {"temperature": 0, "max_tokens": 12} | fields
@@ -183,6 +222,13 @@ def test_models_and_tokens(client: openai.OpenAI, real: Running) -> None:
     assert httpx.post(f"{real.url}/tokenize", json={"content": "hot kiln"}, timeout=WAIT).json()["tokens"] == said["tokens"][1:]
     chat = httpx.post(f"{real.url}/tokenize", json={"messages": HI}, timeout=WAIT).json()["tokens"]
     assert chat == client.chat.completions.create(model="small", messages=HI, max_tokens=1, **extra()).prompt_token_ids
+    begun = [*HI, {"role": "assistant", "content": "x"}]
+    on = {"continue_final_message": True}
+    going = client.chat.completions.create(model="small", messages=begun, max_tokens=1, **extra(**on)).prompt_token_ids
+    assert httpx.post(f"{real.url}/tokenize", json={"messages": begun, **on}, timeout=WAIT).json()["tokens"] == going
+    pieces = httpx.post(f"{real.url}/tokenize", json={"content": "a\u00e9<bos>", "with_pieces": True}, timeout=WAIT).json()["tokens"]
+    assert [p["piece"] for p in pieces][0] == "a" and pieces[-1] == {"id": 2, "piece": "<bos>"}
+    assert sum((p["piece"] for p in pieces[1:-1]), []) == list("\u00e9".encode())  # llama.cpp's form of parts of a character
     assert httpx.post(f"{real.url}/v1/detokenize", json={"tokens": said["tokens"][1:]}, timeout=WAIT).json()["prompt"] == "hot kiln"
 
 

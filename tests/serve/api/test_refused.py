@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import socket
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from kiln.exporter.serve import web
 from kiln.exporter.serve.app import application, page_files
 from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script
@@ -71,7 +73,9 @@ WRONG: list[tuple[str, str, Any]] = [  # (address, field, a value that is refuse
         "max_tokens": [0, -1, "x", 1.5, 1 << 40], "max_completion_tokens": [0, "x"], "seed": ["x", 1.5, 1 << 64], "stop": [3, [3],
             ["x"] * 17, {}],
         "stream": ["true", 1], "stream_options": [3, {"include_usage": "yes"}], "logit_bias": [3, {"x": 1}, {"5": 101}, {"5": "x"},
-            {"-1": 1}, {"300000": 1}],
+            {"-1": 1}, {"300000": 1}, {"000000000000300000": 1}, {"0" * 5000: 1}, {"\u0663": 1}],
+        "use_beam_search": [True], "include_stop_str_in_output": [True], "skip_special_tokens": [False], "bad_words": [["x"]],
+        "grammar": ["root ::= x"], "json_schema": [{"type": "object"}], "prompt_logprobs": [1], "allowed_token_ids": [[5]],
         "logprobs": [3, "x"], "top_logprobs": [21, -1, "x"], "presence_penalty": [2.1, "x"], "frequency_penalty": [-2.1, []],
             "min_p": [1.1, "x"],
         "repetition_penalty": [0, -1, 11, "x"], "stop_token_ids": [["x"], [-1], [1 << 40], 3], "min_tokens": [-1, "x"], "ignore_eos": ["x"],
@@ -93,7 +97,10 @@ WRONG: list[tuple[str, str, Any]] = [  # (address, field, a value that is refuse
     *(("/v1/responses", name, value) for name, values in {
         "input": [None, 3, [], [3], [{"type": "item_reference", "id": "x"}], [{"type": "function_call_output", "call_id": "x",
             "output": "y"}],
-                  [{"role": "user", "content": [{"type": "input_image"}]}], [{"type": "function_call"}], {}],
+                  [{"role": "user", "content": [{"type": "input_image"}]}], [{"type": "function_call"}], {},
+                  [{"type": "reasoning", "content": 5}, USER], [{"type": "reasoning", "content": [{"text": 5}]}, USER],
+                  [{"type": "function_call", "call_id": "a", "name": "f", "arguments": {}}],
+                  [{"type": "function_call_output", "call_id": 5, "output": "y"}], "word " * 10_000],
         "previous_response_id": ["x"], "background": [True], "conversation": ["x"], "truncation": ["auto"],
             "tools": [[{"type": "web_search"}], [{}]],
         "reasoning": [3, {"effort": "x"}], "text": [3, {"format": {"type": "x"}}], "max_output_tokens": [0], "instructions": [3],
@@ -105,11 +112,13 @@ WRONG: list[tuple[str, str, Any]] = [  # (address, field, a value that is refuse
             [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}], [{"role": "user"}], [{"role": "user",
                 "content": [3]}],
             [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}],
+            [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": [1]}]}],
             [USER, {"role": "assistant", "content": [{"type": "thinking"}]}]],
         "system": [3, [3], [{"type": "image"}]], "temperature": [1.1, "x"], "stop_sequences": [3, [3]],
             "tools": [[{"type": "bash_20250124"}], [3], [{}]],
         "tool_choice": [3, {"type": "x"}, {"type": "any"}, {"type": "tool", "name": "g"}, {}],
-        "thinking": [3, {"type": "enabled"}, {"type": "enabled", "budget_tokens": 3}, {"type": "enabled", "budget_tokens": 5000},
+        "output_format": [3, {"type": "json_schema"}, {"type": "json_schema", "schema": {"not": {}}}],
+        "thinking": [3, {}, {"type": "enabled"}, {"type": "enabled", "budget_tokens": 3}, {"type": "enabled", "budget_tokens": 5000},
             {"type": "x"}],
         "mcp_servers": [[{}]], "container": ["x"], "output_config": [3, {"format": {"type": "json_schema"}}],
         "context_management": [{"edits": [{"type": "clear_tool_uses_20250919"}]}],
@@ -151,8 +160,9 @@ def test_each_wrong_field(http: httpx.Client, path: str) -> None:
                 whole.pop("tools")
             if field in ("messages", "content") and path == "/tokenize":
                 whole.pop("prompt")
-            if field == "tool_choice" and isinstance(value, dict) and value.get("type") == "any":
+            if field in ("output_format", "tool_choice") and isinstance(value, dict) and value.get("type") in ("any", "json_schema"):
                 whole.pop("tools")
+                whole.pop("tool_choice", None) if field == "output_format" else None
             response = http.post(path, content=body(whole))
             shape_is_right(path, response)
             assert response.status_code in (400, 404), (field, value, response.text)
@@ -196,7 +206,7 @@ def test_a_thousand_by_chance(http: httpx.Client) -> None:
 def test_bodies_that_are_none(http: httpx.Client, script: Script) -> None:
     texts = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b'{"a": NaN}', b'{"a": Infinity}', b"{'a': 1}", b'{"a": ' * 50_000,
         b"[" * 100_000,
-             b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"n": ' + b"9" * 5000 + b"}"]  # fmt: skip
+             b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"n": ' + b"9" * 5000 + b"}", b'{"metadata": {"a": -1e999}}']  # fmt: skip
     for path in WHOLE:
         for text in texts:
             response = http.post(path, content=text)
@@ -207,16 +217,87 @@ def test_bodies_that_are_none(http: httpx.Client, script: Script) -> None:
             response = http.post(path, content=b"{}", headers={"content-type": kind})
             shape_is_right(path, response)
             assert response.status_code == 415
+        response = http.post(path, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+        shape_is_right(path, response)
+        assert response.status_code == 415 and "gzip" in response.text
         response = http.get(path)
         shape_is_right(path, response)
-        assert response.status_code == 405
+        assert response.status_code == 405 and response.headers["allow"] == "POST"
+
+
+def test_a_body_too_large_is_refused_unread(script: Script) -> None:
+    """By the length that its header says: a client that asks first sends none of it."""
+    host, port = script.url.removeprefix("http://").split(":")
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), WAIT) as client:
+        client.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {1 << 40}\r\n\r\n".encode())
+        said = client.recv(1 << 16)
+        while piece := client.recv(1 << 16):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 413 ") and b'"type":"request_too_large"' in said
+
+
+def test_a_body_that_stops_coming(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SLOWEST", 0.1)
+    host, port = script.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), WAIT) as client:
+        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"a": '.encode())
+        said = client.recv(1 << 16)
+        while piece := client.recv(1 << 16):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 408 ") and b'"code":"request_timeout"' in said
+
+
+def test_which_entry_is_wrong(http: httpx.Client) -> None:
+    """By the client's own numbers, whatever became of its entries; a field that is null is as one that is not there."""
+    call = {"type": "function_call", "name": "f", "arguments": "{}"}
+    items = [{"type": None, **USER}, {**call, "call_id": "a"}, {**call, "call_id": "b"}]
+    for some, more, part in [
+        ([*items, {"type": "function_call_output", "call_id": "c", "output": "x"}], {}, "input[3].tool_call_id"),
+        ([*items, {"role": "wizard", "content": "x"}], {"instructions": "s"}, "input[3].role"),
+        ([{"role": "user", "content": [{"type": "input_image"}]}], {}, "input[0].content[0]"),
+        (items, {}, "input"),
+    ]:
+        response = http.post("/v1/responses", content=body({"input": some, **more}))
+        assert response.status_code == 400 and response.json()["error"]["param"] == part, response.text
+        assert response.json()["error"]["message"].startswith(f"{part}: ")
+    used = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    for content, part in [
+        ([{**used, "id": None}], "messages[1].content[0].id: is missing"),
+        ([{**used, "name": ""}], "messages[1].content[0].name: is empty"),
+        ([used], "messages: the call 'a' has no result yet"),
+    ]:
+        whole = {"max_tokens": 3, "system": "s", "messages": [USER, {"role": "assistant", "content": content}]}
+        assert part in http.post("/v1/messages", content=body(whole)).json()["error"]["message"]
+    for path, field in (("/v1/responses", "input"), ("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")):
+        text = "word " * 10_000
+        response = http.post(path, content=body({field: [USER | {"content": text}] if field == "messages" else text}))
+        assert response.json()["error"]["param"] == field and response.json()["error"]["code"] == "context_length_exceeded"
+    for at, field in (("/v1/chat/completions", "response_format"), ("/v1/responses", "text"), ("/v1/messages", "output_config")):
+        form: Any = {"type": "json_schema", "schema": {"type": "object", "not": {}}}
+        given = {"input" if "resp" in at else "messages": [USER], "max_tokens": 3}
+        error = http.post(at, content=body(given | {field: form if "chat" in at else {"format": form}})).json()["error"]
+        assert error["message"].startswith(field if "chat" in at else f"{field}.format"), error
 
 
 def test_addresses_and_keys(http: httpx.Client, script: Script) -> None:
     for path in ("/v1/embeddings", "/v1/images/generations", "/nothing", "/v1", "/../etc/passwd", "/page/../app.py", "/v1/models/none"):
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST", "DELETE"):
             response = http.request(method, path)
-            assert response.status_code in (404, 405) and response.json()["error"]["message"], path
+            right = 405 if path == "/v1/models/none" and method != "GET" else 404
+            assert response.status_code == right and response.json()["error"]["message"], (method, path)
+    for path in ("/v1/models", "/health", "/metrics", "/models/gemma"):
+        assert http.get(path + "/").status_code == http.head(path).status_code == 200
+        for method in ("POST", "OPTIONS"):
+            response = http.request(method, path)
+            assert response.status_code == 405 and response.headers["allow"] == "GET, HEAD"
+    assert http.post("/v1/chat/completions/", content=b"{}").json()["error"]["param"] == "messages"
+    named = {"anthropic-version": "2023-06-01"}  # the client of the other interface, wherever it asks
+    listed = http.get("/v1/models", headers=named).json()
+    assert [m["type"] for m in listed["data"]] == ["model"] and listed["first_id"] == "gemma" and not listed["has_more"]
+    assert http.get("/v1/models/none", headers=named).json()["error"]["type"] == "not_found_error"
+    assert http.get("/v1/nothing", headers=named).json()["type"] == "error"
     for path in ("/v1/models", "/metrics", "/version", "/v1/chat/completions"):
         for headers in (
             {},
@@ -291,8 +372,12 @@ def test_no_prompt_is_logged(script: Script, caplog: pytest.LogCaptureFixture, m
     assert client.post("/v1/chat/completions", json=good, headers=HEADERS).status_code == 200
     assert client.post("/v1/chat/completions", json=good | {"temperature": "my secret"}, headers=HEADERS).status_code == 400
     monkeypatch.setattr(served, "converse", lambda *given: 1 / 0)
+    before = served.metrics.text().count(b'status="500"')
     failed = client.post("/v1/chat/completions", json=good, headers=HEADERS)
     assert failed.status_code == 500 and failed.json()["error"]["message"] == "internal error"
+    assert not before and b'status="500"' in served.metrics.text()
+    client.get("/a%0aINFO%20b%1b[2J", headers=HEADERS)
+    assert all(record.getMessage().isprintable() for record in caplog.records if record.name == "kiln.serve")
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "POST /v1/chat/completions 200" in said and "a request failed" in said
     assert "secret" not in said and KEY not in said

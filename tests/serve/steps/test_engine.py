@@ -175,6 +175,25 @@ def test_the_host_chooses_by_the_operators_rule() -> None:
         sample(np.full(8, -np.inf, np.float32), Sampling(), 0)
 
 
+def test_wishes_that_leave_nothing() -> None:
+    """A token comes whatever contradicts whatever: penalties beyond float32, a bias and a least length against what alone may come."""
+    row = np.array([-3.0, 5.0, 2.0, 1.0], np.float32)
+    for by in (5e-324, 1e-45, 1e-38):
+        assert Rows(Sampling(), repetition=by, prompt=(1, 2)).choose(row, 0, 1) == 1
+    only = Rows(Sampling(), bias={2: -100.0, 3: 5.0}, barred=lambda count: (3,), allowed=lambda: (2, 3))
+    assert [only.choose(row, i, 1) for i in range(2)] == [3, 3]
+    assert Rows(Sampling(), allowed=lambda: (2,), barred=lambda count: (2,)).choose(row, 0, 1) == 2
+    assert Rows(Sampling(), bias=dict.fromkeys(range(4), -100.0)).choose(row, 0, 1) == 1
+
+
+def test_a_token_that_gave_way_is_not_penalized() -> None:
+    row = np.array([1.0, 5.0, 4.5, 0.0], np.float32)
+    rows = Rows(Sampling(), presence=1.0)
+    assert rows.choose(row, 0, 1) == 1
+    rows.replaced((3, 3))
+    assert rows.choose(row, 2, 1) == 1 and rows.choose(row, 3, 1) == 2
+
+
 def test_the_end_of_the_window(engine: Steps, model: kiln.Model) -> None:
     n = model.max_seq_len - 6
     waiting, host = Waiting(prompt(n), 50), Waiting(prompt(n), 50, choose=Rows(Sampling(1.0, 0, 1.0, 0)).choose)

@@ -43,6 +43,14 @@ def test_parse(client: openai.OpenAI, seed: int) -> None:
     assert client.responses.parse(model="small", input=HI, text_format=Kiln, **given).output_parsed == found.choices[0].message.parsed
 
 
+def test_wishes_beside_a_schema(client: openai.OpenAI) -> None:
+    """llama.cpp's schema of a json_object; a least length and a bias give way to the schema."""
+    form: dict = {"type": "json_object", "schema": {"const": 1}}
+    for more in ({}, {"extra_body": {"min_tokens": 9}}, {"logit_bias": {str(i): -100 for i in range(8, 400)}}):
+        found = client.chat.completions.create(model="small", messages=HI, response_format=form, max_tokens=9, temperature=0, **more)
+        assert json.loads(found.choices[0].message.content) == 1 and found.choices[0].finish_reason == "stop", more
+
+
 def test_an_object_of_any_kind(client: openai.OpenAI) -> None:
     found = client.chat.completions.create(model="small", messages=HI, response_format={"type": "json_object"}, temperature=0, max_tokens=8)
     assert found.choices[0].message.content.startswith("{") and found.choices[0].finish_reason in ("stop", "length")
@@ -52,13 +60,22 @@ def test_an_object_of_any_kind(client: openai.OpenAI) -> None:
     ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"not": {"type": "string"}}, "not"), ({"type": "string", "format": "zip"},
     "zip"),
     ({"if": {}, "then": {}}, "if"), ({"type": "striing"}, "striing"), ({"$ref": "#/nowhere"},
-    "nowhere"), ({"type": "string", "pattern": "("}, ""),
+    "nowhere"), ({"type": "string", "pattern": "("}, "unclosed"), ({"$ref": "#"}, "grammar failed"),
 ])  # fmt: skip
 def test_refused(client: openai.OpenAI, schema: dict, named: str) -> None:
     format_: dict = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="small", messages=HI, response_format=format_)  # type: ignore[call-overload]
     assert named in error.value.message and (error.value.param, error.value.code) == ("response_format", "unsupported_schema")
+
+
+def test_a_grammar_that_fails_on_its_way(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    """The client is told, in a line that has neither the schema nor what was written, and the log has no more."""
+    secret = {"type": "object", "properties": {"secret": {"anyOf": [{"type": "object", "properties": {"a": {"type": "integer"}}}] * 300}}}
+    form: dict = {"type": "json_schema", "json_schema": {"schema": secret | {"required": ["secret"]}}}
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(model="small", messages=HI, response_format=form, temperature=0)  # type: ignore[call-overload]
+    assert "items; max is" in error.value.message and "secret" not in error.value.message + caplog.text
 
 
 def test_after_a_thought(script: Script) -> None:
