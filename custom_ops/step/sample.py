@@ -19,7 +19,7 @@ from kiln.custom_ops.geometry import GEMMA4_31B, Geometry
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget
-from kiln.custom_ops.step.sample_kernels import kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
+from kiln.custom_ops.step.sample_kernels import LEAST_HEAT, kiln_choose, kiln_row_maxima, kiln_settle_bins, kiln_weigh_bins
 
 CHUNK, WARPS = 1024, 4  # tokens and warps of a program that passes over the vocabulary
 TILE, CHOOSE_WARPS = 512, 8  # listed tokens taken at a time, and warps, of the one program that chooses
@@ -52,7 +52,7 @@ def reference(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tens
         return torch.cat([reference(*row) for row in rows])
     row = logits[0]  # [V]
     vocab = row.shape[0]
-    rate = 1.0 / torch.where(temperature > 0, temperature, 1.0)
+    rate = 1.0 / torch.where(temperature > 0, temperature, 1.0).clamp(min=LEAST_HEAT.value)
 
     ordered = torch.sort(row, descending=True).values
     k = torch.where((top_k <= 0) | (top_k > vocab), vocab, top_k).to(torch.int64)
@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
            pos: torch.Tensor) -> torch.Tensor:
     """A token id for each row, int64 [T], from logits [T, V] float32; -inf forbids a token. -1: a logit is NaN or +inf, or none is finite.
 
-    temperature [T] float32: 0 or less takes the most probable token, of equals the lowest id.
+    temperature [T] float32: 0 or less takes the most probable token, of equals the lowest id; none counts as less than LEAST_HEAT.
     top_k [T] int32: 0 or less, or V or more, is off. top_p [T] float32: 1 or more is off; else the fewest most probable tokens
     whose mass reaches it, at least one. seed [T] int64; pos [T] int64, the position the logits belong to.
     None of them is read on the host, and no row depends on the others. Raises ValueError when a shape or dtype is another.

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LEAST_HEAT = tl.constexpr(1e-5)  # the reciprocal of a much lower temperature is infinite, and of the best token's no number
+
 
 @triton.jit
 def _ordered(value):
@@ -146,7 +148,7 @@ def kiln_weigh_bins(logits, best, temperature, top_k, top_p, counts, masses, voc
     k, p = _limits(top_k, top_p, vocab)
     heat = tl.load(temperature)
     if (heat > 0) & ((k < vocab) | (p < 1)):
-        rate = tl.div_rn(1.0, heat)
+        rate = tl.div_rn(1.0, tl.maximum(heat, LEAST_HEAT))
         maximum = _unordered(_maximum(best, chunks, CHUNKS) >> 32)
         token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
         value = tl.load(logits + token, token < vocab, other=float("-inf"))
@@ -182,7 +184,7 @@ def kiln_settle_bins(logits, best, temperature, top_k, top_p, seed, pos, counts,
         pos += row
     heat = tl.load(temperature)
     if heat > 0:
-        rate = tl.div_rn(1.0, heat)
+        rate = tl.div_rn(1.0, tl.maximum(heat, LEAST_HEAT))
         k, p = _limits(top_k, top_p, vocab)
         maximum = _unordered(_maximum(best, chunks, CHUNKS) >> 32)
         token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -244,7 +246,7 @@ def kiln_choose(best, temperature, top_k, top_p, seed, pos, counts, masses, samp
         winner = _maximum(sampled, chunks, CHUNKS)
         number = tl.load(listed)
         if number > 0:
-            rate = tl.div_rn(1.0, heat)
+            rate = tl.div_rn(1.0, tl.maximum(heat, LEAST_HEAT))
             maximum = _unordered(first >> 32)
             k, p = _limits(top_k, top_p, vocab)
             _, _, cut_k, count, mass, total = _settle(counts, masses, k, p, vocab, BINS)

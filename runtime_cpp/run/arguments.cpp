@@ -40,7 +40,7 @@ std::vector<Option> option_table(Arguments& a) {
       {"--tokenize-stdin", nullptr, "only print token ids, a line for each NUL-separated text; a tokenizer.json will do as ARTIFACT", flag(a.tokenize)},
       {"--parse-special", nullptr, "with --tokenize-stdin: recognize special tokens", flag(a.parse_special)},
       {"--version", nullptr, "print the version", flag(a.version)},
-      {"--help", nullptr, "print this", flag(a.help)},
+      {"--help", nullptr, "print this, as -h does", flag(a.help)},
   };
 }
 
@@ -59,6 +59,11 @@ std::vector<int64_t> parse_ids(const char* option, std::string_view list) {
     if (r.ptr == end) return ids;
     p = r.ptr + 1;
   }
+}
+
+static bool is_device(const std::string& name) {
+  if (name == "auto" || name == "cpu" || name == "cuda") return true;
+  return name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.find_first_not_of("0123456789", 5) == std::string::npos;
 }
 
 // Of --draft-rates.
@@ -89,6 +94,7 @@ Arguments parse_arguments(int argc, char** argv, std::string* help) {
   if (a.bench && a.tokenize) usage("--bench and --tokenize-stdin exclude each other");
   if (a.draft != "off" && a.draft != "ngram" && a.draft != "mtp") usage("--draft ", excerpt(a.draft), ": must be ngram, mtp or off");
   if (!a.ple.empty() && a.ple != "device" && a.ple != "host") usage("--ple ", excerpt(a.ple), ": must be device or host");
+  if (!a.device.empty() && !is_device(a.device)) usage("--device ", excerpt(a.device), ": must be auto, cpu, cuda or cuda:N");
   if (a.rates && (!a.bench || a.draft != "off")) usage("--draft-rates needs --bench, without --draft");
   if (a.rates) a.draft_rates = parse_rates(*a.rates);
   if (a.draft_length && a.draft == "off" && !a.rates) usage("--draft-length needs --draft");

@@ -24,7 +24,7 @@ std::vector<std::string> parse_options(int argc, char** argv, const std::vector<
       continue;
     }
     size_t equals = arg.rfind("--", 0) == 0 ? arg.find('=') : std::string::npos;
-    std::string name = arg.substr(0, equals);
+    std::string name = arg == "-h" ? "--help" : arg.substr(0, equals);
     auto it = std::find_if(options.begin(), options.end(), [&](const Option& o) { return name == o.name; });
     if (it == options.end()) usage("unknown option ", excerpt(name), "; see --help");
     if (!it->argument) {

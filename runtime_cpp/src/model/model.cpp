@@ -118,6 +118,13 @@ std::string weights_nearby(const Artifact& artifact) {
   return "";
 }
 
+// Whether the folder has a link for that file whose target is gone.
+bool leads_nowhere(const Artifact& artifact) {
+  struct stat found;
+  const std::string path = artifact.directory() + "/" + artifact.gguf->file();
+  return lstat(path.c_str(), &found) == 0 && S_ISLNK(found.st_mode);
+}
+
 // The weights of a code-only artifact, checked; null where the artifact holds its own.
 std::unique_ptr<RawWeights> open_weights(const Model::Impl& impl, const LoadOptions& options) {
   const Artifact& artifact = impl.artifact;
@@ -128,7 +135,7 @@ std::unique_ptr<RawWeights> open_weights(const Model::Impl& impl, const LoadOpti
   const std::string file = options.weights.empty() ? weights_nearby(artifact) : options.weights;
   if (file.empty())
     fail(artifact.directory(), ": holds code only; give the GGUF file of the weights with --weights (it was made of ", artifact.gguf->file(),
-         ", which is neither in this folder nor beside it)");
+         leads_nowhere(artifact) ? ", to which this folder's link leads no more)" : ", which is neither in this folder nor beside it)");
   std::vector<std::string> notes;
   auto weights = std::make_unique<RawWeights>(artifact, file, options.verify, [&](const ConstantSpec& c) { return impl.on_host(c); }, &notes);
   for (const std::string& note : notes)

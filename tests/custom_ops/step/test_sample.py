@@ -58,6 +58,8 @@ def test_greedy_takes_the_first_of_equals() -> None:
     logits[[250, 40, 120]] = 20.0
     for temperature in (0.0, -1.0):
         assert draw(logits, temperature, top_k=3, top_p=0.5, seed=9) == 40
+    for temperature in (1e-40, 1e-9):  # only between equals is there a choice
+        assert {draw(logits, temperature, seed=seed) for seed in range(20)} == {40, 120, 250}
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (12, 0.9), (1, 1.0), (0, 0.0), (100, 0.3), (-3, 2.0), (40, 1.0)])

@@ -86,6 +86,9 @@ def test_help_version_and_usage_errors(toy):
     fails("give one of --prompt", toy, "--prompt", "a", "--tokens", "1", code=2)
     fails("unknown option --promt", toy, "--promt", "a", code=2)
     fails("--top-k x", toy, "--tokens", "1", "--top-k", "x", code=2)
+    assert run("-h").stdout == shown
+    for device in ("gpu", "cuda:", "cuda:x", "CPU"):
+        fails(f"--device {device}: must be", toy, "--tokens", "1", "--device", device, code=2)
     fails("--temperature nan", toy, "--tokens", "1", "--temperature", "nan", code=2)
     fails("--max-new-tokens 0", toy, "--tokens", "1", "--max-new-tokens", "0", code=2)
     fails("--tokens 1,,2", toy, "--tokens", "1,,2", code=2)
