@@ -134,11 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.measure.tune_sums", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="F.json")
     parser.add_argument("--tokens", default="4,8", help="after one")
+    parser.add_argument("--now", action="store_true", help="only the cut that is checked in")
     parser.add_argument("--count", type=int, default=3, help="configurations that are timed for several tokens")
     options = parser.parse_args()
     record: dict = {}
     now = {key[1]: config for key, config in gemv.SUMS_CONFIGS.items()}
-    tried = {loads: {name(c): c for c in (now[loads], *configs(loads))} for loads in now}
+    tried = {loads: {name(c): c for c in (now[loads], *([] if options.now else configs(loads)))} for loads in now}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for tokens in (1, *map(int, options.tokens.split(","))):
             rows: dict[int, dict[str, dict[str, float]]] = {loads: {c: {} for c in tried[loads]} for loads in now}
