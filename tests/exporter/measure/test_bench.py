@@ -100,7 +100,7 @@ def test_table_and_default_depths(artifacts):
         ({"prefill_chunk": 97}, "prefill chunk 97"),
         ({"profile": True, "device": "cpu"}, "needs an NVIDIA GPU"),
         ({"profile": True, "picture": Path("speed.png")}, "run them apart"),
-        ({"device": "tpu"}, "unknown device"),
+        ({"device": "tpu"}, "--device tpu: must be auto, cpu, cuda or cuda:N"),
         ({"out": Path("/nowhere/bench.json"), "depths": "4", "steps": 1}, "--out /nowhere/bench.json"),
         ({"rows": "1,x"}, "--rows 1,x: must be integers"),
         ({"rows": "1,2"}, "the artifact's steps are of 1 tokens; export it with --decode-rows"),
