@@ -9,6 +9,7 @@ from kiln.custom_ops.attention import sliding_cut
 from kiln.custom_ops.geometry import EXACT_WINDOW
 from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.weights import fixed_point
+from tests.custom_ops.gpu.test_gpu_rows import check_attention
 from tests.custom_ops.ptx.launcher import playing
 
 kiln = torch.ops.kiln
@@ -25,22 +26,9 @@ def given(places: list[tuple[int, int]], dim: int) -> tuple:
     return qk[..., : QUERIES * dim], qk[..., QUERIES * dim :], v, torch.rand(dim), torch.rand(dim), cos, sin
 
 
-def one(given: tuple, i: int) -> tuple:
-    q, k, v, q_weight, k_weight, cos, sin = given
-    q, k = torch.cat((q[:, i], k[:, i]), -1).split((q.shape[-1], k.shape[-1]), -1)
-    return q, k, v[:, i].contiguous(), q_weight, k_weight, cos[[i]], sin[[i]]
-
-
 def check(together, alone, caches: list[torch.Tensor], places: list[tuple[int, int]], dim: int) -> None:
-    """together, alone: the ops of a step and of a token, of what `given` makes, caches, positions and rows."""
-    apart, x = [t.clone() for t in caches], given(places, dim)
     pos, row = torch.tensor(places).unbind(1)
-    out = together(x, caches, pos.contiguous(), row.contiguous())
-    for p, r in sorted(set(places)):
-        found = alone(one(x, places.index((p, r))), [t[r] for t in apart], torch.tensor([p]))
-        for j in (j for j, place in enumerate(places) if place == (p, r)):
-            assert torch.equal(out[j], found[0]), (p, r, j)
-    assert all(torch.equal(a, b) for a, b in zip(caches, apart, strict=True))
+    check_attention(together, alone, caches, given(places, dim), pos.contiguous(), row.contiguous())
 
 
 def rings(rows: int, slots: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -225,27 +225,27 @@ def test_bodies_that_are_none(http: httpx.Client, script: Script) -> None:
         assert response.status_code == 405 and response.headers["allow"] == "POST"
 
 
-def test_a_body_too_large_is_refused_unread(script: Script) -> None:
-    """By the length that its header says: a client that asks first sends none of it."""
+def all_that_comes(script: Script, path: str, rest: str) -> bytes:
+    """Until the server ends the connection. rest: what follows the usual header lines, and no more of it."""
     host, port = script.url.removeprefix("http://").split(":")
-    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port)), WAIT) as client:
-        client.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {1 << 40}\r\n\r\n".encode())
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+        client.sendall((head + rest).encode())
         said = client.recv(1 << 16)
         while piece := client.recv(1 << 16):
             said += piece
+    return said
+
+
+def test_a_body_too_large_is_refused_unread(script: Script) -> None:
+    """By the length that its header says: a client that asks first sends none of it."""
+    said = all_that_comes(script, "/v1/messages", f"Expect: 100-continue\r\nContent-Length: {1 << 40}\r\n\r\n")
     assert said.startswith(b"HTTP/1.1 413 ") and b'"type":"request_too_large"' in said
 
 
 def test_a_body_that_stops_coming(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "SLOWEST", 0.1)
-    host, port = script.url.removeprefix("http://").split(":")
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port)), WAIT) as client:
-        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"a": '.encode())
-        said = client.recv(1 << 16)
-        while piece := client.recv(1 << 16):
-            said += piece
+    said = all_that_comes(script, "/v1/chat/completions", 'Content-Length: 100\r\n\r\n{"a": ')
     assert said.startswith(b"HTTP/1.1 408 ") and b'"code":"request_timeout"' in said
 
 
