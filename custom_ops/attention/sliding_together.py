@@ -65,17 +65,38 @@ def kiln_sliding_prepare(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_pt
     tl.store(target + D // 2 + dim, b.to(q_out_ptr.dtype.element_ty))
 
 
-@waits("pos_ptr", "row_ptr", idle=True)  # the split of a token's own slot is never idle
+@triton.jit
+def _held(slot, high, last, reach, RING: tl.constexpr):
+    """Which slots hold a key that one of the tokens attends to, [N, 1]."""
+    back = last % RING - slot
+    back = tl.where(back < 0, back + RING, back)
+    return ((slot < high) & (back < reach) & (back <= last))[:, None]
+
+
+@triton.jit
+def _step(q, k, v, slot, held, own, pos, m, total, acc, RING: tl.constexpr, WINDOW: tl.constexpr):
+    """One block of slots of the online softmax."""
+    distance = own[None, :] - slot[:, None]
+    distance = tl.where(distance < 0, distance + RING, distance)
+    scores = tl.dot(k, q, input_precision="ieee") * LOG2E
+    scores = tl.where(held & (distance < WINDOW) & (distance <= pos[None, :]), scores, float("-inf"))
+    weights, m, scale = softmax_step(scores, m, 0)
+    total = total * scale + tl.sum(weights, 0)
+    return m, total, tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
+
+
+@waits("k_ring_ptr", "v_ring_ptr", "pos_ptr", "row_ptr", idle=True)  # the split of a token's own slot is never idle
 @triton.jit
 def kiln_sliding_together(q_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, row_ptr, o_ptr, ml_ptr, WINDOW: tl.constexpr, RING: tl.constexpr,
                             KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
-                            SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+                            SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
                             ONE: tl.constexpr):
     """One KV head, one split of the slots, the tokens of one row among PAD / ROWS neighbours: o_ptr float32 [tokens, SPLITS, H, D]
     unnormalized, ml_ptr float32 [tokens, SPLITS, H, 2]. Grid (KV, SPLITS, tokens): the first of a row among its neighbours does the work.
 
     A slot's position, seen from a token, is the last one not behind the token that has the slot; a later token's key is so as far away as
-    the ring is long, and out of the window.
+    the ring is long, and out of the window. AHEAD: the first block of keys is read before earlier kernels have ended, the tokens' own again
+    after that.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -105,28 +126,32 @@ def kiln_sliding_together(q_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, row_ptr, o_ptr
     used = theirs & (query < GROUP)
     k_ring_ptr += row * (RING * KV * D) + head * D
     v_ring_ptr += row * (RING * KV * D) + head * D
+    own = pos % RING
+    if AHEAD:
+        slot = low + tl.arange(0, BLOCK_N)
+        held = _held(slot, high, last, reach, RING)
+        place = slot[:, None] * (KV * D) + dim[None, :]
+        k = tl.load(k_ring_ptr + place, held, other=0.0)
+        v = tl.load(v_ring_ptr + place, held, other=0.0)
     wait_for_earlier_kernels(EARLY)
 
     q = tl.load(q_ptr + ((token * KV + head) * GROUP + query)[None, :] * D + dim[:, None], used[None, :], other=0.0)
     m = tl.full([PAD], float("-inf"), tl.float32)
     total = tl.zeros([PAD], tl.float32)
     acc = tl.zeros([D, PAD], tl.float32)
-    own = pos % RING
+    if AHEAD:
+        new = held & (tl.max((theirs[None, :] & (slot[:, None] == own[None, :])).to(tl.int32), 1) > 0)[:, None]
+        k = tl.load(k_ring_ptr + place, new, other=k)
+        v = tl.load(v_ring_ptr + place, new, other=v)
+        m, total, acc = _step(q, k, v, slot, held, own, pos, m, total, acc, RING, WINDOW)
+        low += BLOCK_N
     for n in tl.range(low, high, BLOCK_N):
         slot = n + tl.arange(0, BLOCK_N)
-        back = last % RING - slot
-        back = tl.where(back < 0, back + RING, back)
-        held = ((slot < high) & (back < reach) & (back <= last))[:, None]
-        keys = slot[:, None] * (KV * D)
-        k = tl.load(k_ring_ptr + keys + dim[None, :], held, other=0.0)
-        v = tl.load(v_ring_ptr + keys + dim[None, :], held, other=0.0)
-        distance = own[None, :] - slot[:, None]
-        distance = tl.where(distance < 0, distance + RING, distance)
-        scores = tl.dot(k, q, input_precision="ieee") * LOG2E
-        scores = tl.where(held & (distance < WINDOW) & (distance <= pos[None, :]), scores, float("-inf"))
-        weights, m, scale = softmax_step(scores, m, 0)
-        total = total * scale + tl.sum(weights, 0)
-        acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * scale[None, :], input_precision="ieee")
+        held = _held(slot, high, last, reach, RING)
+        place = slot[:, None] * (KV * D) + dim[None, :]
+        k = tl.load(k_ring_ptr + place, held, other=0.0)
+        v = tl.load(v_ring_ptr + place, held, other=0.0)
+        m, total, acc = _step(q, k, v, slot, held, own, pos, m, total, acc, RING, WINDOW)
     part = (token * SPLITS + split) * (KV * GROUP) + head * GROUP + query
     tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, used[None, :])
     tl.store(ml_ptr + part * 2, m, used)
@@ -141,7 +166,7 @@ def together_constants(target: GpuTarget, tile: Tile, heads: int, kv_heads: int,
                        terms: int) -> tuple[dict, dict]:
     """The constants of `kiln_sliding_together` and of `kiln_flash_merge`."""
     split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, slots, window, 1, 1, terms)
-    names = ("WINDOW", "RING", "KV", "GROUP", "ROWS", "PAD", "D", "SPLITS", "BLOCK_N", "EARLY")
+    names = ("WINDOW", "RING", "KV", "GROUP", "ROWS", "PAD", "D", "SPLITS", "BLOCK_N", "AHEAD", "EARLY")
     return {name: split[name] for name in names} | {"TOKENS": tokens}, merge | {"MANY": True, "SLOTS": slots}
 
 

@@ -16,7 +16,7 @@ from kiln.custom_ops.gpu.early import early, wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.tables import nearest, pick
-from kiln.custom_ops.gpu.target import KIB, GpuTarget, current_target
+from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.markers import GATED
 from kiln.custom_ops.step.add_norm import PIECE, root, root_constants
 from kiln.custom_ops.weights import fixed_point
@@ -82,19 +82,20 @@ class SumsConfig:
 
     rows: int = 128  # that K is cut for, a multiple of 32; a warp has 32
     warps: int = 4  # of a program of so many rows
-    warps_per_sm: int = 12  # that K is cut for
-    # Of one or two tokens, of four, of more: warps that a multiprocessor has registers for, the next kernel's that come early among them.
-    resident: tuple[int, int, int] = (16, 14, 12)
+    warps_per_sm: int = 12  # at most, as `GemvConfig`
     narrow: int = 32  # rows of a program, but for a GLU of several tokens: the fewer, the more evenly they end
-    ring: int = 16  # groups of 32 whose quants are under way, at most, a multiple of 8
+    ahead: int = 8  # groups of 32 whose quants are under way, of four tokens at most
+    ahead_apart: int = 6  # the same where K is split into more than FEW_SPLITS
+    ahead_many: int = 4  # of more than four tokens, whose sums take more registers
 
-    def registers(self, tokens: int) -> int:
-        return registers_of(self.resident[0 if tokens <= 2 else 1 if tokens <= 4 else 2])
+    @property
+    def registers(self) -> int:
+        return registers_of(self.warps_per_sm)
 
 
 # By (architecture, loads of a group's quants); measured by tests/measure/tune_sums.py.
-SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, resident=(16, 14, 8))}
-MOST_STATIC = 40 << 10  # bytes of a program's ring: 48 KiB in all need no word to the driver, and how it ends takes some
+SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, narrow=128, ahead=6, ahead_many=8)}
+FEW_SPLITS = 4
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -138,11 +139,9 @@ def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     together = tokens if tokens <= MOST_TOGETHER else 1
     if not (gated and together > 1) and triton.cdiv(n, config.narrow) <= COUNTERS:
         rows = min(rows, config.narrow)
-    warp = 32 * 16 * loads_of(LAYOUTS[block_type].bits)  # bytes of a group
-    most = min(MOST_STATIC // (rows * shares // 32), (target.smem_optin - KIB * config.warps_per_sm) // config.warps_per_sm)
-    ring = max(min(config.ring, most // warp // 8 * 8), 8)
-    return {"RING": ring, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target),
-            "REGISTERS": config.registers(together), "M": together}, splits, rows * shares // 32
+    ahead = config.ahead_many if together > 4 else config.ahead if splits <= FEW_SPLITS else config.ahead_apart
+    return {"AHEAD": ahead, "ROWS": rows, "SHARES": shares, "EVEN": n % rows == 0, "EARLY": early(target), "REGISTERS": config.registers,
+            "M": together}, splits, rows * shares // 32
 
 
 def rows_config(tokens: int, target: GpuTarget, aligned: bool = True) -> RowsConfig:

@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,18 +37,21 @@ MATRICES = (
     (262144, 5376, "Q6_K", "sum", 1),
 )  # fmt: skip
 BYTES = 400 << 20  # of the copies of a matrix
-FORMS = [(128, 4), (64, 2), (32, 1)]  # rows, warps
-SHARED = {1: ((8, 12, 16), (8, 16, 32)), 2: ((8, 12), (8, 16))}  # warps_per_sm, ring, by the loads of a group's quants
+FORMS = [(128, 4), (64, 2), (32, 1), (128, 8)]  # rows, warps
+SHARED = {1: ((8, 12, 16), (6, 8)), 2: ((8, 12), (6, 8))}  # warps_per_sm, ahead, by the loads of a group's quants
 
 
 def configs(loads: int) -> list[SumsConfig]:
-    of_sm, rings = SHARED[loads]
-    return [SumsConfig(rows, warps, per_sm, 32, ring) for (rows, warps), per_sm, ring in itertools.product(FORMS, of_sm, rings)]
+    of_sm, ahead = SHARED[loads]
+    found = []
+    for (rows, warps), per_sm, a in itertools.product(FORMS, of_sm, ahead):
+        found.append(SumsConfig(rows=rows, warps=warps, warps_per_sm=per_sm, narrow=rows, ahead=a, ahead_apart=a, ahead_many=6))
+    return found
 
 
 def name(c: SumsConfig) -> str:
     rows = f"{c.rows} rows" + f", {c.narrow} of one program" * (c.narrow < c.rows)
-    return f"{rows}, {c.warps} warps, {c.warps_per_sm} an SM, {c.ring} groups under way"
+    return f"{rows}, {c.warps} warps, {c.warps_per_sm} an SM, {c.ahead}/{c.ahead_apart}/{c.ahead_many} ahead"
 
 
 def use(config: SumsConfig) -> None:
@@ -152,7 +156,9 @@ def main() -> None:
             for loads in now:
                 matrices = [m for m in MATRICES if loads_of_matrix(m) == loads]
                 print("\n".join(told(tokens, rows[loads], matrices, name(now[loads]))), flush=True)
-                tried[loads] = {c: tried[loads][c] for c in (name(now[loads]), *best(rows[loads], matrices, options.count))}
+                kept = {c: tried[loads][c] for c in (name(now[loads]), *best(rows[loads], matrices, options.count))}
+                many = (replace(c, ahead_many=a) for c in kept.values() for a in (4, 8) if tokens == 4 and not options.now)  # for 8
+                tried[loads] = kept | {name(c): c for c in many}
             record[tokens] = rows
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,16 +1,9 @@
 #include "batch/entries.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 namespace kiln {
-
-namespace {
-
-constexpr uint64_t kBetween = 64;  // bytes, of what inputs begin at a multiple of: compiled code asks for 16
-
-}  // namespace
 
 Entries::Entries(const Model::Impl& shared, Timeline& timeline, const BatchOptions& options)
     : shared_(shared), timeline_(timeline), options_(options), prefills_(static_cast<size_t>(options.rows)), decodes_(prefills_.size()) {
@@ -80,22 +73,7 @@ Entries::Step Entries::make_step(const std::string& entry, int64_t tokens, const
   Step step;
   step.model = std::make_unique<CompiledModel>(shared_, entry, decode_surroundings_);
   step.model->bind(tensors);
-  uint64_t end = 0;
-  for (const ValueSpec& v : shared_.artifact.entry(entry).inputs) {
-    const bool known = v.name == "temperature" || v.name == "top_p" ? v.dtype == DType::F32
-                       : v.name == "top_k"                          ? v.dtype == DType::I32
-                       : v.name == "tokens" || v.name == "pos" || v.name == "row" || v.name == "seed" ? v.dtype == DType::I64
-                                                                                                       : false;
-    if (!known) fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
-    step.offsets.emplace(v.name, end);
-    end += (scalar_bytes(scalar_of(v.dtype)) * static_cast<uint64_t>(tokens) + kBetween - 1) / kBetween * kBetween;
-  }
-  step.tokens = tokens;
-  step.block = timeline_.make(Scalar::U8, {static_cast<int64_t>(end)});
-  step.host = shared_.backend->keep(end, true);
-  std::memset(step.host.data(), 0, end);
-  for (const ValueSpec& v : shared_.artifact.entry(entry).inputs)
-    step.values.emplace(v.name, Tensor::over(static_cast<char*>(step.block.data()) + step.offsets.at(v.name), shared_.backend->device(), scalar_of(v.dtype), {tokens}));
+  step.inputs = StepInputs(shared_, timeline_, entry, tokens);
   return step;
 }
 
@@ -103,14 +81,14 @@ void Entries::run(Step& step) {
   if (step.recording)
     timeline_.replay(*step.recording);
   else
-    step.out = CompiledModel::Output(), step.out = step.model->run(step.values);
+    step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values());
 }
 
 void Entries::record(Step& step, const std::string& entry) {
   for (int i = 0; i < 2; ++i) run(step);
   if (!options_.graph) return;
   const bool early = options_.early_launch && shared_.target->major >= 9;
-  step.recording = timeline_.capture([&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.values); },
+  step.recording = timeline_.capture([&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values()); },
                                      early ? shared_.artifact.entry(entry).waits : std::vector<std::string>());
 }
 
@@ -145,22 +123,6 @@ CompiledModel::Output Entries::prefill(int64_t row, const int64_t* tokens, int64
     if (name == "seed") timeline_.fill(t, sampling.seed);
   }
   return run_prefill(row, tokens, n, position);
-}
-
-// The last place is repeated where the entry takes more: it writes what it has written. The step before has been waited for, so that nothing reads
-// step.host.
-void Entries::write(Step& step, const std::vector<Place>& places) {
-  auto put = [&](const char* name, size_t i, auto value) {
-    if (auto found = step.offsets.find(name); found != step.offsets.end())
-      std::memcpy(static_cast<char*>(step.host.data()) + found->second + i * sizeof value, &value, sizeof value);
-  };
-  for (size_t i = 0; i < static_cast<size_t>(step.tokens); ++i) {
-    const Place& p = places[std::min(i, places.size() - 1)];
-    put("tokens", i, p.token), put("pos", i, p.position), put("row", i, p.row);
-    put("temperature", i, p.sampling.temperature), put("top_k", i, int32_t{p.sampling.top_k}), put("top_p", i, p.sampling.top_p);
-    put("seed", i, p.sampling.seed);
-  }
-  timeline_.copy(step.block, step.host);
 }
 
 }  // namespace kiln

@@ -7,6 +7,7 @@
 
 #include "kiln/batch.h"
 #include "model/compiled_model.h"
+#include "model/step_inputs.h"
 
 namespace kiln {
 
@@ -14,19 +15,12 @@ namespace kiln {
 // destructor runs between enter() and leave() of the timeline.
 class Entries {
  public:
-  // A token of a step.
-  struct Place {
-    int64_t token, position, row;
-    Sampling sampling;
-  };
+  using Place = StepInputs::Place;
 
-  // A decode entry: what it is given at fixed addresses, and on a GPU its recording.
+  // A decode entry, and on a GPU its recording.
   struct Step {
     std::unique_ptr<CompiledModel> model;
-    Tensor block, host;  // all inputs, on the device and as the host writes them: one copy takes them there
-    TensorMap values;    // views of the block
-    std::map<std::string, uint64_t> offsets;
-    int64_t tokens = 0;
+    StepInputs inputs;
     CompiledModel::Output out;  // of the last run
     std::optional<size_t> recording;
     int64_t runs = 0;  // counted by who runs it
@@ -53,8 +47,7 @@ class Entries {
   Step& step(int64_t tokens, int64_t first_row) {  // the smallest that takes as many, 1 .. most(); first_row: of its first token
     return tokens == 1 ? decode(first_row) : several_.lower_bound(tokens)->second;
   }
-  // The step's inputs are `places`, 1 .. its tokens. The step before has been waited for.
-  void write(Step& step, const std::vector<Place>& places);
+  void write(Step& step, const std::vector<Place>& places) { step.inputs.write(timeline_, places); }
   void run(Step& step);
 
  private:

@@ -59,7 +59,7 @@ int64_t Batch::Impl::join(const Request& request) {
   if (request.drafting.own) fail("drafts of a batch: a drafter of one's own is a session's");
   const bool drafted = request.drafting.source != DraftSource::Off;
   const int64_t most = drafted ? step_sizes(shared.artifact, request.drafting).back() - 1 : 0;
-  const auto& values = entries->decode(0).values;
+  const auto& values = entries->decode(0).inputs.values();
   if (request.sampling.temperature > 0)
     for (const char* name : {"temperature", "top_k", "top_p", "seed"})
       if (!values.count(name)) fail("the artifact is greedy only: its decode model has no input '", name, "'");

@@ -68,13 +68,7 @@ WideStep& Session::Impl::wide_step(int64_t tokens) {
   WideStep& step = speculation->steps[m];
   if (step.model) return step;
   const std::string entry = "decode_" + std::to_string(m);
-  for (const ValueSpec& v : shared.artifact.entry(entry).inputs) {
-    const bool row = v.name == "row";
-    const auto given = values.find(row ? "pos" : v.name);
-    if (given == values.end() || given->second.scalar != scalar_of(v.dtype))
-      fail("manifest.json: the input '", v.name, "' (", dtype_name(v.dtype), ") of ", entry, " is none that this runner gives");
-    step.values.emplace(v.name, timeline->make(scalar_of(v.dtype), {m}));
-  }
+  step.inputs = StepInputs(shared, *timeline, entry, m);
   auto opened = std::make_unique<CompiledModel>(shared, entry, decode_surroundings);
   opened->bind(all_rows());
   step.model = std::move(opened);
@@ -83,27 +77,20 @@ WideStep& Session::Impl::wide_step(int64_t tokens) {
 
 // One step over `next` and what may follow it. How many of the drafts the model agrees with; what it wrote is `ahead`.
 int64_t Session::Impl::run_drafts(WideStep& step, const std::vector<int64_t>& drafted) {
-  const auto m = static_cast<size_t>(step.values.at("tokens").numel());
-  std::vector<int64_t> tokens(m), pos(m), row(m, 0), seed(m, sampling.seed);
-  const std::vector<int32_t> top_k(m, sampling.top_k);
-  const std::vector<float> temperature(m, sampling.temperature), top_p(m, sampling.top_p);
-  for (size_t i = 0; i < m; ++i) {  // a step that takes more repeats the last, which writes what it has written
-    const size_t at = std::min(i, drafted.size());
-    tokens[i] = at ? drafted[at - 1] : next, pos[i] = position + static_cast<int64_t>(at);
-  }
-  const std::pair<const char*, const void*> all[] = {{"tokens", tokens.data()}, {"pos", pos.data()},     {"row", row.data()},  {"temperature", temperature.data()},
-                                                     {"top_k", top_k.data()},   {"top_p", top_p.data()}, {"seed", seed.data()}};
-  for (const auto& [name, from] : all)
-    if (auto found = step.values.find(name); found != step.values.end()) timeline->write(found->second, from);
-  auto run = [&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.values); };
+  std::vector<int64_t> tokens{next};
+  tokens.insert(tokens.end(), drafted.begin(), drafted.end());
+  std::vector<StepInputs::Place> places;
+  for (size_t i = 0; i < tokens.size(); ++i) places.push_back({tokens[i], position + static_cast<int64_t>(i), 0, sampling});
+  step.inputs.write(*timeline, places);
+  auto run = [&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values()); };
   if (step.runs == kColdRuns && timeline->asynchronous() && options.graph) {
-    const std::string entry = "decode_" + std::to_string(m);
+    const std::string entry = "decode_" + std::to_string(step.inputs.tokens());
     const bool early = options.early_launch && shared.target->major >= 9;
     step.recording = timeline->capture(run, early ? shared.artifact.entry(entry).waits : std::vector<std::string>());
   }
   ++step.runs;
   step.recording ? timeline->replay(*step.recording) : run();
-  std::vector<int64_t> wrote_(m);
+  std::vector<int64_t> wrote_(static_cast<size_t>(step.inputs.tokens()));
   timeline->read(wrote_.data(), step.out.token);
   const int64_t agreed = Acceptance::agreed(drafted, wrote_);
   if (!pretended) lineage.write(position, tokens.data(), agreed + 1);

@@ -11,13 +11,14 @@
 #include "kiln/draft.h"
 #include "kiln/session.h"
 #include "model/compiled_model.h"
+#include "model/step_inputs.h"
 
 namespace kiln {
 
-// The entry decode_M of a session: its inputs at fixed addresses, and on a GPU its recording.
+// The entry decode_M of a session, and on a GPU its recording.
 struct WideStep {
   std::unique_ptr<CompiledModel> model;
-  TensorMap values;
+  StepInputs inputs;
   CompiledModel::Output out;  // of the last run
   std::optional<size_t> recording;
   int64_t runs = 0;
