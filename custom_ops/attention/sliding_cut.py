@@ -10,7 +10,7 @@ from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget
 
 # In an artifact with steps of several tokens the tokens of a row read their window together (`sliding_together`), one token as they do: it
-# has the same bits. Off until a step of one token is no slower for it; figures: docs/measurements/tried.md.
+# has the same bits. Off, for it costs a step of one token 4 %; figures: docs/measurements/tried.md.
 TOGETHER = False
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.

@@ -32,14 +32,14 @@ from kiln.custom_ops.weights.fixed_point import extent_of
 
 
 @triton.jit
-def parts_of(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.constexpr):
+def _parts(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.constexpr):
     """PARTS rows of N elements `stride` apart, float32 [PAD, N], in one load."""
     part = tl.arange(0, PAD)[:, None]
     return tl.load(source + part.to(tl.int64) * stride + tl.arange(0, N)[None, :], (part < PARTS) & mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
+def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
     """Both halves, float32 [ROWS, D / 2], of the sum of parts [PAD, ROWS * D], or its RMSNorm."""
     halves = tl.reshape(tl.sum(parts, 0), [ROWS, 2, D // 2])
     if NORM:
@@ -49,7 +49,7 @@ def normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: 
 
 
 @triton.jit
-def rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr, SCALE: tl.constexpr):
+def _rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr, SCALE: tl.constexpr):
     """The rotary embedding of the weighted halves, each [ROWS, D / 2], times SCALE."""
     a = halves[0] * weight0[None, :]
     b = halves[1] * weight1[None, :]
@@ -70,13 +70,13 @@ def _settled(x):
 
 
 @triton.jit
-def columns_of(rows, ROWS: tl.constexpr, PAD: tl.constexpr, H: tl.constexpr):
+def _columns(rows, ROWS: tl.constexpr, PAD: tl.constexpr, H: tl.constexpr):
     """[ROWS, H] repeated to [H, PAD]: a tensor-core tile has more columns than a KV head has queries."""
     return tl.trans(tl.reshape(tl.broadcast_to(rows[None, :, :], [PAD // ROWS, ROWS, H]), [PAD, H]))
 
 
 @triton.jit
-def keys_at(k_ring, v_ring, p, end, head, RING: tl.constexpr, KV: tl.constexpr, D: tl.constexpr):
+def _keys(k_ring, v_ring, p, end, head, RING: tl.constexpr, KV: tl.constexpr, D: tl.constexpr):
     """Both halves of the keys at positions p, and the values; zeros from `end` on."""
     half = tl.arange(0, D // 2)[None, :]
     row = (p % RING)[:, None] * (KV * D) + head * D
@@ -87,7 +87,7 @@ def keys_at(k_ring, v_ring, p, end, head, RING: tl.constexpr, KV: tl.constexpr, 
 
 
 @triton.jit
-def attend_block(q0, q1, k0, k1, v, held, m, total, acc):
+def _step(q0, q1, k0, k1, v, held, m, total, acc):
     """One block of keys of the online softmax."""
     scores = tl.dot(k1, q1, tl.dot(k0, q0, input_precision="ieee"), input_precision="ieee") * LOG2E
     weights, m, scale = softmax_step(tl.where(held[:, None], scores, float("-inf")), m, 0)
@@ -143,23 +143,23 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     stored = tl.minimum(low + size, end - 1)  # the token's own key and value come from the matmul
     p = low + tl.arange(0, BLOCK_N)
     if AHEAD:
-        k0, k1, v = keys_at(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
+        k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
     wait_for_earlier_kernels(EARLY)
 
     owner = low + size >= end
     DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
     if not WRITE:
-        q_parts = parts_of(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
+        q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
     if not SHARED:
-        k_parts = parts_of(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
-        v_parts = parts_of(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
+        k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
+        v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
     if not WRITE:
-        q0, q1 = rotated(normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
+        q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
     if not SHARED:
-        own_k0, own_k1 = rotated(normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
-        v0, v1 = normed(v_parts, EPS, 1, D, V_NORM)
+        own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
+        v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
         own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
     dim = tl.arange(0, D)
     slot = ((end - 1) % RING) * (KV * D) + head * D
@@ -178,15 +178,15 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
         total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
         acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]  # of other splits zeros, the norm of no parts
-        q0 = columns_of(q0, ROWS, PAD, H)
-        q1 = columns_of(q1, ROWS, PAD, H)
+        q0 = _columns(q0, ROWS, PAD, H)
+        q1 = _columns(q1, ROWS, PAD, H)
         if AHEAD:
-            m, total, acc = attend_block(q0, q1, k0, k1, v, p < stored, m, total, acc)
+            m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
             low += BLOCK_N
         for n in tl.range(low, stored, BLOCK_N):
             p = n + tl.arange(0, BLOCK_N)
-            k0, k1, v = keys_at(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
-            m, total, acc = attend_block(q0, q1, k0, k1, v, p < stored, m, total, acc)
+            k0, k1, v = _keys(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
+            m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
         group = tl.arange(0, PAD)
         part = split * (KV * GROUP) + head * GROUP + group
         tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=group[None, :] < GROUP)

@@ -1,31 +1,19 @@
 """`sliding_decode` of several tokens, each of one of B rows of rings: all their keys and values are written, then each attends.
 
 A token attends to another of its step where both are of one row and the other's position is no later. Each has the bits that it has alone:
-it does what `sliding_decode` does, with the same split of its keys. Tokens that are the same, of one row and position, write the same.
-Neighbours of one row are taken one after another by one program, since all but a few of their keys are the same: they are in its cache.
+the kernel is that of `sliding_decode`, with the same split of its keys. Tokens that are the same, of one row and position, write the same.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from kiln.custom_ops.attention import sliding_attention, sliding_cut, sliding_together
-from kiln.custom_ops.attention.flash import LOG2E, check_kernel_shapes, decode_range, kiln_flash_merge, merge_warps, split_size
+from kiln.custom_ops.attention.flash import check_kernel_shapes, kiln_flash_merge, merge_warps
 from kiln.custom_ops.attention.prepare import check_projections, prepare_reference, query_reference, token_strides
-from kiln.custom_ops.attention.sliding_decode import (
-    attend_block,
-    columns_of,
-    keys_at,
-    kiln_sliding_decode,
-    normed,
-    parts_of,
-    rotated,
-)
+from kiln.custom_ops.attention.sliding_decode import kiln_sliding_decode
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
-from kiln.custom_ops.gpu.early import wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
@@ -88,93 +76,13 @@ def sliding_read_rows(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor
     return _attended(query, k_ring, v_ring, pos, row, window, terms)
 
 
-@triton.jit
-def _split_of(pos_ptr, token, split, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a token's split the first position and that behind the last, and that behind the last of all."""
-    start, end = decode_range(pos_ptr + token, pos_ptr, False, WINDOW, True)
-    size = split_size(start, end, SPLITS, BLOCK_N)
-    low = start + split * size
-    return low, low + size, end
-
-
-@waits("q_weight_ptr", "pos_ptr", "row_ptr", idle=True)  # the first of a row has something to do
-@triton.jit
-def kiln_sliding_rows(q_ptr, q_weight_ptr, cos_ptr, sin_ptr, k_ring_ptr, v_ring_ptr, pos_ptr, row_ptr, o_ptr, ml_ptr, stride,
-                      EPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-                      KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-                      BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, SCALE: tl.constexpr, EARLY: tl.constexpr, TOKEN: tl.constexpr,
-                      TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr):
-    """`kiln_sliding_decode` of one KV head and one split of each of TOKENS tokens, whose keys and values the rings hold already: o_ptr
-    float32 [TOKENS, SPLITS, H, D], ml_ptr float32 [TOKENS, SPLITS, H, 2]. Grid (KV, SPLITS, TOKENS): the first of neighbours of one row
-    does their work, too. AHEAD: keys are asked for before the queries are prepared, the next token's before this one's results are written.
-    """
-    H: tl.constexpr = D // 2
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    first = tl.program_id(2)
-    half = tl.arange(0, H)
-    dim = tl.arange(0, D)
-    other = tl.arange(0, TOKENS_PAD)
-    rows = tl.load(row_ptr + other, other < TOKENS, other=-1)
-    row = tl.load(row_ptr + first)
-    if tl.max(((other + 1 == first) & (rows == row)).to(tl.int32), 0) > 0:
-        return  # an earlier one's program has this one, too
-    behind = tl.min(tl.where((other > first) & (rows != row), other, TOKENS), 0)
-    k_ring_ptr += row * (RING * KV * D)
-    v_ring_ptr += row * (RING * KV * D)
-    q_weight0 = tl.load(q_weight_ptr + half)
-    q_weight1 = tl.load(q_weight_ptr + H + half)
-    q_ptr += head * (GROUP * D)
-    query = tl.arange(0, ROWS * D)[None, :] < GROUP * D
-    low, high, end = _split_of(pos_ptr, first, split, WINDOW, SPLITS, BLOCK_N)
-    wait_for_earlier_kernels(EARLY)
-    DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
-    stored = tl.minimum(high, end - 1)
-    if AHEAD:
-        k0, k1, v = keys_at(k_ring_ptr, v_ring_ptr, low + tl.arange(0, BLOCK_N), stored, head, RING, KV, D)
-    for token in tl.range(first, behind):
-        cos = tl.load(cos_ptr + token * H + half)
-        sin = tl.load(sin_ptr + token * H + half)
-        q_parts = parts_of(q_ptr + token * TOKEN, stride, query, PARTS, PARTS_PAD, ROWS * D)
-        q0, q1 = rotated(normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
-        owner = (low < end) & (high >= end)
-        slot = ((end - 1) % RING) * (KV * D) + head * D
-        own_k0 = tl.load(k_ring_ptr + slot + half[None, :], owner, other=0.0)
-        own_k1 = tl.load(k_ring_ptr + slot + H + half[None, :], owner, other=0.0)
-        own_v = tl.load(v_ring_ptr + slot + dim, owner, other=0.0)
-        score = tl.sum(q0.to(tl.float32) * own_k0.to(tl.float32) + q1.to(tl.float32) * own_k1.to(tl.float32), 1) * LOG2E
-        m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
-        total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
-        acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]
-        q0 = columns_of(q0, ROWS, PAD, H)
-        q1 = columns_of(q1, ROWS, PAD, H)
-        if AHEAD:
-            m, total, acc = attend_block(q0, q1, k0, k1, v, low + tl.arange(0, BLOCK_N) < stored, m, total, acc)
-        for n in tl.range(low + (BLOCK_N if AHEAD else 0), stored, BLOCK_N):
-            p = n + tl.arange(0, BLOCK_N)
-            some0, some1, values = keys_at(k_ring_ptr, v_ring_ptr, p, stored, head, RING, KV, D)
-            m, total, acc = attend_block(q0, q1, some0, some1, values, p < stored, m, total, acc)
-        used = low < end  # else the merge does not read this split
-        low, high, end = _split_of(pos_ptr, tl.minimum(token + 1, behind - 1), split, WINDOW, SPLITS, BLOCK_N)
-        stored = tl.minimum(high, end - 1)
-        if AHEAD:
-            there = tl.where(token + 1 < behind, stored, low)
-            k0, k1, v = keys_at(k_ring_ptr, v_ring_ptr, low + tl.arange(0, BLOCK_N), there, head, RING, KV, D)
-        group = tl.arange(0, PAD)
-        part = (token * SPLITS + split) * (KV * GROUP) + head * GROUP + group
-        tl.store(o_ptr + part[None, :] * D + dim[:, None], acc, mask=used & (group[None, :] < GROUP))
-        tl.store(ml_ptr + part * 2, m, mask=used & (group < GROUP))
-        tl.store(ml_ptr + part * 2 + 1, total, mask=used & (group < GROUP))
-
-
 def rows_constants(tile, target: GpuTarget, heads: int, kv_heads: int, dim: int, slots: int, window: int, parts: int, v_parts: int,
-                   terms: int, v_norm: bool, scale: float, tokens: int, strides: dict[str, int]) -> tuple[dict, dict, dict]:
-    """The constants of `kiln_sliding_decode`, to write, of `kiln_sliding_rows` and of `kiln_flash_merge`."""
+                   terms: int, v_norm: bool, scale: float, strides: dict[str, int]) -> tuple[dict, dict, dict]:
+    """The constants of `kiln_sliding_decode`, to write and to attend, and of `kiln_flash_merge`. No key is read ahead: it may be of this
+    step."""
     split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, slots, window, parts, v_parts, terms, v_norm, scale)
-    names = ("PARTS", "PARTS_PAD", "WINDOW", "RING", "KV", "GROUP", "ROWS", "PAD", "D", "SPLITS", "BLOCK_N", "AHEAD", "SCALE", "EARLY")
-    attend = {name: split[name] for name in names} | {"TOKEN": strides["TOKEN"], "TOKENS": tokens}
-    return (split | strides | {"AHEAD": False, "WRITE": True}, attend | {"TOKENS_PAD": triton.next_power_of_2(tokens)},
-            merge | {"MANY": True})
+    both = split | strides | {"AHEAD": False}
+    return both | {"WRITE": True}, both | {"SHARED": True}, merge | {"MANY": True}
 
 
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window: int, eps: float, terms: int, scale: float,
@@ -188,7 +96,7 @@ def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, win
     check_kernel_shapes("sliding_decode_rows", dim, k_ring[0])
     tile = sliding_cut.tile_of(k_ring.dtype, target, dim)
     write, split, merge = rows_constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale,
-                                         tokens, token_strides(q, v))
+                                         token_strides(q, v))
     part = torch.empty(tokens, split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(tokens, split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)
     out = fixed_point.empty(tokens, heads * dim, terms, extent_of(heads * dim, dim), q)
@@ -196,8 +104,8 @@ def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, win
     if not shared:
         kernel(kiln_sliding_decode)[(kv_heads, 1, tokens)](q, k, v, row, k_weight, cos, sin, k_ring, v_ring, pos, part, sums, q.stride(0),
                                                            v.stride(0), **write, **options)
-    kernel(kiln_sliding_rows)[(kv_heads, split["SPLITS"], tokens)](q, q_weight, cos, sin, k_ring, v_ring, pos, row, part, sums,
-                                                                   q.stride(0), **split, **options)
+    kernel(kiln_sliding_decode)[(kv_heads, split["SPLITS"], tokens)](q, k, v, q_weight, row, cos, sin, k_ring, v_ring, pos, part, sums,
+                                                                     q.stride(0), v.stride(0), **split, **options)
     kernel(kiln_flash_merge)[(heads, tokens)](part, sums, pos, pos, q, q, q, out, **merge, num_warps=merge_warps(dim))
     return out
 
@@ -213,14 +121,12 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
     for element, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         rings = {"k_ring_ptr": f"*{element}", "v_ring_ptr": f"*{element}"}
         tile = sliding_cut.tile_of(dtype, target, h.dim)
-        write, attend, merge = rows_constants(tile, target, h.queries, h.kv, h.dim, model.window + 14, model.window, 3, 3, 2, True, 1.0, 8,
-                                              {"TOKEN": size, "V_TOKEN": size})
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        cases.append(KernelCase(f"sliding_decode_rows write {element} {h.label}", kiln_sliding_decode, signature | rings |
-                                {"q_weight_ptr": "*i64"}, {"EPS": EPS} | write, options, aligned=("stride", "v_stride")))
-        given = {name: signature[name] for name in ("q_ptr", "q_weight_ptr", "cos_ptr", "sin_ptr", "o_ptr", "ml_ptr", "pos_ptr", "stride")}
-        cases.append(KernelCase(f"sliding_decode_rows attend {element} {h.label}", kiln_sliding_rows, given | rings | {"row_ptr": "*i64"},
-                                {"EPS": EPS} | attend, options, aligned=("stride",)))
+        write, split, merge = rows_constants(tile, target, h.queries, h.kv, h.dim, model.window + 14, model.window, 3, 3, 2, True, 1.0,
+                                             {"TOKEN": size, "V_TOKEN": size})
+        for name, constants, unused in (("write", write, "q_weight_ptr"), ("attend", split, "k_weight_ptr")):
+            cases.append(KernelCase(f"sliding_decode_rows {name} {element} {h.label}", kiln_sliding_decode,
+                                    signature | rings | {unused: "*i64"}, {"EPS": EPS} | constants,
+                                    {"num_warps": tile.warps, "num_stages": tile.stages}, aligned=("stride", "v_stride")))
         inputs = dict.fromkeys(("o_ptr", "ml_ptr", "q_ptr", "k_ptr", "v_ptr"), "*fp32") | {"pos_ptr": "*i64", "len_ptr": "*i64"}
         cases.append(KernelCase(f"sliding_decode_rows {element} merge {h.label}", kiln_flash_merge, inputs | {"out_ptr": "*i32"}, merge,
                                 {"num_warps": merge_warps(h.dim)}))
