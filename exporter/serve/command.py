@@ -32,7 +32,7 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
 @click.option("--api-keys", type=PATH, metavar="FILE", help="Ask for a key of this file, which has one a line.")
 @click.option("--cors-origins", multiple=True, metavar="ORIGIN", help="Let pages of https://example.org ask; repeatable.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="On loopback, another Host header than localhost; repeatable.")
-@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Largest body of a request.")
+@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=8, show_default=True, help="Largest body of a request.")
 @click.option("--think/--no-think", default=None, help="Where a request does not say.  [default: as the chat template does]")
 @click.option(
     "--reasoning-field", type=click.Choice(["reasoning_content", "reasoning"]), default="reasoning_content", show_default=True,

@@ -11,6 +11,7 @@ from kiln.exporter.conversation.request import is_halved
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 
 INT64 = (-(1 << 63), (1 << 63) - 1)
+MOST_PARTS = 1 << 20  # lists and objects of a body: json reads it whole, and nothing else is answered meanwhile
 
 
 def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
         value = float(text)
         return value if math.isfinite(value) else constant(text[:40])
 
+    if raw.count(b"[") + raw.count(b"{") > MOST_PARTS:  # those in texts as well: to tell them apart would be to read it
+        raise Problem(413, f"the body has more than {MOST_PARTS} opening brackets", None, "request_too_large", {"connection": "close"})
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=constant, parse_float=number)
     except UnicodeDecodeError as e:

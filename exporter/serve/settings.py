@@ -18,7 +18,7 @@ class Settings:
     snapshots: tuple[int, int] = (0, 0)  # bytes kept on the device and on the host
     timeout: float = 0.0
     drain: float = 10.0
-    body: int = 16 << 20
+    body: int = 8 << 20
     messages: int = 10_000
     tools: int = 256
     depth: int = 100

@@ -18,11 +18,12 @@ from kiln.exporter.serve.fields import Fields
 from kiln.exporter.serve.problem import unsupported, wrong
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.steps.rows import Likely
-from kiln.exporter.serve.web import Json, openai_stream, present, read_body, sse
+from kiln.exporter.serve.web import Json, dumps, openai_stream, present, read_body, sse
 
 PROMPTS = 64  # of one request
 LEAST = -9999.0  # of a log-probability that is told
 MOST = 16  # tokens of an answer where a request does not say
+AT_ONCE = 1 << 16  # ids of an answer of /tokenize that are written without a pause
 
 
 async def completions(served: Served, http: Http) -> Response:
@@ -219,6 +220,14 @@ def _piece(served: Served, token: int) -> str | list[int]:
         return list(piece)
 
 
+def _told(served: Served, ids: Sequence[int], pieces: bool) -> bytes:
+    """The answer of /tokenize, some ids at a time: between them other threads run."""
+    some = (ids[at : at + AT_ONCE] for at in range(0, len(ids), AT_ONCE))
+    lists = (dumps([{"id": i, "piece": _piece(served, i)} for i in part] if pieces else part)[1:-1] for part in some)
+    written = f'{{"count":{len(ids)},"max_model_len":{served.max_seq_len},"tokens":[{",".join(lists)}]}}'
+    return written.encode("utf-8", "replace")
+
+
 async def tokenize(served: Served, http: Http) -> Response:
     """In vLLM's form (prompt or messages) and llama.cpp's (content)."""
     fields = await read_body(http, served.settings)
@@ -239,10 +248,7 @@ async def tokenize(served: Served, http: Http) -> Response:
         if prompt is None:
             raise wrong("prompt", "is missing; give prompt, messages or content")
         found = await served.aside(served.ids, prompt, fields.flag("parse_special"), fields.flag("add_special_tokens", True))
-    tokens: list[Any] = list(found)
-    if fields.flag("with_pieces"):
-        tokens = [{"id": i, "piece": _piece(served, i)} for i in found]
-    return Json({"count": len(found), "max_model_len": served.max_seq_len, "tokens": tokens})
+    return Response(await served.aside(_told, served, found, fields.flag("with_pieces")), media_type=Json.media_type)
 
 
 async def detokenize(served: Served, http: Http) -> Response:

@@ -14,6 +14,7 @@ import pytest
 import kiln
 from kiln.exporter.conversation.prompt import common
 from kiln.exporter.conversation.request import read_request
+from kiln.exporter.serve.api import completions
 from kiln.exporter.serve.served import Served
 from kiln.exporter.serve.settings import Settings
 from tests.conftest import WAIT
@@ -230,6 +231,14 @@ def test_models_and_tokens(client: openai.OpenAI, real: Running) -> None:
     assert [p["piece"] for p in pieces][0] == "a" and pieces[-1] == {"id": 2, "piece": "<bos>"}
     assert sum((p["piece"] for p in pieces[1:-1]), []) == list("\u00e9".encode())  # llama.cpp's form of parts of a character
     assert httpx.post(f"{real.url}/v1/detokenize", json={"tokens": said["tokens"][1:]}, timeout=WAIT).json()["prompt"] == "hot kiln"
+
+
+def test_many_tokens_are_told_some_at_a_time(real: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "AT_ONCE", 3)
+    ids = real.served.tokenizer.encode("hot kiln, cold kiln")
+    said = httpx.post(f"{real.url}/tokenize", json={"prompt": "hot kiln, cold kiln"}, timeout=WAIT).json()
+    assert len(ids) > 6 and said == {"count": len(ids), "max_model_len": 96, "tokens": ids}
+    assert httpx.post(f"{real.url}/tokenize", json={"content": ""}, timeout=WAIT).json()["tokens"] == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from kiln.exporter.serve import web
+from kiln.exporter.serve import fields, web
 from kiln.exporter.serve.app import application, page_files
 from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script
@@ -241,6 +241,12 @@ def test_a_body_too_large_is_refused_unread(script: Script) -> None:
     """By the length that its header says: a client that asks first sends none of it."""
     said = all_that_comes(script, "/v1/messages", f"Expect: 100-continue\r\nContent-Length: {1 << 40}\r\n\r\n")
     assert said.startswith(b"HTTP/1.1 413 ") and b'"type":"request_too_large"' in said
+
+
+def test_more_lists_than_can_be_read_between_two_answers(script: Script) -> None:
+    body = b'{"model": "small", "prompt": [' + b",".join([b"[]"] * (fields.MOST_PARTS + 1)) + b"]}"
+    response = httpx.post(f"{script.url}/v1/completions", content=body, headers=HEADERS, timeout=WAIT)
+    assert response.status_code == 413 and f"more than {fields.MOST_PARTS} opening brackets" in response.json()["error"]["message"]
 
 
 def test_a_body_that_stops_coming(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
