@@ -29,7 +29,7 @@ if triton.knobs.runtime.interpret:
 
 TYPES = list(LAYOUTS)
 TERMS = (1, 2, 3)
-LOSS = {1: 1.2e-2, 2: 6e-5, 3: 1.2e-6}  # relative, of a product with normally distributed activations; minima cancel
+LOSS = {1: 1.6e-2, 2: 6e-5, 3: 1.2e-6}  # relative, of normally distributed activations, 256 to a scale; minima cancel
 GATED = {1: 2e-2, 2: 8e-5, 3: 1.2e-6}  # of a gate's result in fixed point, whose largest value of 256 stands out more
 KERNEL = 1e-6  # against the activations that the kernel is given
 H200 = gpu_targets()["sm_90"]
