@@ -113,7 +113,8 @@ class _Fuser:
     def rewrite(self, matmul: Node) -> None:
         x, words, halves, block_type = matmul.args
         fixed, *root = self.to_fixed(x, matmul)
-        new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root)
+        alone = {} if self.beside or self.several else {"alone": True}
+        new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root, **alone)
         self.made.add(new)
         self.places.append(self.name(words))
         self.replace_rounded(matmul, new)
@@ -174,7 +175,7 @@ class _Fuser:
             return matmul
         if matmul not in self.partials:
             fixed, words, halves, block_type, _, *root = matmul.args
-            self.partials[matmul] = self.emit(matmul, KILN.fixed_partials.default, fixed, words, halves, block_type, *root)
+            self.partials[matmul] = self.emit(matmul, KILN.fixed_partials.default, fixed, words, halves, block_type, *root, **matmul.kwargs)
         return self.partials[matmul]
 
     def with_squares(self, node: Node, before: Node) -> tuple[Node, Node]:
@@ -182,7 +183,7 @@ class _Fuser:
         value = self.exact(node, before)
         if value.target not in WITH_SQUARES:
             return value, self.emit(before, aten.sum.dim_IntList, self.emit(before, aten.mul.Tensor, value, value), [1])
-        both = self.emit(value, WITH_SQUARES[value.target], *value.args)
+        both = self.emit(value, WITH_SQUARES[value.target], *value.args, **value.kwargs)
         return tuple(self.emit(value, operator.getitem, both, i) for i in range(2))
 
     # ---- values in fixed point ----
@@ -255,9 +256,9 @@ class _Fuser:
         self.counts["gated"] += 1
         self.places.append(self.name(matmul.args[1]).rpartition(".")[0] + ".glu")
         if activation == "gelu_tanh":  # the op's default
-            return (self.emit(before, KILN.fixed_glu.default, *matmul.args),)
+            return (self.emit(before, KILN.fixed_glu.default, *matmul.args, **matmul.kwargs),)
         *given, squares, eps = (*matmul.args, *(None, 0.0)[len(matmul.args) - 5 :])
-        return (self.emit(before, KILN.fixed_glu.default, *given, squares, eps, activation),)
+        return (self.emit(before, KILN.fixed_glu.default, *given, squares, eps, activation, **matmul.kwargs),)
 
     def per_layer(self, x: Node, before: Node) -> tuple[Node] | None:
         """gelu(gate) * value, the value a layer's own of a per-layer embedding."""

@@ -158,9 +158,9 @@ def fixed_case(m: Matrix, tokens: int = 1, at_once: int | None = None) -> Case:
 
     def call(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor, squares: torch.Tensor) -> Any:
         if end == "fixed_partials":
-            return kiln.fixed_partials(x, words, halves, m.block_type, squares, EPS)
+            return kiln.fixed_partials(x, words, halves, m.block_type, squares, EPS, alone=tokens == 1)
         scaled = () if end == "fixed_linear_squares" else (squares, EPS)
-        return getattr(kiln, end)(x, words, halves, m.block_type, counters, *scaled)
+        return getattr(kiln, end)(x, words, halves, m.block_type, counters, *scaled, alone=tokens == 1)
 
     def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, counters: torch.Tensor,
                   squares: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,9 @@ class SumsConfig:
 # By (architecture, loads of a group's quants); measured by tests/measure/tune_sums.py.
 SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, narrow=128, ahead=6, ahead_many=8)}
 FEW_SPLITS = 4
+# By architecture: block types of 256 with which `kiln_gemv`, a float for every group, is the faster for one token. It is taken where no
+# step of several tokens has to have the same bits.
+FLOATS_ALONE = {90: frozenset({"Q6_K"})}
 FIXED_WARPS = 4
 FIXED_BLOCK = 1024
 GLU_ROWS = 64  # gates of a program, at least, or a group where that does not divide them; values never share one with them
@@ -159,10 +162,11 @@ def launch_rows(block_type: str, tokens: int, n: int, k: int, target: GpuTarget,
     return constants | {"M": tokens, "REGISTERS": config.registers}, splits, warps, fn
 
 
-def launch_any(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, extent: int, gated: bool,
-               aligned: bool) -> tuple[dict, int, int, Any]:
-    """The launch of any number of tokens, and the kernel: which one does not depend on how many there are of MOST_TOGETHER."""
-    if sums_fit(block_type, extent, n, aligned):
+def launch_any(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, extent: int, gated: bool, aligned: bool,
+               alone: bool = False) -> tuple[dict, int, int, Any]:
+    """The launch of any number of tokens, and the kernel: but for `alone` it does not depend on how many there are of MOST_TOGETHER."""
+    floats = alone and tokens == 1 and block_type in FLOATS_ALONE[nearest(FLOATS_ALONE, target)]
+    if not floats and sums_fit(block_type, extent, n, aligned):
         return *launch_sums(block_type, tokens, n, k, target, gated=gated), kiln_gemv_sums
     if 1 < tokens <= MOST_TOGETHER:
         return launch_rows(block_type, tokens, n, k, target, gated, aligned)
@@ -197,8 +201,8 @@ def reference(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
 
 
 def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor, dtype: torch.dtype,
-             end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0,
-             leave_squares: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+             end: str = "sum", squares: torch.Tensor | None = None, eps: float = 0.0, leave_squares: bool = False,
+             alone: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel launch behind the ops; arguments as theirs, `end` as END of the kernel. Returns its result and its sums of squares.
 
     Up to MOST_TOGETHER tokens take one reading of the weights, more a reading each.
@@ -206,9 +210,9 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
     tokens, n, k, (terms, extent) = x.shape[0], words.shape[2], fixed_point.elements(x), fixed_point.form(x)
     gated, programs = end in GLU_ENDS.values(), 1 if tokens <= MOST_TOGETHER else tokens
     aligned = all(t.stride(1) % 4 == 0 and t.storage_offset() % 4 == 0 for t in (words, halves))
-    constants, splits, warps, fn = launch_any(block_type, tokens, n, k, current_target(), extent, gated, aligned)
-    alone = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
-    if alone:
+    constants, splits, warps, fn = launch_any(block_type, tokens, n, k, current_target(), extent, gated, aligned, alone)
+    whole = splits == 1 and end == "sum" and dtype == torch.float32 and not leave_squares
+    if whole:
         end = "split"  # there is nothing to add up
     partials = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
     extent_out = extent_of(n // 2) if gated else GROUP
@@ -226,7 +230,7 @@ def multiply(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_t
         x, words, halves, partials, counters, out, partials if squares is None else squares, left, n, k, splits, words.stride(1),
         halves.stride(1), **format_constants(block_type), TERMS=terms, EXTENT=extent, OUT=extent_out, END=end, **constants,
         **root_constants(squares), EPS=eps, SQUARES=leave_squares, num_warps=warps)  # fmt: skip
-    return out[0] if alone else out, left[0] if leave_squares and tokens == 1 else left
+    return out[0] if whole else out, left[0] if leave_squares and tokens == 1 else left
 
 
 def _check(op: str, x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None,
@@ -252,40 +256,43 @@ def to_fixed(x: torch.Tensor, terms: int) -> torch.Tensor:
 
 @kernel_op("kiln::fixed_linear", mutates_args=("counters",))
 def fixed_linear(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
-                 squares: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+                 squares: torch.Tensor | None = None, eps: float = 0.0, alone: bool = False) -> torch.Tensor:
     """The matmul of x, T rows in fixed point of either extent (see `fixed_point`), with the packed matrix [N, K]: float32 [T, N].
 
     counters: int32 zeros, at least as many as blocks of rows, T times as many for more than MOST_TOGETHER tokens; zeros again afterwards.
     squares: float32 [P] of one token, [T, P] of T, MOST_TOGETHER at most; the matmul is multiplied by `add_norm.root` of them. Up to
-    MOST_TOGETHER tokens are each, bit for bit, what they are alone, here as in the ops below. Raises ValueError when a shape does not fit.
+    MOST_TOGETHER tokens are each, bit for bit, what they are alone, here as in the ops below, but for one token with `alone`: there are no
+    steps of several beside, and it is multiplied as is fastest. Raises ValueError when a shape does not fit.
     """
     _check("fixed_linear", x, words, halves, block_type, squares)
     if not use_triton(x):
         return reference(x, words, halves, block_type, squares, eps)
-    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps)[0]
+    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, alone=alone)[0]
 
 
 @kernel_op("kiln::fixed_linear_squares", mutates_args=("counters",))
 def fixed_linear_squares(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
-                         squares: torch.Tensor | None = None, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+                         squares: torch.Tensor | None = None, eps: float = 0.0,
+                         alone: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """`fixed_linear` of a few tokens, and float32 partial sums of their squares, [P] or [T, P]; the kernel chooses how many."""
     _check("fixed_linear_squares", x, words, halves, block_type, squares, few=True)
     if not use_triton(x):
         y = reference(x, words, halves, block_type, squares, eps)
         return y, (y * y).sum(1) if y.shape[0] == 1 else (y * y).sum(1, keepdim=True)
-    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True)
+    return multiply(x, words, halves, block_type, counters, torch.float32, squares=squares, eps=eps, leave_squares=True,
+                    alone=alone)
 
 
 @kernel_op("kiln::fixed_partials", mutates_args=())
 def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, squares: torch.Tensor | None = None,
-                   eps: float = 0.0) -> torch.Tensor:
+                   eps: float = 0.0, alone: bool = False) -> torch.Tensor:
     """`fixed_linear` of a few tokens, in parts: float32 [S, N] of one, [S, T, N] of several, whose sum over S is the result.
 
     The kernel chooses S, the same for every T.
     """
     _check("fixed_partials", x, words, halves, block_type, squares, few=True)
     if use_triton(x):
-        parts, _ = multiply(x, words, halves, block_type, x, torch.float32, "split", squares, eps)
+        parts, _ = multiply(x, words, halves, block_type, x, torch.float32, "split", squares, eps, alone=alone)
     else:
         parts = reference(x, words, halves, block_type, squares, eps).unsqueeze(0)
     return parts.flatten(0, 1) if x.shape[0] == 1 else parts
@@ -293,7 +300,7 @@ def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, b
 
 @kernel_op("kiln::fixed_glu", mutates_args=("counters",))
 def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str, counters: torch.Tensor,
-              squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh") -> torch.Tensor:
+              squares: torch.Tensor | None = None, eps: float = 0.0, activation: str = "gelu_tanh", alone: bool = False) -> torch.Tensor:
     """act(gate) * value, of the matmul [gate, value] of `fixed_linear`, in fixed point: rows of N / 2.
 
     activation: "gelu_tanh" or "silu". N / 2 is a multiple of 32. Raises ValueError when a shape or the activation does not fit.
@@ -306,7 +313,7 @@ def fixed_glu(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_
     if not use_triton(x):
         gate, value = reference(x, words, halves, block_type, squares, eps).chunk(2, dim=-1)
         return fixed_point.quantize(GATED[activation](gate, value), fixed_point.form(x)[0])
-    return multiply(x, words, halves, block_type, counters, torch.float32, GLU_ENDS[activation], squares, eps)[0]
+    return multiply(x, words, halves, block_type, counters, torch.float32, GLU_ENDS[activation], squares, eps, alone=alone)[0]
 
 
 def glu_fits(n: int) -> bool:
@@ -330,9 +337,12 @@ def kernel_cases(target: GpuTarget, model: Geometry = GEMMA4_31B) -> list[Kernel
             forms: list[tuple] = [(1, 2), (1, 1), (2, 2), (4, 2), (8, 2), (8, 1), (4, 2, "rows apart")] if usual else [(1, 2), (4, 2)]
             if LAYOUTS[block_type].block == WIDE:
                 forms += [(1, 2, "by 32"), (4, 2, "by 32")] + [(8, 2, "by 32")] * usual
+            if any(block_type in some for some in FLOATS_ALONE.values()):
+                forms.append((1, 2, "alone"))
             for tokens, terms, *other in forms:
                 extent = GROUP if "by 32" in other else extent_of(k)
-                launched, _, warps, fn = launch_any(block_type, tokens, n, k, target, extent, gated, "rows apart" not in other)
+                launched, _, warps, fn = launch_any(block_type, tokens, n, k, target, extent, gated, "rows apart" not in other,
+                                                         "alone" in other)
                 constants = format_constants(block_type) | launched | {"stride": n, "halves_stride": n, "TERMS": terms, "END": end,
                                                                   "EXTENT": extent, "OUT": extent_of(n // 2) if gated else GROUP,
                                                                   "SQUARES": m.end == "squares",

@@ -77,6 +77,11 @@ def plain(state, unfused) -> dict[bool, torch.Tensor]:
     return {tq: decoded(lowered, state, TOKENS) for tq, lowered in unfused.items()}
 
 
+def options_of_matmuls(lowered: Lowered) -> list[dict]:
+    matmuls = {getattr(kiln, name).default for name in ("fixed_linear", "fixed_linear_squares", "fixed_partials", "fixed_glu")}
+    return [dict(n.kwargs) for n in lowered.program.graph.nodes if n.target in matmuls]
+
+
 def test_the_pattern_is_gone() -> None:
     for tq in (False, True):
         before = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=tq, residual_length=EXACT_WINDOW), "decode", "cpu")
@@ -94,6 +99,7 @@ def test_the_pattern_is_gone() -> None:
         assert {name: count(after.program, getattr(kiln, name).default) for name in expected} == expected
         assert count(after.program, aten.index_copy_.default) == (0 if tq else 4)  # the caches of the global layers, which TQ4 has none of
         assert not count(after.program, aten.cos.default, aten.sin.default)
+        assert options_of_matmuls(after) == [{"alone": True}] * 27
         assert [b.name for b in after.kv] == [b.name for b in before.kv]
 
 
@@ -103,6 +109,7 @@ def test_steps_of_several_tokens() -> None:
     spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **rows)
     beside = lower(spec, "decode", "cpu")  # of one token
     assert [n.kwargs for n in beside.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{"several": True}] * 4
+    assert options_of_matmuls(beside) == [{}] * 27
     after = lower(spec, "decode_2", "cpu")
     found = report(after)
     assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())

@@ -33,17 +33,18 @@ def launcher(monkeypatch) -> Iterator[Launcher]:
         yield launcher
 
 
-def result(end: str, x: torch.Tensor, squares: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
+def result(end: str, x: torch.Tensor, squares: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str,
+           alone: bool = False) -> torch.Tensor:
     """What the op of this end makes of x, tokens first; squares [T, P]."""
     given, zeros, one = (x, words, halves, block_type), torch.zeros(8, dtype=torch.int32), x.shape[0] == 1
     roots = squares[0] if one else squares
     if end == "split":
-        parts = kiln.fixed_partials(*given, roots, 1e-3)
+        parts = kiln.fixed_partials(*given, roots, 1e-3, alone=alone)
         return parts.unsqueeze(0) if one else parts.transpose(0, 1)
     if end == "glu":
-        found = kiln.fixed_glu(*given, zeros, roots, 1e-3)
+        found = kiln.fixed_glu(*given, zeros, roots, 1e-3, alone=alone)
     else:
-        found, left = kiln.fixed_linear_squares(*given, zeros, roots, 1e-3)
+        found, left = kiln.fixed_linear_squares(*given, zeros, roots, 1e-3, alone=alone)
         found = torch.cat([found, left.unsqueeze(0) if one else left], 1)
     assert not zeros.any()
     return found
@@ -69,6 +70,25 @@ def test_integer_sums(launcher: Launcher, block_type: str, end: str, most: int) 
         for m in (m for m in (1, 2, 4) if m < most):
             assert torch.equal(result(end, x[:m], squares[:m], words, halves, block_type), together[:m]), (terms, m)
     assert set(launcher.launched) == {"kiln_gemv_sums"}
+
+
+@pytest.mark.parametrize("end", ["split", *at_night("squares", "glu")])
+def test_one_token_alone(launcher: Launcher, end: str) -> None:
+    """Q6_K by `kiln_gemv` where no step of several tokens is beside, within the bound of the other kernel; Q4_K as among others."""
+    for block_type, kernel in (("Q6_K", "kiln_gemv"), ("Q4_K", "kiln_gemv_sums")):
+        words, halves, _ = random_weight(block_type, 64, 512)
+        x, squares = fixed_point.quantize(random_x(1, 512, torch.float32), 2), torch.rand(1, 3)
+        launcher.launched.clear()
+        found = result(end, x, squares, words, halves, block_type, alone=True)
+        assert set(launcher.launched) == {kernel}
+        right = result(end, x, squares, words, halves, block_type)
+        if end == "split":
+            found, right = found.sum(1), right.sum(1)
+        if end == "glu":
+            found, right = fixed_point.dequantize(found), fixed_point.dequantize(right)
+        columns = slice(None, 64)
+        assert torch.allclose(found[:, columns], right[:, columns], rtol=0, atol=float(4e-5 * right[:, columns].abs().max()))
+        assert block_type == "Q6_K" or torch.equal(found, right)
 
 
 def test_rows_past_the_end(launcher: Launcher) -> None:
