@@ -19,6 +19,7 @@ TABLES = (
     ("weights.gemv", "GEMV_CONFIGS"),
     ("weights.gemv", "ROWS_CONFIGS"),
     ("weights.gemv", "SUMS_CONFIGS"),
+    ("weights.gemv", "FLOATS_ALONE"),
     ("weights.matmul", "TILES"),
     ("attention.flash", "DECODE_TILES"),
     ("attention.flash", "PREFILL_TILES"),

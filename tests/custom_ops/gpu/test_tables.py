@@ -57,7 +57,7 @@ def test_an_architecture_that_is_not_listed_takes_the_nearest():
 def test_every_table_has_something_for_every_target_within_its_shared_memory():
     listed = {t.sm: t for t in TARGETS.values()}
     for name, table in TABLES.items():
-        if name in ("weights.gemv.GEMV_CONFIGS", "weights.gemv.ROWS_CONFIGS", "weights.gemv.SUMS_CONFIGS"):  # no shared memory to speak of
+        if name.startswith("weights.gemv."):  # no shared memory to speak of
             assert {key if isinstance(key, int) else key[0] for key in table} <= set(listed)
             continue
         keys = [key if isinstance(key, tuple) else (key, 0) for key in table]
