@@ -84,8 +84,9 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 class _Fuser:
     def __init__(self, ep, terms: int, beside: bool):
         self.ep, self.terms = ep, terms
-        self.beside = beside  # there are steps of several tokens, whose bits one token has, too
         self.several = edit.has_input(ep, "row")  # tokens, each of one of several rows of caches
+        # Of the ops that may add up in an order of their own where no step of several tokens, beside, has to have the same bits.
+        self.alone = {} if beside or self.several else {"alone": True}
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
         self.squares: dict[Node, Node] = {}  # the residual stream -> sums of its squares
@@ -113,8 +114,7 @@ class _Fuser:
     def rewrite(self, matmul: Node) -> None:
         x, words, halves, block_type = matmul.args
         fixed, *root = self.to_fixed(x, matmul)
-        alone = {} if self.beside or self.several else {"alone": True}
-        new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root, **alone)
+        new = self.emit(matmul, KILN.fixed_linear.default, fixed, words, halves, block_type, self.counters, *root, **self.alone)
         self.made.add(new)
         self.places.append(self.name(words))
         self.replace_rounded(matmul, new)
@@ -330,7 +330,7 @@ class _Fuser:
             for node in write.nodes:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
-            more = exact_window_of(call) | gated | self.as_several(sliding)
+            more = exact_window_of(call) | gated | (self.alone if sliding else {})
             made = () if sliding else (center_of(call),)
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *made, *form, **more),)
         self.bounded(call)
@@ -340,9 +340,6 @@ class _Fuser:
         if gates:
             return (self.emit(before, KILN.attention_gate_fixed.default, projections[0], call, self.terms),)
         return self.converted(x, before)
-
-    def as_several(self, sliding: bool) -> dict[str, bool]:
-        return {"several": True} if sliding and self.beside and not self.several else {}
 
     def reader(self, x: Node, call: Node, q: Rotated, before: Node) -> tuple[Node] | None:
         """Attention over a cache that another layer's fused op has written the tokens' keys and values to."""
@@ -363,7 +360,7 @@ class _Fuser:
         if fused:
             _, op, given = FUSED[call.target]
             center = center_of(call)
-            more = exact_window_of(call) | ({"k_center": center[0]} if center else {}) | self.as_several(sliding)
+            more = exact_window_of(call) | ({"k_center": center[0]} if center else {}) | (self.alone if sliding else {})
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)

@@ -197,11 +197,11 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 @kernel_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
 def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                    sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
-                   terms: int, scale: float = 1.0, v_norm: bool = True, several: bool = False) -> torch.Tensor:
+                   terms: int, scale: float = 1.0, v_norm: bool = True, alone: bool = False) -> torch.Tensor:
     """`prepare_qkv` with norms of q and k, then sliding-window attention, the token's key and value written to the rings.
 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R is no less than min(window, max_seq_len); pos [1]
-    int64. several: there are steps of several tokens beside this one, which has the bits of theirs.
+    int64. alone: there are no steps of several tokens beside, whose bits this one would have.
     Returns the attention output in fixed point of `terms` bytes, a row of H * D.
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
@@ -216,14 +216,14 @@ def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: 
         k_ring.index_copy_(0, slot, prepared[1])
         v_ring.index_copy_(0, slot, prepared[2])
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm, several)
+    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm, alone)
 
 
 @kernel_op("kiln::sliding_read", mutates_args=())
 def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                  v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0,
-                 several: bool = False) -> torch.Tensor:
-    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already. several as there."""
+                 alone: bool = False) -> torch.Tensor:
+    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already. alone as there."""
     check_projections("sliding_read", q, q, q, q_weight, q_weight, cos)
     dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
     if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim) or q.shape[1] % (kv_heads * dim):
@@ -234,13 +234,13 @@ def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin
         slot = pos % slots  # as a ring's, it stands for a position out of the window
         out = sliding_attention.reference(query, k_ring[slot], v_ring[slot], k_ring, v_ring, pos, window)
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, several, shared=True)
+    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, alone, shared=True)
 
 
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window: int, eps: float, terms: int, scale: float, v_norm: bool,
-            several: bool, shared: bool = False) -> torch.Tensor:
+            alone: bool, shared: bool = False) -> torch.Tensor:
     """Both kernels; arguments as `sliding_decode`, SHARED as its kernel's."""
-    if several and sliding_cut.TOGETHER:
+    if sliding_cut.TOGETHER and not alone:
         return sliding_together.launch(*(x.unsqueeze(1) for x in (q, k, v)), q_weight, k_weight, cos, sin, k_ring, v_ring, pos, None,
                                        window, eps, terms, scale, v_norm, shared)  # fmt: skip
     dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape

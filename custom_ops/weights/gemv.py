@@ -288,7 +288,7 @@ def fixed_partials(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, b
                    eps: float = 0.0, alone: bool = False) -> torch.Tensor:
     """`fixed_linear` of a few tokens, in parts: float32 [S, N] of one, [S, T, N] of several, whose sum over S is the result.
 
-    The kernel chooses S, the same for every T.
+    The kernel chooses S, the same for every T but for `alone`.
     """
     _check("fixed_partials", x, words, halves, block_type, squares, few=True)
     if use_triton(x):

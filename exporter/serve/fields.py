@@ -11,11 +11,10 @@ from kiln.exporter.conversation.request import is_halved
 from kiln.exporter.serve.problem import Problem, unsupported, wrong
 
 INT64 = (-(1 << 63), (1 << 63) - 1)
-MOST_PARTS = 1 << 20  # lists and objects of a body: json reads it whole, and nothing else is answered meanwhile
 
 
-def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
-    """A JSON object. Raises Problem."""
+def read_json(raw: bytes | bytearray, depth: int, brackets: int) -> dict[str, Any]:
+    """A JSON object nested at most so deep, with so many lists and objects. Raises Problem."""
 
     def constant(name: str) -> float:
         raise ValueError(f"{name} is no JSON number")
@@ -25,8 +24,8 @@ def read_json(raw: bytes | bytearray, depth: int) -> dict[str, Any]:
         value = float(text)
         return value if math.isfinite(value) else constant(text[:40])
 
-    if raw.count(b"[") + raw.count(b"{") > MOST_PARTS:  # those in texts as well: to tell them apart would be to read it
-        raise Problem(413, f"the body has more than {MOST_PARTS} opening brackets", None, "request_too_large", {"connection": "close"})
+    if raw.count(b"[") + raw.count(b"{") > brackets:  # those in texts as well: to tell them apart would be to read it
+        raise Problem(413, f"the body has more than {brackets} opening brackets", None, "request_too_large")
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=constant, parse_float=number)
     except UnicodeDecodeError as e:

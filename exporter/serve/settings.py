@@ -19,6 +19,7 @@ class Settings:
     timeout: float = 0.0
     drain: float = 10.0
     body: int = 8 << 20
+    brackets: int = 1 << 20  # of a body, that open a list or an object: json reads it whole, and nothing else is answered meanwhile
     messages: int = 10_000
     tools: int = 256
     depth: int = 100

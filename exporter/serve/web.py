@@ -68,8 +68,8 @@ async def read_body(request: Request, settings: Settings) -> Fields:
         said = f"nothing more of the body came within {SLOWEST:g} seconds"
         raise Problem(408, said, None, "request_timeout", {"connection": "close"}) from None
     if len(raw) < ASIDE:
-        return Fields(read_json(raw, settings.depth))
-    return Fields(await asyncio.to_thread(read_json, raw, settings.depth))
+        return Fields(read_json(raw, settings.depth, settings.brackets))
+    return Fields(await asyncio.to_thread(read_json, raw, settings.depth, settings.brackets))
 
 
 async def _gone(receive: Receive) -> None:

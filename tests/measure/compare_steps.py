@@ -44,13 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    if len({compiled.name for compiled in options.compiled}) < len(options.compiled):
+        parser.error("two folders have one name; theirs are the names of the table and below --work")
+    if there := [str(options.work / compiled.name) for compiled in options.compiled if (options.work / compiled.name).exists()]:
+        parser.error(f"{', '.join(there)} exist already, of code that may be another; remove them or name another --work")
+    for compiled in options.compiled:
+        complete(compiled, options.gguf, options.work / compiled.name)
     times: Times = {}
     for _ in range(options.rounds):
         for compiled in options.compiled:
-            artifact = options.work / compiled.name
-            if not artifact.exists():
-                complete(compiled, options.gguf, artifact)
-            record = measure(artifact, options.depths, None, options.steps, options.device, None, options.gguf)
+            record = measure(options.work / compiled.name, options.depths, None, options.steps, options.device, None, options.gguf)
             for row in record["depths"]:
                 times.setdefault(compiled.name, {}).setdefault(row["depth"], []).extend(1e6 / rate for rate in row["decode"]["windows"])
     print("\n".join(table(times)))

@@ -16,6 +16,16 @@ def test_ratios_are_to_the_first() -> None:
     assert "128: 90.0 us (89.2 - 90.8)" in lines[1] and lines[1].endswith("0.9000")
 
 
+def test_names_are_not_taken_for_others(tmp_path: Path, capsys) -> None:
+    """Two checkouts' artifacts of one name, or what an earlier run left, would be measured as what they are not."""
+    more = ["--gguf", "m.gguf", "--work", str(tmp_path)]
+    (tmp_path / "old").mkdir()
+    for given, said in ((["a/x", "b/x"], "two folders have one name"), (["a/old"], "exist already")):
+        with pytest.raises(SystemExit) as error:
+            compare_steps.main([*given, *more])
+        assert error.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.nightly  # an export, for a tool
 def test_two_artifacts_in_turns(tmp_path: Path, capsys) -> None:
     kiln("synth", "--preset", "tiny", "--out", tmp_path / "m.gguf")

@@ -100,6 +100,7 @@ def test_the_pattern_is_gone() -> None:
         assert count(after.program, aten.index_copy_.default) == (0 if tq else 4)  # the caches of the global layers, which TQ4 has none of
         assert not count(after.program, aten.cos.default, aten.sin.default)
         assert options_of_matmuls(after) == [{"alone": True}] * 27
+        assert [n.kwargs for n in after.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{"alone": True}] * 4
         assert [b.name for b in after.kv] == [b.name for b in before.kv]
 
 
@@ -108,7 +109,7 @@ def test_steps_of_several_tokens() -> None:
     rows = {"decode_bytes": 2, "decode_rows": (1, 2), "rows": 2}
     spec = graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **rows)
     beside = lower(spec, "decode", "cpu")  # of one token
-    assert [n.kwargs for n in beside.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{"several": True}] * 4
+    assert [n.kwargs for n in beside.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{}] * 4
     assert options_of_matmuls(beside) == [{}] * 27
     after = lower(spec, "decode_2", "cpu")
     found = report(after)

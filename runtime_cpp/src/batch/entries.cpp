@@ -77,19 +77,9 @@ Entries::Step Entries::make_step(const std::string& entry, int64_t tokens, const
   return step;
 }
 
-void Entries::run(Step& step) {
-  if (step.recording)
-    timeline_.replay(*step.recording);
-  else
-    step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values());
-}
-
 void Entries::record(Step& step, const std::string& entry) {
   for (int i = 0; i < 2; ++i) run(step);
-  if (!options_.graph) return;
-  const bool early = options_.early_launch && shared_.target->major >= 9;
-  step.recording = timeline_.capture([&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values()); },
-                                     early ? shared_.artifact.entry(entry).waits : std::vector<std::string>());
+  if (options_.graph) step.record(shared_, timeline_, entry, options_.early_launch);
 }
 
 // As Session's: the longest prefill first, then each decode entry twice and once more to be recorded.

@@ -7,7 +7,7 @@
 
 #include "kiln/batch.h"
 #include "model/compiled_model.h"
-#include "model/step_inputs.h"
+#include "model/decode_step.h"
 
 namespace kiln {
 
@@ -16,15 +16,7 @@ namespace kiln {
 class Entries {
  public:
   using Place = StepInputs::Place;
-
-  // A decode entry, and on a GPU its recording.
-  struct Step {
-    std::unique_ptr<CompiledModel> model;
-    StepInputs inputs;
-    CompiledModel::Output out;  // of the last run
-    std::optional<size_t> recording;
-    int64_t runs = 0;  // counted by who runs it
-  };
+  using Step = DecodeStep;
 
   // `options`: with no 0 where that stands for the artifact's number; they outlive this object. Error where the caches do not fit.
   Entries(const Model::Impl& shared, Timeline& timeline, const BatchOptions& options);
@@ -48,7 +40,7 @@ class Entries {
     return tokens == 1 ? decode(first_row) : several_.lower_bound(tokens)->second;
   }
   void write(Step& step, const std::vector<Place>& places) { step.inputs.write(timeline_, places); }
-  void run(Step& step);
+  void run(Step& step) { step.run(timeline_); }
 
  private:
   void make_caches();

@@ -43,13 +43,13 @@ struct Session::Impl : Caches {
   void check_next();
   void begin_drafts();
   bool take_drafts(int64_t room, bool stop_at_eog);
-  WideStep& wide_step(int64_t tokens);
+  DecodeStep& wide_step(int64_t tokens);
   TensorMap all_rows() const;
   ModelDrafter& model_drafter();
   ModelDrafter::From drafts_from(int64_t token) const { return {token, position, 0, hidden, sampling}; }
   DraftProbe probe_drafts(int64_t count, int64_t token);
   std::vector<int64_t> draft(int64_t most);
-  int64_t run_drafts(WideStep& step, const std::vector<int64_t>& drafts);
+  int64_t run_drafts(DecodeStep& step, const std::vector<int64_t>& drafts);
   void next_of_step();
   void took_one(std::chrono::steady_clock::time_point began, bool queued);
   template <typename F>

@@ -63,9 +63,9 @@ void Session::Impl::begin_drafts() {
   text_of->append({next});
 }
 
-WideStep& Session::Impl::wide_step(int64_t tokens) {
+DecodeStep& Session::Impl::wide_step(int64_t tokens) {
   const int64_t m = *std::lower_bound(speculation->costs.sizes().begin(), speculation->costs.sizes().end(), tokens);
-  WideStep& step = speculation->steps[m];
+  DecodeStep& step = speculation->steps[m];
   if (step.model) return step;
   const std::string entry = "decode_" + std::to_string(m);
   step.inputs = StepInputs(shared, *timeline, entry, m);
@@ -76,20 +76,16 @@ WideStep& Session::Impl::wide_step(int64_t tokens) {
 }
 
 // One step over `next` and what may follow it. How many of the drafts the model agrees with; what it wrote is `ahead`.
-int64_t Session::Impl::run_drafts(WideStep& step, const std::vector<int64_t>& drafted) {
+int64_t Session::Impl::run_drafts(DecodeStep& step, const std::vector<int64_t>& drafted) {
   std::vector<int64_t> tokens{next};
   tokens.insert(tokens.end(), drafted.begin(), drafted.end());
   std::vector<StepInputs::Place> places;
   for (size_t i = 0; i < tokens.size(); ++i) places.push_back({tokens[i], position + static_cast<int64_t>(i), 0, sampling});
   step.inputs.write(*timeline, places);
-  auto run = [&] { step.out = CompiledModel::Output(), step.out = step.model->run(step.inputs.values()); };
-  if (step.runs == kColdRuns && timeline->asynchronous() && options.graph) {
-    const std::string entry = "decode_" + std::to_string(step.inputs.tokens());
-    const bool early = options.early_launch && shared.target->major >= 9;
-    step.recording = timeline->capture(run, early ? shared.artifact.entry(entry).waits : std::vector<std::string>());
-  }
+  if (step.runs == kColdRuns && timeline->asynchronous() && options.graph)
+    step.record(shared, *timeline, "decode_" + std::to_string(step.inputs.tokens()), options.early_launch);
   ++step.runs;
-  step.recording ? timeline->replay(*step.recording) : run();
+  step.run(*timeline);
   std::vector<int64_t> wrote_(static_cast<size_t>(step.inputs.tokens()));
   timeline->read(wrote_.data(), step.out.token);
   const int64_t agreed = Acceptance::agreed(drafted, wrote_);
@@ -132,7 +128,7 @@ bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
     }
     if (drafted.empty()) return false;
     const auto n = static_cast<int64_t>(drafted.size());
-    WideStep& step = wide_step(1 + n);
+    DecodeStep& step = wide_step(1 + n);
     const auto began = Clock::now();
     const int64_t agreed = run_drafts(step, drafted);
     if (step.runs > kColdRuns + 1) s.costs.took(1 + n, seconds_since(began));

@@ -11,18 +11,9 @@
 #include "kiln/draft.h"
 #include "kiln/session.h"
 #include "model/compiled_model.h"
-#include "model/step_inputs.h"
+#include "model/decode_step.h"
 
 namespace kiln {
-
-// The entry decode_M of a session, and on a GPU its recording.
-struct WideStep {
-  std::unique_ptr<CompiledModel> model;
-  StepInputs inputs;
-  CompiledModel::Output out;  // of the last run
-  std::optional<size_t> recording;
-  int64_t runs = 0;
-};
 
 // What a session that drafts has beside its caches.
 struct Speculation {
@@ -33,11 +24,11 @@ struct Speculation {
   std::unique_ptr<ModelDrafter> model;  // made when it is needed
   StepCosts costs;
   Acceptance by_text, by_model;
-  std::map<int64_t, WideStep> steps;  // by M; opened when they are needed
+  std::map<int64_t, DecodeStep> steps;  // by M; opened when they are needed
 
   // Of the last step of several tokens, those that the model agreed with and that were not taken yet: (the row of its logits, the token).
   std::deque<std::pair<int64_t, int64_t>> ahead;
-  const WideStep* last = nullptr;  // that step
+  const DecodeStep* last = nullptr;  // that step
   std::optional<std::chrono::steady_clock::time_point> received;  // when the last step of one token was
 
   bool of_model() const { return drafting.source == DraftSource::Mtp && !drafting.own; }

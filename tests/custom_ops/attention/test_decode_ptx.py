@@ -43,8 +43,8 @@ def test_sliding(dtype: torch.dtype, together: bool, monkeypatch: pytest.MonkeyP
 
     def alone(x, caches, p):
         copies = [t.clone() for t in caches]
-        made = kiln.sliding_decode(*x, *caches, p, WINDOW, 1e-6, 2, several=together)
-        expected = kiln.sliding_decode(*x, *copies, p, WINDOW, 1e-6, 2)
+        made = kiln.sliding_decode(*x, *caches, p, WINDOW, 1e-6, 2)
+        expected = kiln.sliding_decode(*x, *copies, p, WINDOW, 1e-6, 2, alone=True)
         bound = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(fixed_point.dequantize(made), fixed_point.dequantize(expected), rtol=bound, atol=bound)
         return made

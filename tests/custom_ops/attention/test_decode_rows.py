@@ -129,7 +129,7 @@ def check_together(name: str, dtype: torch.dtype, window: int, **form) -> None:
         alone = {}
         for i in step.in_order():
             own = (ring[step.row[i]] for ring in apart)
-            alone[i] = kiln.sliding_decode(*step.projections(i), *own, step.pos[[i]], window, EPS, 3, **form, several=True)
+            alone[i] = kiln.sliding_decode(*step.projections(i), *own, step.pos[[i]], window, EPS, 3, **form)
         step.check(out, alone)
         assert all(same(a, b) for a, b in zip(together, apart, strict=True))
         q, _, _, q_weight, _, cos, sin = step.projections()

@@ -15,8 +15,9 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from kiln.exporter.serve import fields, web
+from kiln.exporter.serve import web
 from kiln.exporter.serve.app import application, page_files
+from kiln.exporter.serve.settings import Settings
 from tests.conftest import WAIT
 from tests.serve.conftest import KEY, Running, Script
 
@@ -244,9 +245,9 @@ def test_a_body_too_large_is_refused_unread(script: Script) -> None:
 
 
 def test_more_lists_than_can_be_read_between_two_answers(script: Script) -> None:
-    body = b'{"model": "small", "prompt": [' + b",".join([b"[]"] * (fields.MOST_PARTS + 1)) + b"]}"
+    body = b'{"model": "small", "prompt": [' + b",".join([b"[]"] * (Settings().brackets + 1)) + b"]}"
     response = httpx.post(f"{script.url}/v1/completions", content=body, headers=HEADERS, timeout=WAIT)
-    assert response.status_code == 413 and f"more than {fields.MOST_PARTS} opening brackets" in response.json()["error"]["message"]
+    assert response.status_code == 413 and f"more than {Settings().brackets} opening brackets" in response.json()["error"]["message"]
 
 
 def test_a_body_that_stops_coming(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-#include "model/step_inputs.h"
+#include "model/decode_step.h"
 
 #include <algorithm>
 #include <cstring>
@@ -46,6 +46,18 @@ void StepInputs::write(Timeline& timeline, const std::vector<Place>& places) {
     put("seed", i, p.sampling.seed);
   }
   timeline.copy(block_, host_);
+}
+
+void DecodeStep::run(Timeline& timeline) {
+  if (recording)
+    timeline.replay(*recording);
+  else
+    out = CompiledModel::Output(), out = model->run(inputs.values());
+}
+
+void DecodeStep::record(const Model::Impl& shared, Timeline& timeline, const std::string& entry, bool early_launch) {
+  const bool early = early_launch && shared.target->major >= 9;
+  recording = timeline.capture([&] { run(timeline); }, early ? shared.artifact.entry(entry).waits : std::vector<std::string>());
 }
 
 }  // namespace kiln

@@ -1,5 +1,7 @@
 #pragma once
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +32,18 @@ class StepInputs {
   TensorMap values_;     // views of the block
   std::map<std::string, uint64_t> offsets_;
   int64_t tokens_ = 0;
+};
+
+// A decode entry of a session or a batch, and on a GPU its recording.
+struct DecodeStep {
+  std::unique_ptr<CompiledModel> model;
+  StepInputs inputs;
+  CompiledModel::Output out;  // of the last run
+  std::optional<size_t> recording;
+  int64_t runs = 0;  // counted by who runs it
+
+  void run(Timeline& timeline);  // by its recording, if there is one
+  void record(const Model::Impl& shared, Timeline& timeline, const std::string& entry, bool early_launch);
 };
 
 }  // namespace kiln
