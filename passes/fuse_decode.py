@@ -64,7 +64,7 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
     if not packed:
         return PassReport("fuse_decode", "not needed", note="no weight is packed")
     matmuls = [n for n in packed if edit.is_call(n, KILN.quantized_linear.default)]
-    fuser = _Fuser(ep, options.decode_bytes, options.decode_rows[-1] > 1)
+    fuser = _Fuser(ep, options)
     for matmul in packed:
         if edit.is_call(matmul, KILN.expert_linear.default):
             fuse_experts.rewrite(fuser, matmul)
@@ -82,11 +82,14 @@ def run(lowered: Lowered, options: PassOptions) -> PassReport:
 
 
 class _Fuser:
-    def __init__(self, ep, terms: int, beside: bool):
-        self.ep, self.terms = ep, terms
+    def __init__(self, ep, options: PassOptions):
+        self.ep, self.terms = ep, options.decode_bytes
         self.several = edit.has_input(ep, "row")  # tokens, each of one of several rows of caches
-        # Of the ops that may add up in an order of their own where no step of several tokens, beside, has to have the same bits.
-        self.alone = {} if beside or self.several else {"alone": True}
+        many = options.decode_rows[-1] > 1 or self.several
+        # Matmuls may add up in an order of their own where no step of several tokens, beside, has to have the same bits.
+        self.alone = {} if many else {"alone": True}
+        # Several tokens of one row read its window together; of several rows, most are of different ones.
+        self.slots = {"slots": True} if many and options.rows == 1 else {}
         self.float32: dict[Node, Node] = {}  # a node -> the same value before it was rounded
         self.fixed: dict[Node, tuple[Node, ...]] = {}  # a node -> its value in fixed point, and what its matmuls are scaled by
         self.squares: dict[Node, Node] = {}  # the residual stream -> sums of its squares
@@ -330,7 +333,7 @@ class _Fuser:
             for node in write.nodes:
                 edit.replace(self.ep, node, edit.resolve(node)) if node.users else self.ep.graph.erase_node(node)
             op, _, given = FUSED[call.target]
-            more = exact_window_of(call) | gated | (self.alone if sliding else {})
+            more = exact_window_of(call) | gated | (self.slots if sliding else {})
             made = () if sliding else (center_of(call),)
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *made, *form, **more),)
         self.bounded(call)
@@ -360,7 +363,7 @@ class _Fuser:
         if fused:
             _, op, given = FUSED[call.target]
             center = center_of(call)
-            more = exact_window_of(call) | ({"k_center": center[0]} if center else {}) | (self.alone if sliding else {})
+            more = exact_window_of(call) | ({"k_center": center[0]} if center else {}) | (self.slots if sliding else {})
             return (self.emit(before, op, *shared, *map(edit.resolve, call.args[given]), eps, self.terms, *form, **more),)
         self.bounded(call)
         query = self.emit(call, KILN.prepare_q.default, *shared, eps, call.meta["val"].dtype, *form)

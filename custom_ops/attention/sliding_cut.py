@@ -1,4 +1,4 @@
-"""How the attention of a few tokens over a ring is cut: tiles by architecture, the constants of its kernels, and who reads a window."""
+"""How the attention of a few tokens over a ring is cut: tiles by architecture and the constants of its kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import triton
 from kiln.custom_ops.attention.flash import DECODE_FLOAT32, Tile, decode_constants
 from kiln.custom_ops.gpu.tables import pick
 from kiln.custom_ops.gpu.target import GpuTarget
-
-# In an artifact with steps of several tokens the tokens of a row read their window together (`sliding_together`), one token as they do: it
-# has the same bits. Off, for it costs a step of one token 4 %; figures: docs/measurements/tried.md.
-TOGETHER = False
 
 # By (architecture, largest head dimension), see `gpu/tables.py`; measured on sm_90, elsewhere what fits. 16-bit keys and values.
 SLIDING_TILES = {

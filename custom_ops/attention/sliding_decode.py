@@ -21,58 +21,15 @@ from kiln.custom_ops.attention.flash import (
     split_size,
 )
 from kiln.custom_ops.attention.prepare import check_projections, prepare_reference, query_reference
+from kiln.custom_ops.attention.sliding_heads import normed, query_columns, raw_parts, rotated
 from kiln.custom_ops.cases import KernelCase
 from kiln.custom_ops.geometry import EPS, GEMMA4_31B, Geometry
-from kiln.custom_ops.gpu.early import INTERPRETED, wait_for_earlier_kernels, waits
+from kiln.custom_ops.gpu.early import wait_for_earlier_kernels, waits
 from kiln.custom_ops.gpu.launch import kernel, use_triton
 from kiln.custom_ops.gpu.op import kernel_op
 from kiln.custom_ops.gpu.target import GpuTarget, current_target
 from kiln.custom_ops.weights import fixed_point
 from kiln.custom_ops.weights.fixed_point import extent_of
-
-
-@triton.jit
-def _parts(source, stride, mask, PARTS: tl.constexpr, PAD: tl.constexpr, N: tl.constexpr):
-    """PARTS rows of N elements `stride` apart, float32 [PAD, N], in one load."""
-    part = tl.arange(0, PAD)[:, None]
-    return tl.load(source + part.to(tl.int64) * stride + tl.arange(0, N)[None, :], (part < PARTS) & mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _normed(parts, EPS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
-    """Both halves, float32 [ROWS, D / 2], of the sum of parts [PAD, ROWS * D], or its RMSNorm."""
-    halves = tl.reshape(tl.sum(parts, 0), [ROWS, 2, D // 2])
-    if NORM:
-        norm = tl.rsqrt(tl.sum(tl.sum(halves * halves, 2), 1) / D + EPS)
-        halves = halves * norm[:, None, None]
-    return tl.split(tl.permute(_settled(halves), [0, 2, 1]))
-
-
-@triton.jit
-def _rotated(halves, weight0, weight1, cos, sin, DTYPE: tl.constexpr, SCALE: tl.constexpr):
-    """The rotary embedding of the weighted halves, each [ROWS, D / 2], times SCALE."""
-    a = halves[0] * weight0[None, :]
-    b = halves[1] * weight1[None, :]
-    if SCALE == 1:
-        return _settled(a * cos[None, :] - b * sin[None, :]).to(DTYPE), _settled(b * cos[None, :] + a * sin[None, :]).to(DTYPE)
-    else:
-        first = (a * cos[None, :] - b * sin[None, :]) * SCALE
-        second = (b * cos[None, :] + a * sin[None, :]) * SCALE
-        return _settled(first).to(DTYPE), _settled(second).to(DTYPE)
-
-
-@triton.jit
-def _settled(x):
-    """x, float32, in the layout it was computed in: else the compiler computes it again in every layout that a reader likes."""
-    if INTERPRETED:
-        return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _columns(rows, ROWS: tl.constexpr, PAD: tl.constexpr, H: tl.constexpr):
-    """[ROWS, H] repeated to [H, PAD]: a tensor-core tile has more columns than a KV head has queries."""
-    return tl.trans(tl.reshape(tl.broadcast_to(rows[None, :, :], [PAD // ROWS, ROWS, H]), [PAD, H]))
 
 
 @triton.jit
@@ -149,17 +106,17 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
     owner = low + size >= end
     DTYPE: tl.constexpr = k_ring_ptr.dtype.element_ty
     if not WRITE:
-        q_parts = _parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
+        q_parts = raw_parts(q_ptr + head * (GROUP * D), stride, tl.arange(0, ROWS * D)[None, :] < GROUP * D, PARTS, PARTS_PAD, ROWS * D)
     if not SHARED:
-        k_parts = _parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
-        v_parts = _parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
+        k_parts = raw_parts(k_ptr + head * D, stride, owner, PARTS, PARTS_PAD, D)
+        v_parts = raw_parts(v_ptr + head * D, v_stride, owner, V_PARTS, V_PARTS_PAD, D)
     cos = tl.load(cos_ptr + half)
     sin = tl.load(sin_ptr + half)
     if not WRITE:
-        q0, q1 = _rotated(_normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
+        q0, q1 = rotated(normed(q_parts, EPS, ROWS, D, True), q_weight0, q_weight1, cos, sin, DTYPE, SCALE)
     if not SHARED:
-        own_k0, own_k1 = _rotated(_normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
-        v0, v1 = _normed(v_parts, EPS, 1, D, V_NORM)
+        own_k0, own_k1 = rotated(normed(k_parts, EPS, 1, D, True), k_weight0, k_weight1, cos, sin, DTYPE, 1)
+        v0, v1 = normed(v_parts, EPS, 1, D, V_NORM)
         own_v = tl.reshape(tl.permute(tl.join(v0, v1), [0, 2, 1]), [D]).to(DTYPE)
     dim = tl.arange(0, D)
     slot = ((end - 1) % RING) * (KV * D) + head * D
@@ -178,8 +135,8 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
         m = tl.where(owner, tl.reshape(tl.broadcast_to(score[None, :], [PAD // ROWS, ROWS]), [PAD]), float("-inf"))
         total = tl.zeros([PAD], tl.float32) + tl.where(owner, 1.0, 0.0)
         acc = tl.zeros([D, PAD], tl.float32) + own_v.to(tl.float32)[:, None]  # of other splits zeros, the norm of no parts
-        q0 = _columns(q0, ROWS, PAD, H)
-        q1 = _columns(q1, ROWS, PAD, H)
+        q0 = query_columns(q0, ROWS, PAD, H)
+        q1 = query_columns(q1, ROWS, PAD, H)
         if AHEAD:
             m, total, acc = _step(q0, q1, k0, k1, v, p < stored, m, total, acc)
             low += BLOCK_N
@@ -197,58 +154,58 @@ def kiln_sliding_decode(q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr
 @kernel_op("kiln::sliding_decode", mutates_args=("k_ring", "v_ring"))
 def sliding_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
                    sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float,
-                   terms: int, scale: float = 1.0, v_norm: bool = True, alone: bool = False) -> torch.Tensor:
+                   terms: int, scale: float = 1.0, v_norm: bool = True, slots: bool = False) -> torch.Tensor:
     """`prepare_qkv` with norms of q and k, then sliding-window attention, the token's key and value written to the rings.
 
     k_ring, v_ring [R, KV, D]: slot s holds the latest position p < pos with p % R == s; R is no less than min(window, max_seq_len); pos [1]
-    int64. alone: there are no steps of several tokens beside, whose bits this one would have.
+    int64. slots: as steps of several tokens of one row add up, whose bits it so has (`sliding_together`).
     Returns the attention output in fixed point of `terms` bytes, a row of H * D.
     """
     check_projections("sliding_decode", q, k, v, q_weight, k_weight, cos)
-    dim, slots = q_weight.shape[0], k_ring.shape[0]
+    dim, size = q_weight.shape[0], k_ring.shape[0]
     kv_heads = k.shape[1] // dim
-    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim):
+    if not k_ring.shape == v_ring.shape == (size, kv_heads, dim):
         raise ValueError(f"sliding_decode: rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}; expected [R, {kv_heads}, {dim}]")
     if not use_triton(q):
         prepared = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype, scale, v_norm)
         out = sliding_attention.reference(*prepared, k_ring, v_ring, pos, window)
-        slot = pos % slots
+        slot = pos % size
         k_ring.index_copy_(0, slot, prepared[1])
         v_ring.index_copy_(0, slot, prepared[2])
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm, alone)
+    return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, v_norm, slots)
 
 
 @kernel_op("kiln::sliding_read", mutates_args=())
 def sliding_read(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                  v_ring: torch.Tensor, pos: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0,
-                 alone: bool = False) -> torch.Tensor:
-    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already. alone as there."""
+                 slots: bool = False) -> torch.Tensor:
+    """`sliding_decode` of a layer that reads another's keys and values: the rings hold those of the token already. slots as there."""
     check_projections("sliding_read", q, q, q, q_weight, q_weight, cos)
-    dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
-    if not k_ring.shape == v_ring.shape == (slots, kv_heads, dim) or q.shape[1] % (kv_heads * dim):
+    dim, (size, kv_heads, _) = q_weight.shape[0], k_ring.shape
+    if not k_ring.shape == v_ring.shape == (size, kv_heads, dim) or q.shape[1] % (kv_heads * dim):
         given = f"rings {tuple(k_ring.shape)}, {tuple(v_ring.shape)}, q of {q.shape[1]} elements"
         raise ValueError(f"sliding_read: {given}; expected [R, KV, {dim}], a multiple of KV heads")
     if not use_triton(q):
         query = query_reference(q, q_weight, cos, sin, eps, k_ring.dtype, scale)
-        slot = pos % slots  # as a ring's, it stands for a position out of the window
+        slot = pos % size  # as a ring's, it stands for a position out of the window
         out = sliding_attention.reference(query, k_ring[slot], v_ring[slot], k_ring, v_ring, pos, window)
         return fixed_point.quantize(out.flatten(1), terms, dim)
-    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, alone, shared=True)
+    return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, window, eps, terms, scale, True, slots, shared=True)
 
 
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, window: int, eps: float, terms: int, scale: float, v_norm: bool,
-            alone: bool, shared: bool = False) -> torch.Tensor:
+            slots: bool, shared: bool = False) -> torch.Tensor:
     """Both kernels; arguments as `sliding_decode`, SHARED as its kernel's."""
-    if sliding_cut.TOGETHER and not alone:
+    if slots:
         return sliding_together.launch(*(x.unsqueeze(1) for x in (q, k, v)), q_weight, k_weight, cos, sin, k_ring, v_ring, pos, None,
                                        window, eps, terms, scale, v_norm, shared)  # fmt: skip
-    dim, (slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
+    dim, (size, kv_heads, _) = q_weight.shape[0], k_ring.shape
     heads = q.shape[1] // dim
     check_kernel_shapes("sliding_decode", dim, k_ring)
     target = current_target()
     tile = sliding_cut.tile_of(k_ring.dtype, target, dim)
-    split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale,
+    split, merge = sliding_cut.constants(tile, target, heads, kv_heads, dim, size, window, q.shape[0], v.shape[0], terms, v_norm, scale,
                                          shared)
     part = torch.empty(split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)

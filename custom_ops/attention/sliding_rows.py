@@ -46,17 +46,19 @@ def _attended(query: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, p
 @kernel_op("kiln::sliding_decode_rows", mutates_args=("k_ring", "v_ring"))
 def sliding_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
                         cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor, pos: torch.Tensor,
-                        row: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0, v_norm: bool = True) -> torch.Tensor:
+                        row: torch.Tensor, window: int, eps: float, terms: int, scale: float = 1.0, v_norm: bool = True,
+                        slots: bool = False) -> torch.Tensor:
     """`sliding_decode` of T tokens: q, k, v float32 [S, T, heads * D]; cos, sin [T, D / 2]; pos, row [T] int64, a row below B.
 
     k_ring, v_ring [B, R, KV, D]: slot s of a row holds its latest position p with p % R == s, of those before the step; R is no less than
-    window + T - 1, or than every position + 1. Returns T rows of H * D in fixed point. ValueError when a shape does not fit.
+    window + T - 1, or than every position + 1. slots: the tokens of a row read its window together (`sliding_together`). Returns T rows of
+    H * D in fixed point. ValueError when a shape does not fit.
     """
     check_projections("sliding_decode_rows", q, k, v, q_weight, k_weight, cos)
     dim = q_weight.shape[0]
     _check("sliding_decode_rows", q, k_ring, v_ring, k.shape[-1] // dim, dim, pos, row, window)
     if use_triton(q):
-        return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, v_norm)
+        return _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, v_norm, slots)
     query, *own = prepare_reference(q, k, v, q_weight, k_weight, cos, sin, eps, k_ring.dtype, scale, v_norm)
     for ring, x in zip((k_ring, v_ring), own, strict=True):
         ring[row, pos % ring.shape[1]] = x
@@ -66,12 +68,12 @@ def sliding_decode_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_wei
 @kernel_op("kiln::sliding_read_rows", mutates_args=())
 def sliding_read_rows(q: torch.Tensor, q_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_ring: torch.Tensor,
                       v_ring: torch.Tensor, pos: torch.Tensor, row: torch.Tensor, window: int, eps: float, terms: int,
-                      scale: float = 1.0) -> torch.Tensor:
+                      scale: float = 1.0, slots: bool = False) -> torch.Tensor:
     """`sliding_decode_rows` of a layer that reads another's keys and values: the rings hold those of the tokens already."""
     check_projections("sliding_read_rows", q, q, q, q_weight, q_weight, cos)
     _check("sliding_read_rows", q, k_ring, v_ring, k_ring.shape[2] if k_ring.dim() == 4 else 1, q_weight.shape[0], pos, row, window)
     if use_triton(q):
-        return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, True, shared=True)
+        return _launch(q, q, q, q_weight, q_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, True, slots, shared=True)
     query = query_reference(q, q_weight, cos, sin, eps, k_ring.dtype, scale)
     return _attended(query, k_ring, v_ring, pos, row, window, terms)
 
@@ -86,16 +88,16 @@ def rows_constants(tile, target: GpuTarget, heads: int, kv_heads: int, dim: int,
 
 
 def _launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window: int, eps: float, terms: int, scale: float,
-            v_norm: bool, shared: bool = False) -> torch.Tensor:
+            v_norm: bool, slots: bool, shared: bool = False) -> torch.Tensor:
     """The three kernels, without the first where `shared`; arguments as `sliding_decode_rows`."""
-    if sliding_cut.TOGETHER:
+    if slots:
         return sliding_together.launch(q, k, v, q_weight, k_weight, cos, sin, k_ring, v_ring, pos, row, window, eps, terms, scale, v_norm,
                                        shared)
-    dim, (_, slots, kv_heads, _) = q_weight.shape[0], k_ring.shape
+    dim, (_, size, kv_heads, _) = q_weight.shape[0], k_ring.shape
     tokens, heads, target = q.shape[1], q.shape[2] // dim, current_target()
     check_kernel_shapes("sliding_decode_rows", dim, k_ring[0])
     tile = sliding_cut.tile_of(k_ring.dtype, target, dim)
-    write, split, merge = rows_constants(tile, target, heads, kv_heads, dim, slots, window, q.shape[0], v.shape[0], terms, v_norm, scale,
+    write, split, merge = rows_constants(tile, target, heads, kv_heads, dim, size, window, q.shape[0], v.shape[0], terms, v_norm, scale,
                                          token_strides(q, v))
     part = torch.empty(tokens, split["SPLITS"], heads, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(tokens, split["SPLITS"], heads, 2, dtype=torch.float32, device=q.device)

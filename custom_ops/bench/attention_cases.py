@@ -113,7 +113,7 @@ def sliding_decode_case(work: Workload, tokens: int = 1) -> Case:
         distance = pos[:, None] - torch.cat([past, pos])
         return attend(prepared[0].float(), keys, values, (distance >= 0) & (distance < window)).flatten(1)
 
-    op = kiln.sliding_decode if tokens == 1 else kiln.sliding_decode_rows
+    op, how = (kiln.sliding_decode, {}) if tokens == 1 else (kiln.sliding_decode_rows, {"slots": True})  # the tokens are of one row
     return Case(
         op="sliding_decode",
         shape=f"{tokens} over {window}",
@@ -121,7 +121,7 @@ def sliding_decode_case(work: Workload, tokens: int = 1) -> Case:
         flops=attention_flops(heads, tokens * window),
         limit=ROUNDED,
         arguments=arguments,
-        call=lambda *a: op(*a, window, EPS, TERMS),
+        call=lambda *a: op(*a, window, EPS, TERMS, **how),
         reference=reference,
         copy=clone(7, 8),
         result=lambda out, arguments: fixed_point.dequantize(out),

@@ -96,6 +96,7 @@ class SumsConfig:
 # By (architecture, loads of a group's quants); measured by tests/measure/tune_sums.py.
 SUMS_CONFIGS = {(90, 1): SumsConfig(), (90, 2): SumsConfig(warps_per_sm=8, narrow=128, ahead=6, ahead_many=8)}
 FEW_SPLITS = 4
+SPLITS_OF_WAVES, LESS_WAVES = 3, 0.85  # 51,200 rows of 5,120: 56.2 us whole, 50.2 of 2 splits, 48.6 of 3
 # By architecture: block types of 256 with which `kiln_gemv`, a float for every group, is the faster for one token. It is taken where no
 # step of several tokens has to have the same bits.
 FLOATS_ALONE = {90: frozenset({"Q6_K"})}
@@ -131,14 +132,26 @@ def sums_fit(block_type: str, extent: int, n: int, aligned: bool) -> bool:
     return LAYOUTS[block_type].block == WIDE and extent == WIDE and n % 4 == 0 and aligned
 
 
+def splits_of_sums(n: int, rows: int, steps: int, config: SumsConfig, target: GpuTarget) -> int:
+    """Splits of K, of `steps` blocks of 256, of n rows; `rows` of a program before they are narrowed.
+
+    Programs run at once if they can. Where they cannot even of whole K, a few splits are taken if that makes the last wave so much shorter:
+    a wave of a few programs takes as long as any.
+    """
+    shares, blocks, places = 32 * config.warps // rows, triton.cdiv(n, rows), config.warps_per_sm * target.sm_count
+    if blocks * config.warps > places:
+        waves = {s: triton.cdiv(triton.cdiv(n, 32) * s, places) * triton.cdiv(steps, s) for s in range(1, SPLITS_OF_WAVES + 1)}
+        best = min(waves, key=waves.__getitem__)
+        return best if waves[best] < LESS_WAVES * waves[1] else 1
+    each = triton.cdiv(steps, min(max(config.warps_per_sm // config.warps * target.sm_count // blocks, 1), MAX_SPLITS) * shares)
+    return triton.cdiv(steps, each * shares)
+
+
 def launch_sums(block_type: str, tokens: int, n: int, k: int, target: GpuTarget, gated: bool = False) -> tuple[dict, int, int]:
     """`launch` of `kiln_gemv_sums`; neither the splits of K nor their shares depend on `tokens`."""
     config = pick(SUMS_CONFIGS, target, loads_of(LAYOUTS[block_type].bits))
     rows = math.gcd(n // 2, config.rows) if gated else config.rows
-    shares, blocks, steps = 32 * config.warps // rows, triton.cdiv(n, rows), k // WIDE
-    programs = config.warps_per_sm // config.warps * target.sm_count  # at once
-    each = triton.cdiv(steps, min(max(programs // blocks, 1), MAX_SPLITS) * shares)  # blocks of 256 of a warp
-    splits = triton.cdiv(steps, each * shares)
+    shares, splits = 32 * config.warps // rows, splits_of_sums(n, rows, k // WIDE, config, target)
     together = tokens if tokens <= MOST_TOGETHER else 1
     if not (gated and together > 1) and triton.cdiv(n, config.narrow) <= COUNTERS:
         rows = min(rows, config.narrow)

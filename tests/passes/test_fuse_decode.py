@@ -100,7 +100,7 @@ def test_the_pattern_is_gone() -> None:
         assert count(after.program, aten.index_copy_.default) == (0 if tq else 4)  # the caches of the global layers, which TQ4 has none of
         assert not count(after.program, aten.cos.default, aten.sin.default)
         assert options_of_matmuls(after) == [{"alone": True}] * 27
-        assert [n.kwargs for n in after.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{"alone": True}] * 4
+        assert [n.kwargs for n in after.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{}] * 4
         assert [b.name for b in after.kv] == [b.name for b in before.kv]
 
 
@@ -111,6 +111,10 @@ def test_steps_of_several_tokens() -> None:
     beside = lower(spec, "decode", "cpu")  # of one token
     assert [n.kwargs for n in beside.program.graph.nodes if n.target == kiln.sliding_decode.default] == [{}] * 4
     assert options_of_matmuls(beside) == [{}] * 27
+    for entry, op in (("decode", kiln.sliding_decode.default), ("decode_2", kiln.sliding_decode_rows.default)):  # of one row, read together
+        given = rows | {"rows": 1}
+        of_one_row = lower(graph_spec(FIXTURES / f"{NAME}.gguf", turboquant=True, residual_length=EXACT_WINDOW, **given), entry, "cpu")
+        assert [n.kwargs for n in of_one_row.program.graph.nodes if n.target == op] == [{"slots": True}] * 4
     after = lower(spec, "decode_2", "cpu")
     found = report(after)
     assert (found.status, found.matches, found.expected, found.missed) == ("applied", 27 + 13 + 12 + 6 + 6, 64, ())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kiln.custom_ops.attention import sliding_cut
 from kiln.custom_ops.geometry import EXACT_WINDOW
 from kiln.custom_ops.gpu.target import gpu_targets
 from kiln.custom_ops.weights import fixed_point
@@ -39,20 +38,18 @@ def rings(rows: int, slots: int, dim: int, dtype: torch.dtype) -> list[torch.Ten
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sliding(dtype: torch.dtype, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sliding_cut, "TOGETHER", together)
-
     def alone(x, caches, p):
         copies = [t.clone() for t in caches]
-        made = kiln.sliding_decode(*x, *caches, p, WINDOW, 1e-6, 2)
-        expected = kiln.sliding_decode(*x, *copies, p, WINDOW, 1e-6, 2, alone=True)
+        made = kiln.sliding_decode(*x, *caches, p, WINDOW, 1e-6, 2, slots=together)
+        expected = kiln.sliding_decode(*x, *copies, p, WINDOW, 1e-6, 2)
         bound = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(fixed_point.dequantize(made), fixed_point.dequantize(expected), rtol=bound, atol=bound)
         return made
 
     with playing(monkeypatch, gpu_targets()["sm_90"]):
         for places in PLACES:
-            check(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, WINDOW, 1e-6, 2), alone, rings(2, WINDOW + SPARE, DIM, dtype),
-                  places, DIM)  # fmt: skip
+            check(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, WINDOW, 1e-6, 2, slots=together), alone,
+                  rings(2, WINDOW + SPARE, DIM, dtype), places, DIM)  # fmt: skip
 
 
 @pytest.mark.nightly

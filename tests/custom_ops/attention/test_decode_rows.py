@@ -123,18 +123,21 @@ def check_together(name: str, dtype: torch.dtype, window: int, **form) -> None:
     together = rings(step, 2, window + SPARE, dtype)
     apart, otherwise = ([ring.clone() for ring in together] for _ in range(2))
     expected = kiln.sliding_decode_rows(*step.projections(), *otherwise, step.pos, step.row, window, EPS, 3, **form)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding_cut, "TOGETHER", True)
-        out = kiln.sliding_decode_rows(*step.projections(), *together, step.pos, step.row, window, EPS, 3, **form)
-        alone = {}
-        for i in step.in_order():
-            own = (ring[step.row[i]] for ring in apart)
-            alone[i] = kiln.sliding_decode(*step.projections(i), *own, step.pos[[i]], window, EPS, 3, **form)
-        step.check(out, alone)
-        assert all(same(a, b) for a, b in zip(together, apart, strict=True))
-        q, _, _, q_weight, _, cos, sin = step.projections()
-        read = kiln.sliding_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, window, EPS, 3, form.get("scale", 1.0))
-        assert torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
+    out = kiln.sliding_decode_rows(*step.projections(), *together, step.pos, step.row, window, EPS, 3, **form, slots=True)
+    alone = {}
+    for i in step.in_order():
+        own = [ring[step.row[i]] for ring in apart]
+        alone[i] = kiln.sliding_decode(*step.projections(i), *own, step.pos[[i]], window, EPS, 3, **form, slots=True)
+    step.check(out, alone)
+    assert all(same(a, b) for a, b in zip(together, apart, strict=True))
+    q, _, _, q_weight, _, cos, sin = step.projections()
+    scale = form.get("scale", 1.0)
+    read = kiln.sliding_read_rows(q, q_weight, cos, sin, *together, step.pos, step.row, window, EPS, 3, scale, slots=True)
+    assert torch.equal(read, out) and all(same(a, b) for a, b in zip(together, apart, strict=True))
+    i = step.in_order()[-1]  # no other of its row has been written behind it
+    q, _, _, q_weight, _, cos, sin = step.projections(i)
+    own = [ring[step.row[i]] for ring in apart]
+    assert torch.equal(kiln.sliding_read(q, q_weight, cos, sin, *own, step.pos[[i]], window, EPS, 3, scale, slots=True), alone[i])
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(fixed_point.dequantize(out), fixed_point.dequantize(expected), rtol=tolerance, atol=tolerance)
 

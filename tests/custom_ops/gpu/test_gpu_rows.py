@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kiln.custom_ops import ops  # noqa: F401
-from kiln.custom_ops.attention import sliding_cut
 from kiln.custom_ops.attention.flash import flash_rows
 from kiln.custom_ops.bench.attention_cases import projections
 from kiln.custom_ops.bench.cases import packed
@@ -138,9 +137,8 @@ def test_sliding_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sliding_together(dtype, monkeypatch):
+def test_sliding_together(dtype):
     """Tokens of a row read its window together: each has the bits of a step of it alone, and the values of `sliding_decode`."""
-    monkeypatch.setattr(sliding_cut, "TOGETHER", True)
     heads, window = GEMMA4_31B.sliding, GEMMA4_31B.window
     g = torch.Generator("cuda").manual_seed(1)
     for first in (0, 15, 62, 1022, 1024, 4095, 131000):
@@ -149,13 +147,14 @@ def test_sliding_together(dtype, monkeypatch):
 
             def alone(x, caches, p):
                 copies = [t.clone() for t in caches]
-                made = kiln.sliding_decode(*x, *caches, p, window, 1e-6, 2)
-                expected = kiln.sliding_decode(*x, *copies, p, window, 1e-6, 2, alone=True)
+                made = kiln.sliding_decode(*x, *caches, p, window, 1e-6, 2, slots=True)
+                expected = kiln.sliding_decode(*x, *copies, p, window, 1e-6, 2)
                 bound = 1e-4 if dtype == torch.float32 else 1e-2
                 torch.testing.assert_close(fixed_point.dequantize(made), fixed_point.dequantize(expected), rtol=bound, atol=bound)
                 return made
 
-            check_attention(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, window, 1e-6, 2), alone, rings, given, pos, row)
+            check_attention(lambda x, c, p, r: kiln.sliding_decode_rows(*x, *c, p, r, window, 1e-6, 2, slots=True),
+                            alone, rings, given, pos, row)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

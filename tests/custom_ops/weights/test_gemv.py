@@ -370,6 +370,15 @@ def test_sums_are_cut_alike() -> None:
                 assert -(-n // constants["ROWS"]) <= gemv.COUNTERS
 
 
+@pytest.mark.parametrize(("n", "k", "block_type", "splits"), [  # of gates and values, and of heads
+    (43008, 5376, "Q4_K", 1),  # one wave
+    (51200, 5120, "Q4_K", 3),  # 16 of 1,600 warps would make a second one
+    (262144, 5376, "Q6_K", 1), (151936, 5120, "Q6_K", 1),  # 8 and 5 waves, the last nearly full
+])  # fmt: skip
+def test_a_last_wave_is_not_of_a_few_warps(n: int, k: int, block_type: str, splits: int) -> None:
+    assert [launch_sums(block_type, tokens, n, k, H200, block_type == "Q4_K")[1] for tokens in (1, 8)] == [splits] * 2
+
+
 def test_sums_fit_what_they_can_read() -> None:
     assert gemv.sums_fit("Q4_K", 256, 260, True)
     for given in (("Q4_K", 32, 260, True), ("Q4_K", 256, 258, True), ("Q4_K", 256, 260, False), ("MXFP4", 256, 260, True)):
