@@ -83,9 +83,11 @@ def metadata_record(plan: ModelPlan) -> dict:
     watched = (own, TOKENIZER) if plan.tokenizer else (own,)
     baked = ("general.architecture", f"{TOKENIZER}suppress_tokens")  # in the code, tokenizer or not
     read = {key for key in metadata.consulted if key.startswith(watched) or key in baked}
-    free = [f"{prefix}*" for prefix in families()[plan.config.architecture]["harmless"]["prefixes"]] + (
-        harmless_keys() if plan.tokenizer else []
-    )
+    table = families()[plan.config.architecture]
+    # What the family knows and this model did not ask for: the code does not depend on it.
+    unasked = {spec["key"] for spec in table["keys"].values()} | set(table["same"])
+    unasked -= read
+    free = [f"{prefix}*" for prefix in table["harmless"]["prefixes"]] + sorted(unasked) + (harmless_keys() if plan.tokenizer else [])
     noted = [CHAT_TEMPLATE] if plan.tokenizer and CHAT_TEMPLATE in metadata.consulted else []
     return {
         "checked": [f"{prefix}*" for prefix in watched],

@@ -25,7 +25,7 @@ NANO = Path(__file__).parents[1] / "nano" / "gemma4-nano-Q4_K_M.gguf"
 def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On the CPU a fixture of three layers and its drafter, weights copied, on a GPU the small trained model, whose weights are quantized.
 
-    KILN_TEST_BATCH names a directory that has them, by device; of a GPU's the code alone, the weights left in their file.
+    KILN_TEST_BATCH names a directory that may have them, by device; of a GPU's the code alone, the weights left in their file.
     """
     longest, slots, _ = FORMS[device]
     options = ("--max-seq-len", slots, "--prefill-chunk", CHUNK, "--turboquant", "--residual-length", 32, "--rows", ROWS,
@@ -38,7 +38,9 @@ def batch_artifact(device: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
         command("export", "--gguf", gguf, "--out", path, *options, *more)
 
     kept = os.environ.get("KILN_TEST_BATCH")
-    return Path(kept) / device if kept else shared(tmp_path_factory, f"artifact-batch-{device}", make)
+    if kept and (Path(kept) / device).is_dir():
+        return Path(kept) / device
+    return shared(tmp_path_factory, f"artifact-batch-{device}", make)
 
 
 def load(artifact: Path, device: str) -> kiln.Model:

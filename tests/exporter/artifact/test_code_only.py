@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from gguf import GGUFValueType
 
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.exporter.artifact import show
-from kiln.exporter.artifact.mapping import directory_sha256, value_sha256
+from kiln.exporter.artifact.mapping import directory_sha256, metadata_record, value_sha256
 from kiln.exporter.artifact.rebind import rebind
 from kiln.exporter.artifact.verify import verify
 from kiln.exporter.errors import KilnError
@@ -24,6 +25,7 @@ from tests.code_only import code_only, with_weights
 from tests.exporter.source.test_gguf import split
 from tests.gguf_files import WIDE, rewrite
 from tests.runtime.toy import fails, run
+from tests.timeline import FIXTURES
 from tests.tools.rebuild import complete
 
 TOKENS = ",".join(map(str, range(2, 40)))
@@ -55,6 +57,18 @@ def other_weights(path: Path) -> Path:
         if t.type in LAYOUTS and t.name != "token_embd.weight"
     }
     return rewrite(path, set_tensors=changed)
+
+
+MODELS = [path for path in sorted(FIXTURES.glob("*.gguf")) if not {"assistant", "vocab"} & set(path.stem.split("-"))]
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_an_artifact_knows_every_key_of_its_own_file(path: Path) -> None:
+    """Also those that its family may have and it does not need: the length of dense layers in a model of experts alone."""
+    gguf = open_gguf(path)
+    record = metadata_record(read_plan(path))
+    checked = (key for key in gguf.metadata if any(fnmatchcase(key, pattern) for pattern in record["checked"]))
+    assert not [key for key in checked if key not in record["equal"] and not any(fnmatchcase(key, pattern) for pattern in record["free"])]
 
 
 def test_the_manifest_and_the_packages_are_all_that_travels(code, tmp_path):

@@ -29,9 +29,9 @@ WAYS = {"one batch": 96, "chunks": CHUNK, "token by token": 1}
 
 
 MODELS = {  # name -> GGUF, options of the export
-    "float32": (TINY, "--activation-dtype", "float32", "--max-seq-len", 96, "--prefill-chunk", 96),
-    "bfloat16": (TINY, "--activation-dtype", "bfloat16", "--max-seq-len", 96, "--prefill-chunk", 96),
-    "tq4": ("tiny-cuda.gguf", "--max-seq-len", 4096, "--prefill-chunk", 1024, "--turboquant"),
+    "float32": (TINY, "--activation-dtype", "float32", "--max-seq-len", 96, "--prefill-chunk", 96, "--weights", "copy"),
+    "bfloat16": (TINY, "--activation-dtype", "bfloat16", "--max-seq-len", 96, "--prefill-chunk", 96, "--weights", "copy"),
+    "tq4": ("tiny-cuda.gguf", "--max-seq-len", 4096, "--prefill-chunk", 1024, "--turboquant", "--weights", "copy"),
 }
 
 

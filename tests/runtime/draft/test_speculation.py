@@ -112,6 +112,7 @@ def test_stops(model, most) -> None:
         a, b = session(model, prompt), session(model, prompt)
         drafts = [*text[:at], eog, *text[at + 1 :]]
         assert b.generate(20, draft=kiln.ScriptedDrafter(drafts, [1.0] * most, model.vocab_size)) == a.generate(20)
+        assert a.decode(8) == b.decode(8)  # where the text ended, a step that was queued behind it has left no logits
         assert same_state(a, b)
 
 
@@ -177,9 +178,10 @@ def test_back_and_forth(model, device, slots, most) -> None:
     assert rewound > 3
 
 
-def test_where_the_rings_end_is_kept(model, tmp_path) -> None:
+def test_where_the_rings_end_is_kept(model, device, tmp_path) -> None:
     """A snapshot of a session that forgot tokens, and a saved one, know how far its rings had been written."""
-    first = session(model, list(range(8, 40)))
+    passed = FORMS[device][2]["exact"][0] + 1  # one position is written over
+    first = session(model, list(range(8, 8 + passed - 7)))
     first.generate(7, stop_at_eog=False)
     first.rewind(first.position - 3)
     first.decode(11)
@@ -211,7 +213,7 @@ def test_timelines_of_a_batch(model, slots) -> None:
             if stop:
                 prompt, sampling, most = told[handle]
                 assert (texts.pop(handle), stop) == session(model, prompt, **sampling).generate(most or slots, stop_at_eog=False)
-    assert not texts and several > 3
+    assert not texts and several
     counts = batch.draft_counts
     assert counts["tokens"] == counts["steps"] + sum(counts["right"]) > sum(counts["right"]) > 0
     with pytest.raises(kiln.Error, match="a step: the artifact's largest step takes"):
