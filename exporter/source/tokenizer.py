@@ -20,6 +20,7 @@ from typing import Any
 
 from kiln.exporter.errors import KilnError
 from kiln.exporter.files import write_text
+from kiln.exporter.source.fields import as_integer
 from kiln.exporter.text.encoder import ALPHABET, SCORED, SPACE
 
 PREFIX = "tokenizer.ggml."
@@ -171,7 +172,7 @@ def read_tokenizer(metadata: Mapping[str, Any], vocab_size: int | None = None) -
     _check_keys(metadata, kind)
     tokens = _texts(metadata, "tokens")
     merges = () if kind is Kind.SCORED else tuple(_split_merge(m) for m in _texts(metadata, "merges"))
-    types = [int(t) if isinstance(t, int | float) and t == t else -1 for t in _required(metadata, "token_type")]
+    types = [-1 if (t := as_integer(given)) is None else t for given in _required(metadata, "token_type")]
     if len(types) != len(tokens):
         raise KilnError(f"{PREFIX}token_type has {len(types)} entries, {PREFIX}tokens has {len(tokens)}")
     if bad := [t for t in set(types) if not NORMAL <= t <= BYTE]:

@@ -349,7 +349,7 @@ def test_tokenizers_by_other_names():
         ({"tokenizer.ggml.tokens": []}, "263 entries, tokenizer.ggml.tokens has 0"),
         ({"tokenizer.ggml.merges": ["ab"]}, "'ab' is not 'left right'"),
         ({"tokenizer.ggml.token_type": [9] * 263}, "unknown type 9"),
-        ({"tokenizer.ggml.token_type": [float("nan")] * 263}, "unknown type"),
+        *(({"tokenizer.ggml.token_type": [odd] * 263}, "unknown type") for odd in (float("nan"), float("inf"), float("-inf"), 1.5)),
         ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(263)], "tokenizer.ggml.merges": []}, "no token for byte 0"),
     ],
 )
