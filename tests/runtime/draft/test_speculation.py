@@ -91,7 +91,7 @@ def test_every_number_of_rejected_drafts(model, slots, most, length) -> None:
     assert seen == set(range(length + 1))  # of the first wrong one, or all right
 
 
-def test_stops(model, most) -> None:
+def test_stops(model, most, device) -> None:
     """Wherever a text stops in the middle of a step: by length, by the callback, by its own end."""
     prompt = cases(3, 5)[2][0]
     plain = session(model, prompt)
@@ -112,8 +112,8 @@ def test_stops(model, most) -> None:
         a, b = session(model, prompt), session(model, prompt)
         drafts = [*text[:at], eog, *text[at + 1 :]]
         assert b.generate(20, draft=kiln.ScriptedDrafter(drafts, [1.0] * most, model.vocab_size)) == a.generate(20)
-        assert a.decode(8) == b.decode(8)  # where the text ended, a step that was queued behind it has left no logits
-        assert same_state(a, b)
+        assert device != "cpu" or same_state(a, b)  # a GPU's step that was queued behind the end of a text has left no logits
+        assert (a.position, a.tokens) == (b.position, b.tokens) and a.decode(8) == b.decode(8) and same_state(a, b)
 
 
 def test_calls_that_end_early(model) -> None:
@@ -194,7 +194,7 @@ def test_where_the_rings_end_is_kept(model, device, tmp_path) -> None:
         assert (other.position, other.earliest) == (first.position, first.earliest)
 
 
-def test_timelines_of_a_batch(model, slots) -> None:
+def test_timelines_of_a_batch(model, slots, device) -> None:
     """Some of the timelines draft, and come and go: every text, why it ends and its last logits are those of the timeline alone."""
     rng = random.Random(1)
     todo = [(prompt, sampling, rng.choice((1, 2, 7, 30, 0)), rng.choice(("ngram", "ngram", "off"))) for prompt, sampling in cases(14, 9)]
@@ -213,7 +213,7 @@ def test_timelines_of_a_batch(model, slots) -> None:
             if stop:
                 prompt, sampling, most = told[handle]
                 assert (texts.pop(handle), stop) == session(model, prompt, **sampling).generate(most or slots, stop_at_eog=False)
-    assert not texts and several
+    assert not texts and several > (3 if device == "cpu" else 1)  # the GPU's model repeats itself less
     counts = batch.draft_counts
     assert counts["tokens"] == counts["steps"] + sum(counts["right"]) > sum(counts["right"]) > 0
     with pytest.raises(kiln.Error, match="a step: the artifact's largest step takes"):

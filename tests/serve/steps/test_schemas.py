@@ -74,7 +74,7 @@ def test_the_whole_suite(grammars: Grammars) -> None:
 def test_over_a_real_vocabulary(gemma: Path) -> None:
     """262,144 tokens, of which one may hold several signs of JSON."""
     ended, median = examined(grammars_of(gemma), SUITE[::5])
-    assert ended >= 60  # of 160: by chance a string of so many tokens seldom ends
+    assert ended >= 60  # of 160, where 69 do: by chance a string of so many tokens seldom ends
     print(f"masks' median {median * 1e6:.0f} us")
 
 
