@@ -15,7 +15,7 @@ from kiln.custom_ops.bench.tune import families, tune
 from kiln.custom_ops.geometry import GEOMETRIES
 from kiln.custom_ops.gpu.target import current_target
 
-MODELS = sorted(name for name, model in GEOMETRIES.items() if model.sliding)  # the cases are of sliding and full layers
+MODELS = sorted(GEOMETRIES)
 
 
 def main(arguments: list[str] | None = None) -> int:

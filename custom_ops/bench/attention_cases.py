@@ -42,8 +42,7 @@ def attention_flops(heads: Heads, keys: int) -> int:
     return 4 * heads.queries * heads.dim * keys
 
 
-def sliding_case(work: Workload, tokens: int) -> Case:
-    heads, window = work.sliding, work.window
+def sliding_case(heads: Heads, window: int, tokens: int) -> Case:
     start = 4 * window  # the ring is full
 
     def arguments(g: torch.Generator) -> Tensors:
@@ -93,9 +92,8 @@ def around_bytes(heads: Heads) -> int:
     return 4 * PARTS * (heads.queries + 2 * heads.kv) * heads.dim + fixed_bytes(heads.queries * heads.dim)
 
 
-def sliding_decode_case(work: Workload, tokens: int = 1) -> Case:
+def sliding_decode_case(heads: Heads, window: int, tokens: int = 1) -> Case:
     """From the projections, in as many parts as their matmuls leave them, to the next matmul's activations; several tokens of one row."""
-    heads, window = work.sliding, work.window
     start, slots = 4 * window, window + tokens - 1
 
     def arguments(g: torch.Generator) -> Tensors:
@@ -331,11 +329,14 @@ def tq4_write_case(heads: Heads, tokens: int) -> Case:
 
 
 def decode_attention_cases(work: Workload) -> list[Case]:
-    cases = [sliding_case(work, 1), sliding_decode_case(work)]
+    cases, sliding = [], work.sliding
+    if sliding:
+        cases = [sliding_case(sliding, work.window, 1)]
+        cases += [sliding_decode_case(sliding, work.window, tokens) for tokens in (1, *work.together)]
     for depth in work.depths:
         cases += [tq4_decode_case(work, depth), tq4_case(work, 1, depth)]
     for tokens in work.together:
-        cases += [sliding_decode_case(work, tokens), *(tq4_decode_case(work, depth, tokens) for depth in work.depths[::2])]
+        cases += [tq4_decode_case(work, depth, tokens) for depth in work.depths[::2]]
     return cases + [global_case(work.full, 1, depth) for depth in work.depths]
 
 
@@ -343,7 +344,7 @@ def prefill_attention_cases(work: Workload) -> list[Case]:
     chunk = work.chunks[-1]
     depths = [depth for depth in work.depths if depth >= chunk]
     return [
-        sliding_case(work, chunk),
+        *([sliding_case(work.sliding, work.window, chunk)] if work.sliding else []),
         *(tq4_case(work, chunk, depth) for depth in depths),
         *(global_case(work.full, chunk, depth) for depth in depths),
     ]

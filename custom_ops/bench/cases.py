@@ -65,7 +65,7 @@ class Workload:
 
     matrices: tuple[Matrix, ...]
     head: Matrix
-    sliding: Heads
+    sliding: Heads | None
     window: int
     full: Heads  # the global layers
     depths: tuple[int, ...]  # of decode; every second one, and the last, of prefill
@@ -75,10 +75,9 @@ class Workload:
 
 
 def workload(model: Geometry, mix: str) -> Workload:
-    if model.sliding is None:
-        raise ValueError(f"{model.name} has no sliding layers, which some cases are of")
     *matrices, head = model.matrices(mix)
-    return Workload(tuple(matrices), head, model.sliding, model.window, model.full, (128, 512, 2048, 8192, 32768, CONTEXT), (512, 2048))
+    dense = tuple(m for m in matrices if m.n * m.k)  # where all of a layer are experts
+    return Workload(dense, head, model.sliding, model.window, model.full, (128, 512, 2048, 8192, 32768, CONTEXT), (512, 2048))
 
 
 GEMMA4_31B = workload(geometry.GEMMA4_31B, "q4_k_m")
@@ -236,7 +235,7 @@ def add_norm_case(work: Workload) -> Case:
         copy=clone(0, 1, 2, 3),
         result=result,
         group=STEP,
-        count=2 * (work.sliding.layers + work.full.layers),
+        count=2 * (work.full.layers + (work.sliding.layers if work.sliding else 0)),
     )
 
 

@@ -100,19 +100,20 @@ def families(target: GpuTarget, work: Workload = GEMMA4_31B) -> list[Family]:
     def tiled(name: str, table: str, dim: int, cases: list[Case], **choices: tuple[int, ...]) -> None:
         family = Family(name, cases, [], table, None)
         family.candidates = tiles(pick(family.entries, target, dim), **choices)
-        family.key = target.sm, min(d for _, d in family.entries if d >= dim)
+        family.key = target.sm, dim
         found.append(family)
 
-    decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 4)}
+    decode = {"keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3), "splits_per_sm": (1, 2, 3, 4)}
     prefill = {"rows": (32, 64, 128), "keys": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)}
     tiled("tq4 decode", "tq4.attention.DECODE_TILES", full.dim, [tq4_case(work, 1, short), tq4_case(work, 1, long)], **decode)
     pieces = {"rows": (32, 64, 128), "keys": (16, 32, 64), "warps": (4, 8), "stages": (2, 3), "piece": (8192, 16384)}
     tiled("tq4 prefill", "tq4.prefill.PIECE_TILES", full.dim, [tq4_case(work, chunk, far)], **pieces)
     decode["keys"] = (16, 32, 64)
-    tiled("fused sliding decode", "attention.sliding_cut.SLIDING_TILES", work.sliding.dim, [sliding_decode_case(work)],
-          **decode | {"stages": (1,)})  # fmt: skip
-    tiled("sliding decode", "attention.flash.DECODE_TILES", work.sliding.dim, [sliding_case(work, 1)], **decode)
-    tiled("sliding prefill", "attention.flash.PREFILL_TILES", work.sliding.dim, [sliding_case(work, chunk)], **prefill)
+    if sliding := work.sliding:
+        tiled("fused sliding decode", "attention.sliding_cut.SLIDING_TILES", sliding.dim, [sliding_decode_case(sliding, work.window)],
+              **decode | {"stages": (1,)})  # fmt: skip
+        tiled("sliding decode", "attention.flash.DECODE_TILES", sliding.dim, [sliding_case(sliding, work.window, 1)], **decode)
+        tiled("sliding prefill", "attention.flash.PREFILL_TILES", sliding.dim, [sliding_case(sliding, work.window, chunk)], **prefill)
     tiled("global decode", "attention.flash.DECODE_TILES", full.dim, [global_case(full, 1, short), global_case(full, 1, long)], **decode)
     tiled("global prefill", "attention.flash.PREFILL_TILES", full.dim, [global_case(full, chunk, far)], **prefill)
     return found

@@ -159,6 +159,17 @@ def test_a_workload_is_what_the_exporter_plans(tmp_path, model, step):
         assert sum(case.bytes * case.count for case in cases) == pytest.approx(step, rel=2e-3)
 
 
+@pytest.mark.parametrize("name", sorted(geometry.GEOMETRIES))
+def test_every_geometry_can_be_timed(name):
+    """Those without sliding layers and those whose feed-forward is experts alone, too."""
+    model = geometry.GEOMETRIES[name]
+    work = workload(model, "q4_k_m")
+    cases = all_cases(work)
+    assert all(m.n and m.k for m in work.matrices)
+    assert any(c.op == "tq4_decode" for c in cases) and any("sliding" in c.op for c in cases) == (model.sliding is not None)
+    assert {f.key for f in tune.families(H200, work) if f.name == "tq4 decode"} == {(90, model.full.dim)}
+
+
 # ---- tuning ----
 
 
@@ -238,8 +249,8 @@ def test_winners_are_lines_of_the_tables():
     entries = {place: eval(f"{{{line}}}", names) for place, line in found.items()}  # noqa: S307
     assert entries.pop(("custom_ops/weights/gemv.py", "GEMV_CONFIGS")) == {90: dataclasses.replace(best[families[0].name], groups=0)}
     assert entries == {
-        ("custom_ops/tq4/attention.py", "DECODE_TILES"): {(90, 512): best["tq4 decode"]},
-        ("custom_ops/attention/flash.py", "PREFILL_TILES"): {(90, 256): best["sliding prefill"]},
+        ("custom_ops/tq4/attention.py", "DECODE_TILES"): {(90, TINY.full.dim): best["tq4 decode"]},
+        ("custom_ops/attention/flash.py", "PREFILL_TILES"): {(90, TINY.sliding.dim): best["sliding prefill"]},
     }
     assert tune.winners(families, []) == []
 
