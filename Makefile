@@ -155,21 +155,27 @@ test-gpu: DIST = loadgroup
 test-gpu: build
 	"$$PY" -m pytest -m gpu $(PARALLEL) -p tests.record --record $(GPU_RECORD) $(KILN_PYTEST)
 
-# on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill and decode steps of a small model under memcheck, the first
-# time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels (nvjet), and breaks down
-# when told to leave them out: a hazard in any other kernel fails.
+# on a machine with an NVIDIA GPU and compute-sanitizer (CUDA toolkit): prefill, decode steps and steps of several tokens of a small model
+# under memcheck, the first time with every tensor an allocation of its own, and racecheck. racecheck reports hazards in cuBLAS's own kernels
+# (nvjet), and breaks down when told to leave them out: a hazard in any other kernel fails.
 SANITIZED ?= $(BUILD)/sanitize
 export SANITIZED
 SANITIZE = compute-sanitizer --error-exitcode 1
 STEPS = $(SITE)/kiln/bin/kiln-run "$$SANITIZED" --device cuda --no-eog --max-new-tokens 4 --tokens $$(seq -s, 2 301)
+SEVERAL = "$$PY" -m tests.tools.several_tokens "$$SANITIZED-rows"
 sanitize: build
 	[ -f "$$SANITIZED/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED" \
 	  --target native --turboquant --max-seq-len 1024 --prefill-chunk 256
+	[ -f "$$SANITIZED-rows/manifest.json" ] || "$$PY" -m exporter export --gguf tests/nano/gemma4-nano-Q4_K_M.gguf --out "$$SANITIZED-rows" \
+	  --target native --turboquant --max-seq-len 192 --prefill-chunk 32 --residual-length 32 --rows 3 --decode-rows 1,2,4,8
 	KILN_NO_POOLS=1 $(SANITIZE) --tool memcheck $(STEPS) --no-graph
+	KILN_NO_POOLS=1 $(SANITIZE) --tool memcheck $(SEVERAL) --no-graph
 	$(SANITIZE) --tool memcheck $(STEPS)
+	$(SANITIZE) --tool memcheck $(SEVERAL)
 	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file "$$BUILD/racecheck.log" $(STEPS)
-	grep 'RACECHECK SUMMARY' "$$BUILD/racecheck.log"
-	! grep 'Race reported\|and Write access\|and Read access\|Internal' "$$BUILD/racecheck.log" | grep -v ' at nvjet_'
+	KILN_FULL_STACK=1 compute-sanitizer --tool racecheck --log-file "$$BUILD/racecheck-rows.log" $(SEVERAL)
+	for log in "$$BUILD"/racecheck.log "$$BUILD"/racecheck-rows.log; do grep 'RACECHECK SUMMARY' "$$log" || exit 1; \
+	  ! grep 'Race reported\|and Write access\|and Read access\|Internal' "$$log" | grep -v ' at nvjet_' || exit 1; done
 
 # The C++ library and tests/runtime with AddressSanitizer and UndefinedBehaviorSanitizer; sessions in threads with ThreadSanitizer. The tests'
 # artifact is compiled first, without them. setarch: ThreadSanitizer of GCC 12 does not know newer kernels' address spaces.

@@ -2,7 +2,8 @@
 
 Each asks, streams, reads slowly, leaves at some stage, sends what is wrong or too long, or goes on where an earlier answer ended. Every
 answer that is completed must be, token for token, that of a session which has the model for itself. At the end nothing may be in work, and
-the server may have no more in memory than 5 % above what it had after the first fifth of the time, its warm-up.
+the server may have no more in memory than 5 % above what it had after the first fifth of the time, its warm-up. Snapshots of prompts stay
+within their budget at every moment that is looked at, five times a second.
 
 What counts is the resident memory once the allocator has given free pages back: what is in use. Without that the figure follows the most
 that requests ever held at once, of bodies of 50,000 ids above all, which grows for as long as chance brings more of them together.
@@ -200,6 +201,21 @@ def grown(parts: Sequence[Part]) -> tuple[float, float]:
     return parts[-1].used / warm.used - 1, slope
 
 
+class Snapshots(threading.Thread):
+    """Looks at a server's snapshots: the most bytes that they ever took, on the device and on the host, and how often one was there."""
+
+    def __init__(self, url: str):
+        super().__init__(daemon=True)
+        self.url, self.over = url, threading.Event()
+        self.most: Counter[str] = Counter()
+
+    def run(self) -> None:
+        while not self.over.wait(0.2):
+            with contextlib.suppress(httpx.TransportError):  # a server with all hands full
+                for name, value in re.findall(r"snapshot_(\w+){[^}]*} (\S+)", httpx.get(f"{self.url}/metrics", timeout=60).text):
+                    self.most[name] = max(self.most[name], int(float(value)))
+
+
 def idle(url: str, seconds: float = 60.0) -> None:
     """Waits until nothing is in work. AssertionError: something is stuck."""
     end = time.monotonic() + seconds
@@ -227,22 +243,31 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--sessions", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--snapshot-gib", type=float, default=0.002, help="of snapshots on the device, and as much on the host")
     parser.add_argument("--parts", type=int, default=20, help="measurements")
     parser.add_argument("--salted", action="store_true", help="no prompt goes on where another ended; needed with a TQ4 cache")
     given = parser.parse_args()
     command = [sys.executable, "-c", TRIMMING, str(given.artifact), "--port", "0", "--device", given.device]
-    command += ["--sessions", str(given.sessions), "--queue", str(given.clients // 2)]
+    command += ["--sessions", str(given.sessions), "--queue", str(given.clients // 2), "--snapshot-host-gib", str(given.snapshot_gib)]
+    command += ["--snapshot-device-gib", str(given.snapshot_gib)] if given.device != "cpu" else []
     model = kiln.Model(str(given.artifact), given.device)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
             url = re.findall(r"http://\S+", process.stdout.readline())[0]
             total, parts, start = Counter[str](), list[Part](), time.monotonic()
+            snapshots = Snapshots(url)
+            snapshots.start()
             for part in range(given.parts):
                 total += soak(url, model, model.prefill_chunk, given.minutes * 60 / given.parts, given.clients, part, 0.0, given.salted)
                 parts.append(measured(process, url, total["completed"]))
                 said = f"{parts[-1].resident / 1e6:.1f} MB, in use {parts[-1].used / 1e6:.1f} MB"
                 print(f"{(time.monotonic() - start) / 60:.1f} min: {dict(sorted(total.items()))}, {said}", flush=True)
+            snapshots.over.set()
+            snapshots.join()
+            print(f"snapshots, the most of each: {dict(sorted(snapshots.most.items()))}")
+            for place in ("device_bytes", "host_bytes"):
+                assert snapshots.most[place] <= given.snapshot_gib * (1 << 30), f"{place} of snapshots above their budget"
             share, slope = grown(parts)
             print(f"since the first fifth {share:+.1%}; over the last half {slope:+.1f} bytes for each completed answer")
             assert share <= 0.05, f"memory grew from {parts[len(parts) // 5].used} to {parts[-1].used} bytes"
