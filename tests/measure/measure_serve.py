@@ -66,11 +66,11 @@ def serving(artifact: Path, weights: Path | None, device: str, *options: str) ->
 
 
 def levels(url: str, load: Load, users: list[int], told: str) -> dict[str, Any]:
-    """Each number of users with as many conversations, or as many as the load has."""
-    several = load.conversations if load.turns > 1 else 0
+    """Each number of users with as many conversations, or as many as the load has; three times as many where they share a beginning."""
+    several, rounds = load.conversations if load.turns > 1 else 0, 3 if load.shared_prefix else 1
     found: dict[str, Any] = {}
     for n in users:
-        one = asyncio.run(measure(url, dataclasses.replace(load, conversations=several or n), users=[n]))
+        one = asyncio.run(measure(url, dataclasses.replace(load, conversations=several or rounds * n), users=[n]))
         print("\n".join([f"{told}:", table(one), *notes(one)]), flush=True)
         found = found or {key: value for key, value in one.items() if key != "levels"} | {"levels": []}
         found["levels"] += one["levels"]
@@ -98,7 +98,8 @@ def gaps(url: str, scale: int, users: int) -> dict[str, Any]:
 def without_http(artifact: Path, weights: Path | None, device: str, users: list[int], scale: int) -> dict[str, Any]:
     """Steps of the batch itself in the middle of the long answers."""
     depth = max((128 + 256) // scale, 8)
-    command = [sys.executable, "-m", "exporter", "bench", str(artifact), "--rows", ",".join(map(str, users)), "--depths", str(depth),
+    steps = sorted({1 << (n - 1).bit_length() for n in users})
+    command = [sys.executable, "-m", "exporter", "bench", str(artifact), "--rows", ",".join(map(str, steps)), "--depths", str(depth),
                "--steps", str(max(64 // scale, 7)), "--device", device, "--json"]  # fmt: skip
     done = subprocess.run([*command, *(["--weights", str(weights)] if weights else [])], capture_output=True, text=True)
     if done.returncode:
