@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,32 @@ class Pieces(Protocol):
     def piece(self, id: int, skip_special: bool = True) -> bytes: ...
 
 
+class Encoded:
+    """Ids of long texts that were encoded lately: each turn of a conversation brings all those before it along again. For any thread."""
+
+    LEAST, MOST = 1 << 10, 4 << 20  # characters of a text that is worth it, and of all that are kept
+
+    def __init__(self) -> None:
+        self._ids, self._characters, self._lock = OrderedDict[str, list[int]](), 0, threading.Lock()
+
+    def of(self, pieces: Pieces, text: str) -> list[int]:
+        """As `Pieces.encode`, control tokens being text."""
+        if not self.LEAST <= len(text) <= self.MOST:
+            return pieces.encode(text, parse_special=False, add_bos=False)
+        with self._lock:
+            if text in self._ids:
+                self._ids.move_to_end(text)
+                return list(self._ids[text])
+        found = pieces.encode(text, parse_special=False, add_bos=False)
+        with self._lock:
+            if text not in self._ids:
+                self._ids[text] = list(found)
+                self._characters += len(text)
+            while self._characters > self.MOST:
+                self._characters -= len(self._ids.popitem(last=False)[0])
+        return found
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """special: text -> id of every control and user-defined token. ends: the ids that end a generation."""
@@ -31,6 +59,7 @@ class Vocabulary:
     pieces: Pieces
     special: Mapping[str, int]
     ends: frozenset[int]
+    _encoded: Encoded = field(default_factory=Encoded, compare=False, repr=False)
 
     @cached_property
     def texts(self) -> Mapping[int, str]:
@@ -71,7 +100,7 @@ class Vocabulary:
         return [*found, text[at:]] if at < len(text) else found
 
     def ids(self, piece: str | int) -> list[int]:
-        return [piece] if isinstance(piece, int) else self.pieces.encode(piece, parse_special=False, add_bos=False)
+        return [piece] if isinstance(piece, int) else self._encoded.of(self.pieces, piece)
 
 
 def special_tokens(path: Path) -> dict[str, int]:

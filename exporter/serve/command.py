@@ -23,8 +23,14 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
     "--max-gap-ms", type=Float(0), default=0.0,
     help="What prompts may take between two steps of others, where the artifact has rows; a chunk is read at least.",
 )  # fmt: skip
-@click.option("--snapshot-device-gib", type=Float(0, 1 << 20), default=0.0, help="Memory of the GPU for snapshots at cuts of prompts.")
-@click.option("--snapshot-host-gib", type=Float(0, 1 << 20), default=0.0, help="The same of the host; on the CPU the only one.")
+@click.option(
+    "--snapshot-device-gib", type=Float(0, 1 << 20),
+    help="Memory of the GPU for snapshots at cuts of prompts.  [default: 8, or a quarter of what is free]",
+)
+@click.option(
+    "--snapshot-host-gib", type=Float(0, 1 << 20),
+    help="The same of the host; on the CPU the only one.  [default: 8, or an eighth of its memory]",
+)
 @click.option("--timeout", type=Float(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
 @click.option("--drain", type=Float(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")
 @click.option("--alias", "names", multiple=True, metavar="NAME", help="The model's name; repeatable.  [default: the folder's]")
@@ -45,8 +51,8 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 def serve(
     artifact: Path, host: str, port: int, sessions: int | None, prefill_chunk: int | None, names: tuple[str, ...], api_keys: Path | None,
-    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float,
-    snapshot_host_gib: float, log_requests: bool, device: str, threads: int | None, weights: Path | None, max_seq_len: int | None,
+    cors_origins: tuple[str, ...], allow_host: tuple[str, ...], max_body_mib: int, snapshot_device_gib: float | None,
+    snapshot_host_gib: float | None, log_requests: bool, device: str, threads: int | None, weights: Path | None, max_seq_len: int | None,
     kv_cache: str | None,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -75,7 +81,10 @@ def serve(
         keys=read_keys(api_keys) if api_keys else (),
         origins=cors_origins,
         hosts=("localhost", "127.0.0.1", "::1", *(h.lower() for h in allow_host)) if loopback(host) else None,
-        snapshots=(int(snapshot_device_gib * (1 << 30)), int(snapshot_host_gib * (1 << 30))),
+        snapshots=(
+            None if snapshot_device_gib is None else int(snapshot_device_gib * (1 << 30)),
+            None if snapshot_host_gib is None else int(snapshot_host_gib * (1 << 30)),
+        ),
         body=max_body_mib << 20,
         log=log_requests,
         **options,

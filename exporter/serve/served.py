@@ -34,27 +34,45 @@ Wanted = tuple[Wishes, tuple[int, ...], tuple[int, ...], Parser, tuple[str, ...]
 CONTROL = 3  # a token's type in GGUF
 
 
-def together(model: Any, settings: Settings, store: Any) -> Together:
-    """The engine of an artifact with rows. Raises kiln.Error."""
+MOST_SNAPSHOTS = 8 << 30  # bytes, on the device and on the host, where nothing else is said
+
+
+def snapshot_store(model: Any, settings: Settings) -> Any:
+    """A `kiln.SnapshotStore`, or None where nothing is to be kept. Its room is found once the caches have theirs, and is a part of what is
+    left: the device's may be needed by what is opened later, and a host serves others, too."""
+    import kiln
+
+    device, host = settings.snapshots
+    if device is None:
+        device = 0 if model.device == "cpu" else min(MOST_SNAPSHOTS, model.free_bytes // 4)
+    if host is None:
+        host = min(MOST_SNAPSHOTS, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    return kiln.SnapshotStore(device, host) if device or host else None
+
+
+def together(model: Any, settings: Settings) -> tuple[Together, Any]:
+    """The engine of an artifact with rows, and its store. Raises kiln.Error."""
     import kiln
 
     chunk = min(settings.chunk or model.prefill_chunk, model.prefill_chunk)
     batch = kiln.Batch(model, rows=settings.sessions, prefill_chunk=chunk, max_gap_ms=settings.max_gap_ms)
-    return Together(batch, [Timeline(batch.row(i), store) for i in range(batch.rows)], settings.queue, chunk, model.max_seq_len)
+    store = snapshot_store(model, settings)
+    return Together(batch, [Timeline(batch.row(i), store) for i in range(batch.rows)], settings.queue, chunk, model.max_seq_len), store
 
 
-def by_turns(model: Any, settings: Settings, store: Any) -> Turns:
-    """The engine of an artifact whose steps are of one token. Raises kiln.Error, and KilnError where some of the sessions fit."""
+def by_turns(model: Any, settings: Settings) -> tuple[Turns, Any]:
+    """As `together` of an artifact whose steps are of one token. Raises kiln.Error, and KilnError where some of the sessions fit."""
     import kiln
 
-    chunk, timelines, count = min(settings.chunk or model.prefill_chunk, model.prefill_chunk), list[Timeline](), settings.sessions or 1
+    chunk, sessions, count = min(settings.chunk or model.prefill_chunk, model.prefill_chunk), list[Any](), settings.sessions or 1
     try:
-        while len(timelines) < count:
-            timelines.append(Timeline(kiln.Session(model, prefill_chunk=chunk), store))
+        while len(sessions) < count:
+            sessions.append(kiln.Session(model, prefill_chunk=chunk))
     except kiln.Error as e:
-        fewer = f" for session {len(timelines) + 1} of {count}; give --sessions {len(timelines)}" if timelines else ""
+        fewer = f" for session {len(sessions) + 1} of {count}; give --sessions {len(sessions)}" if sessions else ""
         raise KilnError(f"{e}{fewer}") from e
-    return Turns(timelines, settings.queue, chunk, model.max_seq_len)
+    store = snapshot_store(model, settings)
+    return Turns([Timeline(session, store) for session in sessions], settings.queue, chunk, model.max_seq_len), store
 
 
 class Served:
@@ -95,8 +113,8 @@ class Served:
             count = threads or len(os.sched_getaffinity(0))
             model = kiln.Model(str(directory), device=device, threads=count, weights=str(weights) if weights else None)
             kiln.set_threads(count)
-            store = kiln.SnapshotStore(*settings.snapshots) if any(settings.snapshots) else None
-            engine: Engine = together(model, settings, store) if manifest.get("rows", 1) > 1 else by_turns(model, settings, store)
+            made = together if manifest.get("rows", 1) > 1 else by_turns
+            engine, store = made(model, settings)
         except kiln.Error as e:
             raise KilnError(str(e)) from e
         try:

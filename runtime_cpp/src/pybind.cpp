@@ -186,6 +186,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("vocab_size", &Model::vocab_size)
       .def_property_readonly("max_seq_len", [](const Model& model) { return model.artifact().max_seq_len; })
       .def_property_readonly("prefill_chunk", [](const Model& model) { return model.artifact().prefill_chunk; })
+      .def_property_readonly("free_bytes", &Model::free_bytes, "Memory of its device that nothing has taken yet.")
       .def("weight_memory", [](const Model& model) {
             py::dict out;
             for (const auto& w : model.weight_memory()) out[w.name.c_str()] = py::make_tuple(reinterpret_cast<uintptr_t>(w.data), w.bytes);
@@ -214,12 +215,13 @@ PYBIND11_MODULE(_runtime, m) {
       .def("rewind", &Resumable::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
       .def_property_readonly("earliest", &Resumable::earliest, "The first position, but for 0, that rewind() can go back to.");
   py::class_<Session, Resumable>(m, "Session")
-      .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch) {
-             auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch});
+      .def(py::init([](std::shared_ptr<Model> model, int64_t prefill_chunk, bool graph, bool early_launch, int64_t read_by_step) {
+             auto session = std::make_unique<Session>(std::move(model), kiln::SessionOptions{prefill_chunk, graph, early_launch, read_by_step});
              session->set_look(signals_at_intervals());
              return session;
            }),
-           py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, py::arg("early_launch") = true, ReleaseGil())
+           py::arg("model"), py::arg("prefill_chunk") = 0, py::arg("graph") = true, py::arg("early_launch") = true, py::arg("read_by_step") = 0,
+           ReleaseGil(), "read_by_step: of what prefill() reads, the last tokens that one step takes, at most; 0: on a GPU as many as it can.")
       .def("prefill", &Session::prefill, py::arg("tokens"), ReleaseGil(), "Appends tokens; returns the token sampled after them.")
       .def("decode", [](Session& s) { return s.decode(); }, ReleaseGil(), "Feeds the token sampled last; returns the next one.")
       .def("decode", [](Session& s, int64_t token) { return s.decode(token); }, py::arg("token"), ReleaseGil(), "Feeds `token`; returns the next one.")

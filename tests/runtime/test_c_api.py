@@ -200,9 +200,10 @@ class DraftCounts(c.Structure):
     _fields_ = [("size", c.c_size_t), ("steps", c.c_int64), ("tokens", c.c_int64), ("tried", c.c_int64), ("right", c.c_int64)]
 
 
-def test_drafts(lib, toy, three_rows) -> None:
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # whatever it is, three_rows is of the CPU
+def test_drafts(lib, toy, device, three_rows) -> None:
     """The same text with fewer steps; what cannot be is told."""
-    model, plain = load(lib, three_rows, "cpu"), load(lib, toy, "cpu")
+    model, plain = load(lib, three_rows, device), load(lib, toy, device)
     prompt, counts, texts = [9, 8, 7, 9, 8, 7, 9], DraftCounts(c.sizeof(DraftCounts)), []
     for source in (0, 1):
         session = opened(lib, model)

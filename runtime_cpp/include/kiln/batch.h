@@ -19,6 +19,7 @@ struct BatchOptions {
   double max_gap_ms = 0;
   bool keep_logits = false;   // for logits()
   bool graph = true, early_launch = true;  // as SessionOptions
+  int64_t read_by_step = 0;                // as SessionOptions
 };
 
 struct Request {

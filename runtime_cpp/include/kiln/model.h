@@ -40,6 +40,7 @@ class Model {
   bool has_tokenizer() const;
   const TargetSpec& target() const;
   std::string device() const;  // "cpu", "cuda:0"
+  uint64_t free_bytes() const;  // memory of the device that nothing has taken yet
   int64_t vocab_size() const;  // of the logits
   bool is_eog(int64_t token) const;
   // Of the artifact and, where the weights come from a GGUF file, of that: what saved sessions are held against. A SHA-256 in hex.

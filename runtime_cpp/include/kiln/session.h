@@ -23,6 +23,9 @@ struct SessionOptions {
   int64_t prefill_chunk = 0;  // tokens of one prefill call, 1 .. the artifact's; 0: the artifact's
   bool graph = true;          // on a GPU: replay the decode step as a CUDA graph
   bool early_launch = true;   // in that graph, let kernels the artifact names start while the one before them ends
+  // The end of what is read that one step of several tokens takes instead of a prefill call, in tokens, at most; 0: as many as the largest step
+  // takes on a GPU, where it costs a quarter of the call, and 1 on a CPU, where it costs more.
+  int64_t read_by_step = 0;
 };
 
 class Drafter;  // kiln/draft.h

@@ -18,10 +18,9 @@ void BatchDrafts::open_model() {
   drafter_ = std::move(opened);
 }
 
-void BatchDrafts::draft(Rows& rows, const std::vector<int64_t>& numbers) {
+void BatchDrafts::draft(Rows& rows, const std::vector<int64_t>& numbers, int64_t room) {
   std::vector<std::vector<double>> chances(numbers.size());
   std::vector<double> seconds(numbers.size());
-  int64_t room = costs_.sizes().back() - static_cast<int64_t>(numbers.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
     Row& row = rows[numbers[i]];
     if (!row.drafts) continue;

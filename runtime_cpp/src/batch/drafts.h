@@ -17,8 +17,8 @@ class BatchDrafts {
 
   // Opens the artifact's drafter where it is not open yet. Error where there is none.
   void open_model();
-  // What each of the timelines in rows `numbers` drafts for the step that all of them take: `now` of its RowDrafts.
-  void draft(Rows& rows, const std::vector<int64_t>& numbers);
+  // What each of the timelines in rows `numbers` drafts for the step that all of them take, which has room for so many: `now` of its RowDrafts.
+  void draft(Rows& rows, const std::vector<int64_t>& numbers, int64_t room);
   // Line `at` of what a run gave is the hidden row of the token that the row has fed last.
   void keep_hidden(Row& row, int64_t number, const Tensor& lines, int64_t at);
   // A step wrote `sampled` behind the row's token and each of its drafts: with how many of those it agrees.

@@ -31,14 +31,15 @@ struct Row : Caches {
   std::vector<float> logits;
   std::unique_ptr<RowDrafts> drafts;  // null: none
   bool hidden = false;      // that of the token before `next` is in the batch's rows of them
+  int64_t read_by_step = 1; // of a prompt, its last tokens: those of steps
 
   bool used() const { return in_use; }
   size_t left() const { return request.prompt.size() - read; }  // of the prompt
-  // A prompt's last token is a step's, as any other: a prefill call takes two or more.
-  bool steps() const { return used() && (by_steps || left() <= 1); }
+  // A prompt's last token is a step's, as any other: a prefill call takes two or more. So are as many of the last as one step takes well.
+  bool steps() const { return used() && (by_steps || static_cast<int64_t>(left()) <= read_by_step); }
   bool waits() const { return used() && !steps(); }
   int64_t token() const { return left() ? request.prompt[read] : next; }
-  void feed(std::vector<int64_t> tokens, bool one_by_one) { request.prompt = std::move(tokens), read = 0, by_steps = one_by_one, next = -1; }
+  void feed(std::vector<int64_t> tokens, bool steps_alone) { request.prompt = std::move(tokens), read = 0, by_steps = steps_alone, next = -1; }
   void end() { in_use = false, feed({}, false); }
   void clear() { lineage.cut(0), position = written = 0, logits.clear(); }
 };

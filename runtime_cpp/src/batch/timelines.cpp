@@ -24,13 +24,14 @@ Batch::Impl::Impl(std::shared_ptr<const Model> m, const BatchOptions& o)
   if (options.rows < 1 || options.rows > artifact.rows)
     fail(options.rows, " rows: the artifact takes 1 to ", artifact.rows, "; export it with a larger --rows");
   if (!(options.max_gap_ms >= 0)) fail("max_gap_ms is ", options.max_gap_ms, ", must be 0 or more");
+  options.read_by_step = read_by_step(artifact, *timeline, options.read_by_step);
   rows.emplace(model, options.rows);
   Entered entered(*timeline);
   entries.emplace(shared, *timeline, options);
   drafts.emplace(shared, *timeline, *entries, options);
   for (int64_t i = 0; i < options.rows; ++i) {
     Row& row = (*rows)[i];
-    row.line = timeline.get(), row.taken = &busy, row.kv = entries->caches_of(i);
+    row.line = timeline.get(), row.taken = &busy, row.kv = entries->caches_of(i), row.read_by_step = options.read_by_step;
   }
 }
 
@@ -138,11 +139,21 @@ void Batch::Impl::read_chunk(int64_t number, std::vector<RowEvent>& events) {
 }
 
 void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events) {
-  drafts->draft(*rows, numbers);
-  std::vector<Entries::Place> places;
+  // Tokens that are given follow each other in one step, as far as there is room.
+  int64_t room = entries->most() - static_cast<int64_t>(numbers.size());
+  std::vector<int64_t> given;
   for (int64_t number : numbers) {
+    given.push_back(std::clamp(static_cast<int64_t>((*rows)[number].left()) - 1, int64_t{0}, room));
+    room -= given.back();
+  }
+  drafts->draft(*rows, numbers, room);
+  std::vector<Entries::Place> places;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const int64_t number = numbers[i];
     const Row& r = (*rows)[number];
     places.push_back({r.token(), r.position, number, r.request.sampling});
+    for (int64_t j = 1; j <= given[i]; ++j)
+      places.push_back({r.request.prompt[r.read + static_cast<size_t>(j)], places.back().position + 1, number, r.request.sampling});
     if (r.drafts)
       for (int64_t token : r.drafts->now) places.push_back({token, places.back().position + 1, number, r.request.sampling});
   }
@@ -155,23 +166,30 @@ void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<Row
   timeline->read(tokens.data(), step.out.token);
   if (++step.runs > kColdRuns) drafts->took_step(size, std::chrono::duration<double>(Clock::now() - began).count());
   int64_t at = 0;  // of the row's first token in the step
-  for (int64_t number : numbers) {
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const int64_t number = numbers[i];
     Row& row = (*rows)[number];
-    const int64_t* sampled = &tokens[static_cast<size_t>(at)];
-    const int64_t line = at, drafted = row.drafts ? static_cast<int64_t>(row.drafts->now.size()) : 0;
-    const int64_t fed = row.token();
-    at += drafted + 1;
-    row.read += row.left() ? 1 : 0;
-    row.written = std::max<int64_t>(row.written, row.position + drafted + 1);
-    row.wrote(&fed, 1);
+    const int64_t drafted = row.drafts ? static_cast<int64_t>(row.drafts->now.size()) : 0;
+    int64_t fed = 0;  // of the given tokens: up to one behind which the logits are not finite
+    while (fed < given[i] && tokens[static_cast<size_t>(at + fed)] >= 0) ++fed;
+    const int64_t line = at + fed;  // of the last of them
+    const int64_t* sampled = &tokens[static_cast<size_t>(line)];
+    at += 1 + given[i] + drafted;
+    row.written = std::max<int64_t>(row.written, row.position + 1 + given[i] + drafted);
+    if (row.left()) {
+      row.wrote(&row.request.prompt[row.read], fed + 1);
+      row.read += static_cast<size_t>(fed) + 1;
+    } else {
+      row.wrote(&row.next, 1);
+    }
     drafts->keep_hidden(row, number, step.out.hidden, line);
     if (row.left() && *sampled >= 0) continue;  // the next is given
     const int64_t agreed = row.drafts ? drafts->took(row, sampled) : 0;
     if (agreed) drafts->keep_hidden(row, number, step.out.hidden, line + agreed);
-    for (int64_t i = 0; i <= agreed; ++i) {
-      if (i) row.wrote(&sampled[i - 1], 1);
-      keep_logits(row, step.out.logits, line + i);
-      events.push_back(took(row, sampled[i]));
+    for (int64_t j = 0; j <= agreed; ++j) {
+      if (j) row.wrote(&sampled[j - 1], 1);
+      keep_logits(row, step.out.logits, line + j);
+      events.push_back(took(row, sampled[j]));
       if (events.back().stop || !events.back().error.empty()) break;
     }
   }

@@ -27,4 +27,10 @@ std::vector<int64_t> step_sizes(const Artifact& artifact, const Drafting& drafti
   return sizes;
 }
 
+int64_t read_by_step(const Artifact& artifact, const Timeline& timeline, int64_t asked) {
+  const int64_t most = all_sizes(artifact).back();
+  if (asked < 0 || asked > most) fail("read_by_step is ", asked, ": the artifact's largest step takes ", most, " tokens, so 1 to ", most, ", or 0");
+  return asked ? asked : timeline.asynchronous() ? most : 1;
+}
+
 }  // namespace kiln

@@ -247,6 +247,7 @@ const Tokenizer& Model::tokenizer() const {
 }
 const TargetSpec& Model::target() const { return *impl_->target; }
 std::string Model::device() const { return impl_->backend->device().str(); }
+uint64_t Model::free_bytes() const { return impl_->backend->free_bytes(); }
 int64_t Model::vocab_size() const { return impl_->vocab_size; }
 const std::string& Model::identity() const { return impl_->identity; }
 bool Model::is_eog(int64_t token) const {

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "caches/not_finite.h"
+#include "draft/drafting.h"
 
 namespace kiln {
 
@@ -29,6 +30,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o)
   const Artifact& artifact = shared.artifact;
   chunk = options.prefill_chunk ? options.prefill_chunk : artifact.prefill_chunk;
   if (chunk < 1 || chunk > artifact.prefill_chunk) fail("prefill chunk ", chunk, ": the artifact takes 1 to ", artifact.prefill_chunk, " tokens at a time");
+  options.read_by_step = read_by_step(artifact, *timeline, options.read_by_step);
   Entered entered(*timeline);
   prefill_surroundings = timeline->surroundings("prefill");
   decode_surroundings = timeline->surroundings("decode");
@@ -206,10 +208,15 @@ int64_t Session::Impl::append(const std::vector<int64_t>& tokens) {
   if (look) look();
   auto total = static_cast<int64_t>(tokens.size());
   std::exception_ptr ended;  // by look(), between two chunks
+  bool known = false;        // what was sampled
   all_or_nothing([&] {
     for (int64_t at = 0; at < total && !ended;) {
-      int64_t n = std::min(chunk, total - at);
-      if (n > 1) {
+      const bool end = total - at <= options.read_by_step;
+      int64_t n = end ? total - at : std::min(chunk, total - at);
+      if (end && n > 1) {
+        read_step(&tokens[static_cast<size_t>(at)], n);
+        known = true;
+      } else if (n > 1) {
         prefill_chunk(&tokens[static_cast<size_t>(at)], n);
       } else {  // a prefill call takes two tokens or more
         next = tokens[static_cast<size_t>(at)];
@@ -224,8 +231,12 @@ int64_t Session::Impl::append(const std::vector<int64_t>& tokens) {
       }
     }
   });
-  timeline->send(values.at("tokens"));
-  take_next(1);
+  if (known) {
+    check_next();
+  } else {
+    timeline->send(values.at("tokens"));
+    take_next(1);
+  }
   if (ended) std::rethrow_exception(ended);
   return next;
 }

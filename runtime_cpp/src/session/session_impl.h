@@ -1,6 +1,7 @@
 #pragma once
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -43,13 +44,15 @@ struct Session::Impl : Caches {
   void check_next();
   void begin_drafts();
   bool take_drafts(int64_t room, bool stop_at_eog);
+  void read_step(const int64_t* tokens, int64_t n);
   DecodeStep& wide_step(int64_t tokens);
+  DecodeStep& run_wide(const std::vector<int64_t>& tokens);
   TensorMap all_rows() const;
   ModelDrafter& model_drafter();
   ModelDrafter::From drafts_from(int64_t token) const { return {token, position, 0, hidden, sampling}; }
   DraftProbe probe_drafts(int64_t count, int64_t token);
   std::vector<int64_t> draft(int64_t most);
-  int64_t run_drafts(DecodeStep& step, const std::vector<int64_t>& drafts);
+  int64_t run_drafts(const std::vector<int64_t>& drafts);
   void next_of_step();
   void took_one(std::chrono::steady_clock::time_point began, bool queued);
   template <typename F>
@@ -83,6 +86,7 @@ struct Session::Impl : Caches {
   std::function<void()> look;  // Session::set_look
   SessionOptions options;
   Sampling sampling;
+  std::map<int64_t, DecodeStep> wide;    // steps of several tokens, by M; opened when they are needed
   std::unique_ptr<Speculation> drafts;   // what was learned stays where drafts are switched off
   Speculation* speculation = nullptr;    // of generate() as it is set now; null: no drafts
   DraftCounts draft_counts;

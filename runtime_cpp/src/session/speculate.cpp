@@ -64,8 +64,9 @@ void Session::Impl::begin_drafts() {
 }
 
 DecodeStep& Session::Impl::wide_step(int64_t tokens) {
-  const int64_t m = *std::lower_bound(speculation->costs.sizes().begin(), speculation->costs.sizes().end(), tokens);
-  DecodeStep& step = speculation->steps[m];
+  const std::vector<int64_t> sizes = shared.artifact.steps();
+  const int64_t m = *std::lower_bound(sizes.begin(), sizes.end(), tokens);
+  DecodeStep& step = wide[m];
   if (step.model) return step;
   const std::string entry = "decode_" + std::to_string(m);
   step.inputs = StepInputs(shared, *timeline, entry, m);
@@ -75,10 +76,9 @@ DecodeStep& Session::Impl::wide_step(int64_t tokens) {
   return step;
 }
 
-// One step over `next` and what may follow it. How many of the drafts the model agrees with; what it wrote is `ahead`.
-int64_t Session::Impl::run_drafts(DecodeStep& step, const std::vector<int64_t>& drafted) {
-  std::vector<int64_t> tokens{next};
-  tokens.insert(tokens.end(), drafted.begin(), drafted.end());
+// One step over tokens from `position` on, two or more.
+DecodeStep& Session::Impl::run_wide(const std::vector<int64_t>& tokens) {
+  DecodeStep& step = wide_step(static_cast<int64_t>(tokens.size()));
   std::vector<StepInputs::Place> places;
   for (size_t i = 0; i < tokens.size(); ++i) places.push_back({tokens[i], position + static_cast<int64_t>(i), 0, sampling});
   step.inputs.write(*timeline, places);
@@ -86,6 +86,30 @@ int64_t Session::Impl::run_drafts(DecodeStep& step, const std::vector<int64_t>& 
     step.record(shared, *timeline, "decode_" + std::to_string(step.inputs.tokens()), options.early_launch);
   ++step.runs;
   step.run(*timeline);
+  return step;
+}
+
+// The next n tokens of a prompt, two or more. What is sampled behind the last one is next; where logits are not finite, what is behind them is void.
+void Session::Impl::read_step(const int64_t* tokens, int64_t n) {
+  DecodeStep& step = run_wide({tokens, tokens + n});
+  std::vector<int64_t> sampled(static_cast<size_t>(step.inputs.tokens()));
+  timeline->read(sampled.data(), step.out.token);
+  int64_t last = 0;
+  while (last < n - 1 && sampled[static_cast<size_t>(last)] >= 0) ++last;
+  wrote(tokens, last + 1);
+  written = std::max<int64_t>(written, position + n - last - 1);
+  next = sampled[static_cast<size_t>(last)];
+  in_step = copied = handed_out = false;
+  logits = line_of(step.out.logits, last);
+  if (step.out.hidden.defined()) hidden = line_of(step.out.hidden, last);
+  took_logits();
+}
+
+// One step over `next` and what may follow it. How many of the drafts the model agrees with; what it wrote is `ahead`.
+int64_t Session::Impl::run_drafts(const std::vector<int64_t>& drafted) {
+  std::vector<int64_t> tokens{next};
+  tokens.insert(tokens.end(), drafted.begin(), drafted.end());
+  DecodeStep& step = run_wide(tokens);
   std::vector<int64_t> wrote_(static_cast<size_t>(step.inputs.tokens()));
   timeline->read(wrote_.data(), step.out.token);
   const int64_t agreed = Acceptance::agreed(drafted, wrote_);
@@ -128,10 +152,9 @@ bool Session::Impl::take_drafts(int64_t room, bool stop_at_eog) {
     }
     if (drafted.empty()) return false;
     const auto n = static_cast<int64_t>(drafted.size());
-    DecodeStep& step = wide_step(1 + n);
     const auto began = Clock::now();
-    const int64_t agreed = run_drafts(step, drafted);
-    if (step.runs > kColdRuns + 1) s.costs.took(1 + n, seconds_since(began));
+    const int64_t agreed = run_drafts(drafted);
+    if (s.last->runs > kColdRuns + 1) s.costs.took(1 + n, seconds_since(began));
     s.acceptance().took(n, agreed);
     ++draft_counts.steps;
   }

@@ -24,7 +24,6 @@ struct Speculation {
   std::unique_ptr<ModelDrafter> model;  // made when it is needed
   StepCosts costs;
   Acceptance by_text, by_model;
-  std::map<int64_t, DecodeStep> steps;  // by M; opened when they are needed
 
   // Of the last step of several tokens, those that the model agreed with and that were not taken yet: (the row of its logits, the token).
   std::deque<std::pair<int64_t, int64_t>> ahead;
