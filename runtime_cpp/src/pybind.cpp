@@ -211,7 +211,8 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("tokens", &Resumable::tokens, "The tokens in the caches.")
       .def("snapshot", [](const Resumable& s, bool whole, bool host) { return shared(s.snapshot({whole, host})); }, py::arg("whole") = false,
            py::arg("host") = false, ReleaseGil(), "As it stands. whole: to outlive what it does next to its past.")
-      .def("can_restore", &Resumable::can_restore, py::arg("snapshot"), ReleaseGil(), "Without the caches of another one.")
+      .def("can_restore", &Resumable::can_restore, py::arg("snapshot"), py::arg("from_others") = false, ReleaseGil(),
+           "from_others: with the help of the caches that it was taken of, while they hold what they held.")
       .def("rewind", &Resumable::rewind, py::arg("position"), ReleaseGil(), "Forgets the tokens from `position` on: 0, or earliest .. position.")
       .def_property_readonly("earliest", &Resumable::earliest, "The first position, but for 0, that rewind() can go back to.");
   py::class_<Session, Resumable>(m, "Session")

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kiln.exporter.serve.steps.timelines import Timeline, chosen
 
 log = logging.getLogger("kiln.serve")
+AWAITED = 256  # ids of a prompt that another one is reading: so many are worth to wait for
 
 
 class Busy(Exception):
@@ -112,6 +113,7 @@ class Row:
     at: int = -1
     new: int = 0
     sampled: int = -1  # by the device, for `choose`
+    begins: dict[Job, int] = field(default_factory=dict)  # of jobs that wait: with how many ids of this one's prompt, up to a stop of it
 
     @property
     def reading(self) -> bool:
@@ -231,13 +233,35 @@ class Steps(Generic[R]):
         return over
 
     def _admit(self) -> None:
-        while self._waiting and self._idle:
-            job = self._waiting[0]
+        """Those that came first, but for those that wait for what is being read."""
+        for job in list(self._waiting):
+            if not self._idle:
+                return
+            if self._awaits(job):
+                continue
             timeline = chosen(self._idle, job.ids, job.salt)
             self._idle.remove(timeline)
-            self._waiting.popleft()
+            self._waiting.remove(job)
             job.started = time.monotonic()
             self._rows.append(self._row(job, timeline))
+
+    def _awaits(self, job: Job) -> bool:
+        """A row is reading what the prompt begins with, and will keep a snapshot there: to go on from that takes less time."""
+        if not job.reuse or job.score or job.salt:
+            return False
+        held = max(timeline.shared(job.ids, job.salt) for timeline in self._idle)
+        there = (self._common(row, job) for row in self._rows if row.timeline.store and row.reading)
+        return any(end - held >= AWAITED for end in there)
+
+    def _common(self, row: R, job: Job) -> int:
+        """Ids of the job's prompt that the row will have read, and keep, at its last stop in them; 0: it has none, or is past it."""
+        other = row.job
+        if other.salt or not other.reuse or other.score:
+            return 0
+        if job not in row.begins:
+            ends = (end for end in reversed(other.stops) if end < len(job.ids) and other.ids[:end] == job.ids[:end])
+            row.begins[job] = next(ends, 0)
+        return row.begins[job] if row.at < row.begins[job] else 0
 
     def _guarded(self, row: R, step: Callable[[R], None]) -> None:
         """What fails in a job is that job's alone."""
@@ -301,7 +325,5 @@ class Steps(Generic[R]):
         if job.cancelled or (job.deadline is not None and time.monotonic() > job.deadline):
             return self._end(row, Outcome("cancelled" if job.cancelled else "deadline"))
         if row.at < 0:
-            if not job.reuse or job.score:
-                row.timeline.clear()
-            row.at = job.cached = row.timeline.begin(job.ids, job.salt)
+            row.at = job.cached = row.timeline.begin(job.ids, job.salt, job.reuse and not job.score)
             self._begin(row)

@@ -43,10 +43,12 @@ class Timeline:
         """Ids of a prompt of which there may be snapshots of this session."""
         return common(self.known, ids) if self.store and self.salt == salt == "" else 0
 
-    def begin(self, ids: Sequence[int], salt: str) -> int:
-        """-> the position at which the prompt is to be read on."""
+    def begin(self, ids: Sequence[int], salt: str, reuse: bool = True) -> int:
+        """-> the position at which the prompt is to be read on; without reuse 0."""
+        if not reuse:
+            self.clear()
         at = self.shared(ids, salt)
-        kept = self.store.longest(self.session, list(ids), "") if self.store and not salt else None
+        kept = self.store.longest(self.session, list(ids), "") if self.store and reuse and not salt else None
         if kept is not None and kept.position > at:
             self.session.restore(kept)
             at = kept.position

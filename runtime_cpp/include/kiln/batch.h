@@ -103,7 +103,7 @@ class BatchRow final : public Resumable {
   std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const override;
   uint64_t snapshot_bytes(bool whole = false) const override;
   void restore(const Snapshot& snapshot) override;
-  bool can_restore(const Snapshot& snapshot) const override;
+  bool can_restore(const Snapshot& snapshot, bool from_others = false) const override;
   bool stands_at(const Snapshot& snapshot) const override;
   void rewind(int64_t position) override;
   int64_t earliest() const override;

@@ -94,7 +94,8 @@ class Resumable {
   // Goes on from a snapshot of this one or of another one over the same model. Error, and nothing changes, where the caches that it shares by
   // position have been overwritten here, and are not to be had from what it was taken from.
   virtual void restore(const Snapshot& snapshot) = 0;
-  virtual bool can_restore(const Snapshot& snapshot) const = 0;  // without the caches of another one
+  // from_others: with the help of the caches that it was taken of, while they hold what they held.
+  virtual bool can_restore(const Snapshot& snapshot, bool from_others = false) const = 0;
   virtual bool stands_at(const Snapshot& snapshot) const = 0;    // position and caches are the snapshot's
   // Forgets the tokens from `position` on. Legal are 0 and earliest() .. position(): a ring has lost what was overwritten. The next token must be given.
   virtual void rewind(int64_t position) = 0;
@@ -128,7 +129,7 @@ class Session final : public Resumable {
   std::shared_ptr<const Snapshot> snapshot(const SnapshotOptions& options = {}) const override;
   uint64_t snapshot_bytes(bool whole = false) const override;
   void restore(const Snapshot& snapshot) override;
-  bool can_restore(const Snapshot& snapshot) const override;
+  bool can_restore(const Snapshot& snapshot, bool from_others = false) const override;
   bool stands_at(const Snapshot& snapshot) const override;
   void rewind(int64_t position) override;
   int64_t earliest() const override;

@@ -142,8 +142,8 @@ uint64_t BatchRow::snapshot_bytes(bool whole) const {
 void BatchRow::restore(const Snapshot& snapshot) {
   with_row(*batch_, number_, true, [&](Row& row) { row.restore(snapshot); });
 }
-bool BatchRow::can_restore(const Snapshot& snapshot) const {
-  return with_row(*batch_, number_, false, [&](const Row& row) { return row.can_restore(snapshot); });
+bool BatchRow::can_restore(const Snapshot& snapshot, bool from_others) const {
+  return with_row(*batch_, number_, false, [&](const Row& row) { return row.can_restore(snapshot, from_others); });
 }
 bool BatchRow::stands_at(const Snapshot& snapshot) const {
   return with_row(*batch_, number_, false, [&](const Row& row) { return row.stands_at(snapshot); });

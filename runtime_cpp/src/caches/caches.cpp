@@ -31,9 +31,19 @@ uint64_t Caches::kept_bytes(bool whole) const {
   return total;
 }
 
-bool Caches::can_restore(const Snapshot& snapshot) const {
+bool Caches::can_restore(const Snapshot& snapshot, bool from_others) const {
   const Snapshot::State& from = snapshot.state();
-  return from.model == model && (from.whole || (!pretended && lineage.holds(from.mark)));
+  if (from.model != model) return false;
+  if (from.whole || (!pretended && lineage.holds(from.mark))) return true;
+  const std::shared_ptr<Caches> source = from_others ? from.source.lock() : nullptr;
+  if (!source || source.get() == this) return false;
+  std::optional<Turn> turn;
+  try {
+    if (source->taken != taken) turn.emplace(*source->taken, *source->line);
+  } catch (const Error&) {  // it is in use
+    return false;
+  }
+  return !source->pretended && source->lineage.holds(from.mark);
 }
 
 bool Caches::stands_at(const Snapshot& snapshot) const {

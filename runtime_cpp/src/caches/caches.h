@@ -26,7 +26,7 @@ struct Caches {
   int64_t earliest() const;
   void rewind(int64_t to);
   bool stands_at(const Snapshot& snapshot) const;
-  bool can_restore(const Snapshot& snapshot) const;
+  bool can_restore(const Snapshot& snapshot, bool from_others) const;
   uint64_t kept_bytes(bool whole) const;
   // A snapshot's state but for the token that is next; the copies may be under way. self: who has what is not copied.
   std::unique_ptr<Snapshot::State> keep(const SnapshotOptions& options, std::weak_ptr<Caches> self) const;

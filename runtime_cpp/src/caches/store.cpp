@@ -101,7 +101,7 @@ std::shared_ptr<const Snapshot> SnapshotStore::longest(const Resumable& session,
   Entry* found = nullptr;
   for (Entry& e : entries_)
     if ((!found || e.snapshot->position() > found->snapshot->position()) && e.snapshot->tokens().size() < ids.size() && begins(ids, e.snapshot->tokens()) &&
-        session.can_restore(*e.snapshot))
+        session.can_restore(*e.snapshot, true))
       found = &e;
   ++(found ? counts_.hits : counts_.misses);
   if (!found) return nullptr;

@@ -49,9 +49,9 @@ void Session::restore(const Snapshot& snapshot) {
   Turn turn(impl_->busy, *impl_->timeline);
   impl_->restore(snapshot);
 }
-bool Session::can_restore(const Snapshot& snapshot) const {
+bool Session::can_restore(const Snapshot& snapshot, bool from_others) const {
   Turn turn(impl_->busy, *impl_->timeline);
-  return impl_->can_restore(snapshot);
+  return impl_->can_restore(snapshot, from_others);
 }
 bool Session::stands_at(const Snapshot& snapshot) const {
   Turn turn(impl_->busy, *impl_->timeline);

@@ -12,6 +12,7 @@ import torch
 
 import kiln
 from kiln.custom_ops.step.sample import reference
+from kiln.exporter.serve.steps import engine as engine_module
 from kiln.exporter.serve.steps.engine import Busy, Closed, Job, Outcome, Sampling, Steps
 from kiln.exporter.serve.steps.rows import Rows, sample
 from kiln.exporter.serve.steps.timelines import Timeline, chosen
@@ -322,3 +323,42 @@ def test_which_session_a_prompt_takes() -> None:
     assert chosen(some, [2, 3, 4, 7], "other") is empty.timeline
     assert a.timeline.begin([2, 3, 4, 7], "") == 3 and a.position == 3
     assert a.timeline.begin([2, 3, 4, 7], "other") == 0 and a.position == 0
+
+
+def test_what_another_reads_is_awaited(model: kiln.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts with one beginning: it is read once, and what is written is what each writes alone. Another prompt does not wait."""
+    monkeypatch.setattr(engine_module, "AWAITED", 16)
+    common, ends = prompt(40), [[30 + i, 31, 32, 33, 34] for i in range(3)]
+    store = kiln.SnapshotStore(0, 1 << 30)
+    engine = made(model, 3, store=store)
+    try:
+        jobs = [Waiting([*common, *end], 6, i, stops=(40,)) for i, end in enumerate(ends)]
+        other = Waiting(prompt(20, 5), 6, 9)
+        engine.submit([*(w.job for w in jobs), other.job])
+        for i, (waiting, end) in enumerate(zip(jobs, ends, strict=True)):
+            assert waiting.wait() == by_pieces(model, [common, end], 6, i)
+        assert other.wait() == solo.write(model, prompt(20, 5), 6, CHUNK, (1.0, 0, 1.0, 9), eog=False)
+    finally:
+        engine.close()
+    assert [w.job.cached for w in jobs] == [0, 40, 40]
+    assert other.job.started < jobs[1].job.started and store.counts()["hits"] == 2
+
+
+def test_who_reads_what_is_awaited_may_leave(model: kiln.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one then reads it itself; what has a salt, or wants nothing reused, never waits."""
+    monkeypatch.setattr(engine_module, "AWAITED", 16)
+    common = prompt(40)
+    engine = made(model, 3, store=kiln.SnapshotStore(0, 1 << 30))
+    try:
+        first = Waiting([*common, 30, 31], 6, 0, stops=(40,))
+        first.job.cancelled = True
+        rest = [Waiting([*common, 32 + i, 33], 6, i, stops=(40,)) for i in range(2)]
+        apart = [Waiting([*common, 50, 51], 6, 3, stops=(40,), salt="s"), Waiting([*common, 50, 51], 6, 3, stops=(40,), reuse=False)]
+        engine.submit([w.job for w in (first, *rest)])
+        for i, waiting in enumerate(rest):
+            assert waiting.wait() == by_pieces(model, [common, [32 + i, 33]], 6, i)
+        engine.submit([w.job for w in apart])
+        assert [w.wait() for w in apart] == [by_pieces(model, [common, [50, 51]], 6, 3)] * 2
+    finally:
+        engine.close()
+    assert first.outcome.why == "cancelled" and [w.job.cached for w in (*rest, *apart)] == [0, 40, 0, 0]
