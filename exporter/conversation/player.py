@@ -52,6 +52,7 @@ class Dialect:
 
 KEPT = frozenset(("system", "turn", "call"))  # cuts at which later prompts part as a rule
 WORTH = 256  # ids since the stop before for which a snapshot is taken at any other cut
+NEAR = 8  # ids since the stop before that are read again by one step: a stop there would cost as much as it saves
 
 
 @dataclass
@@ -193,6 +194,6 @@ def stops(cuts: Mapping[int, Sequence[str]], start: int, end: int) -> list[int]:
     for cut, why in cuts.items():
         at = min(cut, end - 1)
         last = found[-1] if found else start
-        if last < at and (not KEPT.isdisjoint(why) or at - last >= WORTH):
+        if at - last > NEAR and (not KEPT.isdisjoint(why) or at - last >= WORTH):
             found.append(at)
     return found
