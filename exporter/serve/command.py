@@ -25,11 +25,11 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
 )  # fmt: skip
 @click.option(
     "--snapshot-device-gib", type=Float(0, 1 << 20),
-    help="Memory of the GPU for snapshots at cuts of prompts.  [default: 8, or a quarter of what is free]",
+    help="Memory of the GPU for snapshots at cuts of prompts.  [default: 16, or a quarter of what is free]",
 )
 @click.option(
     "--snapshot-host-gib", type=Float(0, 1 << 20),
-    help="The same of the host; on the CPU the only one.  [default: 8, or an eighth of its memory]",
+    help="The same of the host; on the CPU the only one.  [default: where that of the GPU is below 4, 8 or an eighth of the memory]",
 )
 @click.option("--timeout", type=Float(0), default=0.0, help="Longest time of an answer, waiting included, in seconds; 0: none.")
 @click.option("--drain", type=Float(0), default=10.0, show_default=True, help="Seconds that answers may go on after a signal.")

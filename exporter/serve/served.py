@@ -34,19 +34,20 @@ Wanted = tuple[Wishes, tuple[int, ...], tuple[int, ...], Parser, tuple[str, ...]
 CONTROL = 3  # a token's type in GGUF
 
 
-MOST_SNAPSHOTS = 8 << 30  # bytes, on the device and on the host, where nothing else is said
+MOST_DEVICE, ENOUGH, MOST_HOST = 16 << 30, 4 << 30, 8 << 30  # bytes of snapshots, where nothing else is said
 
 
 def snapshot_store(model: Any, settings: Settings) -> Any:
     """A `kiln.SnapshotStore`, or None where nothing is to be kept. Its room is found once the caches have theirs, and is a part of what is
-    left: the device's may be needed by what is opened later, and a host serves others, too."""
+    left: the device's may be needed by what is opened later, and a host serves others, too. The host is taken where the device has not
+    enough: each piece that goes there for the first time keeps all steps waiting for half a second a gigabyte."""
     import kiln
 
     device, host = settings.snapshots
     if device is None:
-        device = 0 if model.device == "cpu" else min(MOST_SNAPSHOTS, model.free_bytes // 4)
+        device = 0 if model.device == "cpu" else min(MOST_DEVICE, model.free_bytes // 4)
     if host is None:
-        host = min(MOST_SNAPSHOTS, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+        host = 0 if device >= ENOUGH else min(MOST_HOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
     return kiln.SnapshotStore(device, host) if device or host else None
 
 

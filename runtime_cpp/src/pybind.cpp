@@ -272,10 +272,11 @@ PYBIND11_MODULE(_runtime, m) {
       .def(py::init<uint64_t, uint64_t>(), py::arg("device_bytes"), py::arg("host_bytes"))
       .def("take", &SnapshotStore::take, py::arg("session"), py::arg("conversation"), py::arg("whole") = false, ReleaseGil(),
            "Keeps a snapshot of the session as it stands. False: it is larger than the budgets.")
-      .def("longest", [](SnapshotStore& store, const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
-            return shared(store.longest(session, ids, conversation));
-          }, py::arg("session"), py::arg("ids"), py::arg("conversation"), ReleaseGil(),
-           "The longest whose tokens `ids` begins with and goes on from, and that the session can restore; None: there is none.")
+      .def("longest", [](SnapshotStore& store, const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation, bool from_others) {
+            return shared(store.longest(session, ids, conversation, from_others));
+          }, py::arg("session"), py::arg("ids"), py::arg("conversation"), py::arg("from_others") = false, ReleaseGil(),
+           "The longest whose tokens `ids` begins with and goes on from, and that the session can restore; None: there is none. from_others: as "
+           "can_restore(), where no other thread uses the sessions.")
       .def("forget", &SnapshotStore::forget, py::arg("conversation"), ReleaseGil())
       .def("counts", [](const SnapshotStore& store) {
             const SnapshotStore::Counts c = store.counts();

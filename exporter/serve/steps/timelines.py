@@ -48,7 +48,7 @@ class Timeline:
         if not reuse:
             self.clear()
         at = self.shared(ids, salt)
-        kept = self.store.longest(self.session, list(ids), "") if self.store and reuse and not salt else None
+        kept = self.store.longest(self.session, list(ids), "", True) if self.store and reuse and not salt else None
         if kept is not None and kept.position > at:
             self.session.restore(kept)
             at = kept.position

@@ -73,11 +73,13 @@ struct MemoryReport {  // bytes
   uint64_t total() const { return weights + kv() + activations + graph + other; }
 };
 
+class Memory;
 class Snapshot;
 
 struct SnapshotOptions {
   bool whole = false;  // with everything that another session, or this one once it has overwritten its past, needs to go on from it
   bool host = false;   // its copies in pinned memory of the host
+  std::shared_ptr<Memory> memory = {};  // of a SnapshotStore: where its copies lie
 };
 
 // What a snapshot is taken of and gone back to: a session, or a row of a batch.

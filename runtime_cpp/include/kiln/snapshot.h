@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -26,7 +27,7 @@ class Snapshot {
   bool on_device() const;                      // its copies lie in a GPU's memory
   uint64_t device_bytes() const, host_bytes() const;
   // The same with its copies in pinned memory of the host. `this` must be on_device().
-  std::shared_ptr<const Snapshot> to_host() const;
+  std::shared_ptr<const Snapshot> to_host(std::shared_ptr<Memory> memory = nullptr) const;  // memory: as SnapshotOptions
 
   struct State;
   explicit Snapshot(std::unique_ptr<const State> state);
@@ -52,7 +53,8 @@ class SnapshotStore {
   bool take(const Resumable& session, const std::string& conversation, bool whole = false);
   // The longest one whose tokens `ids` begins with, one of `ids` at least being left, and that `session` can go on from; it is `conversation`'s from
   // now on. Null: there is none.
-  std::shared_ptr<const Snapshot> longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation);
+  // from_others: as Resumable::can_restore(); what it was taken of must not be used by another thread meanwhile, which would be told that it is in use.
+  std::shared_ptr<const Snapshot> longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation, bool from_others = false);
   void forget(const std::string& conversation);
   Counts counts() const;
 
@@ -69,12 +71,14 @@ class SnapshotStore {
   };
 
   Entries::iterator oldest(bool on_device);
+  std::shared_ptr<Memory> memory(const Model& model, bool host);  // null on the CPU, where it costs nothing
   void drop(Entries::iterator entry);
   bool make_room(uint64_t device_bytes, uint64_t host_bytes);
   void touch(Entry& entry, const std::string& conversation);
   void add(std::shared_ptr<const Snapshot> snapshot, const std::string& conversation, uint64_t used);
 
   mutable std::mutex mutex_;
+  std::map<std::string, std::array<std::shared_ptr<Memory>, 2>> memory_;  // of a GPU and of its host, by the GPU
   Budget device_, host_;
   Entries entries_;
   std::map<std::string, uint64_t> conversations_;  // when each was used last

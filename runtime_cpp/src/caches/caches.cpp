@@ -54,7 +54,7 @@ bool Caches::stands_at(const Snapshot& snapshot) const {
 std::unique_ptr<Snapshot::State> Caches::keep(const SnapshotOptions& options, std::weak_ptr<Caches> self) const {
   needs_history();
   auto state = std::make_unique<Snapshot::State>();
-  state->copies = shared.backend->keep(kept_bytes(options.whole), options.host);
+  state->copies = shared.backend->keep(kept_bytes(options.whole), options.host, options.memory);
   uint64_t at = 0;
   auto copy = [&](const KvSpec&, const Tensor& cache, uint64_t offset, uint64_t bytes) {
     line->copy(part(state->copies, at, bytes), part(cache, offset, bytes));

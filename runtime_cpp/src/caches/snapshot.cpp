@@ -12,10 +12,10 @@ uint64_t Snapshot::device_bytes() const { return on_device() ? state_->copies.by
 uint64_t Snapshot::host_bytes() const {
   return state_->logits.size() * sizeof(float) + tokens().size() * sizeof(int64_t) + (on_device() ? 0 : state_->copies.bytes());
 }
-std::shared_ptr<const Snapshot> Snapshot::to_host() const {
+std::shared_ptr<const Snapshot> Snapshot::to_host(std::shared_ptr<Memory> memory) const {
   if (!on_device()) fail("the snapshot's copies are the host's already");
   auto moved = std::make_unique<State>(*state_);
-  moved->copies = state_->model->impl().backend->to_host(state_->copies);
+  moved->copies = state_->model->impl().backend->to_host(state_->copies, std::move(memory));
   return std::make_shared<const Snapshot>(std::move(moved));
 }
 

@@ -1,6 +1,8 @@
 #include <algorithm>
 
+#include "caches/recycled.h"
 #include "caches/snapshot_state.h"
+#include "model/model_impl.h"
 
 namespace kiln {
 
@@ -19,6 +21,14 @@ SnapshotStore::Entries::iterator SnapshotStore::oldest(bool on_device) {
   for (auto e = entries_.begin(); e != entries_.end(); ++e)
     if (e->snapshot->on_device() == on_device && (found == entries_.end() || age(*e) < age(*found))) found = e;
   return found;
+}
+
+std::shared_ptr<Memory> SnapshotStore::memory(const Model& model, bool host) {
+  if (!model.target().cuda) return nullptr;
+  auto& both = memory_[model.device()];
+  if (!both[0])
+    for (bool on_host : {false, true}) both[on_host] = std::make_shared<Recycled>(model.impl().backend->memory_to_keep(on_host));
+  return both[host];
 }
 
 void SnapshotStore::drop(Entries::iterator entry) {
@@ -50,7 +60,7 @@ bool SnapshotStore::make_room(uint64_t device_bytes, uint64_t host_bytes) {
     }
     make_room(0, bytes);
     try {
-      add(moved.snapshot->to_host(), moved.conversation, moved.used);
+      add(moved.snapshot->to_host(memory(*moved.snapshot->state().model, true)), moved.conversation, moved.used);
       ++counts_.moved;
     } catch (const Error&) {  // the host has less than the budget says
       ++counts_.evicted;
@@ -82,7 +92,7 @@ bool SnapshotStore::take(const Resumable& session, const std::string& conversati
   auto take_to = [&](bool host) {
     if (!make_room(host ? 0 : copies, host ? copies + rest : rest)) return;
     try {
-      taken = session.snapshot({whole, host});
+      taken = session.snapshot({whole, host, memory(session.model(), host)});
     } catch (const Error&) {  // there is less memory than the budget says
     }
   };
@@ -96,12 +106,12 @@ bool SnapshotStore::take(const Resumable& session, const std::string& conversati
   return taken != nullptr;
 }
 
-std::shared_ptr<const Snapshot> SnapshotStore::longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation) {
+std::shared_ptr<const Snapshot> SnapshotStore::longest(const Resumable& session, const std::vector<int64_t>& ids, const std::string& conversation, bool from_others) {
   std::lock_guard lock(mutex_);
   Entry* found = nullptr;
   for (Entry& e : entries_)
     if ((!found || e.snapshot->position() > found->snapshot->position()) && e.snapshot->tokens().size() < ids.size() && begins(ids, e.snapshot->tokens()) &&
-        session.can_restore(*e.snapshot, true))
+        session.can_restore(*e.snapshot, from_others))
       found = &e;
   ++(found ? counts_.hits : counts_.misses);
   if (!found) return nullptr;

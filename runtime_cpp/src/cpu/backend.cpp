@@ -190,8 +190,8 @@ class CpuBackend : public Backend {
     return {blob, {}};
   }
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CpuTimeline>(packed_); }
-  Tensor keep(uint64_t bytes, bool) const override { return Tensor::make(std::make_shared<ZeroPages>(), {}, Scalar::U8, {static_cast<int64_t>(bytes)}); }
-  Tensor to_host(const Tensor&) const override { fail("internal error: the CPU's memory is the host's"); }
+  std::shared_ptr<Memory> memory_to_keep(bool) const override { return std::make_shared<ZeroPages>(); }
+  Tensor to_host(const Tensor&, std::shared_ptr<Memory>) const override { fail("internal error: the CPU's memory is the host's"); }
 
  private:
   mutable uint64_t packed_ = 0;  // of its one load

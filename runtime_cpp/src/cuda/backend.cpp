@@ -187,13 +187,12 @@ class CudaBackend : public Backend {
 
   std::unique_ptr<Timeline> make_timeline() const override { return std::make_unique<CudaTimeline>(gpu_, modules_); }
 
-  Tensor keep(uint64_t bytes, bool host) const override {
-    const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
-    return host ? Tensor::make(std::make_shared<PinnedMemory>(gpu_), {}, Scalar::U8, shape)
-                : Tensor::make(std::make_shared<DeviceMemory>(gpu_), device(), Scalar::U8, shape);
+  std::shared_ptr<Memory> memory_to_keep(bool host) const override {
+    if (host) return std::make_shared<PinnedMemory>(gpu_);
+    return std::make_shared<DeviceMemory>(gpu_);
   }
-  Tensor to_host(const Tensor& kept) const override {
-    Tensor copy = keep(kept.bytes(), true);
+  Tensor to_host(const Tensor& kept, std::shared_ptr<Memory> memory) const override {
+    Tensor copy = keep(kept.bytes(), true, std::move(memory));
     Current current(*gpu_);
     OwnStream own;
     driver().check(driver().copy_to_host(copy.data(), address(kept.data()), kept.bytes(), own.stream), "cannot copy from the GPU");

@@ -87,9 +87,14 @@ class Backend {
   virtual std::array<Tensor, 2> load(const RawWeights& weights, const LoaderCode* loader, const Progress& progress) const = 0;
   virtual std::unique_ptr<Timeline> make_timeline() const = 0;
   // uint8 [bytes] that outlive every timeline, and that any thread may release: on the device, or pinned on the host. On the CPU both are one.
-  virtual Tensor keep(uint64_t bytes, bool host) const = 0;
+  // memory: of that kind, where it is somebody's own.
+  Tensor keep(uint64_t bytes, bool host, std::shared_ptr<Memory> memory = nullptr) const {
+    if (!memory) memory = memory_to_keep(host);
+    return Tensor::make(std::move(memory), host ? Device{} : device(), Scalar::U8, {static_cast<int64_t>(bytes)});
+  }
+  virtual std::shared_ptr<Memory> memory_to_keep(bool host) const = 0;
   // A copy of such bytes of a GPU, on the host.
-  virtual Tensor to_host(const Tensor& kept) const = 0;
+  virtual Tensor to_host(const Tensor& kept, std::shared_ptr<Memory> memory) const = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend();

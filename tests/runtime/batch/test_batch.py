@@ -137,14 +137,14 @@ def test_timelines_that_come_and_go(model, device):
 def test_chunks_of_prompts(model):
     """A prompt that is read in chunks between steps keeps others waiting for one chunk at a time."""
     first, second = {"prompt": [9, 8, 7], "max_new_tokens": 30}, {"prompt": list(range(10, 50)), "max_new_tokens": 3}
-    batch = kiln.Batch(model, prefill_chunk=8)
+    batch = kiln.Batch(model, prefill_chunk=8, read_by_step=1)
     one = batch.join(**first, stop_at_eog=False)
     batch.step()
     two = batch.join(**second, stop_at_eog=False)
     seen = [[handle for handle, *_ in batch.step()] for _ in range(6)]
     assert seen[:4] == [[one]] * 4 and seen[4] == [two, one]  # five chunks of 8, the last with the first token
     assert sorted(seen[5]) == [one, two]
-    hasty = kiln.Batch(model, prefill_chunk=8, max_gap_ms=60_000)
+    hasty = kiln.Batch(model, prefill_chunk=8, max_gap_ms=60_000, read_by_step=1)
     hasty.join(**first, stop_at_eog=False)
     hasty.step()
     late = hasty.join(**second, stop_at_eog=False)

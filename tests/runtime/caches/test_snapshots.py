@@ -136,6 +136,28 @@ def test_a_past_that_was_overwritten(real: kiln.Model) -> None:
         other.restore(left)
 
 
+def test_with_the_help_of_others(real: kiln.Model) -> None:
+    """A snapshot that is not whole serves another session while the one that it was taken of holds what lay below, and no longer."""
+    random, store = Random(5), kiln.SnapshotStore(0, 1 << 30)
+    first, second, third = kiln.Session(real), kiln.Session(real), kiln.Session(real)
+    ids, tail = some(random, real, 40), some(random, real, 7)
+    first.prefill(ids)
+    assert store.take(first, "")
+    first.prefill(some(random, real, 9))  # it goes on, which changes nothing below
+    assert store.longest(second, [*ids, *tail], "") is None
+    found = store.longest(second, [*ids, *tail], "", from_others=True)
+    assert found is not None and not second.can_restore(found) and second.can_restore(found, from_others=True)
+    second.restore(found)
+    second.prefill(tail)
+    cold = kiln.Session(real)
+    pieces(cold, [*ids, *tail], 40)
+    assert equal(goes_on(second, 9), goes_on(cold, 9))
+    first.rewind(0)
+    first.prefill(ids)  # the same tokens, written again
+    assert store.longest(third, [*ids, *tail], "", from_others=True) is None and not third.can_restore(found, from_others=True)
+    assert store.longest(second, [*ids, *tail], "") is not None  # which has them itself now
+
+
 def test_rewind(real: kiln.Model) -> None:
     """Anywhere while no ring has wrapped; one token back, or to the start, afterwards; elsewhere refused with the range."""
     rings = [k["shape"][0] for k in real.manifest["kv"] if k["kind"] == "ring"]
