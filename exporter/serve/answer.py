@@ -70,13 +70,14 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Event:
-    """What came of one choice: ids, their deltas and log-probabilities; at its end, why."""
+    """What came of one choice: ids, their deltas and log-probabilities; at its end, why. gap: seconds since the token before, if any."""
 
     index: int
     deltas: tuple[Delta, ...] = ()
     ids: tuple[int, ...] = ()
     likely: tuple[Likely, ...] = ()
     finish: str | None = None
+    gap: float = 0.0
 
 
 Parts = tuple[Parser, "Steer | None", "Rows | None"]  # of one answer
@@ -123,8 +124,7 @@ class Choice:
 
     def take(self, token: int) -> bool | tuple[int, ...]:
         now = time.monotonic()
-        if self.tokens:
-            self._around.metrics.between(now - self._last)
+        gap = now - self._last if self.tokens else 0.0
         self.first, self._last = self.first or now, now
         instead = self.steer.replacement(token) if self.steer else ()
         if instead and self.rows:
@@ -132,7 +132,7 @@ class Choice:
         deltas: list[Delta] = []
         for i in instead or (token,):
             deltas += self._one(i)
-        self._tell(deltas, instead or (token,))
+        self._tell(deltas, instead or (token,), gap=gap)
         return False if self.parser.ended else instead or True
 
     def _one(self, token: int) -> list[Delta]:
@@ -164,12 +164,12 @@ class Choice:
         else:
             self._post.put(_problem(outcome))
 
-    def _tell(self, deltas: list[Delta], ids: tuple[int, ...], finish: str | None = None) -> None:
+    def _tell(self, deltas: list[Delta], ids: tuple[int, ...], finish: str | None = None, gap: float = 0.0) -> None:
         likely: tuple[Likely, ...] = ()
         if self.rows and self.rows.found:
             likely = tuple(self.rows.found)
             self.rows.found.clear()
-        self._post.put(Event(self.index, tuple(deltas), ids, likely, finish))
+        self._post.put(Event(self.index, tuple(deltas), ids, likely, finish, gap))
 
 
 def _problem(outcome: Outcome) -> Problem:
@@ -238,6 +238,8 @@ class Answer:
                 finally:
                     del event  # the problem refers to this frame
             left -= event.finish is not None
+            if event.gap:  # counted here, for the engine's thread has the device waiting
+                self.served.metrics.between(event.gap)
             yield event
 
     async def whole(self) -> list[Event]:

@@ -221,6 +221,8 @@ class Steps(Generic[R]):
 
     def _sweep(self) -> list[tuple[Job, str]]:
         """Jobs that end while they wait."""
+        if not self._waiting:
+            return []
         now, kept, over = time.monotonic(), deque[Job](), list[tuple[Job, str]]()
         for job in self._waiting:
             late = job.deadline is not None and now > job.deadline
