@@ -21,12 +21,13 @@ void bind_batch(py::module_& m) {
       .def("restore", &BatchRow::restore, py::arg("snapshot"), ReleaseGil(), "Holds what the snapshot's row or session held. Error while a timeline is in it.");
   py::class_<Batch>(m, "Batch", "Several timelines over one model, which take their tokens in the same steps.")
       .def(py::init([](std::shared_ptr<kiln::Model> model, int64_t rows, int64_t prefill_chunk, double max_gap_ms, bool keep_logits, bool graph,
-                       bool early_launch, int64_t read_by_step) {
+                       bool early_launch, int64_t read_by_step, bool run_ahead) {
              return std::make_unique<Batch>(std::move(model),
-                                            kiln::BatchOptions{rows, prefill_chunk, max_gap_ms, keep_logits, graph, early_launch, read_by_step});
+                                            kiln::BatchOptions{rows, prefill_chunk, max_gap_ms, keep_logits, graph, early_launch, read_by_step, run_ahead});
            }),
            py::arg("model"), py::arg("rows") = 0, py::arg("prefill_chunk") = 0, py::arg("max_gap_ms") = 0., py::arg("keep_logits") = false,
-           py::arg("graph") = true, py::arg("early_launch") = true, py::arg("read_by_step") = 0, ReleaseGil())
+           py::arg("graph") = true, py::arg("early_launch") = true, py::arg("read_by_step") = 0, py::arg("run_ahead") = false,
+           ReleaseGil(), "run_ahead: queue a step before step() returns the tokens of the one before.")
       .def("join", [](Batch& b, const std::vector<int64_t>& prompt, float temperature, int32_t top_k, float top_p, int64_t seed, int64_t max_new_tokens,
                       bool stop_at_eog, const std::optional<std::string>& draft, int64_t draft_length, bool draft_fixed, int64_t row, bool keep_logits) {
              return b.join({prompt, {temperature, top_k, top_p, seed}, max_new_tokens, stop_at_eog,

@@ -20,6 +20,9 @@ struct BatchOptions {
   bool keep_logits = false;   // for logits()
   bool graph = true, early_launch = true;  // as SessionOptions
   int64_t read_by_step = 0;                // as SessionOptions
+  // A step is queued before step() returns what the one before it sampled, so that the device does not wait for who looks at that. Not for
+  // timelines that draft or keep logits, and not while prompts wait; what became of a timeline meanwhile makes its token void.
+  bool run_ahead = false;
 };
 
 struct Request {

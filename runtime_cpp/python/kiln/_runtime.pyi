@@ -99,6 +99,7 @@ class Batch:
         graph: bool = True,
         early_launch: bool = True,
         read_by_step: int = 0,
+        run_ahead: bool = False,
     ) -> None: ...
     def join(
         self,

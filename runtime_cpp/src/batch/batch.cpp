@@ -99,6 +99,7 @@ BatchProbe Batch::probe(const std::vector<int64_t>& tokens, const std::vector<in
     check_sampling(sampling[i]);
     places.push_back({tokens[i], positions[i], numbers[i], sampling[i]});
   }
+  impl_->forget_ahead();
   for (Row& row : rows) row.clear();  // what it held is written over
   Entries::Step& step = entries.step(m, numbers[0]);
   entries.write(step, places);

@@ -23,9 +23,21 @@ struct Batch::Impl {
 
   void read_chunk(int64_t number, std::vector<RowEvent>& events);
   void take_step(const std::vector<int64_t>& numbers, std::vector<RowEvent>& events);
+  void queue_ahead();
+  bool take_ahead(std::vector<RowEvent>& events);
+  void forget_ahead();
   RowEvent took(Row& row, int64_t token);
   void keep_logits(Row& row, const Tensor& logits, int64_t at);
   void check_tokens(const std::vector<int64_t>& tokens, int64_t after, const char* what) const;
+
+  // A step that is queued, and whose tokens it was fed. None: nothing is.
+  struct Ahead {
+    struct Fed {
+      int64_t number, handle, token, position;
+    };
+    Entries::Step* step = nullptr;
+    std::vector<Fed> fed;
+  };
 
   std::shared_ptr<const Model> model;
   const Model::Impl& shared;
@@ -34,6 +46,7 @@ struct Batch::Impl {
   std::optional<Entries> entries;
   std::optional<BatchDrafts> drafts;
   std::optional<Rows> rows;
+  Ahead ahead;
   int64_t last_handle = 0;
   int64_t read_last = 0;  // number of the row whose prompt a chunk was read of last
   mutable std::atomic<bool> busy{false};

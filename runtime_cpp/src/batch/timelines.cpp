@@ -195,6 +195,55 @@ void Batch::Impl::take_step(const std::vector<int64_t>& numbers, std::vector<Row
   }
 }
 
+// The next step of all timelines, where nothing but their tokens can be its.
+void Batch::Impl::queue_ahead() {
+  if (!options.run_ahead || rows->next_reader(read_last) != rows->size()) return;
+  for (const KvSpec& k : shared.artifact.kv)
+    if (k.state) return;  // it would not be known whether a state has taken the token
+  const std::vector<int64_t> numbers = rows->in_order(&Row::used);
+  if (numbers.empty() || static_cast<int64_t>(numbers.size()) > entries->most()) return;
+  std::vector<Entries::Place> places;
+  std::vector<Ahead::Fed> fed;
+  for (int64_t number : numbers) {
+    const Row& row = (*rows)[number];
+    if (row.left() || row.next < 0 || row.drafts || options.keep_logits || row.request.keep_logits || row.position >= shared.artifact.max_seq_len) return;
+    places.push_back({row.next, row.position, number, row.request.sampling});
+    fed.push_back({number, row.handle, row.next, row.position});
+  }
+  Entries::Step& step = entries->step(static_cast<int64_t>(places.size()), numbers[0]);
+  entries->write(step, places);
+  entries->run(step);
+  ++step.runs;
+  for (const Ahead::Fed& f : fed) (*rows)[f.number].written = std::max<int64_t>((*rows)[f.number].written, f.position + 1);
+  ahead = {&step, std::move(fed)};
+}
+
+// What the queued step sampled for those that still stand where it found them. False: it has nothing for anybody.
+bool Batch::Impl::take_ahead(std::vector<RowEvent>& events) {
+  if (ahead.fed.empty()) return false;
+  const std::vector<Ahead::Fed> fed = std::move(ahead.fed);
+  ahead.fed.clear();
+  std::vector<int64_t> tokens(static_cast<size_t>(ahead.step->out.token.numel()));
+  timeline->read(tokens.data(), ahead.step->out.token);
+  bool found = false;
+  for (size_t i = 0; i < fed.size(); ++i) {
+    const Ahead::Fed& f = fed[i];
+    Row& row = (*rows)[f.number];
+    if (!row.used() || row.handle != f.handle || row.left() || row.next != f.token || row.position != f.position) continue;
+    row.wrote(&f.token, 1);
+    events.push_back(took(row, tokens[i]));
+    found = true;
+  }
+  return found;
+}
+
+// Nobody wants it, but its inputs may be read still.
+void Batch::Impl::forget_ahead() {
+  if (ahead.fed.empty()) return;
+  ahead.fed.clear();
+  timeline->synchronize();
+}
+
 std::vector<RowEvent> Batch::Impl::step() {
   std::vector<RowEvent> events;
   const std::vector<int64_t> ready = rows->in_order(&Row::steps);
@@ -208,9 +257,16 @@ std::vector<RowEvent> Batch::Impl::step() {
     if (ready.empty() || milliseconds(now - began) + milliseconds(now - before) > options.max_gap_ms) break;
     before = now;
   }
-  const auto most = static_cast<size_t>(entries->most());
-  for (size_t at = 0; at < ready.size(); at += most)
-    take_step({ready.begin() + static_cast<int64_t>(at), ready.begin() + static_cast<int64_t>(std::min(at + most, ready.size()))}, events);
+  if (!take_ahead(events)) {  // else those that came since take the next step with the others
+    const auto most = static_cast<size_t>(entries->most());
+    for (size_t at = 0; at < ready.size(); at += most)
+      take_step({ready.begin() + static_cast<int64_t>(at), ready.begin() + static_cast<int64_t>(std::min(at + most, ready.size()))}, events);
+  }
+  try {
+    queue_ahead();
+  } catch (const Error&) {  // these events are to be told; who steps again meets the same error
+    ahead.fed.clear();
+  }
   return events;
 }
 
