@@ -52,6 +52,7 @@ SLOW = (
 COMPILED_FOR_A_GPU = ("gpu", "played", "several")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     first = {Path(__file__).parent / name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: first.get(item.path, len(first)))

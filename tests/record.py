@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
+GROUP = re.compile(r"@[^@\[\]]*$")  # that pytest-xdist writes behind a name
 
 
 def commit() -> str:
@@ -60,7 +62,8 @@ class Record:
         self.failures.unlink(missing_ok=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        name = GROUP.sub("", report.nodeid)
+        test = self.tests.setdefault(name, {"name": name, "outcome": "passed", "seconds": 0.0})
         test["seconds"] = round(test["seconds"] + report.duration, 2)
         if report.outcome != "passed" and test["outcome"] == "passed":
             test["outcome"] = "error" if report.outcome == "failed" and report.when != "call" else report.outcome

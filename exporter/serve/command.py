@@ -24,6 +24,10 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
     help="What prompts may take between two steps of others, where the artifact has rows; a chunk is read at least.",
 )  # fmt: skip
 @click.option(
+    "--run-ahead/--no-run-ahead", default=False, show_default=True,
+    help="Queue a step before the tokens of the one before are looked at, where the artifact has rows.",
+)  # fmt: skip
+@click.option(
     "--snapshot-device-gib", type=Float(0, 1 << 20),
     help="Memory of the GPU for snapshots at cuts of prompts.  [default: 16, or a quarter of what is free]",
 )

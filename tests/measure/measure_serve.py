@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--users", default="1,4,8")
     parser.add_argument("--out", type=Path, required=True, metavar="F.json")
     parser.add_argument("--only", default="", metavar="TEXT", help="loads whose name contains TEXT")
+    parser.add_argument("--serve", action="append", default=[], metavar="=OPTION", help="an option more for kiln serve; repeatable")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="lengths divided by N")
     options = parser.parse_args(arguments)
     if (options.artifact is None) == (options.url is None):
@@ -146,10 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     if missing("without HTTP"):
         step("without HTTP", without_http(*given, users, scale))
     if any(missing(name) for name in loads(scale)):
-        with serving(*given) as url:
+        with serving(*given, *options.serve) as url:
             all_loads(url)
     if missing("gaps"):
-        with serving(*given, "--max-gap-ms", str(GAP_MS), "--prefill-chunk", str(GAP_CHUNK // min(scale, 16))) as url:
+        with serving(*given, *options.serve, "--max-gap-ms", str(GAP_MS), "--prefill-chunk", str(GAP_CHUNK // min(scale, 16))) as url:
             step("gaps", gaps(url, scale, users[-1] // 2 or 1))
     return 0
 

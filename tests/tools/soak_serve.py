@@ -1,7 +1,8 @@
 """Random clients against a server: python -m tests.tools.soak_serve ARTIFACT --minutes 120 [--clients 8] [--sessions 2] [--salted]
 
 Each asks, streams, reads slowly, leaves at some stage, sends what is wrong or too long, or goes on where an earlier answer ended. Every
-answer that is completed must be, token for token, that of a session which has the model for itself. At the end nothing may be in work, and
+answer that is completed must be, token for token, that of a session which has the model for itself; but for conversations, where the
+artifact has a template: they go on from snapshots, and bits depend on where pieces of prompts ended. At the end nothing may be in work, and
 the server may have no more in memory than 5 % above what it had after the first fifth of the time, its warm-up. Snapshots of prompts stay
 within their budget at every moment that is looked at, five times a second.
 
@@ -50,8 +51,11 @@ class Client(threading.Thread):
     salted: no prompt goes on where another ended. Needed where bits depend on where pieces ended, which a session alone does not share.
     """
 
-    def __init__(self, url: str, model: kiln.Model, chunk: int, seed: int, end: float, pause: float = 0.0, salted: bool = False):
+    def __init__(
+        self, url: str, model: kiln.Model, chunk: int, seed: int, end: float, pause: float = 0.0, salted: bool = False, talks: bool = False
+    ):
         super().__init__(daemon=True)
+        self.talks, self.said = talks, list[dict[str, str]]()
         self.url, self.model, self.random, self.end, self.pause = url, model, Random(seed), end, pause
         self.solo, self.salted = kiln.Session(model, prefill_chunk=chunk), salted
         self.found: Counter[str] = Counter()
@@ -61,6 +65,7 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         kinds: list[Callable[[], None]] = [self.ask, self.ask, self.stream, self.stream, self.leave, self.leave, self.wrong, self.huge]
+        kinds += [self.talk] * 2 * self.talks
         try:
             with httpx.Client(base_url=self.url, timeout=PATIENCE) as self.http:
                 while time.monotonic() < self.end:
@@ -129,6 +134,25 @@ class Client(threading.Thread):
             assert line == "" or line == "data: [DONE]"
         self.compare(body, tokens)
 
+    def talk(self) -> None:
+        """A message more, of a conversation that begins anew where the caches would be full."""
+        if not self.said:
+            self.said = [{"role": "system", "content": self.random.choice(["Be brief.", "Be kind, and say what you know."])}]
+        asked = [*self.said, {"role": "user", "content": self.random.choice(["And now?", "Tell me more.", "Why?"])}]
+        body = {"messages": asked, "max_tokens": self.random.randrange(1, 12), "temperature": 0}
+        response = self.http.post("/v1/chat/completions", json=body)
+        if response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded":
+            self.said, self.found["begun anew"] = [], self.found["begun anew"] + 1
+            return
+        if response.status_code == 429:
+            self.found["refused"] += 1
+            return time.sleep(0.02)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        self.said = [*asked, {"role": "assistant", "content": answer["choices"][0]["message"]["content"] or ""}]
+        self.found["talked"] += 1
+        self.found["talked on"] += answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
     def leave(self) -> None:
         """Within the request's head, within its body, behind it."""
         raw = json.dumps(self.body() | {"stream": self.random.random() < 0.5}).encode()
@@ -152,10 +176,12 @@ class Client(threading.Thread):
 
 
 def soak(
-    url: str, model: kiln.Model, chunk: int, seconds: float, clients: int, seed: int = 0, pause: float = 0.0, salted: bool = False
+    url: str, model: kiln.Model, chunk: int, seconds: float, clients: int, seed: int = 0, pause: float = 0.0, salted: bool = False,
+    talks: bool = False,
 ) -> Counter[str]:
     """Raises what a client met that must not be."""
-    some = [Client(url, model, chunk, seed * 1000 + i, time.monotonic() + seconds, pause, salted) for i in range(clients)]
+    end = time.monotonic() + seconds
+    some = [Client(url, model, chunk, seed * 1000 + i, end, pause, salted, talks) for i in range(clients)]
     for client in some:
         client.start()
     for client in some:
@@ -250,7 +276,7 @@ def main() -> None:
     command = [sys.executable, "-c", TRIMMING, str(given.artifact), "--port", "0", "--device", given.device]
     command += ["--sessions", str(given.sessions), "--queue", str(given.clients // 2), "--snapshot-host-gib", str(given.snapshot_gib)]
     command += ["--snapshot-device-gib", str(given.snapshot_gib)] if given.device != "cpu" else []
-    model = kiln.Model(str(given.artifact), given.device)
+    model, talks = kiln.Model(str(given.artifact), given.device), (given.artifact / "chat_template.jinja").exists()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
@@ -259,7 +285,8 @@ def main() -> None:
             snapshots = Snapshots(url)
             snapshots.start()
             for part in range(given.parts):
-                total += soak(url, model, model.prefill_chunk, given.minutes * 60 / given.parts, given.clients, part, 0.0, given.salted)
+                seconds = given.minutes * 60 / given.parts
+                total += soak(url, model, model.prefill_chunk, seconds, given.clients, part, 0.0, given.salted, talks)
                 parts.append(measured(process, url, total["completed"]))
                 said = f"{parts[-1].resident / 1e6:.1f} MB, in use {parts[-1].used / 1e6:.1f} MB"
                 print(f"{(time.monotonic() - start) / 60:.1f} min: {dict(sorted(total.items()))}, {said}", flush=True)
@@ -268,6 +295,7 @@ def main() -> None:
             print(f"snapshots, the most of each: {dict(sorted(snapshots.most.items()))}")
             for place in ("device_bytes", "host_bytes"):
                 assert snapshots.most[place] <= given.snapshot_gib * (1 << 30), f"{place} of snapshots above their budget"
+            assert not talks or total["talked on"], "no conversation went on from what was kept"
             share, slope = grown(parts)
             print(f"since the first fifth {share:+.1%}; over the last half {slope:+.1f} bytes for each completed answer")
             assert share <= 0.05, f"memory grew from {parts[len(parts) // 5].used} to {parts[-1].used} bytes"

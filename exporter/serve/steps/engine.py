@@ -251,9 +251,8 @@ class Steps(Generic[R]):
         """A row is reading what the prompt begins with, and will keep a snapshot there: to go on from that takes less time."""
         if not job.reuse or job.score or job.salt:
             return False
-        held = max(timeline.shared(job.ids, job.salt) for timeline in self._idle)
-        there = (self._common(row, job) for row in self._rows if row.timeline.store and row.reading)
-        return any(end - held >= AWAITED for end in there)
+        there = max((self._common(row, job) for row in self._rows if row.timeline.store and row.reading), default=0)
+        return there >= AWAITED and there - max(timeline.shared(job.ids, job.salt) for timeline in self._idle) >= AWAITED
 
     def _common(self, row: R, job: Job) -> int:
         """Ids of the job's prompt that the row will have read, and keep, at its last stop in them; 0: it has none, or is past it."""
