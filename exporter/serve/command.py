@@ -24,8 +24,8 @@ from kiln.exporter.parameters import DEVICE, PATH, Float, is_model_file, of_what
     help="What prompts may take between two steps of others, where the artifact has rows; a chunk is read at least.",
 )  # fmt: skip
 @click.option(
-    "--run-ahead/--no-run-ahead", default=False, show_default=True,
-    help="Queue a step before the tokens of the one before are looked at, where the artifact has rows.",
+    "--run-ahead/--no-run-ahead", default=None,
+    help="Queue a step before the tokens of the one before are looked at, where the artifact has rows.  [default: on a GPU]",
 )  # fmt: skip
 @click.option(
     "--snapshot-device-gib", type=Float(0, 1 << 20),

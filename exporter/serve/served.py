@@ -56,8 +56,8 @@ def together(model: Any, settings: Settings) -> tuple[Together, Any]:
     import kiln
 
     chunk = min(settings.chunk or model.prefill_chunk, model.prefill_chunk)
-    given = {"max_gap_ms": settings.max_gap_ms, "run_ahead": settings.run_ahead}
-    batch = kiln.Batch(model, rows=settings.sessions, prefill_chunk=chunk, **given)
+    ahead = model.device != "cpu" if settings.run_ahead is None else settings.run_ahead
+    batch = kiln.Batch(model, rows=settings.sessions, prefill_chunk=chunk, max_gap_ms=settings.max_gap_ms, run_ahead=ahead)
     store = snapshot_store(model, settings)
     return Together(batch, [Timeline(batch.row(i), store) for i in range(batch.rows)], settings.queue, chunk, model.max_seq_len), store
 

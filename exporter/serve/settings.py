@@ -15,7 +15,7 @@ class Settings:
     queue: int = 64
     chunk: int = 0  # ids of a prompt between two steps of others; 0: the artifact's
     max_gap_ms: float = 0.0  # what prompts may take between two steps of others, of an artifact with rows; a chunk is read at least
-    run_ahead: bool = False  # of an artifact with rows: a step is queued before the tokens of the one before are looked at
+    run_ahead: bool | None = None  # of an artifact with rows: a step is queued before tokens of the one before are seen; None: on a GPU
     snapshots: tuple[int | None, int | None] = (0, 0)  # bytes kept on the device and on the host; None: as `snapshot_store` finds
     timeout: float = 0.0
     drain: float = 10.0

@@ -1,8 +1,10 @@
 """Renders chat templates in a process of its own: a template is a program of a stranger, which may run for ever or fill the memory.
 
 Run as a file (`python render.py`), so that nothing of this package is imported. A job is a line of JSON on stdin, its answer one on stdout:
-{template, turns: [the variables of one rendering, ...], longest: characters of one rendering, seconds: of CPU time for the job}
--> {turns: [{text} or {error: one line}, ...], dated: the template asked for the date} or {error: one line}.
+{template, messages: [...], turns: [the variables of one rendering, its messages by their numbers, ...], longest: characters of one
+rendering, seconds: of CPU time for the job}
+-> {turns: [{text, same: characters of the turn before, to go before it} or {error: one line}, ...], dated: the template asked for the date}
+or {error: one line}.
 """
 
 from __future__ import annotations
@@ -77,6 +79,15 @@ def _rendering(template: Any, variables: dict[str, Any], longest: int) -> str:
     return "".join(parts)
 
 
+def _same(a: str, b: str) -> int:
+    """Characters that two texts have in common at their beginnings."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
 def render(job: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
     """The answer to one job. `compiled` keeps the template of the last one: text -> (template, dates it asked for)."""
     text = job["template"]
@@ -89,9 +100,15 @@ def render(job: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
         compiled[text] = (made["text"], asked)
     template, asked = compiled[text]
     asked.clear()
-    turns = []
+    turns, before = [], ""
     for variables in job["turns"]:
-        turns.append(_attempt(lambda v=variables: _rendering(template, v, job["longest"])))
+        if "messages" in variables:  # which a template cannot change: the sandbox is an immutable one
+            variables["messages"] = [job["messages"][i] for i in variables["messages"]]
+        turn = _attempt(lambda v=variables: _rendering(template, v, job["longest"]))
+        if "text" in turn:
+            text, same = turn["text"], _same(before, turn["text"])
+            turn, before = {"text": text[same:], "same": same}, text
+        turns.append(turn)
     return {"turns": turns, "dated": bool(asked)}
 
 

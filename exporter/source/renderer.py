@@ -34,12 +34,24 @@ class Renderer:
 
         Raises TemplateError where the template as a whole fails.
         """
-        job = {"template": self.template, "turns": list(turns), "longest": self.longest, "seconds": self.seconds}
+        once: dict[int, tuple[int, Any]] = {}  # turns of one conversation share its messages
+
+        def number(messages: Sequence[Any]) -> list[int]:
+            return [once.setdefault(id(m), (len(once), m))[0] for m in messages]
+
+        numbered = [{**turn, "messages": number(turn["messages"])} if "messages" in turn else turn for turn in turns]
+        job = {"template": self.template, "messages": [m for _, m in once.values()], "turns": numbered}
         with self._lock:
-            answer = self._answer(json.dumps(job).encode() + b"\n")
+            answer = self._answer(json.dumps(job | {"longest": self.longest, "seconds": self.seconds}).encode() + b"\n")
         if "error" in answer:
             raise TemplateError(answer["error"])
-        return [TemplateError(turn["error"]) if "error" in turn else turn["text"] for turn in answer["turns"]], answer["dated"]
+        found: list[str | TemplateError] = []
+        before = ""
+        for turn in answer["turns"]:
+            if "error" not in turn:
+                before = before[: turn["same"]] + turn["text"]
+            found.append(TemplateError(turn["error"]) if "error" in turn else before)
+        return found, answer["dated"]
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:

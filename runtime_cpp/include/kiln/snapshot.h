@@ -46,7 +46,7 @@ class SnapshotStore {
     int64_t kept = 0, hits = 0, misses = 0, evicted = 0, moved = 0, refused = 0;  // moved: to the host; refused: larger than the budgets, or than the memory
   };
 
-  // On the CPU everything counts as the host's.
+  // A snapshot counts where its copies lie, its ids and logits with them, which are the host's. On the CPU everything counts as the host's.
   SnapshotStore(uint64_t device_budget, uint64_t host_budget) : device_{device_budget}, host_{host_budget} {}
 
   // Takes a snapshot of the session or row as it stands and keeps it for `conversation`, once room is made. False: there is no such room.
@@ -73,7 +73,8 @@ class SnapshotStore {
   Entries::iterator oldest(bool on_device);
   std::shared_ptr<Memory> memory(const Model& model, bool host);  // null on the CPU, where it costs nothing
   void drop(Entries::iterator entry);
-  bool make_room(uint64_t device_bytes, uint64_t host_bytes);
+  Budget& of(bool on_device);
+  bool make_room(bool on_device, uint64_t bytes);
   void touch(Entry& entry, const std::string& conversation);
   void add(std::shared_ptr<const Snapshot> snapshot, const std::string& conversation, uint64_t used);
 

@@ -12,6 +12,8 @@ bool begins(const std::vector<int64_t>& ids, const std::vector<int64_t>& with) {
   return with.size() <= ids.size() && std::equal(with.begin(), with.end(), ids.begin());
 }
 
+uint64_t all_bytes(const Snapshot& snapshot) { return snapshot.device_bytes() + snapshot.host_bytes(); }
+
 }  // namespace
 
 // Of the conversation that was used least recently, of those that have one there.
@@ -31,44 +33,37 @@ std::shared_ptr<Memory> SnapshotStore::memory(const Model& model, bool host) {
   return both[host];
 }
 
+// Where its copies lie is where all of it counts, the ids and logits of what is on a device, too.
+SnapshotStore::Budget& SnapshotStore::of(bool on_device) { return on_device ? device_ : host_; }
+
 void SnapshotStore::drop(Entries::iterator entry) {
-  device_.used -= entry->snapshot->device_bytes();
-  host_.used -= entry->snapshot->host_bytes();
-  const std::string of = std::move(entry->conversation);
+  of(entry->snapshot->on_device()).used -= all_bytes(*entry->snapshot);
+  const std::string conversation = std::move(entry->conversation);
   entries_.erase(entry);
-  if (std::none_of(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.conversation == of; })) conversations_.erase(of);
+  if (std::none_of(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.conversation == conversation; })) conversations_.erase(conversation);
 }
 
 void SnapshotStore::add(std::shared_ptr<const Snapshot> snapshot, const std::string& conversation, uint64_t used) {
-  device_.used += snapshot->device_bytes();
-  host_.used += snapshot->host_bytes();
+  of(snapshot->on_device()).used += all_bytes(*snapshot);
   conversations_.try_emplace(conversation, used);
   entries_.push_back({std::move(snapshot), conversation, used});
 }
 
 // False: there is no such room, and nothing was dropped for it.
-bool SnapshotStore::make_room(uint64_t device_bytes, uint64_t host_bytes) {
-  if (device_bytes > device_.most || host_bytes > host_.most) return false;
-  while (!device_.fits(device_bytes)) {
-    const auto entry = oldest(true);
+bool SnapshotStore::make_room(bool on_device, uint64_t bytes) {
+  if (bytes > of(on_device).most) return false;
+  while (!of(on_device).fits(bytes)) {
+    const auto entry = oldest(on_device);
     const Entry moved = *entry;
     drop(entry);
-    const uint64_t bytes = moved.snapshot->device_bytes() + moved.snapshot->host_bytes();
-    if (bytes > host_.most) {
-      ++counts_.evicted;
-      continue;
+    if (on_device && make_room(false, all_bytes(*moved.snapshot))) {
+      try {
+        add(moved.snapshot->to_host(memory(*moved.snapshot->state().model, true)), moved.conversation, moved.used);
+        ++counts_.moved;
+        continue;
+      } catch (const Error&) {  // the host has less than the budget says
+      }
     }
-    make_room(0, bytes);
-    try {
-      add(moved.snapshot->to_host(memory(*moved.snapshot->state().model, true)), moved.conversation, moved.used);
-      ++counts_.moved;
-    } catch (const Error&) {  // the host has less than the budget says
-      ++counts_.evicted;
-    }
-  }
-  while (!host_.fits(host_bytes)) {
-    auto entry = oldest(false);
-    drop(entry == entries_.end() ? oldest(true) : entry);  // ids and logits of what is on the device are the host's
     ++counts_.evicted;
   }
   return true;
@@ -90,7 +85,7 @@ bool SnapshotStore::take(const Resumable& session, const std::string& conversati
   conversations_[conversation] = ++clock_;  // those that go are another's first
   std::shared_ptr<const Snapshot> taken;
   auto take_to = [&](bool host) {
-    if (!make_room(host ? 0 : copies, host ? copies + rest : rest)) return;
+    if (!make_room(!host, copies + rest)) return;
     try {
       taken = session.snapshot({whole, host, memory(session.model(), host)});
     } catch (const Error&) {  // there is less memory than the budget says

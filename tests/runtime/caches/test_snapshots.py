@@ -385,7 +385,8 @@ def test_which_go_first(toy, device) -> None:
     session = kiln.Session(model)
     session.prefill(PROMPT)
     copies, rest = session.snapshot_bytes(True), 4 * VOCAB + 8 * len(PROMPT)
-    store = kiln.SnapshotStore(3 * copies, 2 * copies + 6 * rest) if device == "cuda" else kiln.SnapshotStore(0, 3 * (copies + rest))
+    each = copies + rest
+    store = kiln.SnapshotStore(3 * each, 2 * each) if device == "cuda" else kiln.SnapshotStore(0, 3 * each)
 
     def take(first: int, name: str) -> None:
         session.reset()
@@ -412,6 +413,10 @@ def test_which_go_first(toy, device) -> None:
         assert store.counts()["moved"] == 2 and store.counts()["kept"] == 5
         take(6, "c")
         assert store.counts()["evicted"] == 1 and kept() == [2, 3, 4, 5, 6]
+        store = kiln.SnapshotStore(2 * each, 0)  # what lies beside a device's copies needs nothing of the host's budget
+        for first in (1, 2, 3):
+            take(first, "a")
+        assert kept() == [2, 3] and store.counts()["host_bytes"] == 0 and store.counts()["device_bytes"] == 2 * each
 
 
 def test_threads_share_a_store(real: kiln.Model) -> None:
