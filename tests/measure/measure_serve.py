@@ -74,6 +74,8 @@ def levels(url: str, load: Load, users: list[int], told: str) -> dict[str, Any]:
         print("\n".join([f"{told}:", table(one), *notes(one)]), flush=True)
         found = found or {key: value for key, value in one.items() if key != "levels"} | {"levels": []}
         found["levels"] += one["levels"]
+    if (several or load.shared_prefix) and not any(level["cached_tokens"] for level in found["levels"]):
+        print(f"note: {told}: nothing was reused", flush=True)
     return found
 
 
