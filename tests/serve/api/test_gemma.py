@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 from kiln.exporter.conversation.request import read_request
 from tests.serve.conftest import KEY, Script
+
+anthropic = pytest.importorskip("anthropic", reason="pip install 'kiln-export[dev]'")
+openai = pytest.importorskip("openai", reason="pip install 'kiln-export[dev]'")
 
 CALL, CALLED, QUOTE, RESPONSE, THOUGHT, THOUGHT_OVER, END = 48, 49, 52, 50, 100, 101, 106
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import openai
 import pytest
 
 import kiln
@@ -20,6 +19,8 @@ from kiln.exporter.serve.settings import Settings
 from tests.conftest import WAIT
 from tests.serve import solo
 from tests.serve.conftest import Running, running
+
+openai = pytest.importorskip("openai", reason="pip install 'kiln-export[dev]'")
 
 FREE = {"temperature": 1.0, "top_p": 1.0, "extra_body": {"top_k": 0}}  # of a random model: every token is likely enough
 HI = [{"role": "user", "content": "hi"}]

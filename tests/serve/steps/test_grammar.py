@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import openai
 import pydantic
 import pytest
 
@@ -17,6 +16,8 @@ from kiln.exporter.serve.steps.engine import Sampling
 from kiln.exporter.serve.steps.grammar import Grammars
 from kiln.exporter.serve.steps.rows import sample
 from tests.serve.conftest import KEY, Running, Script
+
+openai = pytest.importorskip("openai", reason="pip install 'kiln-export[dev]'")
 
 HI: list = [{"role": "user", "content": "h"}]
 

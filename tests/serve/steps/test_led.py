@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 
 from kiln.exporter.serve.steps.engine import Job
 from tests.serve.api.test_gemma import ASK, CALL, CALLED, END, PARAMETERS, THOUGHT, THOUGHT_OVER
 from tests.serve.conftest import KEY, Script, Scripted
+
+openai = pytest.importorskip("openai", reason="pip install 'kiln-export[dev]'")
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("weather", "time", "time_of_day")

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -16,6 +15,8 @@ import kiln
 from kiln.exporter.conversation.vocabulary import vocabulary
 from kiln.exporter.serve.problem import Problem
 from kiln.exporter.serve.steps.grammar import Grammars
+
+jsonschema = pytest.importorskip("jsonschema", reason="pip install 'kiln-export[dev]'")
 
 SUITE = [json.loads(line) for line in (Path(__file__).parents[1] / "schemas" / "suite.jsonl").read_text().splitlines()]
 LONGEST, TRIALS = 120, 4
