@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -120,9 +122,19 @@ def interpreted_blocks_of_any_shape(rows: int, keys: int) -> None:
     check(tile, 64, 4, 2, 40, 7, 33)
 
 
+@pytest.mark.parametrize("first, tokens", [(31, 2), (96, 2), (158, 4), (150, 17), *at_night((0, 33), (95, 3), (40, 5), (120, 70))])
+def interpreted_few_queries(first: int, tokens: int) -> None:
+    """Keys split between programs, where the queries are few enough, and where they are not; splits without a key; several pieces."""
+    for splits, few in ((2, 4), (3, 6), (8, 4)):
+        tile = replace(SMALL, splits=splits, few=few)
+        check(tile, 64, 4, 2, 224, first, tokens)
+        check(tile, 64, 3, 1, 201, first, tokens)
+
+
 def interpreted_many_pieces() -> None:
     """Errors of the state between pieces would add up: 16 pieces."""
     check(SMALL, 64, 2, 1, 1056, 1042, 3)
+    check(replace(SMALL, splits=3, few=2), 64, 2, 1, 1056, 1042, 3)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e4])
