@@ -1,10 +1,12 @@
-"""Matmuls of a few tokens straight from packed weights, beside dequantizing a piece and multiplying it: would a short prompt gain?
+"""What a short piece of a prompt could gain: matmuls straight from packed weights beside those of dequantized pieces, and attention over a
+long TQ4 cache with its keys split between more programs.
 
     python -m tests.measure.few_tokens --out F.json [--budget 60] [--compile-only]
 
 `kiln_few` unpacks a tile of rows in registers and multiplies it by all tokens on tensor cores, so a weight crosses memory once, packed.
 Each candidate is checked against float32 and timed at the shapes of the 31B, beside dequantization and torch.mm; the sums are over its
-layers. `--compile-only` needs no GPU: shared memory of some candidates.
+layers. Attention is timed a layer at a time, with the splits that a tile may have. `--compile-only` needs no GPU: shared memory of some
+candidates.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kiln.custom_ops.bench.cases import packed
+from kiln.custom_ops.geometry import EXACT_WINDOW, GEMMA4_31B
 from kiln.custom_ops.gpu.early import INTERPRETED
 from kiln.custom_ops.gpu.launch import kernel
-from kiln.custom_ops.gpu.target import compiling_for, gpu_targets
+from kiln.custom_ops.gpu.target import compiling_for, current_target, gpu_targets
+from kiln.custom_ops.tq4 import prefill
 from kiln.custom_ops.weights import linear
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.dequantize import octet, scale_and_offset
@@ -250,6 +254,30 @@ def measured(tokens: int, block_type: str, n: int, k: int, until: float, g: torc
     return row | {"tile": dataclasses.asdict(tile), "tried": [(round(1e6 * t, 1), *dataclasses.astuple(tile)) for t, tile in found]}
 
 
+def attention(tokens: int, depth: int, g: torch.Generator) -> dict[str, Any]:
+    """A layer's of the 31B behind `depth` keys, by splits; those of one split are what is done now."""
+    h, target = GEMMA4_31B.full, current_target()
+    slots, pos = depth + tokens, torch.arange(depth, depth + tokens, device="cuda")
+    q, k, v = (torch.randn(tokens, heads, h.dim, generator=g, device="cuda").bfloat16() for heads in (h.queries, h.kv, h.kv))
+    codes = [torch.randint(-(1 << 15), 1 << 15, (h.kv, slots, h.dim // 4), generator=g, device="cuda", dtype=torch.int16) for _ in range(2)]
+    scales = [torch.rand(h.kv, slots, generator=g, device="cuda").half() for _ in range(2)]
+    rings = [torch.randn(EXACT_WINDOW, h.kv, h.dim, generator=g, device="cuda").bfloat16() for _ in range(2)]
+    center = torch.zeros(h.kv, h.dim, device="cuda")
+    table = prefill.PIECE_TILES[target.sm, 512]
+    found, expected = dict[str, float](), None
+    for splits in (1, 2, 4, 8):
+        prefill.PIECE_TILES[target.sm, 512] = dataclasses.replace(table, splits=splits, few=target.sm_count // 2)
+        caches = codes[0], scales[0], codes[1], scales[1]
+        call = functools.partial(torch.ops.kiln.tq4_attention, q, k, v, *caches, *rings, pos, None, 0, center)
+        out = call()
+        expected = out.float() if expected is None else expected
+        if (error := off(out, expected)) > LIMIT:
+            raise SystemExit(f"attention of {tokens} tokens behind {depth}, {splits} splits: {error} off one split")
+        found[str(splits)] = 1e6 * seconds(call)
+    prefill.PIECE_TILES[target.sm, 512] = table
+    return {"tokens": tokens, "depth": depth, "us": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.measure.few_tokens", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -263,6 +291,10 @@ def main() -> None:
         return
     g = torch.Generator("cuda").manual_seed(1)
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "shapes": []}
+    record["attention"] = []
+    for tokens, depth in itertools.product((16, 48, 96), (8192, 32768, 130000)):
+        record["attention"].append(attention(tokens, depth, g))
+        print(json.dumps(record["attention"][-1]), flush=True)
     began, todo = time.monotonic(), list(itertools.product(TOKENS, shapes))
     for i, (tokens, shape) in enumerate(todo, 1):
         row = measured(tokens, *shape, began + given.budget * i / len(todo), g)
