@@ -212,7 +212,9 @@ for snapshot in [*kept, *(s.to_host() for s in kept if s.on_device)]:
 a.save(sys.argv[3])
 b.restore(sys.argv[3])
 assert b.tokens == a.tokens
-on_device, on_host = 2 * kept[2].device_bytes, 3 * kept[3].host_bytes
+each = kept[3].host_bytes  # all of it counts where the copies lie
+assert each == kept[2].device_bytes + kept[2].host_bytes
+on_device, on_host = 2 * each, 3 * each
 store = kiln.SnapshotStore(on_device, on_host)
 for i in range(8):
     a.rewind(0)
@@ -227,6 +229,8 @@ for snapshot in found:
     if snapshot:
         b.restore(snapshot)
         b.prefill([5])
+alone = kiln.SnapshotStore(each, 0)
+assert alone.take(a, "x", whole=True) and alone.counts()["device_bytes"] == each and not alone.counts()["host_bytes"]
 """
 
 
