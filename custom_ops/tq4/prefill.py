@@ -104,8 +104,8 @@ def scales_of(k_scales_ptr, n, start, SLOTS: tl.constexpr, PIECE: tl.constexpr, 
 
 
 @triton.jit
-def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, split_state_ptr, split_lse_ptr,
-                     split_out_ptr, tokens, start, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr,
+def kiln_tq4_piece(q_ptr, q_scale_ptr, k_ptr, k_scales_ptr, v_ptr, pos_ptr, state_ptr, lse_ptr, out_ptr, tokens, start, split_state_ptr,
+                     split_lse_ptr, split_out_ptr, EXACT_WINDOW: tl.constexpr, SLOTS: tl.constexpr, PIECE: tl.constexpr,
                      KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      SPLITS: tl.constexpr, FEW: tl.constexpr):
     """BLOCK_M rows of one KV head against one piece of the keys; the output stays rotated, rows that read no code are undefined.
@@ -278,7 +278,7 @@ def attend_in_pieces(tile: PrefillTile, q: torch.Tensor, q_scale: torch.Tensor, 
     for start in range(0, slots - exact_window, piece):
         kernel(kiln_tq4_decompress)[(piece // DECOMPRESS_ROWS, kv_heads, 2)](k_codes, v_codes, v_scales, pos, k, v, tokens, start,
                                                                                **decompress, num_warps=DECOMPRESS_WARPS)
-        kernel(kiln_tq4_piece)[grid](q, q_scale, k, k_scales, v, pos, state, lse, out, split_state, split_lse, split_out, tokens, start,
+        kernel(kiln_tq4_piece)[grid](q, q_scale, k, k_scales, v, pos, state, lse, out, tokens, start, split_state, split_lse, split_out,
                                      **attend, num_warps=tile.warps, num_stages=tile.stages)
     if several:
         joined = {name: attend[name] for name in JOINED}
