@@ -29,7 +29,7 @@ class Marks:
     """Private-use characters that neither a request nor the template has: one for each marked character, and three for probes."""
 
     def __init__(self, marked: str, texts: Sequence[str]):
-        used = set(chain.from_iterable(_PRIVATE.findall(text) for text in texts))
+        used = set(chain.from_iterable(_PRIVATE.findall(text) for text in texts if not text.isascii()))
         free = (c for c in map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))) if c not in used)
         try:
             chosen = [next(free) for _ in range(len(marked) + 3)]

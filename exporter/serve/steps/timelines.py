@@ -32,9 +32,10 @@ class Timeline:
         held = self.session.position
         if self.salt != salt or not held:
             return 0
-        if held < len(ids) and self.known[:held] == list(ids[:held]):
+        same = common(self.known[:held], ids)
+        if same == held < len(ids):
             return held
-        at = min(common(self.known[:held], ids), len(ids) - 1)
+        at = min(same, len(ids) - 1)
         if at < self._stepped:
             at = max((end for end in self._ends if end <= at), default=0)
         return at if at >= self.session.earliest else 0
