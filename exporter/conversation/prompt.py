@@ -16,6 +16,7 @@ from kiln.exporter.source.renderer import TemplateError
 
 BLOCK = 512  # ids that are compared at once
 
+
 @dataclass(frozen=True)
 class Prompt:
     """cuts: position -> why a later prompt may part from this one there, ascending; the end is one of them.
