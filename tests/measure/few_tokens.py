@@ -33,7 +33,6 @@ from kiln.custom_ops.gpu.early import INTERPRETED
 from kiln.custom_ops.gpu.launch import kernel
 from kiln.custom_ops.gpu.target import compiling_for, current_target, gpu_targets
 from kiln.custom_ops.tq4 import prefill
-from kiln.custom_ops.weights import linear
 from kiln.custom_ops.weights.block_types import LAYOUTS
 from kiln.custom_ops.weights.dequantize import octet, scale_and_offset
 from kiln.custom_ops.weights.layouts import dequantize
@@ -178,16 +177,6 @@ def few(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: 
     return out
 
 
-def as_now(x: torch.Tensor, words: torch.Tensor, halves: torch.Tensor, block_type: str) -> torch.Tensor:
-    """What prefill does: pieces dequantized into scratch, torch.mm."""
-    n, k = words.shape[2], x.shape[1]
-    step, parts = linear.chunk_rows(n, k, 2), []
-    for i in range(0, n, step):
-        dense = linear.dequantized(words[:, :, i : i + step], halves[:, :, i : i + step], block_type, x.dtype, x)
-        parts.append(torch.mm(x, dense))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
 def candidates(n: int) -> list[Tile]:
     """Those that give the 132 multiprocessors something to do each."""
     forms = ((256, 8, 2, 4), (128, 8, 2, 8), (128, 4, 2, 4), (128, 8, 3, 8), (256, 8, 3, 4), (128, 4, 3, 4), (256, 8, 2, 8), (128, 4, 1, 4))
@@ -236,7 +225,8 @@ def measured(tokens: int, block_type: str, n: int, k: int, until: float, g: torc
     words, halves = packed(block_type, n, k, g)
     x = torch.randn(tokens, k, generator=g, device="cuda").bfloat16()
     expected = x.float() @ dequantize(block_type, words, halves)
-    now, found = seconds(lambda: as_now(x, words, halves, block_type)), list[tuple[float, Tile]]()
+    now = seconds(lambda: torch.ops.kiln.quantized_linear(x, words, halves, block_type))  # what prefill does
+    found: list[tuple[float, Tile]] = []
     for tile in candidates(n):
         if found and time.monotonic() > until:
             break

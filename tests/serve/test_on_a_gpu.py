@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.measure.measure_serve import serving
-from tests.runtime.batches import NANO, ROWS, batch_artifact
+from tests.runtime.batches import NANO, batch_artifact
 
 pytestmark = pytest.mark.gpu
 WAIT = 60
@@ -35,10 +35,10 @@ def test_what_conversations_share(several) -> None:
             answer = found.json()
             return answer["choices"][0]["message"]["content"] or "", answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-        texts = ["The dog runs.", "The cat sleeps.", "A girl sings."][:ROWS]
+        texts = ["The dog runs.", "The cat sleeps.", "A girl sings."]  # one for each row
         alone = [ask(text) for text in texts]
         assert [cached > 0 for _, cached in alone] == [False, True, True]
-        with ThreadPoolExecutor(ROWS) as pool:
+        with ThreadPoolExecutor(len(texts)) as pool:
             together = list(pool.map(ask, texts))
         assert [text for text, _ in together] == [text for text, _ in alone] and all(cached for _, cached in together)
         counts = {key: float(value) for key, value in re.findall(r"snapshot_(\w+){[^}]*} (\S+)", http.get("/metrics").text)}

@@ -9,6 +9,7 @@ import pytest
 
 import kiln
 from tests.runtime.batches import FORMS, ROWS, load, spoil
+from tests.tools.many_steps import alone
 
 pytestmark = pytest.mark.usefixtures("one_runner_thread")
 
@@ -27,18 +28,6 @@ def told(count: int, seed: int) -> list[dict[str, Any]]:
         sampling = {"temperature": rng.choice((0.0, 0.9)), "seed": i}
         found.append({"prompt": prompt, "max_new_tokens": rng.choice((1, 3, 12, 30, 0)), **sampling, **more})
     return found
-
-
-def alone(model: kiln.Model, request: dict[str, Any]) -> tuple[list[int], str]:
-    batch = kiln.Batch(model, rows=1)
-    batch.join(**{name: value for name, value in request.items() if name not in ("draft", "keep_logits")})
-    found: list[int] = []
-    while True:
-        for _, token, stop, error in batch.step():
-            assert error is None
-            found += [] if token is None else [token]
-            if stop:
-                return found, stop
 
 
 def test_texts(model) -> None:
